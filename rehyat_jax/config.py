@@ -1,0 +1,264 @@
+"""Sizes of the three networks: frozen dataclasses, read from and written to diffusers' and transformers' ``config.json``.
+
+Each configuration checks itself when made, so that an absurd or hostile file fails before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from rehyat_jax.errors import ConfigError
+
+#: No field may exceed this: large enough for any model to come, small enough that products stay meaningful.
+_LARGEST = 1 << 24
+
+
+def _check_integers(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+            raise ConfigError(f"{type(config).__name__}.{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{type(config).__name__}.{name} must be a positive number, not {value!r}")
+
+
+def _check_fixed(kind: str, source: Mapping[str, Any], **required: Any) -> None:
+    """Refuse a file that asks for a variant of the architecture which this one is not."""
+    for name, value in required.items():
+        if name in source and source[name] != value:
+            raise ConfigError(f"{kind}: {name} = {source[name]!r} is not supported (only {value!r})")
+
+
+def _tuple(name: str, value: Any) -> tuple:
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 64:
+        raise ConfigError(f"{name} must be a list of 1 to 64 entries, not {value!r}")
+    return tuple(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """The Wan2.1 text-to-video transformer. Defaults are T2V-1.3B's; names are those of diffusers' ``config.json``."""
+
+    num_layers: int = 30
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    ffn_dim: int = 8960
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    #: Positions are taken from a table of this many entries per axis in diffusers; see ``models/dit.py`` for what lies beyond.
+    rope_max_seq_len: int = 1024
+
+    def __post_init__(self) -> None:
+        _check_integers(
+            self, "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "out_channels",
+            "text_dim", "freq_dim", "rope_max_seq_len",
+        )  # fmt: skip
+        _check_positive(self, "eps")
+        if len(self.patch_size) != 3 or any(not isinstance(p, int) or not 1 <= p <= 16 for p in self.patch_size):
+            raise ConfigError(f"WanConfig.patch_size must be three whole numbers from 1 to 16, not {self.patch_size!r}")
+        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
+            raise ConfigError(f"WanConfig.attention_head_dim must be even and at least 6, not {self.attention_head_dim}")
+        if self.freq_dim % 2:
+            raise ConfigError(f"WanConfig.freq_dim must be even, not {self.freq_dim}")
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def t2v_1_3b(cls) -> Self:
+        return cls()
+
+    @classmethod
+    def t2v_14b(cls) -> Self:
+        return cls(num_layers=40, num_attention_heads=40, ffn_dim=13824)
+
+    @classmethod
+    def mini_sprites(cls) -> Self:
+        """The bundled model: 4 heads of 64, twelve layers, one token a latent pixel."""
+        return cls(
+            num_layers=12, num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, text_dim=128, freq_dim=128,
+            patch_size=(1, 1, 1),
+        )  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+        """From diffusers' ``transformer/config.json`` or the original layout's ``config.json``.
+
+        Raises:
+            ConfigError: a value is impossible, or the file describes another architecture (image to video, VACE, …).
+        """
+        if "dim" in source and "num_heads" in source:
+            source = cls._from_original(source)
+        kind = "Wan transformer configuration"
+        _check_fixed(kind, source, cross_attn_norm=True, qk_norm="rms_norm_across_heads", image_dim=None,
+                     added_kv_proj_dim=None, pos_embed_seq_len=None)  # fmt: skip
+        known = {f.name for f in dataclasses.fields(cls)}
+        if missing := {"num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim"} - set(source):
+            raise ConfigError(f"{kind}: {', '.join(sorted(missing))} missing")
+        values = {k: v for k, v in source.items() if k in known}
+        if "patch_size" in values:
+            values["patch_size"] = _tuple("patch_size", values["patch_size"])
+        return cls(**values)
+
+    @staticmethod
+    def _from_original(source: Mapping[str, Any]) -> dict[str, Any]:
+        if source.get("model_type", "t2v") != "t2v":
+            raise ConfigError(f"model_type {source['model_type']!r} is not supported: only text to video ('t2v')")
+        dim, heads = source["dim"], source["num_heads"]
+        if not (isinstance(dim, int) and isinstance(heads, int) and heads > 0 and dim % heads == 0):
+            raise ConfigError(f"dim {dim!r} is not a multiple of num_heads {heads!r}")
+        names = {"num_layers": "num_layers", "ffn_dim": "ffn_dim", "in_dim": "in_channels", "out_dim": "out_channels",
+                 "text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps", "patch_size": "patch_size"}  # fmt: skip
+        values = {ours: source[theirs] for theirs, ours in names.items() if theirs in source}
+        return values | {"num_attention_heads": heads, "attention_head_dim": dim // heads}
+
+    def to_dict(self) -> dict[str, Any]:
+        """diffusers' ``WanTransformer3DModel`` configuration, complete."""
+        return {
+            "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.36.0",
+            **dataclasses.asdict(self), "patch_size": list(self.patch_size), "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None,
+        }  # fmt: skip
+
+
+#: Wan2.1's published latent statistics (diffusers, ``AutoencoderKLWan``'s defaults).
+_WAN_LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+_WAN_LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """The Wan2.1 causal video autoencoder. Defaults are Wan2.1's; names are those of diffusers' ``config.json``."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    #: Per downsampling (finest first): also halve time? (diffusers spells it so.)
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = _WAN_LATENTS_MEAN
+    latents_std: tuple[float, ...] = _WAN_LATENTS_STD
+
+    def __post_init__(self) -> None:
+        _check_integers(self, "base_dim", "z_dim", "num_res_blocks")
+        if any(not isinstance(m, int) or not 1 <= m <= 64 for m in self.dim_mult) or not self.dim_mult:
+            raise ConfigError(f"VAEConfig.dim_mult must be whole numbers from 1 to 64, not {self.dim_mult!r}")
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ConfigError("VAEConfig.temperal_downsample must have one entry fewer than dim_mult")
+        if self.attn_scales:
+            raise ConfigError("VAEConfig.attn_scales is not supported (Wan2.1 has none)")
+        if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
+            raise ConfigError(f"VAEConfig.latents_mean and latents_std must have z_dim = {self.z_dim} entries")
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in self.latents_mean):
+            raise ConfigError("VAEConfig.latents_mean must be finite")
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) and x > 0 for x in self.latents_std):
+            raise ConfigError("VAEConfig.latents_std must be finite and positive")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels a latent pixel stands for, along each side."""
+        return 2 ** len(self.temperal_downsample)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames a latent frame stands for (the first stands for one)."""
+        return 2 ** sum(self.temperal_downsample)
+
+    @classmethod
+    def wan(cls) -> Self:
+        return cls()
+
+    @classmethod
+    def mini_sprites(cls) -> Self:
+        """The bundled model: Wan's shape at a quarter of its width."""
+        return cls(base_dim=24, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+        """From diffusers' ``vae/config.json``.
+
+        Raises:
+            ConfigError: a value is impossible, or the file describes another autoencoder (Wan2.2's, …).
+        """
+        _check_fixed("Wan VAE configuration", source, is_residual=False, patch_size=None, decoder_base_dim=None,
+                     in_channels=3, out_channels=3, dropout=0.0)  # fmt: skip
+        values = {k: v for k, v in source.items() if k in {f.name for f in dataclasses.fields(cls)}}
+        for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
+            if name in values:
+                values[name] = _tuple(name, values[name])
+        if "attn_scales" in values:
+            values["attn_scales"] = tuple(values["attn_scales"] or ())
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """diffusers' ``AutoencoderKLWan`` configuration, complete."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.36.0", **values, "dropout": 0.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """UMT5's encoder. Defaults are umt5-xxl's; names are those of transformers' ``config.json``."""
+
+    vocab_size: int = 256384
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_integers(
+            self, "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
+            "relative_attention_max_distance",
+        )  # fmt: skip
+        _check_positive(self, "layer_norm_epsilon")
+
+    @classmethod
+    def umt5_xxl(cls) -> Self:
+        return cls()
+
+    @classmethod
+    def mini_sprites(cls) -> Self:
+        """The bundled model: four layers of 128, a vocabulary that the tokenizer sets."""
+        return cls(vocab_size=256, d_model=128, d_kv=32, d_ff=256, num_layers=4, num_heads=4)
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+        """From transformers' ``text_encoder/config.json``.
+
+        Raises:
+            ConfigError: a value is impossible, or the file describes another encoder.
+        """
+        _check_fixed("UMT5 configuration", source, model_type="umt5", feed_forward_proj="gated-gelu")
+        return cls(**{k: v for k, v in source.items() if k in {f.name for f in dataclasses.fields(cls)}})
+
+    def to_dict(self) -> dict[str, Any]:
+        """transformers' ``UMT5Config`` for ``UMT5EncoderModel``, complete."""
+        return {
+            "architectures": ["UMT5EncoderModel"], "model_type": "umt5", **dataclasses.asdict(self),
+            "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True, "dropout_rate": 0.0,
+            "initializer_factor": 1.0, "is_encoder_decoder": True, "num_decoder_layers": self.num_layers,
+            "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": False,
+            "use_cache": True, "classifier_dropout": 0.0,
+        }  # fmt: skip

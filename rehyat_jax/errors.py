@@ -1,0 +1,13 @@
+"""The one kind of error that is the user's to mend: the programs print it as one sentence and exit with 2."""
+
+
+class RehyatError(Exception):
+    """Bad input: a path, a checkpoint, a size, a setting. The message is one clear sentence that names the culprit."""
+
+
+class CheckpointError(RehyatError):
+    """A checkpoint that is missing, truncated, foreign, incomplete or not finite."""
+
+
+class ConfigError(RehyatError):
+    """A configuration with a missing, unknown or impossible value."""

@@ -1,0 +1,21 @@
+"""Every test runs with array types checked (jaxtyping + beartype), strict dtype and rank promotion, warnings as errors."""
+
+from jaxtyping import install_import_hook
+
+# Before the packages are imported: their annotated signatures become checks.
+install_import_hook(["rehyat_jax", "pallas_kernels", "train"], "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Parity with float32 references is parity of float32 arithmetic, on every backend.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def x64():
+    """float64 for the length of one test."""
+    with jax.enable_x64(True):
+        yield
