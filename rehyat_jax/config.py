@@ -88,9 +88,9 @@ class WanConfig:
 
     @classmethod
     def mini_sprites(cls) -> Self:
-        """The bundled model: 4 heads of 64, twelve layers, one token a latent pixel."""
+        """The bundled model: 4 heads of 64, ten layers, one token a latent pixel."""
         return cls(
-            num_layers=12, num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, text_dim=128, freq_dim=128,
+            num_layers=10, num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, text_dim=128, freq_dim=128,
             patch_size=(1, 1, 1),
         )  # fmt: skip
 
