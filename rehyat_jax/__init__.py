@@ -1,0 +1,62 @@
+"""Wan video diffusion transformers in JAX, and their conversion into models that recur (ReHyAt).
+
+Names are imported when first used: ``import rehyat_jax`` alone costs nothing, so that a program can answer ``--help``
+before it loads JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
+    from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.weights import (
+        load_text_encoder,
+        load_transformer,
+        load_vae,
+        save_text_encoder,
+        save_transformer,
+        save_vae,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "TextEncoderConfig": "rehyat_jax.config",
+    "TextToVideo": "rehyat_jax.pipeline",
+    "VAEConfig": "rehyat_jax.config",
+    "WanConfig": "rehyat_jax.config",
+    "load_text_encoder": "rehyat_jax.weights",
+    "load_transformer": "rehyat_jax.weights",
+    "load_vae": "rehyat_jax.weights",
+    "save_text_encoder": "rehyat_jax.weights",
+    "save_transformer": "rehyat_jax.weights",
+    "save_vae": "rehyat_jax.weights",
+}
+
+__all__ = [
+    "TextEncoderConfig",
+    "TextToVideo",
+    "VAEConfig",
+    "WanConfig",
+    "__version__",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "save_text_encoder",
+    "save_transformer",
+    "save_vae",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
