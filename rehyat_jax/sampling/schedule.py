@@ -1,0 +1,106 @@
+"""Noise levels: the grids on which the programs around Wan solve the flow from noise (sigma 1) to data (sigma 0)."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32
+
+from rehyat_jax.errors import ConfigError
+
+Grid = Literal["diffusers", "diffusers-euler", "official"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowSchedule:
+    """Noise levels of rectified flow, x_sigma = (1 - sigma) data + sigma noise.
+
+    Even levels s are shifted to shift s / (1 + (shift - 1) s): the larger the video, the larger the shift (Wan2.1 1.3B
+    at 480p: 3 by the published configuration, 8 by the authors' advice). The grid says whose levels are meant, to the
+    last bit of float32:
+
+    - ``"diffusers"``: ``UniPCMultistepScheduler(use_flow_sigmas=True)`` since 0.37 (before, it used the official
+      levels): from 1, nudged to 0.999999, towards 1 / num_train_timesteps.
+    - ``"diffusers-euler"``: ``FlowMatchEulerDiscreteScheduler``: from 1 down to its lowest level, which it has
+      shifted already when it shifts the whole grid once more.
+    - ``"official"``: Wan-Video/Wan2.1 ``wan/utils/fm_solvers_unipc.py``: from 0.999 towards 0, as ``wan/text2video.py``
+      sets it up.
+
+    Each appends the level 0. Any solver runs on any grid that it accepts (UniPC: the first level below 1).
+
+    Raises:
+        ConfigError: an unknown grid, or a number that is out of range.
+    """
+
+    grid: Grid = "diffusers"
+    shift: float | int = 3.0
+    num_train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.grid not in _LEVELS:
+            raise ConfigError(f"FlowSchedule.grid must be one of {', '.join(_LEVELS)}, not {self.grid!r}")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ConfigError(f"FlowSchedule.shift must be a positive number, not {self.shift!r}")
+        if not 2 <= self.num_train_timesteps <= 1_000_000:
+            raise ConfigError(f"FlowSchedule.num_train_timesteps must be 2 to 1000000, not {self.num_train_timesteps}")
+
+    def sigmas(self, num_steps: int) -> Float32[np.ndarray, "{num_steps}+1"]:
+        """The levels of ``num_steps`` steps, strictly descending; the last is 0.
+
+        Raises:
+            ConfigError: ``num_steps`` is out of range, or levels coincide in float32 (an extreme shift).
+        """
+        sigmas = np.append(self._levels(num_steps), 0.0).astype(np.float32)
+        if not (np.diff(sigmas) < 0).all():
+            raise ConfigError(f"shift {self.shift} is too extreme for {num_steps} steps: noise levels coincide")
+        return sigmas
+
+    def timesteps(self, num_steps: int) -> Float32[np.ndarray, "{num_steps}"]:
+        """What the transformer is told at each step, in 0..num_train_timesteps.
+
+        Whole numbers (cut, not rounded) on the two UniPC grids, fractions on ``"diffusers-euler"``.
+        """
+        levels = self._levels(num_steps)
+        if self.grid == "diffusers-euler":
+            return levels.astype(np.float32) * np.float32(self.num_train_timesteps)
+        return np.trunc(levels * self.num_train_timesteps).astype(np.float32)
+
+    def _levels(self, num_steps: int) -> np.ndarray:
+        if not 1 <= num_steps <= self.num_train_timesteps:
+            raise ConfigError(f"the number of steps must be from 1 to {self.num_train_timesteps}, not {num_steps}")
+        return _LEVELS[self.grid](self.shift, self.num_train_timesteps, num_steps)
+
+
+def _shifted(sigma, shift):
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+# Each returns float64 [num_steps], without the final 0. The float32 roundings inside are the programs' own: a timestep
+# is cut to a whole number after them.
+
+
+def _diffusers(shift: float, num_train_timesteps: int, num_steps: int) -> np.ndarray:
+    sigmas = _shifted(np.linspace(1, 1 / num_train_timesteps, num_steps + 1)[:-1], shift)
+    # At exactly 1 there is no data in the sample, and UniPC's log signal-to-noise ratio would be infinite.
+    sigmas[0] -= 1e-6
+    return sigmas
+
+
+def _diffusers_euler(shift: float, num_train_timesteps: int, num_steps: int) -> np.ndarray:
+    trained = _shifted(np.array([num_train_timesteps, 1], np.float32) / np.float32(num_train_timesteps), shift)
+    highest, lowest = trained.astype(np.float64) * num_train_timesteps
+    return _shifted(np.linspace(highest, lowest, num_steps) / num_train_timesteps, shift)
+
+
+def _official(shift: float, num_train_timesteps: int, num_steps: int) -> np.ndarray:
+    highest = float(np.float32(1 - 1 / num_train_timesteps))
+    return _shifted(np.linspace(highest, 0, num_steps + 1)[:-1], shift)
+
+
+_LEVELS: dict[str, Callable[[float, int, int], np.ndarray]] = {
+    "diffusers": _diffusers,
+    "diffusers-euler": _diffusers_euler,
+    "official": _official,
+}
