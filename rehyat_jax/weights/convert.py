@@ -1,0 +1,126 @@
+"""Any dialect in, the diffusers layout out: tensor by tensor from disk to disk, without a model in memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.sampling.schedule import FlowSchedule
+from rehyat_jax.sampling.scheduler_config import scheduler_to_config
+from rehyat_jax.sampling.solvers import UniPC
+from rehyat_jax.weights.component import COMPONENTS, narrow
+from rehyat_jax.weights.inspect import components_of
+from rehyat_jax.weights.layout import components_in
+from rehyat_jax.weights.plan import Plan, Slot, make_plan
+from rehyat_jax.weights.writing import MAX_SHARD_BYTES, Outgoing, whole_folder, write_json, write_tensors
+
+#: Called with the bytes written so far and in all.
+Progress = Callable[[int, int], None]
+
+#: diffusers' ``WanPipeline`` with the parts that the original release stands for.
+_MODEL_INDEX = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": "0.36.0",
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint anew in the diffusers layout: a whole one, or one network's folder or file.
+
+    A whole checkpoint takes its tokenizer along, and its scheduler and ``model_index.json``, or Wan2.1's own for the
+    original release (UniPC, shift 3, as the published 480p models have it).
+
+    Args:
+        dst: new or empty; it appears whole or not at all.
+        dtype: None keeps each tensor's; otherwise float32, bfloat16 or float16, by the rule of `load_transformer`.
+
+    Raises:
+        CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
+            be written.
+        ConfigError: a configuration is impossible or another architecture's.
+    """
+    src, dst = Path(src), Path(dst)
+    whole = (src / "model_index.json").is_file() or len(components_in(src)) > 1
+    plans = [make_plan(src, name) for name in components_of(src)]
+    if whole and (missing := [name for name in COMPONENTS if name not in [plan.component.name for plan in plans]]):
+        raise CheckpointError(f"{src} has no {' and no '.join(missing)}: name one network to convert it alone")
+    written = _Counter(progress)
+    folders: list[tuple[Plan, list[Outgoing]]] = []
+    for plan in plans:
+        tensors = [_outgoing(plan, slot, dtype, written) for slot in plan.slots]
+        written.total += sum(tensor.nbytes for tensor in tensors)
+        folders.append((plan, tensors))
+    with whole_folder(dst) as partial:
+        for plan, tensors in folders:
+            folder = partial / plan.component.name if whole else partial
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "config.json", plan.config.to_dict())
+            write_tensors(folder, plan.component.stem, tensors, max_shard_bytes=max_shard_bytes)
+        if whole:
+            _copy_the_rest(src, partial)
+
+
+class _Counter:
+    """Bytes done, told to whoever asked."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.done = self.total = 0
+        self._progress = progress
+
+    def passing(self, source: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for block in source:
+            yield block
+            self.done += block.nbytes
+            if self._progress is not None:
+                self._progress(self.done, self.total)
+
+
+def _outgoing(plan: Plan, slot: Slot, dtype: Any, written: _Counter) -> Outgoing:
+    stored = plan.tensors.infos[slot.source].dtype
+    target = stored if dtype is None else narrow(slot.row, jnp.dtype(dtype))
+    name = slot.row.name("diffusers", slot.layer)
+    numbers = functools.partial(_numbers, plan, slot, target, written)
+    return Outgoing(name=name, dtype=target, shape=slot.shape, blocks=numbers)
+
+
+def _numbers(plan: Plan, slot: Slot, dtype: np.dtype, written: _Counter) -> Iterator[np.ndarray]:
+    return written.passing(plan.read(slot, dtype))
+
+
+def _copy_the_rest(src: Path, dst: Path) -> None:
+    """What is not weights: tokenizer, scheduler, index."""
+    tokenizer = next((folder for folder in (src / "tokenizer", src / "google" / "umt5-xxl") if folder.is_dir()), None)
+    if tokenizer is None:
+        raise CheckpointError(f"{src} has no tokenizer (tokenizer/ or google/umt5-xxl/)")
+    shutil.copytree(tokenizer, dst / "tokenizer")
+    scheduler = src / "scheduler" / "scheduler_config.json"
+    (dst / "scheduler").mkdir()
+    if scheduler.is_file():
+        shutil.copyfile(scheduler, dst / "scheduler" / scheduler.name)
+    else:
+        schedule = FlowSchedule(grid="diffusers", shift=3.0)
+        write_json(dst / "scheduler" / scheduler.name, scheduler_to_config(schedule, UniPC()))
+    if (src / "model_index.json").is_file():
+        shutil.copyfile(src / "model_index.json", dst / "model_index.json")
+    else:
+        write_json(dst / "model_index.json", _MODEL_INDEX)
