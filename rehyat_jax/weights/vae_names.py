@@ -1,0 +1,109 @@
+"""The autoencoder's tensors: their names here, in diffusers and in the original ``Wan2.1_VAE.pth``.
+
+Sources: diffusers, ``models/autoencoders/autoencoder_kl_wan.py`` and ``scripts/convert_wan_to_diffusers.py``;
+Wan-Video/Wan2.1, ``wan/modules/vae.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from rehyat_jax.config import VAEConfig
+
+#: How a torch tensor becomes ours: ``conv3d`` OIDHW to DHWIO, ``conv2d`` OIHW to HWIO, ``gamma`` [C,1,1(,1)] to [C],
+#: ``vector`` as it is.
+Kind = Literal["conv3d", "conv2d", "gamma", "vector"]
+
+
+class Row(NamedTuple):
+    """One tensor under its three names, and how its layout changes."""
+
+    path: str
+    diffusers: str
+    original: str
+    kind: Kind
+
+
+def vae_rows(config: VAEConfig) -> list[Row]:
+    """Every tensor of the autoencoder of this configuration, once."""
+    return [
+        *_encoder(config),
+        *_conv("quant_conv", "quant_conv", "conv1"),
+        *_conv("post_quant_conv", "post_quant_conv", "conv2"),
+        *_decoder(config),
+    ]
+
+
+def _conv(path: str, diffusers: str, original: str, kind: Kind = "conv3d") -> list[Row]:
+    return [
+        Row(f"{path}.kernel", f"{diffusers}.weight", f"{original}.weight", kind),
+        Row(f"{path}.bias", f"{diffusers}.bias", f"{original}.bias", "vector"),
+    ]
+
+
+def _norm(path: str, original: str) -> Row:
+    return Row(f"{path}.scale", f"{path}.gamma", f"{original}.gamma", "gamma")
+
+
+def _resnet(path: str, original: str, *, shortcut: bool) -> list[Row]:
+    rows = [
+        _norm(f"{path}.norm1", f"{original}.residual.0"),
+        *_conv(f"{path}.conv1", f"{path}.conv1", f"{original}.residual.2"),
+        _norm(f"{path}.norm2", f"{original}.residual.3"),
+        *_conv(f"{path}.conv2", f"{path}.conv2", f"{original}.residual.6"),
+    ]
+    return rows + (_conv(f"{path}.conv_shortcut", f"{path}.conv_shortcut", f"{original}.shortcut") if shortcut else [])
+
+
+def _resample(path: str, original: str, *, time: bool) -> list[Row]:
+    rows = _conv(f"{path}.resample", f"{path}.resample.1", f"{original}.resample.1", "conv2d")
+    return rows + (_conv(f"{path}.time_conv", f"{path}.time_conv", f"{original}.time_conv") if time else [])
+
+
+def _mid_block(path: str, original: str) -> list[Row]:
+    attention = f"{path}.attentions.0"
+    return [
+        *_resnet(f"{path}.resnets.0", f"{original}.0", shortcut=False),
+        _norm(f"{attention}.norm", f"{original}.1.norm"),
+        *_conv(f"{attention}.to_qkv", f"{attention}.to_qkv", f"{original}.1.to_qkv", "conv2d"),
+        *_conv(f"{attention}.proj", f"{attention}.proj", f"{original}.1.proj", "conv2d"),
+        *_resnet(f"{path}.resnets.1", f"{original}.2", shortcut=False),
+    ]
+
+
+def _ends(side: str) -> list[Row]:
+    return [
+        *_conv(f"{side}.conv_in", f"{side}.conv_in", f"{side}.conv1"),
+        *_mid_block(f"{side}.mid_block", f"{side}.middle"),
+        _norm(f"{side}.norm_out", f"{side}.head.0"),
+        *_conv(f"{side}.conv_out", f"{side}.conv_out", f"{side}.head.2"),
+    ]
+
+
+def _encoder(config: VAEConfig) -> list[Row]:
+    rows, layer, width = _ends("encoder"), 0, 1
+    for level, multiple in enumerate(config.dim_mult):
+        for _ in range(config.num_res_blocks):
+            names = f"encoder.down_blocks.{layer}", f"encoder.downsamples.{layer}"
+            rows += _resnet(*names, shortcut=width != multiple)
+            layer, width = layer + 1, multiple
+        if level < len(config.temperal_downsample):
+            names = f"encoder.down_blocks.{layer}", f"encoder.downsamples.{layer}"
+            rows += _resample(*names, time=config.temperal_downsample[level])
+            layer += 1
+    return rows
+
+
+def _decoder(config: VAEConfig) -> list[Row]:
+    doubling = config.temperal_downsample[::-1]
+    rows, layer, width = _ends("decoder"), 0, config.dim_mult[-1] * config.base_dim
+    for level, multiple in enumerate(config.dim_mult[::-1]):
+        block = f"decoder.up_blocks.{level}"
+        for index in range(config.num_res_blocks + 1):
+            out = multiple * config.base_dim
+            rows += _resnet(f"{block}.resnets.{index}", f"decoder.upsamples.{layer}", shortcut=width != out)
+            layer, width = layer + 1, out
+        if level < len(doubling):
+            rows += _resample(f"{block}.upsamplers.0", f"decoder.upsamples.{layer}", time=doubling[level])
+            layer, width = layer + 1, width // 2
+    return rows
