@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from rehyat_jax.errors import ConfigError
 
@@ -79,15 +79,15 @@ class WanConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
-    def t2v_1_3b(cls) -> Self:
+    def t2v_1_3b(cls) -> WanConfig:
         return cls()
 
     @classmethod
-    def t2v_14b(cls) -> Self:
+    def t2v_14b(cls) -> WanConfig:
         return cls(num_layers=40, num_attention_heads=40, ffn_dim=13824)
 
     @classmethod
-    def mini_sprites(cls) -> Self:
+    def mini_sprites(cls) -> WanConfig:
         """The bundled model: 4 heads of 64, ten layers, one token a latent pixel."""
         return cls(
             num_layers=10, num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, text_dim=128, freq_dim=128,
@@ -95,7 +95,7 @@ class WanConfig:
         )  # fmt: skip
 
     @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+    def from_dict(cls, source: Mapping[str, Any]) -> WanConfig:
         """From diffusers' ``transformer/config.json`` or the original layout's ``config.json``.
 
         Raises:
@@ -182,16 +182,18 @@ class VAEConfig:
         return 2 ** sum(self.temperal_downsample)
 
     @classmethod
-    def wan(cls) -> Self:
+    def wan(cls) -> VAEConfig:
         return cls()
 
     @classmethod
-    def mini_sprites(cls) -> Self:
-        """The bundled model: Wan's shape at a quarter of its width."""
-        return cls(base_dim=24, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+    def mini_sprites(cls) -> VAEConfig:
+        """The bundled model: Wan's shape at a quarter of its width and less."""
+        return cls(
+            base_dim=24, dim_mult=(1, 2, 3, 3), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16
+        )
 
     @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+    def from_dict(cls, source: Mapping[str, Any]) -> VAEConfig:
         """From diffusers' ``vae/config.json``.
 
         Raises:
@@ -235,16 +237,16 @@ class TextEncoderConfig:
         _check_positive(self, "layer_norm_epsilon")
 
     @classmethod
-    def umt5_xxl(cls) -> Self:
+    def umt5_xxl(cls) -> TextEncoderConfig:
         return cls()
 
     @classmethod
-    def mini_sprites(cls) -> Self:
+    def mini_sprites(cls) -> TextEncoderConfig:
         """The bundled model: four layers of 128, a vocabulary that the tokenizer sets."""
         return cls(vocab_size=256, d_model=128, d_kv=32, d_ff=256, num_layers=4, num_heads=4)
 
     @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+    def from_dict(cls, source: Mapping[str, Any]) -> TextEncoderConfig:
         """From transformers' ``text_encoder/config.json``.
 
         Raises:

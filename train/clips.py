@@ -1,0 +1,43 @@
+"""Batches of MovingSprites clips, as a function of (seed, index) alone: nothing to store, exact to resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from rehyat_jax.sprites import world
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Clips of one shape. ``share`` is the part of all rounds that draw from it; ``batch`` is an optimiser step's."""
+
+    kind: Literal["plain", "occlusion"]
+    frames: int
+    batch: int
+    share: float = 1.0
+    #: Occlusion: hidden-wait frames are drawn from 0 to this.
+    longest_wait: int = 0
+
+    def sample(self, key: Key[Array, ""], count: int) -> Any:
+        """``count`` training scenes, inside jit; occlusions' waits are drawn evenly from 0 to ``longest_wait``."""
+        if self.kind == "plain":
+            return world.sample_scenes(key, count, split="train")
+        return world.sample_occlusions(key, count, waits=(0, self.longest_wait))
+
+    def render(self, scenes: Any, *, first_frame: int | Int[Array, " B"] = 0) -> Float[Array, "B F H W 3"]:
+        return world.render(scenes, num_frames=self.frames, first_frame=first_frame)
+
+
+def choose(buckets: tuple[Bucket, ...], seed: int, index: int) -> int:
+    """Which bucket round ``index`` draws from."""
+    share = np.array([b.share for b in buckets])
+    return int(np.random.default_rng((seed, index)).choice(len(buckets), p=share / share.sum()))
+
+
+def round_key(seed: int, index: int) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.key(seed), index)

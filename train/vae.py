@@ -1,0 +1,103 @@
+"""Train a VAE of Wan's architecture on MovingSprites: reconstruction and a mild pull of the posterior to the normal."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from rehyat_jax.config import VAEConfig
+from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.weights import save_vae
+from train.clips import Bucket, choose, round_key
+from train.loop import run
+from train.optimizer import OptimizerConfig, TrainState, apply_gradients, init_state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAETraining:
+    """One run. The result is a ``vae/`` folder in the diffusers layout under ``out``."""
+
+    out: Path
+    model: VAEConfig = VAEConfig.mini_sprites()
+    buckets: tuple[Bucket, ...] = (
+        Bucket(kind="plain", frames=17, batch=32, share=0.7),
+        Bucket(kind="occlusion", frames=33, batch=12, share=0.3, longest_wait=8),
+    )
+    #: Clips begin at a frame drawn from 0 to this.
+    latest_start: int = 96
+    steps: int = 4000
+    #: Optimiser steps in one jitted call.
+    steps_per_round: int = 8
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, weight_decay=0.0)
+    #: Weight of the mean Kullback-Leibler divergence a latent value against the mean absolute error a pixel.
+    kl_weight: float = 1e-4
+    #: Weight of the squared error, which the verifier's likelihood sees.
+    square_weight: float = 1.0
+    #: Clips whose posterior means give ``latents_mean`` and ``latents_std``.
+    statistics_clips: int = 512
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def run(self) -> None:
+        model = WanVAE(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed))
+        graph, params = nnx.split(model, nnx.Param)
+        transform = self.optimizer.build(self.steps)
+
+        def loss(params: PyTree, video: Float[Array, "B F H W 3"], key: Array) -> tuple[Array, dict[str, Array]]:
+            vae = nnx.merge(graph, params)
+            moments = vae.encode_moments(video)
+            mean, logvar = moments.mean.astype(jnp.float32), moments.logvar.astype(jnp.float32)
+            sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
+            error = vae.decode(sample, clip=False).astype(jnp.float32) - video
+            square = jnp.mean(jnp.square(error))
+            kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+            total = jnp.mean(jnp.abs(error)) + self.square_weight * square + self.kl_weight * kl
+            return total, {"loss": total, "psnr": 10 * jnp.log10(4 / square), "kl": kl}
+
+        def rounds(bucket: Bucket):
+            @jax.jit(donate_argnums=0)
+            def advance(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
+                def step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
+                    scene_key, start_key, noise_key = jax.random.split(key, 3)
+                    start = jax.random.randint(start_key, (bucket.batch,), 0, self.latest_start + 1)
+                    video = bucket.render(bucket.sample(scene_key, bucket.batch), first_frame=start)
+                    gradients, metrics = jax.grad(loss, has_aux=True)(state.params, video, noise_key)
+                    return apply_gradients(state, gradients, transform, ema_decay=self.optimizer.ema_decay), metrics
+
+                return jax.lax.scan(step, state, jax.random.split(key, self.steps_per_round))
+
+            return advance
+
+        advances = [rounds(bucket) for bucket in self.buckets]
+
+        def advance(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+            index = int(state.step) // self.steps_per_round
+            return advances[choose(self.buckets, self.seed, index)](state, round_key(self.seed, index))
+
+        state = run(init_state(params, transform), advance, steps=self.steps, folder=self.out / "train-vae")
+        vae = nnx.merge(graph, state.ema)
+        mean, std = self._statistics(vae)
+        vae.config = dataclasses.replace(self.model, latents_mean=mean, latents_std=std)
+        save_vae(vae, self.out / "vae", dtype=jnp.bfloat16)
+
+    def _statistics(self, vae: WanVAE) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation a channel of the latents of plain training clips."""
+        graph, params = nnx.split(vae)
+        bucket = self.buckets[0]
+
+        @jax.jit
+        def moments(params: PyTree, key: Array) -> tuple[Array, Array]:
+            latents = nnx.merge(graph, params).encode(bucket.render(bucket.sample(key, bucket.batch)))
+            wide = latents.astype(jnp.float32).reshape(-1, latents.shape[-1])
+            return jnp.mean(wide, axis=0), jnp.mean(jnp.square(wide), axis=0)
+
+        count = -(-self.statistics_clips // bucket.batch)
+        sums = [moments(params, round_key(self.seed + 1, index)) for index in range(count)]
+        mean = sum(m for m, _ in sums) / count
+        std = jnp.sqrt(sum(s for _, s in sums) / count - jnp.square(mean))
+        return tuple(map(float, mean)), tuple(map(float, std))
