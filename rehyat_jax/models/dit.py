@@ -188,7 +188,7 @@ class WanTransformer(nnx.Module):
         )  # fmt: skip
         self.condition_embedder = ConditionEmbedder(config, rngs=rngs, **kinds)
         self.blocks = nnx.vmap(lambda r: Block(config, rngs=r, **kinds), in_axes=0, out_axes=0)(
-            rngs.fork(split=config.num_layers)
+            rngs.split(config.num_layers)
         )
         self.scale_shift_table = nnx.Param(_table(rngs, 2, config.dim))
         out = config.out_channels * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]

@@ -12,6 +12,9 @@ from flax import nnx
 
 from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.umt5 import UMT5Encoder
+from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.weights import vae_names
 from rehyat_jax.weights.files import TensorInfo
 from rehyat_jax.weights.names import TRANSFORMER, UMT5, Dialect, Kind, Row, translate
@@ -40,11 +43,12 @@ class Component:
     infer: Callable[[Mapping[str, TensorInfo], Dialect], Config]
     #: The least tensors that a configuration asks for, found without building anything.
     least_tensors: Callable[[Any], int]
-    module: Callable[[], type[nnx.Module]]
+    module: type[Any]
 
     def abstract(self, config: Config, dtype: Any) -> Any:
         """The module without memory: shapes only."""
-        return nnx.eval_shape(lambda: self.module()(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+        kinds = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+        return nnx.eval_shape(lambda: self.module(config, **kinds, rngs=nnx.Rngs(0)))
 
 
 def recognise(names: Iterable[str]) -> tuple[ComponentName, Dialect] | None:
@@ -137,24 +141,6 @@ def _infer_text_encoder(infos: Mapping[str, TensorInfo], dialect: Dialect) -> Te
     )
 
 
-def _transformer_module() -> type[nnx.Module]:
-    from rehyat_jax.models.dit import WanTransformer
-
-    return WanTransformer
-
-
-def _vae_module() -> type[nnx.Module]:
-    from rehyat_jax.models.vae import WanVAE
-
-    return WanVAE
-
-
-def _text_encoder_module() -> type[nnx.Module]:
-    from rehyat_jax.models.umt5 import UMT5Encoder
-
-    return UMT5Encoder
-
-
 BY_NAME: dict[ComponentName, Component] = {
     "transformer": Component(
         name="transformer",
@@ -169,7 +155,7 @@ BY_NAME: dict[ComponentName, Component] = {
         rows=lambda config: TRANSFORMER,
         infer=_infer_transformer,
         least_tensors=lambda config: config.num_layers,
-        module=_transformer_module,
+        module=WanTransformer,
     ),
     "vae": Component(
         name="vae",
@@ -184,7 +170,7 @@ BY_NAME: dict[ComponentName, Component] = {
         rows=_rows_of_vae,
         infer=_infer_vae,
         least_tensors=lambda config: config.num_res_blocks,
-        module=_vae_module,
+        module=WanVAE,
     ),
     "text_encoder": Component(
         name="text_encoder",
@@ -199,7 +185,7 @@ BY_NAME: dict[ComponentName, Component] = {
         rows=lambda config: UMT5,
         infer=_infer_text_encoder,
         least_tensors=lambda config: config.num_layers,
-        module=_text_encoder_module,
+        module=UMT5Encoder,
     ),
 }
 

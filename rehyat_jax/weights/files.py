@@ -6,6 +6,7 @@ a `CheckpointError`, and nothing is allocated on its word.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import json
@@ -14,7 +15,7 @@ import mmap
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -46,14 +47,14 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
-class TensorSource(Protocol):
+class TensorSource(abc.ABC):
     """Named tensors on disk."""
 
     infos: Mapping[str, TensorInfo]
 
+    @abc.abstractmethod
     def borrow(self, name: str) -> contextlib.AbstractContextManager[np.ndarray]:
         """The tensor, read-only, for the length of a ``with``; its memory is given back at the end."""
-        ...
 
 
 def open_tensors(path: Path) -> TensorSource:
@@ -106,10 +107,8 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-class SafetensorsFile:
+class SafetensorsFile(TensorSource):
     """One safetensors file, mapped into memory (https://huggingface.co/docs/safetensors: layout and its rules)."""
-
-    infos: Mapping[str, TensorInfo]
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -177,10 +176,8 @@ class SafetensorsFile:
                 self._map.madvise(mmap.MADV_DONTNEED, page, begin + info.nbytes - page)
 
 
-class ShardedFile:
+class ShardedFile(TensorSource):
     """Several safetensors files under one ``*.safetensors.index.json``."""
-
-    infos: Mapping[str, TensorInfo]
 
     def __init__(self, index: Path) -> None:
         where = read_json(index).get("weight_map")
@@ -221,10 +218,8 @@ def _beside(index: Path, file: str) -> Path:
     return path
 
 
-class TorchFile:
+class TorchFile(TensorSource):
     """A ``.pth``/``.pt`` file of tensors, maybe nested in dictionaries; torch maps it, and unpickles nothing else."""
-
-    infos: Mapping[str, TensorInfo]
 
     def __init__(self, path: Path) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,13 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.umt5 import UMT5Encoder
+from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.weights.component import ComponentName, narrow
 from rehyat_jax.weights.copying import fill
 from rehyat_jax.weights.names import torch_view
 from rehyat_jax.weights.plan import Slot, make_plan, parameters
-
-if TYPE_CHECKING:
-    from rehyat_jax.models.dit import WanTransformer
-    from rehyat_jax.models.umt5 import UMT5Encoder
-    from rehyat_jax.models.vae import WanVAE
 
 #: XLA takes over a host buffer without copying it when it begins on such a boundary.
 _ALIGNMENT = 64
@@ -39,17 +37,17 @@ def load_transformer(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) 
         CheckpointError: missing, truncated, foreign, incomplete, misshapen or not finite.
         ConfigError: its configuration is impossible or another architecture's.
     """
-    return cast("WanTransformer", _load(Path(path), "transformer", dtype))
+    return cast(WanTransformer, _load(Path(path), "transformer", dtype))
 
 
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
     """A Wan2.1 VAE. Arguments and errors as `load_transformer`; the original file has Wan2.1's latent statistics."""
-    return cast("WanVAE", _load(Path(path), "vae", dtype))
+    return cast(WanVAE, _load(Path(path), "vae", dtype))
 
 
 def load_text_encoder(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> UMT5Encoder:
     """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
-    return cast("UMT5Encoder", _load(Path(path), "text_encoder", dtype))
+    return cast(UMT5Encoder, _load(Path(path), "text_encoder", dtype))
 
 
 def _load(path: Path, name: ComponentName, dtype: Any) -> nnx.Module:

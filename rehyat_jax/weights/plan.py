@@ -148,8 +148,8 @@ def make_plan(path: Path, name: ComponentName, *, dtype: Any = np.float32) -> Pl
     )  # fmt: skip
 
 
-def parameters(state: nnx.State) -> dict[str, nnx.Variable]:
-    """A module's parameters by dotted path; numbers are indices of lists."""
+def parameters(state: Any) -> dict[str, nnx.Variable]:
+    """A module's ``nnx.State`` by dotted path; numbers are indices of lists."""
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.umt5 import UMT5Encoder
+from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.weights.component import BY_NAME, ComponentName, narrow
 from rehyat_jax.weights.copying import blocks
 from rehyat_jax.weights.names import Row, torch_view
 from rehyat_jax.weights.plan import pair, parameters
 from rehyat_jax.weights.writing import MAX_SHARD_BYTES, Outgoing, whole_folder, write_json, write_tensors
-
-if TYPE_CHECKING:
-    from rehyat_jax.models.dit import WanTransformer
-    from rehyat_jax.models.umt5 import UMT5Encoder
-    from rehyat_jax.models.vae import WanVAE
 
 
 def save_transformer(
