@@ -31,7 +31,7 @@ CASES = {
     "halving once": (config(14, 2, (1, 3), 1, (True,)), (9, 6, 10)),
 }
 SMALL, _ = CASES["two levels, early halvings"]
-TINY = config(4, 2, (1, 2), 1, (True,))
+TINY = config(4, 2, (1, 1), 1, (True,))
 
 
 def reference(cfg, *, seed):
