@@ -37,7 +37,7 @@ def keep_compiled(folder: Path | None) -> None:
     """
     import jax
 
-    if folder is None or jax.config.read("jax_compilation_cache_dir"):
+    if folder is None or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     # The bundled model's programs are many and small; by default JAX keeps those alone that took a second or more.

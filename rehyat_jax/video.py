@@ -19,6 +19,8 @@ from rehyat_jax.files import whole_file
 #: Frames smaller than this on their shorter side are enlarged: 4:2:0 halves the colour planes, and a video of 64 x 64
 #: pixels is a stamp in a text-book player.
 _COMFORTABLE = 256
+#: The same for a frame in a contact sheet.
+_THUMBNAIL = 128
 
 #: Encoder, pixel format and options. "h264" plays everywhere; "rgb" is lossless: x264 in RGB at quantiser 0.
 _CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -68,8 +70,8 @@ def write_video(
             if block.shape[1:3] != (height, width):
                 raise RehyatError(f"frames of {block.shape[1:3]} follow frames of {(height, width)} in {path}")
             for frame in block:
-                large = np.repeat(np.repeat(frame, scale, axis=0), scale, axis=1)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(large, format="rgb24")))
+                image = av.VideoFrame.from_ndarray(_enlarged(frame, scale), format="rgb24")
+                container.mux(stream.encode(image))
         container.mux(stream.encode())
 
 
@@ -95,6 +97,8 @@ def contact_sheet(
 ) -> None:
     """Write a PNG of up to ``columns * rows`` frames, evenly spaced in time, first and last among them.
 
+    Small frames are enlarged by a whole number (nearest neighbour).
+
     Raises:
         RehyatError: there are no frames, or the file cannot be written.
     """
@@ -104,13 +108,18 @@ def contact_sheet(
     chosen = np.unique(np.linspace(0, count - 1, columns * rows).round().astype(int))
     columns = min(columns, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    gap = 2
+    scale, gap = max(1, math.ceil(_THUMBNAIL / min(height, width))), 2
+    height, width = height * scale, width * scale
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for place, index in enumerate(chosen):
         top, left = place // columns * (height + gap), place % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = frames[index]
+        sheet[top : top + height, left : left + width] = _enlarged(frames[index], scale)
     with whole_file(path) as partial, open(partial, "wb") as file:
         Image.fromarray(sheet).save(file, format="png")
+
+
+def _enlarged(frame: UInt8[np.ndarray, "H W 3"], scale: int) -> UInt8[np.ndarray, "_H _W 3"]:
+    return np.repeat(np.repeat(frame, scale, axis=0), scale, axis=1)
 
 
 def _comfortable_scale(height: int, width: int) -> int:

@@ -159,7 +159,7 @@ def test_mistakes_are_sentences(tmp_path):
     assert os.listdir(tmp_path) == ["text.mp4"]
 
 
-@pytest.mark.parametrize(("count", "shape"), [(1, (8, 8)), (3, (8, 28)), (12, (28, 38)), (81, (28, 38))])
+@pytest.mark.parametrize(("count", "shape"), [(1, (128, 128)), (3, (128, 388)), (12, (388, 518)), (81, (388, 518))])
 def test_contact_sheet(tmp_path, count, shape):
     video = np.broadcast_to(np.linspace(0, 250, count).astype(np.uint8)[:, None, None, None], (count, 8, 8, 3)).copy()
     contact_sheet(tmp_path / "a.png", video)

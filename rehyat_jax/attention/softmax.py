@@ -34,7 +34,7 @@ def softmax_attention(
 def _attend(
     query: Float[Array, "B N H D"], key: Float[Array, "B M H D"], value: Float[Array, "B M H D"]
 ) -> Float[Array, "B N H D"]:
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, value, preferred_element_type=wide).astype(query.dtype)

@@ -1,0 +1,48 @@
+"""Write a checkpoint of any dialect anew in the diffusers layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from rehyat_jax.cli.progress import ProgressDisplay
+from rehyat_jax.files import check_writable
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write a checkpoint of any dialect anew in the diffusers layout; a record of the run stands beside it (.json)."""
+
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SRC")]]
+    """A checkpoint's folder, a component's folder, or a file."""
+
+    destination: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DST")]]
+    """The folder to make; it must be new or empty."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, tyro.conf.arg(metavar="float32|bfloat16|float16")
+    ] = None
+    """Number format of the weights; each tensor's own when not given."""
+
+
+def main(argv: list[str]) -> None:
+    options = tyro.cli(Convert, args=argv, prog="rehyat convert")
+    record = options.destination.parent / f"{options.destination.name}.json"
+    check_writable(record)
+    from rehyat_jax.record import Phases, write_record
+    from rehyat_jax.weights.convert import convert
+
+    phases = Phases()
+    with ProgressDisplay() as display, phases.measure("convert"):
+        convert(
+            options.source,
+            options.destination,
+            dtype=options.dtype,
+            progress=lambda done, total: display("MB", math.ceil(done / 1e6), math.ceil(total / 1e6)),
+        )
+    write_record(record, command="rehyat convert", settings=dataclasses.asdict(options), phases=phases)
+    print(options.destination)

@@ -1,0 +1,24 @@
+"""Tell what a checkpoint holds: dialect, sizes, tensors, bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Tell what a checkpoint holds: dialect, sizes, tensors, bytes. No tensor is read."""
+
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="PATH")]]
+    """A checkpoint's folder, a component's folder, or a file."""
+
+
+def main(argv: list[str]) -> None:
+    options = tyro.cli(Info, args=argv, prog="rehyat info")
+    from rehyat_jax.weights.inspect import describe
+
+    print(describe(options.path))

@@ -1,0 +1,83 @@
+"""Progress of a long command: bars with rate and time left on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+#: Seconds between two lines where there is no terminal.
+_PAUSE = 5.0
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step when that is the larger number."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.finished_time or task.elapsed
+        return Text(_rate(task.completed / elapsed if elapsed else None))
+
+
+class ProgressDisplay:
+    """Shows the parts of a run in turn: ``with ProgressDisplay() as display: display("denoise", 3, 20)``.
+
+    Writes to the standard error, so that a command's result can be piped.
+    """
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bars = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), _Rate(),
+                       TimeRemainingColumn(elapsed_when_finished=True))  # fmt: skip
+            self._bars = Progress(*columns, console=console)
+        self._tasks: dict[str, TaskID] = {}
+        self._part, self._start, self._said, self._ended = "", 0.0, 0.0, False
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, part: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of ``part`` are done; 0 announces the part."""
+        if self._bars:
+            if part not in self._tasks:
+                self._tasks[part] = self._bars.add_task(part, total=total)
+            self._bars.update(self._tasks[part], completed=done, total=total)
+            return
+        now = time.monotonic()
+        if part != self._part:
+            self._part, self._start, self._said, self._ended = part, now, now, False
+        if (done == total and not self._ended) or now - self._said >= _PAUSE:
+            self._said, self._ended, passed = now, done == total, now - self._start
+            line = f"{part}: {done}/{total}"
+            if done > 0 and passed > 0:
+                left = f"{passed / done * (total - done):.0f} s left" if done < total else f"{passed:.1f} s in all"
+                line += f", {_rate(done / passed)}, {left}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _rate(per_second: float | None) -> str:
+    if not per_second:
+        return "-"
+    return f"{per_second:.1f}/s" if per_second >= 1 else f"{1 / per_second:.1f} s each"

@@ -1,0 +1,371 @@
+"""From a sentence to a video, number for number as diffusers' ``WanPipeline`` makes it.
+
+huggingface/diffusers ``src/diffusers/pipelines/wan/pipeline_wan.py`` is what it is measured against.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from rehyat_jax.compilation import cache_folder, keep_compiled
+from rehyat_jax.errors import CheckpointError, RehyatError
+from rehyat_jax.model_folder import Defaults, find_model, read_defaults, read_scheduler
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.prompt_encoder import PromptEncoder
+from rehyat_jax.record import Phases
+from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, Steps, guided_velocity, plan_steps, sampling_step
+from rehyat_jax.weights import load_transformer, load_vae
+
+#: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
+OnStep = Callable[[str, int, int], None]
+
+#: Beyond this, attention over all tokens is out of reach of any machine: 720p at 81 frames has 75,600 tokens.
+_MOST_TOKENS = 1 << 20
+_LARGEST_SIDE = 1 << 14
+_LARGEST_SEED = (1 << 32) - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a video is made, every value resolved: see :meth:`TextToVideo.settings`."""
+
+    num_frames: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    schedule: FlowSchedule
+    solver: Solver
+
+
+class TextToVideo:
+    """Text to video: a prompt encoder, a diffusion transformer, a video autoencoder, and how to run them.
+
+    Args:
+        transformer, vae, text: the three networks; the text part turns prompts into [B, 512, text_dim].
+        schedule, solver: the noise levels and the solver, unless a call names others.
+        defaults: sizes, steps and guidance, unless a call names others.
+
+    Raises:
+        CheckpointError: the parts do not fit each other.
+    """
+
+    #: Frames a second that Wan is trained at.
+    fps = 16
+
+    def __init__(
+        self, *, transformer: WanTransformer, vae: WanVAE, text: PromptEncoder, schedule: FlowSchedule, solver: Solver,
+        defaults: Defaults,
+    ) -> None:  # fmt: skip
+        channels = (transformer.config.in_channels, transformer.config.out_channels)
+        if channels != (vae.config.z_dim, vae.config.z_dim):
+            raise CheckpointError(
+                f"the transformer takes and gives {channels} channels and the VAE's latents have {vae.config.z_dim}"
+            )
+        if text.text_dim != transformer.config.text_dim:
+            raise CheckpointError(
+                f"the transformer takes text of {transformer.config.text_dim} features, the encoder has {text.text_dim}"
+            )
+        self.transformer, self.vae, self.text = transformer, vae, text
+        self.schedule, self.solver, self.defaults = schedule, solver, defaults
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> TextToVideo:
+        """A bundled model by name, or a folder in the diffusers or the original layout.
+
+        The text encoder (the largest part of Wan) is read when a prompt is first met that the cache does not hold.
+
+        Args:
+            name_or_path: "mini-sprites", a folder, or "hf:OWNER/NAME" to fetch one (needs huggingface_hub).
+            dtype: float32 or bfloat16, of the transformer and the text encoder. The autoencoder runs in float32, as
+                diffusers advises for Wan.
+            cache_dir: folder of compiled programs and prompt embeddings; ``None``: $REHYAT_CACHE_DIR, else the user's
+                cache folder. One that cannot be written is done without.
+
+        Raises:
+            CheckpointError, ConfigError: no such model, or one that cannot be used.
+        """
+        folder = find_model(name_or_path)
+        cache = cache_folder(cache_dir)
+        keep_compiled(cache)
+        schedule, solver = read_scheduler(folder)
+        return cls(
+            transformer=load_transformer(folder, dtype=dtype),
+            vae=load_vae(folder),
+            text=PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts"),
+            schedule=schedule,
+            solver=solver,
+            defaults=read_defaults(folder),
+        )
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | int | None = None,
+        negative_prompt: str = "",
+        seed: int = 0,
+        noise: Float[Array | np.ndarray, "B T h w z"] | None = None,
+        schedule: FlowSchedule | None = None,
+        solver: Solver | None = None,
+        output: Literal["uint8", "float"] = "uint8",
+        on_step: OnStep | None = None,
+    ) -> UInt8[np.ndarray, "*B F H W 3"] | Float[np.ndarray, "*B F H W 3"]:
+        """Make a video from a prompt, or one from each of a list.
+
+        Args:
+            prompt: what to show. Beyond 512 tokens it is cut.
+            num_frames: cut to 4k + 1, with a warning.
+            height, width: in pixels; cut to multiples of what a token covers (16 in Wan), with a warning.
+            num_inference_steps: evaluations of the transformer (twice that with guidance).
+            guidance_scale: of classifier-free guidance; 1 or less: none.
+            negative_prompt: what guidance leads away from.
+            seed: of the initial noise, 0 to 2³² − 1; the i-th prompt of a list gets the noise of ``seed + i``.
+            noise: the initial noise itself, standard normal, channels last.
+            schedule, solver: others than the model's own.
+            output: "uint8", or "float" for 0..1 in float32 (diffusers' ``output_type="np"``).
+            on_step: called as (phase, done, total) with the phases "text", "denoise", "decode".
+
+        Returns:
+            The video [F, H, W, 3]; for a list of prompts [B, F, H, W, 3].
+
+        Raises:
+            RehyatError: an impossible size, number, seed or noise.
+        """
+        settings = self.settings(
+            num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, schedule=schedule, solver=solver,
+        )  # fmt: skip
+        return self.run(
+            prompt, settings, negative_prompt=negative_prompt, seed=seed, noise=noise, output=output, on_step=on_step
+        )
+
+    def settings(
+        self,
+        *,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | int | None = None,
+        schedule: FlowSchedule | None = None,
+        solver: Solver | None = None,
+    ) -> Settings:
+        """What a call with these arguments is made with: the model's defaults filled in, sizes cut, all checked.
+
+        Raises:
+            RehyatError: an impossible value.
+        """
+        frames, height, width = self._size(
+            num_frames=_or(num_frames, self.defaults.num_frames),
+            height=_or(height, self.defaults.height),
+            width=_or(width, self.defaults.width),
+        )
+        settings = Settings(
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=_or(num_inference_steps, self.defaults.num_inference_steps),
+            guidance_scale=float(_or(guidance_scale, self.defaults.guidance_scale)),
+            schedule=_or(schedule, self.schedule),
+            solver=_or(solver, self.solver),
+        )
+        # Each says what is wrong, before the text encoder is read.
+        Guidance(scale=settings.guidance_scale)
+        plan_steps(settings.schedule, settings.solver, num_steps=settings.num_inference_steps)
+        return settings
+
+    def run(
+        self,
+        prompt: str | list[str],
+        settings: Settings,
+        *,
+        negative_prompt: str = "",
+        seed: int = 0,
+        noise: Float[Array | np.ndarray, "B T h w z"] | None = None,
+        output: Literal["uint8", "float"] = "uint8",
+        on_step: OnStep | None = None,
+        phases: Phases | None = None,
+    ) -> UInt8[np.ndarray, "*B F H W 3"] | Float[np.ndarray, "*B F H W 3"]:
+        """As a call, with settings resolved beforehand; ``phases`` takes times and memory."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(p, str) for p in [*prompts, negative_prompt]):
+            raise RehyatError("a prompt must be a text or a list of texts that is not empty")
+        noise = self._noise(settings, count=len(prompts), seed=seed, noise=noise)
+        guidance = Guidance(scale=settings.guidance_scale, forward="two")
+        measure: Callable[[str], AbstractContextManager[None]] = phases.measure if phases else lambda _: nullcontext()
+        on_step = on_step or (lambda phase, done, total: None)
+
+        with measure("text"):
+            wanted = [*prompts, negative_prompt] if guidance.needs_negative else prompts
+            text = self._embed(wanted, on_step)
+            negative = jnp.repeat(text[len(prompts) :], len(prompts), axis=0) if guidance.needs_negative else None
+            text = text[: len(prompts)]
+        with measure("denoise"):
+            latents = self._denoise(noise, text, negative, settings=settings, guidance=guidance, on_step=on_step)
+        with measure("decode"):
+            blocks = self._decode(latents, pixels=_PIXELS[output])
+            total = latents.shape[1]
+            on_step("decode", 0, total)
+            video = []
+            for done, block in enumerate(blocks, start=1):
+                video.append(block)
+                on_step("decode", done, total)
+        whole = np.concatenate(video, axis=1)
+        return whole[0] if isinstance(prompt, str) else whole
+
+    def _size(self, *, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Frames, height and width as they can be made; diffusers' rounding and warnings."""
+        for name, value, most in (("num_frames", num_frames, _MOST_TOKENS * 4), ("height", height, _LARGEST_SIDE),
+                                  ("width", width, _LARGEST_SIDE)):  # fmt: skip
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise RehyatError(f"{name} must be a whole number from 1 to {most}, not {value}")
+        time, space = self.vae.config.temporal_factor, self.vae.config.spatial_factor
+        patch = self.transformer.config.patch_size
+        frames = (num_frames // time * time + 1) if num_frames % time != 1 % time else num_frames
+        rows, columns = (height // (space * patch[1]), width // (space * patch[2]))
+        if not rows or not columns:
+            raise RehyatError(
+                f"a video of {width}x{height} is too small: the smallest is {space * patch[2]}x{space * patch[1]}"
+            )
+        size = (rows * space * patch[1], columns * space * patch[2])
+        if frames != num_frames:
+            _warn(f"this model makes {time}k + 1 frames: {frames} instead of {num_frames}")
+        if size != (height, width):
+            _warn(f"this model makes sides that are multiples of {space * patch[2]} and {space * patch[1]}: "
+                  f"{size[1]}x{size[0]} instead of {width}x{height}")  # fmt: skip
+        tokens = ((frames - 1) // time + 1) // patch[0] * rows * columns
+        if tokens > _MOST_TOKENS:
+            raise RehyatError(
+                f"{frames} frames of {size[1]}x{size[0]} are {tokens} tokens; more than {_MOST_TOKENS} cannot be made"
+            )
+        return frames, *size
+
+    def _noise(
+        self, settings: Settings, *, count: int, seed: int, noise: Float[Array | np.ndarray, "..."] | None
+    ) -> Float[Array, "B T h w z"]:
+        time, space = self.vae.config.temporal_factor, self.vae.config.spatial_factor
+        shape = ((settings.num_frames - 1) // time + 1, settings.height // space, settings.width // space,
+                 self.vae.config.z_dim)  # fmt: skip
+        if noise is not None:
+            if noise.shape != (count, *shape):
+                raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
+            return jnp.asarray(noise, jnp.float32)
+        if not 0 <= seed <= _LARGEST_SEED + 1 - count:
+            raise RehyatError(f"the seed must be a whole number from 0 to {_LARGEST_SEED}, not {seed}")
+        keys = [jax.random.key(seed + i) for i in range(count)]
+        return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
+
+    def _embed(self, prompts: list[str], on_step: OnStep) -> Float[Array, "B L D"]:
+        on_step("text", 0, len(prompts))
+        rows = []
+        for done, prompt in enumerate(prompts, start=1):
+            rows.append(self.text(prompt))
+            on_step("text", done, len(prompts))
+        return jnp.concatenate(rows)
+
+    def _denoise(
+        self,
+        noise: Float[Array, "B T h w z"],
+        text: Float[Array, "B L D"],
+        negative: Float[Array, "B L D"] | None,
+        *,
+        settings: Settings,
+        guidance: Guidance,
+        on_step: OnStep,
+    ) -> Float[Array, "B T h w z"]:
+        count = settings.num_inference_steps
+        plan = plan_steps(settings.schedule, settings.solver, num_steps=count)
+        graph, weights = nnx.split(self.transformer)
+        # Copies: the step gives its state's buffers away, and a solver may begin with one buffer twice.
+        state = jax.tree.map(jnp.copy, settings.solver.init(noise))
+        on_step("denoise", 0, count)
+        for i in range(count):
+            state = _denoise_step(
+                weights, state, jax.tree.map(lambda table, i=i: table[i], plan), text, negative,
+                graph=graph, solver=settings.solver, guidance=guidance,
+            )  # fmt: skip
+            jax.block_until_ready(state)
+            on_step("denoise", i + 1, count)
+        return state.latents
+
+    def _decode(
+        self, latents: Float[Array, "B T h w z"], *, pixels: Callable[[Array], Array]
+    ) -> Iterator[np.ndarray]:
+        """Blocks of frames, one for each latent frame, so that memory does not grow with the video."""
+        graph, weights = nnx.split(self.vae)
+        frames, state = _decode_first(weights, latents[:, :1], graph=graph, pixels=pixels)
+        yield np.asarray(frames)
+        for i in range(1, latents.shape[1]):
+            frames, state = _decode_next(weights, latents[:, i : i + 1], state, graph=graph, pixels=pixels)
+            yield np.asarray(frames)
+
+
+@partial(jax.jit, static_argnames=("graph", "solver", "guidance"), donate_argnames="state")
+def _denoise_step(
+    weights: Any, state: Any, step: Steps, text: Array, negative: Array | None, *, graph: Any, solver: Solver,
+    guidance: Guidance,
+) -> Any:  # fmt: skip
+    model = nnx.merge(graph, weights)
+    velocity = guided_velocity(model, text, negative=negative, guidance=guidance, dtype=model.dtype)
+    return sampling_step(velocity, state, step=step, solver=solver)
+
+
+@partial(jax.jit, static_argnames=("graph", "pixels"))
+def _decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Callable[[Array], Array]) -> tuple[Array, Any]:
+    vae = nnx.merge(graph, weights)
+    video, state = vae.decode_first(vae.denormalize(latents))
+    return pixels(video), state
+
+
+@partial(jax.jit, static_argnames=("graph", "pixels"), donate_argnames="state")
+def _decode_next(
+    weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Callable[[Array], Array]
+) -> tuple[Array, Any]:
+    vae = nnx.merge(graph, weights)
+    video, state = vae.decode_next(vae.denormalize(latents), state)
+    return pixels(video), state
+
+
+def _to_float(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
+    """From -1..1 to 0..1, as diffusers' ``VideoProcessor``."""
+    return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+
+
+def _to_uint8(video: Float[Array, "B F H W 3"]) -> UInt8[Array, "B F H W 3"]:
+    return jnp.round(_to_float(video) * 255.0).astype(jnp.uint8)
+
+
+_PIXELS: dict[str, Callable[[Array], Array]] = {"uint8": _to_uint8, "float": _to_float}
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)  # at the call of the pipeline
