@@ -206,7 +206,8 @@ class VAEConfig:
             if name in values:
                 values[name] = _tuple(name, values[name])
         if "attn_scales" in values:
-            values["attn_scales"] = tuple(values["attn_scales"] or ())
+            scales = values["attn_scales"]
+            values["attn_scales"] = () if scales is None or scales == [] else _tuple("attn_scales", scales)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

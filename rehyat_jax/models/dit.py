@@ -6,6 +6,8 @@ dtype, the time embedder and modulation tables stored in float32 always.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -225,7 +227,7 @@ class WanTransformer(nnx.Module):
 
         graph, layers = nnx.split(self.blocks)
 
-        def step(x: Array, layer: nnx.State) -> tuple[Array, None]:
+        def step(x: Array, layer: Any) -> tuple[Array, None]:
             return nnx.merge(graph, layer)(x, context, modulation, rotary), None
 
         x, _ = jax.lax.scan(step, x, layers)

@@ -120,6 +120,8 @@ def _copy_the_rest(src: Path, dst: Path) -> None:
     else:
         schedule = FlowSchedule(grid="diffusers", shift=3.0)
         write_json(dst / "scheduler" / scheduler.name, scheduler_to_config(schedule, UniPC()))
+    if (src / "rehyat_defaults.json").is_file():
+        shutil.copyfile(src / "rehyat_defaults.json", dst / "rehyat_defaults.json")
     if (src / "model_index.json").is_file():
         shutil.copyfile(src / "model_index.json", dst / "model_index.json")
     else:

@@ -21,8 +21,7 @@ def blocks(source: np.ndarray, dtype: np.dtype, what: str) -> Iterator[np.ndarra
     Raises:
         CheckpointError: a value is not finite in ``dtype``; ``what`` names the tensor.
     """
-    if not source.shape:
-        source = source.reshape(1)
+    source = source if source.shape else source.reshape(1)
     row = source[:1].nbytes or 1
     rows = max(_BLOCK_BYTES // row, 1)
     for start in range(0, source.shape[0], rows):

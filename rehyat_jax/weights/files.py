@@ -7,7 +7,6 @@ a `CheckpointError`, and nothing is allocated on its word.
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +27,9 @@ _READABLE = f"only {', '.join(DTYPES)} are read"
 
 #: The safetensors format's own limit; Wan's largest header is a fifth of a megabyte.
 _LARGEST_HEADER = 100_000_000
+#: What is mapped at a time.
+_PIECE_BYTES = 1 << 21
+_NEIGHBOURHOOD = 1 << 25
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
 
@@ -53,8 +55,20 @@ class TensorSource(abc.ABC):
     infos: Mapping[str, TensorInfo]
 
     @abc.abstractmethod
-    def borrow(self, name: str) -> contextlib.AbstractContextManager[np.ndarray]:
-        """The tensor, read-only, for the length of a ``with``; its memory is given back at the end."""
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """A tensor in order, some rows at a time, read-only; a piece is given back when the next is asked for.
+
+        A tensor without dimensions comes as one row.
+        """
+
+
+def _cut(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Pieces of a few megabytes, each after the number of bytes before it."""
+    array = array if array.shape else array.reshape(1)
+    row = array[:1].nbytes
+    rows = max(_PIECE_BYTES // max(row, 1), 1)
+    for start in range(0, array.shape[0], rows):
+        yield start * row, array[start : start + rows]
 
 
 def open_tensors(path: Path) -> TensorSource:
@@ -163,17 +177,22 @@ class SafetensorsFile(TensorSource):
             raise CheckpointError(f"{self._path} has {size - position} bytes after its last tensor")
         return infos, {name: begin for begin, _, name in spans}
 
-    @contextlib.contextmanager
-    def borrow(self, name: str) -> Iterator[np.ndarray]:
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
         info, begin = self.infos[name], self._start + self._offsets[name]
-        array = np.frombuffer(self._map, info.dtype, info.size, begin).reshape(info.shape)
-        try:
-            yield array
-        finally:
-            # The pages are clean: give them back now, so that a whole read holds one tensor of the file at a time.
-            if hasattr(mmap, "MADV_DONTNEED") and info.nbytes:
-                page = begin - begin % mmap.PAGESIZE
-                self._map.madvise(mmap.MADV_DONTNEED, page, begin + info.nbytes - page)
+        whole = np.frombuffer(self._map, info.dtype, info.size, begin).reshape(info.shape)
+        for offset, piece in _cut(whole):
+            yield piece
+            self._give_back(begin + offset, begin + offset + piece.nbytes)
+
+    def _give_back(self, start: int, end: int) -> None:
+        """Unmap what was read (the pages are clean), so that a whole file is read in the memory of a piece.
+
+        And what lies around it: a kernel with large pages maps some of the neighbourhood with every page asked for.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = max(start - _NEIGHBOURHOOD, 0)
+            start -= start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, min(end + _NEIGHBOURHOOD, len(self._map)) - start)
 
 
 class ShardedFile(TensorSource):
@@ -196,8 +215,8 @@ class ShardedFile(TensorSource):
         self._shards = {name: shards[file] for name, file in where.items()}
         self.infos = {name: shard.infos[name] for name, shard in self._shards.items()}
 
-    def borrow(self, name: str) -> contextlib.AbstractContextManager[np.ndarray]:
-        return self._shards[name].borrow(name)
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        return self._shards[name].pieces(name)
 
 
 def _beside(index: Path, file: str) -> Path:
@@ -239,12 +258,12 @@ class TorchFile(TensorSource):
             self.infos[name] = TensorInfo(DTYPES[names[tensor.dtype]], tuple(tensor.shape))
         self._integer = torch.int16
 
-    @contextlib.contextmanager
-    def borrow(self, name: str) -> Iterator[np.ndarray]:
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
         tensor, dtype = self._tensors[name].detach(), self.infos[name].dtype
         if dtype.itemsize == 2:
             tensor = tensor.view(self._integer)
-        yield tensor.numpy().view(dtype)
+        for _, piece in _cut(tensor.numpy().view(dtype)):
+            yield piece
 
 
 def _flatten(content: Any, leaf: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -58,8 +58,8 @@ class Plan:
                 prompt would make noise without a word.
         """
         found = not slot.row.alias
-        with self.tensors.borrow(slot.source) as tensor:
-            for block in blocks(tensor, dtype, f"{self.weights}: tensor {slot.source!r}"):
+        for piece in self.tensors.pieces(slot.source):
+            for block in blocks(piece, dtype, f"{self.weights}: tensor {slot.source!r}"):
                 found = found or largest(block) > 0
                 yield block
         if not found:
@@ -184,9 +184,13 @@ def _tied(slots: Iterable[Slot], opened: Opened) -> dict[str, Slot]:
 
 def _check_tied(tied: Mapping[str, Slot], opened: Opened) -> None:
     for alias, slot in tied.items():
-        with opened.tensors.borrow(slot.source) as one, opened.tensors.borrow(alias) as other:
-            if one.dtype != other.dtype or any(a.tobytes() != b.tobytes() for a, b in zip(one, other, strict=True)):
-                raise CheckpointError(f"{opened.weights}: {slot.source!r} and {alias!r} should be the same and differ")
+        tensors = opened.tensors
+        same = tensors.infos[slot.source].dtype == tensors.infos[alias].dtype and all(
+            one.tobytes() == other.tobytes()
+            for one, other in zip(tensors.pieces(slot.source), tensors.pieces(alias), strict=True)
+        )
+        if not same:
+            raise CheckpointError(f"{opened.weights}: {slot.source!r} and {alias!r} should be the same and differ")
 
 
 def _listed(names: Iterable[str]) -> str:
