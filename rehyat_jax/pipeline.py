@@ -220,14 +220,14 @@ class TextToVideo:
         measure: Callable[[str], AbstractContextManager[None]] = phases.measure if phases else lambda _: nullcontext()
         on_step = on_step or (lambda phase, done, total: None)
 
-        with measure("text"):
+        with self._precision(), measure("text"):
             wanted = [*prompts, negative_prompt] if guidance.needs_negative else prompts
             text = self._embed(wanted, on_step)
             negative = jnp.repeat(text[len(prompts) :], len(prompts), axis=0) if guidance.needs_negative else None
             text = text[: len(prompts)]
-        with measure("denoise"):
+        with self._precision(), measure("denoise"):
             latents = self._denoise(noise, text, negative, settings=settings, guidance=guidance, on_step=on_step)
-        with measure("decode"):
+        with self._precision(), measure("decode"):
             blocks = self._decode(latents, pixels=_PIXELS[output])
             total = latents.shape[1]
             on_step("decode", 0, total)
@@ -237,6 +237,12 @@ class TextToVideo:
                 on_step("decode", done, total)
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """Float32 means float32: accelerators would otherwise multiply it in TF32 or bfloat16."""
+        if self.transformer.dtype == jnp.float32:
+            return jax.default_matmul_precision("highest")
+        return nullcontext()
 
     def _size(self, *, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Frames, height and width as they can be made; diffusers' rounding and warnings."""
