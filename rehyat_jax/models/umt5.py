@@ -80,7 +80,7 @@ class SelfAttention(nnx.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         bias = jnp.moveaxis(self.relative_attention_bias(buckets), -1, 0)[None] + mask[:, None, None, :]
         weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
-        return self.o(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], -1))
+        return self.o(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], self.num_heads * self.d_kv))
 
 
 class GatedFeedForward(nnx.Module):
