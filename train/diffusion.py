@@ -7,6 +7,8 @@ call: each clip serves ``reuse`` times with other noise, which pays for its enco
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,25 +16,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from rehyat_jax.config import TextEncoderConfig, WanConfig
-from rehyat_jax.errors import ConfigError
+from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.umt5 import UMT5Encoder
-from rehyat_jax.sampling.schedule import FlowSchedule
-from rehyat_jax.sampling.scheduler_config import SchedulerConfig
+from rehyat_jax.sampling import FlowSchedule, UniPC, scheduler_to_config
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_vae, save_text_encoder, save_transformer
+from rehyat_jax.weights.writing import write_json
 from train.clips import Bucket, choose, round_key
-from train.loop import run
-from train.optimizer import OptimizerConfig, TrainState, apply_gradients, init_state
+from train.loop import compile_all, run
+from train.optimizer import OptimizerConfig, TrainState
 from train.tokenizer import build_sprite_tokenizer
 
 #: Wan pads its text to this many tokens.
 _TEXT_TOKENS = 512
+#: Clips, and latent frames of each, that the VAE encodes at a time: one shape for all lengths.
+_ENCODE_CLIPS, _ENCODE_FRAMES = 32, 8
 
 
 class Pool(NamedTuple):
@@ -40,7 +44,7 @@ class Pool(NamedTuple):
 
     latents: Float[Array, "M T h w z"]
     ids: Int[Array, "M L"]
-    mask: Bool[Array, "M L"]
+    mask: Int[Array, "M L"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +55,10 @@ class DiffusionTraining:
     model: WanConfig = WanConfig.mini_sprites()
     text_encoder: TextEncoderConfig = TextEncoderConfig.mini_sprites()
     buckets: tuple[Bucket, ...] = (
-        Bucket(kind="plain", frames=65, batch=64, share=0.45),
+        Bucket(kind="plain", frames=65, batch=64, share=0.5),
         Bucket(kind="plain", frames=33, batch=128, share=0.1),
         Bucket(kind="plain", frames=129, batch=32, share=0.15),
-        Bucket(kind="occlusion", frames=81, batch=32, share=0.1, longest_wait=0),
-        Bucket(kind="occlusion", frames=129, batch=20, share=0.2, longest_wait=48),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.25, longest_wait=48),
     )
     steps: int = 10_000
     #: Optimiser steps a round, and how often each clip of its pool serves.
@@ -70,13 +73,39 @@ class DiffusionTraining:
     caption_tokens: int = 48
     dtype: str = "bfloat16"
     seed: int = 0
+    #: What the finished model is sampled with unless a user says otherwise.
+    defaults: Mapping[str, int | float] = dataclasses.field(
+        default_factory=lambda: {
+            "height": 64,
+            "width": 64,
+            "num_frames": 81,
+            "num_inference_steps": 20,
+            "guidance_scale": 4.0,
+        }
+    )
 
     def __post_init__(self) -> None:
         for bucket in self.buckets:
-            if bucket.batch * self.steps_per_round % self.reuse:
-                raise ConfigError(f"batch {bucket.batch} × steps_per_round is not a multiple of reuse {self.reuse}")
+            clips = self._pool(bucket)
+            if clips * self.reuse != bucket.batch * self.steps_per_round or clips % min(_ENCODE_CLIPS, clips or 1):
+                raise ConfigError(
+                    f"batch {bucket.batch} x {self.steps_per_round} steps a round / reuse {self.reuse} must be a multiple "
+                    f"of {_ENCODE_CLIPS} clips"
+                )
+
+    def _pool(self, bucket: Bucket) -> int:
+        """Fresh clips a round."""
+        return bucket.batch * self.steps_per_round // self.reuse
 
     def run(self) -> None:
+        """Train, or continue a run that was stopped.
+
+        Raises:
+            RehyatError: ``out`` holds a finished transformer, or training diverged.
+            CheckpointError: ``out`` has no VAE, or checkpoints of a run with other settings.
+        """
+        if (self.out / "transformer").exists():
+            raise RehyatError(f"{self.out} holds a trained transformer already; choose another --out")
         build_sprite_tokenizer(self.out / "tokenizer", list(NAMES))
         tokenizer = Tokenizer.from_folder(self.out / "tokenizer")
         vae_graph, vae_params = nnx.split(load_vae(self.out / "vae", dtype=jnp.dtype(self.dtype)))
@@ -86,20 +115,18 @@ class DiffusionTraining:
             UMT5Encoder(text_config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed + 1)),
         )
         graph, params = nnx.split(models, nnx.Param)
-        transform = self.optimizer.build(self.steps)
-        empty = jnp.asarray(tokenizer.encode([""], max_length=self.caption_tokens).ids)
+        empty = _padded(tokenizer.encode([""], max_length=self.caption_tokens).ids, self.caption_tokens)
 
         def encode(bucket: Bucket, vae_params: PyTree, scenes: Any) -> Array:
             vae = nnx.merge(vae_graph, vae_params)
-            return vae.normalize(vae.encode(bucket.render(scenes)).astype(jnp.float32))
+            return vae.normalize(vae.encode(bucket.render(scenes), frames_per_step=_ENCODE_FRAMES).astype(jnp.float32))
 
-        def train_step(state: TrainState, batch: tuple[Pool, Key[Array, ""]]) -> tuple[TrainState, Array]:
-            pool, key = batch
+        def train_step(state: TrainState, pool: Pool, key: Key[Array, ""], rate: Array) -> tuple[TrainState, Array]:
             drop_key, time_key, noise_key = jax.random.split(key, 3)
             size = pool.latents.shape[0]
             dropped = jax.random.bernoulli(drop_key, self.caption_dropout, (size, 1))
             ids = jnp.where(dropped, empty, pool.ids)
-            mask = jnp.where(dropped, jnp.arange(ids.shape[1])[None] == 0, pool.mask)
+            mask = jnp.where(dropped, (jnp.arange(ids.shape[1])[None] == 0).astype(jnp.int32), pool.mask)
             # Stratified over the batch: every level of noise in every step.
             even = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size
             sigma = self.shift * even / (1 + (self.shift - 1) * even)
@@ -111,45 +138,82 @@ class DiffusionTraining:
                 return jnp.mean(jnp.square(velocity.astype(jnp.float32) - (noise - pool.latents)))
 
             value, gradients = jax.value_and_grad(loss)(state.params)
-            return apply_gradients(state, gradients, transform, ema_decay=self.optimizer.ema_decay), value
+            return self.optimizer.apply(state, gradients, rate), value
 
-        def rounds(bucket: Bucket):
-            count = bucket.batch * self.steps_per_round // self.reuse
-            pieces = max(count // 32, 1)
+        def program(bucket: Bucket) -> jax.stages.Lowered:
+            count = self._pool(bucket)
 
-            @jax.jit(donate_argnums=0)
             def advance(
-                state: TrainState, vae_params: PyTree, scenes: Any, ids: Array, mask: Array, key: Key[Array, ""]
+                state: TrainState, vae_params: PyTree, scenes: Any, ids: Array, mask: Array, key: Array, rate: Array
             ) -> tuple[TrainState, dict[str, Array]]:
-                split = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), scenes)
-                latents = jax.lax.map(lambda part: encode(bucket, vae_params, part), split)
+                parts = jax.tree.map(lambda x: x.reshape(-1, min(_ENCODE_CLIPS, count), *x.shape[1:]), scenes)
+                latents = jax.lax.map(lambda part: encode(bucket, vae_params, part), parts)
                 pool = Pool(latents.reshape(count, *latents.shape[2:]), ids, mask)
                 order_key, key = jax.random.split(key)
                 order = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, self.reuse))
+
+                def step(state: TrainState, x: tuple[Array, Array]) -> tuple[TrainState, Array]:
+                    return train_step(state, jax.tree.map(lambda a: a[x[0]], pool), x[1], rate)
+
                 order = order.reshape(self.steps_per_round, bucket.batch)
-                state, losses = jax.lax.scan(
-                    lambda state, x: train_step(state, (jax.tree.map(lambda a: a[x[0]], pool), x[1])),
-                    state,
-                    (order, jax.random.split(key, self.steps_per_round)),
-                )
+                state, losses = jax.lax.scan(step, state, (order, jax.random.split(key, self.steps_per_round)))
                 return state, {"loss": losses}
 
-            return jax.jit(lambda key: bucket.sample(key, count)), advance
+            scenes = jax.eval_shape(functools.partial(bucket.sample, count=count), round_key(0, 0))
+            tokens = jax.ShapeDtypeStruct((count, self.caption_tokens), jnp.int32)
+            return jax.jit(advance, donate_argnums=0).lower(
+                state, vae_params, scenes, tokens, tokens, round_key(0, 0), jnp.float32(0)
+            )
 
-        programs = [rounds(bucket) for bucket in self.buckets]
+        state = self.optimizer.init(params)
+        samplers = [jax.jit(functools.partial(bucket.sample, count=self._pool(bucket))) for bucket in self.buckets]
+        programs = compile_all([functools.partial(program, bucket) for bucket in self.buckets])
 
-        def advance(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-            index = int(state.step) // self.steps_per_round
-            sample, step = programs[choose(self.buckets, self.seed, index)]
+        def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
+            index = step // self.steps_per_round
+            bucket = choose(self.buckets, self.seed, index)
             scene_key, key = jax.random.split(round_key(self.seed, index))
-            scenes = sample(scene_key)
+            scenes = samplers[bucket](scene_key)
             tokens = tokenizer.encode(captions(scenes), max_length=self.caption_tokens)
-            return step(state, vae_params, scenes, jnp.asarray(tokens.ids), jnp.asarray(tokens.mask, bool), key)
+            ids, mask = (_padded(x, self.caption_tokens) for x in (tokens.ids, tokens.mask))
+            rate = jnp.float32(self.optimizer.rate(step, self.steps))
+            return programs[bucket](state, vae_params, scenes, ids, mask, key, rate)
 
-        state = run(init_state(params, transform), advance, steps=self.steps, folder=self.out / "train-dit")
+        state = run(
+            state,
+            advance,
+            steps=self.steps,
+            steps_per_advance=self.steps_per_round,
+            folder=self.out / "train-dit",
+        )
         models = nnx.merge(graph, state.ema)
         save_transformer(models.transformer, self.out / "transformer", dtype=jnp.bfloat16)
         save_text_encoder(models.text_encoder, self.out / "text_encoder", dtype=jnp.bfloat16)
+        self._complete()
+
+    def _complete(self) -> None:
+        """The small files that make ``out`` a checkpoint of diffusers' WanPipeline, and ours beside them."""
+        files = {
+            "scheduler/scheduler_config.json": scheduler_to_config(FlowSchedule(shift=self.shift), UniPC()),
+            "model_index.json": {
+                "_class_name": "WanPipeline",
+                "_diffusers_version": "0.37.0",
+                "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+                "text_encoder": ["transformers", "UMT5EncoderModel"],
+                # Not T5TokenizerFast, which transformers 5 rebuilds from the pieces, losing the lower case.
+                "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+                "transformer": ["diffusers", "WanTransformer3DModel"],
+                "vae": ["diffusers", "AutoencoderKLWan"],
+            },
+            "rehyat_defaults.json": self.defaults,
+        }
+        for name, content in files.items():
+            (self.out / name).parent.mkdir(exist_ok=True)
+            write_json(self.out / name, content)
+
+
+def _padded(x: np.ndarray, length: int) -> Int[Array, "M L"]:
+    return jnp.asarray(np.pad(x, ((0, 0), (0, length - x.shape[1]))), jnp.int32)
 
 
 class Models(nnx.Module):
@@ -164,9 +228,9 @@ class Models(nnx.Module):
         latents: Float[Array, "B T h w z"],
         timesteps: Float[Array, " B"],
         ids: Int[Array, "B L"],
-        mask: Bool[Array, "B L"],
+        mask: Int[Array, "B L"],
     ) -> Float[Array, "B T h w z"]:
         text = self.text_encoder(ids, mask)
-        text = jnp.where(mask[..., None], text, 0)
+        text = jnp.where(mask[..., None] > 0, text, 0)
         text = jnp.pad(text, ((0, 0), (0, _TEXT_TOKENS - text.shape[1]), (0, 0)))
         return self.transformer(latents, timesteps, text)

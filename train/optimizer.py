@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step; random keys are derived from the step."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    ema: PyTree
+    optimizer: PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The settings of one run's optimiser."""
+    """The settings of one run's optimiser. The length of the run is no part of the compiled step."""
 
     learning_rate: float = 1e-3
     warmup_steps: int = 200
@@ -25,14 +35,37 @@ class OptimizerConfig:
     #: Decay a step of the moving average of the weights, which is what is kept in the end.
     ema_decay: float = 0.999
 
-    def build(self, steps: int) -> optax.GradientTransformation:
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, min(self.warmup_steps, steps // 2), max(steps, 2), self.learning_rate * self.final_share
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate at ``step`` of ``steps``: linear warm-up, then half a cosine down to ``final_share``."""
+        warmup = min(self.warmup_steps, steps // 2)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        return self.learning_rate * (
+            self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
         )
+
+    def _transform(self) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(schedule, b2=self.beta2, weight_decay=self.weight_decay, mask=_is_matrix),
+            optax.scale_by_adam(b2=self.beta2),
+            optax.add_decayed_weights(self.weight_decay, mask=_is_matrix),
         )
+
+    def init(self, params: PyTree) -> TrainState:
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), self._transform().init(params)
+        )
+
+    def apply(self, state: TrainState, gradients: PyTree, rate: Float[Array, ""]) -> TrainState:
+        """One step with the learning rate ``rate``."""
+        updates, optimizer = self._transform().update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        # Early on the average follows closely, so that the initial weights do not linger in it.
+        step = state.step.astype(jnp.float32)
+        decay = jnp.minimum(self.ema_decay, (1 + step) / (10 + step))
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+        return TrainState(state.step + 1, params, ema, optimizer)
 
 
 def _is_matrix(params: PyTree) -> PyTree:
@@ -40,27 +73,3 @@ def _is_matrix(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(getattr(k, "key", None) in ("kernel", "embedding") for k in path), params
     )
-
-
-class TrainState(NamedTuple):
-    """All that a run carries from step to step; random keys are derived from ``step``."""
-
-    step: Int[Array, ""]
-    params: PyTree
-    ema: PyTree
-    optimizer: PyTree
-
-
-def init_state(params: PyTree, transform: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), transform.init(params))
-
-
-def apply_gradients(
-    state: TrainState, gradients: PyTree, transform: optax.GradientTransformation, *, ema_decay: float
-) -> TrainState:
-    updates, optimizer = transform.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # Early on the average follows closely, so that the initial weights do not linger in it.
-    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-    return TrainState(state.step + 1, params, ema, optimizer)

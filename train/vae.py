@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -11,11 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.config import VAEConfig
+from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.weights import save_vae
 from train.clips import Bucket, choose, round_key
-from train.loop import run
-from train.optimizer import OptimizerConfig, TrainState, apply_gradients, init_state
+from train.loop import compile_all, run
+from train.optimizer import OptimizerConfig, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class VAETraining:
     )
     #: Clips begin at a frame drawn from 0 to this.
     latest_start: int = 96
-    steps: int = 4000
+    steps: int = 3000
     #: Optimiser steps in one jitted call.
     steps_per_round: int = 8
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, weight_decay=0.0)
@@ -44,9 +46,16 @@ class VAETraining:
     seed: int = 0
 
     def run(self) -> None:
+        """Train, or continue a run that was stopped.
+
+        Raises:
+            RehyatError: ``out`` holds a finished VAE, or training diverged.
+            CheckpointError: ``out`` has checkpoints of a run with other settings.
+        """
+        if (self.out / "vae").exists():
+            raise RehyatError(f"{self.out} holds a trained VAE already; choose another --out")
         model = WanVAE(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed))
         graph, params = nnx.split(model, nnx.Param)
-        transform = self.optimizer.build(self.steps)
 
         def loss(params: PyTree, video: Float[Array, "B F H W 3"], key: Array) -> tuple[Array, dict[str, Array]]:
             vae = nnx.merge(graph, params)
@@ -59,27 +68,34 @@ class VAETraining:
             total = jnp.mean(jnp.abs(error)) + self.square_weight * square + self.kl_weight * kl
             return total, {"loss": total, "psnr": 10 * jnp.log10(4 / square), "kl": kl}
 
-        def rounds(bucket: Bucket):
-            @jax.jit(donate_argnums=0)
-            def advance(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        def program(bucket: Bucket) -> jax.stages.Lowered:
+            def advance(state: TrainState, key: Array, rate: Array) -> tuple[TrainState, dict[str, Array]]:
                 def step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
                     scene_key, start_key, noise_key = jax.random.split(key, 3)
                     start = jax.random.randint(start_key, (bucket.batch,), 0, self.latest_start + 1)
                     video = bucket.render(bucket.sample(scene_key, bucket.batch), first_frame=start)
                     gradients, metrics = jax.grad(loss, has_aux=True)(state.params, video, noise_key)
-                    return apply_gradients(state, gradients, transform, ema_decay=self.optimizer.ema_decay), metrics
+                    return self.optimizer.apply(state, gradients, rate), metrics
 
                 return jax.lax.scan(step, state, jax.random.split(key, self.steps_per_round))
 
-            return advance
+            return jax.jit(advance, donate_argnums=0).lower(state, round_key(0, 0), jnp.float32(0))
 
-        advances = [rounds(bucket) for bucket in self.buckets]
+        state = self.optimizer.init(params)
+        programs = compile_all([functools.partial(program, bucket) for bucket in self.buckets])
 
-        def advance(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-            index = int(state.step) // self.steps_per_round
-            return advances[choose(self.buckets, self.seed, index)](state, round_key(self.seed, index))
+        def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
+            index = step // self.steps_per_round
+            rate = jnp.float32(self.optimizer.rate(step, self.steps))
+            return programs[choose(self.buckets, self.seed, index)](state, round_key(self.seed, index), rate)
 
-        state = run(init_state(params, transform), advance, steps=self.steps, folder=self.out / "train-vae")
+        state = run(
+            state,
+            advance,
+            steps=self.steps,
+            steps_per_advance=self.steps_per_round,
+            folder=self.out / "train-vae",
+        )
         vae = nnx.merge(graph, state.ema)
         mean, std = self._statistics(vae)
         vae.config = dataclasses.replace(self.model, latents_mean=mean, latents_std=std)
