@@ -127,12 +127,14 @@ def _gains(
     mask = free.astype(jnp.float32)
     signals = jnp.concatenate([difference * mask[..., None], mask[..., None]], axis=-1)
     spectra = jnp.fft.rfft2(signals, axes=(1, 2))
+    spectra = jnp.stack([spectra.real, spectra.imag])
     j, m = spectra[..., :3], spectra[..., 3:]
-    g = ground[:, None, None, :]
+    g = ground[None, :, None, None, :]
     squared = jnp.sum(g**2, axis=-1, keepdims=True)
     # In the order of the kernels: 2 J·S - 2 (J·g) α - |S|² + 2 g·(α S) - |g|² α².
     parts = [2 * j, -2 * jnp.sum(g * j, axis=-1, keepdims=True), -m, 2 * g * m, -squared * m]
-    inputs = jnp.concatenate([part.real for part in parts] + [part.imag for part in parts], axis=-1)
+    inputs = jnp.concatenate(parts, axis=-1)
+    inputs = jnp.concatenate([inputs[0], inputs[1]], axis=-1)
     product = dot("nhvk,hvkz->hvnz", inputs, jnp.asarray(kernels))
 
     rows = dot("yh,hvnz->yvnz", jnp.asarray(inverse_y), product).reshape(2, -1, *product.shape[1:3], 2, len(ATLAS))
