@@ -248,6 +248,7 @@ def test_controls_fail_where_they_should(true_report, clips, scenes):
     exchanged = report(swapped(scenes, num_frames=FRAMES), scenes)
     assert exchanged.recall_by_chunk[0] >= 0.99
     assert exchanged.recall_by_chunk[-1] <= 0.05
+    assert exchanged.captions == 0
     assert exchanged.half_life == 24
     assert abs(exchanged.speed - 1) < 0.02
     printed = table({"true": true_report, "frozen": still, "swapped": exchanged})
