@@ -1,4 +1,4 @@
-"""Sizes of the three networks: frozen dataclasses, read from and written to diffusers' and transformers' ``config.json``.
+"""Sizes of the three networks: frozen dataclasses, to and from diffusers' and transformers' ``config.json``.
 
 Each configuration checks itself when made, so that an absurd or hostile file fails before anything is allocated.
 """
@@ -16,11 +16,17 @@ from rehyat_jax.errors import ConfigError
 _LARGEST = 1 << 24
 
 
+def _is_whole(value: Any, largest: int) -> bool:
+    """A number from 1 to ``largest``; True is not one."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+
+
 def _check_integers(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-            raise ConfigError(f"{type(config).__name__}.{name} must be a whole number from 1 to {_LARGEST}, not {value!r}")
+        if not _is_whole(value, _LARGEST):
+            field = f"{type(config).__name__}.{name}"
+            raise ConfigError(f"{field} must be a whole number from 1 to {_LARGEST}, not {value!r}")
 
 
 def _check_positive(config: Any, *names: str) -> None:
@@ -57,7 +63,7 @@ class WanConfig:
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
-    #: Positions are taken from a table of this many entries per axis in diffusers; see ``models/dit.py`` for what lies beyond.
+    #: Entries of diffusers' table of positions, an axis. Kept for it alone: `rotary_embedding` goes on beyond.
     rope_max_seq_len: int = 1024
 
     def __post_init__(self) -> None:
@@ -66,10 +72,11 @@ class WanConfig:
             "text_dim", "freq_dim", "rope_max_seq_len",
         )  # fmt: skip
         _check_positive(self, "eps")
-        if len(self.patch_size) != 3 or any(not isinstance(p, int) or not 1 <= p <= 16 for p in self.patch_size):
+        if len(self.patch_size) != 3 or not all(_is_whole(p, 16) for p in self.patch_size):
             raise ConfigError(f"WanConfig.patch_size must be three whole numbers from 1 to 16, not {self.patch_size!r}")
-        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
-            raise ConfigError(f"WanConfig.attention_head_dim must be even and at least 6, not {self.attention_head_dim}")
+        head_dim = self.attention_head_dim
+        if head_dim % 2 or head_dim < 6:
+            raise ConfigError(f"WanConfig.attention_head_dim must be even and at least 6, not {head_dim}")
         if self.freq_dim % 2:
             raise ConfigError(f"WanConfig.freq_dim must be even, not {self.freq_dim}")
 
@@ -158,10 +165,11 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         _check_integers(self, "base_dim", "z_dim", "num_res_blocks")
-        if any(not isinstance(m, int) or not 1 <= m <= 64 for m in self.dim_mult) or not self.dim_mult:
+        if not self.dim_mult or not all(_is_whole(m, 64) for m in self.dim_mult):
             raise ConfigError(f"VAEConfig.dim_mult must be whole numbers from 1 to 64, not {self.dim_mult!r}")
-        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
-            raise ConfigError("VAEConfig.temperal_downsample must have one entry fewer than dim_mult")
+        halves = self.temperal_downsample
+        if len(halves) != len(self.dim_mult) - 1 or not all(isinstance(half, bool) for half in halves):
+            raise ConfigError("VAEConfig.temperal_downsample must be true or false, one entry fewer than dim_mult")
         if self.attn_scales:
             raise ConfigError("VAEConfig.attn_scales is not supported (Wan2.1 has none)")
         if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
@@ -262,6 +270,6 @@ class TextEncoderConfig:
             "architectures": ["UMT5EncoderModel"], "model_type": "umt5", **dataclasses.asdict(self),
             "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True, "dropout_rate": 0.0,
             "initializer_factor": 1.0, "is_encoder_decoder": True, "num_decoder_layers": self.num_layers,
-            "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": False,
+            "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": True,
             "use_cache": True, "classifier_dropout": 0.0,
         }  # fmt: skip

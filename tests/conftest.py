@@ -1,4 +1,4 @@
-"""Every test runs with array types checked (jaxtyping + beartype), strict dtype and rank promotion, warnings as errors."""
+"""Every test runs with array types checked (jaxtyping + beartype), promotion strict, and warnings as errors."""
 
 from jaxtyping import install_import_hook
 

@@ -1,4 +1,6 @@
-"""The Wan2.1 text-to-video diffusion transformer (Wan-Video/Wan2.1 ``wan/modules/model.py``; diffusers' ``transformer_wan.py``).
+"""The Wan2.1 text-to-video diffusion transformer.
+
+Sources: Wan-Video/Wan2.1 ``wan/modules/model.py``; diffusers ``models/transformers/transformer_wan.py``.
 
 Dtypes follow diffusers: layer norms, modulation and gated residuals in float32, the stream between them in the compute
 dtype, the time embedder and modulation tables stored in float32 always.
@@ -6,11 +8,13 @@ dtype, the time embedder and modulation tables stored in float32 always.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from rehyat_jax.attention.softmax import softmax_attention
@@ -31,7 +35,7 @@ def layer_norm(x: Float[Array, "*B C"], eps: float) -> Float[Array, "*B C"]:
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, computed in float32."""
 
-    def __init__(self, dim: int, eps: float, *, param_dtype: jnp.dtype) -> None:
+    def __init__(self, dim: int, eps: float, *, param_dtype: DTypeLike) -> None:
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(dim, param_dtype))
 
@@ -57,7 +61,7 @@ class LayerNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections, q/k norm over the full width, rotary positions when given, softmax attention, output projection."""
 
-    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = config.num_attention_heads
 
         def linear() -> nnx.Linear:
@@ -86,7 +90,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Two linear layers with tanh-approximated GELU between."""
 
-    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         kinds = {"kernel_init": _xavier, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.up = nnx.Linear(config.dim, config.ffn_dim, **kinds)
         self.down = nnx.Linear(config.ffn_dim, config.dim, **kinds)
@@ -98,7 +102,7 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; the first and last modulated and gated by time."""
 
-    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.eps = config.eps
         self.attn1 = Attention(config, **kinds)
@@ -142,7 +146,16 @@ def _gated(
 class TextEmbedder(nnx.Module):
     """Text features to the transformer's width; also the shape of the time embedder, with another activation."""
 
-    def __init__(self, in_dim: int, dim: int, activation, *, dtype, param_dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        activation: Callable[[Array], Array],
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
         kinds = {"kernel_init": _normal, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.linear_1 = nnx.Linear(in_dim, dim, **kinds)
         self.linear_2 = nnx.Linear(dim, dim, **kinds)
@@ -155,7 +168,7 @@ class TextEmbedder(nnx.Module):
 class ConditionEmbedder(nnx.Module):
     """Diffusion time and text, as the blocks take them."""
 
-    def __init__(self, config: WanConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.freq_dim = config.freq_dim
         self.time_embedder = TextEmbedder(
             config.freq_dim, config.dim, jax.nn.silu, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs
@@ -179,11 +192,11 @@ class WanTransformer(nnx.Module):
     """
 
     def __init__(
-        self, config: WanConfig, *, dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self, config: WanConfig, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ) -> None:
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
-        self.dtype = dtype
+        self.dtype = jnp.dtype(dtype)
         self.patch_embedding = nnx.Conv(
             config.in_channels, config.dim, config.patch_size, strides=config.patch_size, padding="VALID",
             kernel_init=_xavier, rngs=rngs, **kinds,

@@ -30,29 +30,32 @@ def cos_sin(positions: Num[Array, "*P"], frequencies: Float[np.ndarray, " F"]) -
         frequencies: radians a position, float64 on the host, at most 1.
     """
     position = positions.astype(jnp.float32)[..., None]
-    rate = np.expand_dims(frequencies.astype(np.float64) / (2 * np.pi), tuple(range(positions.ndim)))  # turns a position
+    turns_each = frequencies.astype(np.float64) / (2 * np.pi)
+    rate = np.expand_dims(turns_each, tuple(range(positions.ndim)))
     whole = jnp.round(position)
     high = jnp.floor(whole / 4096)
-    turns = (
-        _turns(whole - high * 4096, rate)
-        + _turns(high, rate * 4096)
-        + (position - whole) * jnp.asarray(rate, jnp.float32)
-    )
-    angle = 2 * np.pi * (turns - jnp.round(turns))
+    low_turns, low_rest = _turns(whole - high * 4096, rate)
+    high_turns, high_rest = _turns(high, rate * 4096)
+    rest = low_rest + high_rest + (position - whole) * jnp.asarray(rate, jnp.float32)
+    angle = 2 * np.pi * _wrap(_wrap(low_turns + high_turns) + rest)
     return CosSin(jnp.cos(angle), jnp.sin(angle))
 
 
-def _turns(count: Float[Array, "..."], rate: Float[np.ndarray, "..."]) -> Float[Array, "..."]:
-    """``count * rate`` less whole turns, for whole counts up to 2¹²: every product below but the last is exact."""
+def _turns(
+    count: Float[Array, "..."], rate: Float[np.ndarray, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """``count * rate`` for whole counts up to 2¹²: its multiple of 2⁻²⁴ less whole turns, exact, and the small rest."""
     rate = rate - np.round(rate)
     first = np.round(rate * 2**12) / 2**12
     second = np.round((rate - first) * 2**24) / 2**24
-    exact = count * jnp.asarray(first, jnp.float32)
-    return (
-        (exact - jnp.round(exact))
-        + count * jnp.asarray(second, jnp.float32)
-        + count * jnp.asarray(rate - first - second, jnp.float32)
-    )
+    # At most 24 bits in every product and sum.
+    exact = _wrap(_wrap(count * jnp.asarray(first, jnp.float32)) + count * jnp.asarray(second, jnp.float32))
+    return exact, count * jnp.asarray(rate - first - second, jnp.float32)
+
+
+def _wrap(turns: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Less whole turns, exactly: -½ to ½."""
+    return turns - jnp.round(turns)
 
 
 def timestep_embedding(timesteps: Num[Array, " B"], dim: int) -> Float[Array, "B {dim}"]:
@@ -62,9 +65,7 @@ def timestep_embedding(timesteps: Num[Array, " B"], dim: int) -> Float[Array, "B
     return jnp.concatenate([both.cos, both.sin], axis=-1)
 
 
-def rotary_embedding(
-    head_dim: int, frames: Num[Array, " T"], height: int, width: int
-) -> CosSin:
+def rotary_embedding(head_dim: int, frames: Num[Array, " T"], height: int, width: int) -> CosSin:
     """Rotary factors of the interleaved pairs of one head, time-major: cos and sin ``[T·height·width, head_dim/2]``.
 
     The pairs are split over time, height and width as in Wan: of 128 channels 44, 42 and 42.
