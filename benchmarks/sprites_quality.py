@@ -42,10 +42,10 @@ def _folder(model: str) -> Path:
 def plain_scenes(prompts: int, seed: int) -> world.Scenes:
     """Half with a held-out pair, half with a reserved caption."""
     keys = jax.random.split(jax.random.key(seed), 2)
-    halves = [
-        world.sample_scenes(key, prompts // 2, split=split)
-        for key, split in zip(keys, ("heldout", "unseen"), strict=True)
-    ]
+    halves = (
+        world.sample_scenes(keys[0], prompts // 2, split="heldout"),
+        world.sample_scenes(keys[1], prompts // 2, split="unseen"),
+    )
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves)
 
 
@@ -176,9 +176,8 @@ class Measure:
             file = self.latents / f"occlusion-{wait}.npz"
             if file.is_file():
                 latents = np.load(file)["latents"][: self.limit or None]
-                hidden = jax.tree.map(
-                    lambda x, n=len(latents): x[:n], occlusion_scenes(settings["occlusions"], wait, settings["seed"])
-                )
+                hidden = occlusion_scenes(settings["occlusions"], wait, settings["seed"])
+                hidden = jax.tree.map(lambda x: x[: self.limit or None], hidden)
                 found = report_occlusions(decoded(latents), hidden)
                 result[f"occlusion {wait}"] = dataclasses.asdict(found)
                 console.print(f"wait {wait}: {found}")
