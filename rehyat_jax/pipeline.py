@@ -319,9 +319,7 @@ class TextToVideo:
             on_step("denoise", i + 1, count)
         return state.latents
 
-    def _decode(
-        self, latents: Float[Array, "B T h w z"], *, pixels: Callable[[Array], Array]
-    ) -> Iterator[np.ndarray]:
+    def _decode(self, latents: Float[Array, "B T h w z"], *, pixels: Callable[[Array], Array]) -> Iterator[np.ndarray]:
         """Blocks of frames, one for each latent frame, so that memory does not grow with the video."""
         graph, weights = nnx.split(self.vae)
         frames, state = _decode_first(weights, latents[:, :1], graph=graph, pixels=pixels)

@@ -137,9 +137,7 @@ def _modulate(
     return (layer_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
 
 
-def _gated(
-    x: Float[Array, "B N C"], y: Float[Array, "B N C"], gate: Float[Array, "B 1 C"]
-) -> Float[Array, "B N C"]:
+def _gated(x: Float[Array, "B N C"], y: Float[Array, "B N C"], gate: Float[Array, "B 1 C"]) -> Float[Array, "B N C"]:
     return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
 
 

@@ -56,9 +56,7 @@ class T5LayerNorm(nnx.Module):
 class SelfAttention(nnx.Module):
     """Multi-head attention with a learned bias by relative position, and without the usual 1/sqrt(d)."""
 
-    def __init__(
-        self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.d_model, config.num_heads * config.d_kv
         # T5 folds 1/sqrt(d_kv) into q's initialisation.
         self.q = _linear(width, inner, (width * config.d_kv) ** -0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -86,9 +84,7 @@ class SelfAttention(nnx.Module):
 class GatedFeedForward(nnx.Module):
     """wo(gelu(wi_0 x) · wi_1 x), with the tanh form of GELU."""
 
-    def __init__(
-        self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.d_model, config.d_ff
         self.wi_0 = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.wi_1 = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -101,9 +97,7 @@ class GatedFeedForward(nnx.Module):
 class UMT5Block(nnx.Module):
     """Self-attention, then the feed-forward; each normed before and added after."""
 
-    def __init__(
-        self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         epsilon = config.layer_norm_epsilon
         self.self_attention_norm = T5LayerNorm(config.d_model, epsilon=epsilon, param_dtype=param_dtype)
         self.self_attention = SelfAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
