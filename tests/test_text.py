@@ -223,9 +223,7 @@ def test_embeddings_are_those_of_wan_pipeline(models, folder, tokenizer):
     """1e-4 on order-one hidden states; zeros exactly where they have zeros."""
     reference, encoder = models
     prompts = [*CAPTIONS, "", "zebra " * 40, "y" * 100_000]
-    wan = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(folder), text_encoder=reference, vae=None, scheduler=None
-    )
+    wan = WanPipeline(tokenizer=AutoTokenizer.from_pretrained(folder), text_encoder=reference, vae=None, scheduler=None)
     with torch.no_grad():
         expected = wan._get_t5_prompt_embeds(prompts, max_sequence_length=512).numpy()
     ours = np.asarray(embed_prompts(encoder, tokenizer, prompts))

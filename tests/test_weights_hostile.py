@@ -436,8 +436,18 @@ def test_a_truncated_shard(sharded):
 
 
 @quick
-@given(index=st.fixed_dictionaries({}, optional={"weight_map": json_values | st.dictionaries(
-    st.sampled_from(["proj_out.bias", "a"]), st.sampled_from(["a.safetensors", "../a.safetensors"]) | json_values)}))
+@given(
+    index=st.fixed_dictionaries(
+        {},
+        optional={
+            "weight_map": json_values
+            | st.dictionaries(
+                st.sampled_from(["proj_out.bias", "a"]),
+                st.sampled_from(["a.safetensors", "../a.safetensors"]) | json_values,
+            )
+        },
+    )
+)
 def test_any_index_ends_in_a_sentence(tmp_path, index):
     path = tmp_path / "x.safetensors.index.json"
     path.write_text(json.dumps(index))
