@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from rehyat_jax.config import TextEncoderConfig, WanConfig
-from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
+from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.umt5 import UMT5Encoder
+from rehyat_jax.record import Phases
 from rehyat_jax.sampling import FlowSchedule, UniPC, scheduler_to_config
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_vae, save_text_encoder, save_transformer
 from rehyat_jax.weights.writing import write_json
-from train.clips import Bucket, choose, round_key
+from train.clips import Bucket, check_rounds, choose, round_key
 from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, TrainState
 from train.tokenizer import build_sprite_tokenizer
@@ -71,8 +73,11 @@ class DiffusionTraining:
     caption_dropout: float = 0.1
     #: Tokens a caption may have; longer ones would be cut.
     caption_tokens: int = 48
-    dtype: str = "bfloat16"
+    #: Of the computation; weights and optimiser are in float32.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
+    #: Between two checkpoints; 0 saves after every round.
+    checkpoint_seconds: float = 60.0
     #: What the finished model is sampled with unless a user says otherwise.
     defaults: Mapping[str, int | float] = dataclasses.field(
         default_factory=lambda: {
@@ -85,30 +90,56 @@ class DiffusionTraining:
     )
 
     def __post_init__(self) -> None:
+        check_rounds(self.buckets, steps=self.steps, steps_per_round=self.steps_per_round)
+        if self.model.text_dim != self.text_encoder.d_model:
+            raise ConfigError(
+                f"the transformer reads text of width {self.model.text_dim}, and the text encoder's is "
+                f"{self.text_encoder.d_model}"
+            )
+        if self.reuse < 1 or not 1 <= self.caption_tokens <= _TEXT_TOKENS:
+            raise ConfigError(f"reuse must be at least 1, and caption_tokens 1 to {_TEXT_TOKENS}")
+        if not (0 <= self.caption_dropout <= 1 and 0 < self.shift < float("inf")):
+            raise ConfigError("caption_dropout must be 0 to 1, and shift above 0")
         for bucket in self.buckets:
             clips = self._pool(bucket)
             if clips * self.reuse != bucket.batch * self.steps_per_round or clips % min(_ENCODE_CLIPS, clips or 1):
                 raise ConfigError(
-                    f"batch {bucket.batch} x {self.steps_per_round} steps a round / reuse {self.reuse} must be a multiple "
-                    f"of {_ENCODE_CLIPS} clips"
+                    f"batch {bucket.batch} x {self.steps_per_round} steps a round / reuse {self.reuse} must be a "
+                    f"multiple of {_ENCODE_CLIPS} clips"
                 )
 
     def _pool(self, bucket: Bucket) -> int:
         """Fresh clips a round."""
         return bucket.batch * self.steps_per_round // self.reuse
 
-    def run(self) -> None:
-        """Train, or continue a run that was stopped.
+    @property
+    def result(self) -> Path:
+        """The folder that stands when the run is done, and not before."""
+        return self.out / "transformer"
+
+    @property
+    def train_folder(self) -> Path:
+        """Checkpoints and metrics."""
+        return self.out / "train-dit"
+
+    def run(self, phases: Phases | None = None) -> None:
+        """Train, or continue a run that was stopped; ``phases`` takes times and memory.
 
         Raises:
             RehyatError: ``out`` holds a finished transformer, or training diverged.
-            CheckpointError: ``out`` has no VAE, or checkpoints of a run with other settings.
+            CheckpointError: ``out`` has no VAE that fits, or checkpoints of another model, or cannot be written.
+            Stopped: by a signal; see `train.loop.run`.
         """
-        if (self.out / "transformer").exists():
-            raise RehyatError(f"{self.out} holds a trained transformer already; choose another --out")
+        # A text encoder without a run's folder is someone else's.
+        foreign = (self.out / "text_encoder").exists() and not self.train_folder.exists()
+        if self.result.exists() or foreign:
+            raise RehyatError(f"{self.out} holds a trained model already; choose another --out")
+        phases = phases or Phases()
+        vae = load_vae(self.out / "vae", dtype=jnp.dtype(self.dtype))
+        self._check_fits(vae.config)
+        vae_graph, vae_params = nnx.split(vae)
         build_sprite_tokenizer(self.out / "tokenizer", list(NAMES))
         tokenizer = Tokenizer.from_folder(self.out / "tokenizer")
-        vae_graph, vae_params = nnx.split(load_vae(self.out / "vae", dtype=jnp.dtype(self.dtype)))
         text_config = dataclasses.replace(self.text_encoder, vocab_size=tokenizer.vocab_size)
         models = Models(
             WanTransformer(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed)),
@@ -128,7 +159,7 @@ class DiffusionTraining:
             ids = jnp.where(dropped, empty, pool.ids)
             mask = jnp.where(dropped, (jnp.arange(ids.shape[1])[None] == 0).astype(jnp.int32), pool.mask)
             # Stratified over the batch: every level of noise in every step.
-            even = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) / size
+            even = (jnp.arange(size, dtype=jnp.float32) + jax.random.uniform(time_key, (size,))) / size
             sigma = self.shift * even / (1 + (self.shift - 1) * even)
             noise = jax.random.normal(noise_key, pool.latents.shape)
             wide = sigma[:, None, None, None, None]
@@ -165,9 +196,10 @@ class DiffusionTraining:
                 state, vae_params, scenes, tokens, tokens, round_key(0, 0), jnp.float32(0)
             )
 
-        state = self.optimizer.init(params)
-        samplers = [jax.jit(functools.partial(bucket.sample, count=self._pool(bucket))) for bucket in self.buckets]
-        programs = compile_all([functools.partial(program, bucket) for bucket in self.buckets])
+        with phases.measure("compile"):
+            state = self.optimizer.init(params)
+            samplers = [jax.jit(functools.partial(bucket.sample, count=self._pool(bucket))) for bucket in self.buckets]
+            programs = compile_all([functools.partial(program, bucket) for bucket in self.buckets])
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
             index = step // self.steps_per_round
@@ -179,17 +211,32 @@ class DiffusionTraining:
             rate = jnp.float32(self.optimizer.rate(step, self.steps))
             return programs[bucket](state, vae_params, scenes, ids, mask, key, rate)
 
-        state = run(
-            state,
-            advance,
-            steps=self.steps,
-            steps_per_advance=self.steps_per_round,
-            folder=self.out / "train-dit",
-        )
-        models = nnx.merge(graph, state.ema)
-        save_transformer(models.transformer, self.out / "transformer", dtype=jnp.bfloat16)
-        save_text_encoder(models.text_encoder, self.out / "text_encoder", dtype=jnp.bfloat16)
-        self._complete()
+        with phases.measure("train"):
+            state = run(
+                state,
+                advance,
+                steps=self.steps,
+                steps_per_advance=self.steps_per_round,
+                folder=self.train_folder,
+                checkpoint_seconds=self.checkpoint_seconds,
+            )
+        with phases.measure("save"):
+            models = nnx.merge(graph, state.ema)
+            self._complete()
+            # One that is there was left by a process killed between this line and the last.
+            shutil.rmtree(self.out / "text_encoder", ignore_errors=True)
+            save_text_encoder(models.text_encoder, self.out / "text_encoder", dtype=jnp.bfloat16)
+            save_transformer(models.transformer, self.result, dtype=jnp.bfloat16)
+
+    def _check_fits(self, vae: VAEConfig) -> None:
+        if not vae.z_dim == self.model.in_channels == self.model.out_channels:
+            raise CheckpointError(
+                f"{self.out / 'vae'} makes latents of {vae.z_dim} channels, and the transformer has "
+                f"{self.model.in_channels} in and {self.model.out_channels} out"
+            )
+        for bucket in self.buckets:
+            if (bucket.frames - 1) % vae.temporal_factor:
+                raise ConfigError(f"{bucket.frames} frames are not {vae.temporal_factor}k + 1")
 
     def _complete(self) -> None:
         """The small files that make ``out`` a checkpoint of diffusers' WanPipeline, and ours beside them."""
@@ -230,7 +277,10 @@ class Models(nnx.Module):
         ids: Int[Array, "B L"],
         mask: Int[Array, "B L"],
     ) -> Float[Array, "B T h w z"]:
+        return self.transformer(latents, timesteps, self.embed(ids, mask))
+
+    def embed(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B K D"]:
+        """Prompt embeddings as `rehyat_jax.text.embed_prompts` makes them for sampling: zeros beyond the mask."""
         text = self.text_encoder(ids, mask)
-        text = jnp.where(mask[..., None] > 0, text, 0)
-        text = jnp.pad(text, ((0, 0), (0, _TEXT_TOKENS - text.shape[1]), (0, 0)))
-        return self.transformer(latents, timesteps, text)
+        text = jnp.where(mask[..., None] > 0, text, jnp.zeros((), text.dtype))
+        return jnp.pad(text, ((0, 0), (0, _TEXT_TOKENS - text.shape[1]), (0, 0)))

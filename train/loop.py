@@ -1,12 +1,15 @@
-"""The loop every stage shares: compile, advance, log, checkpoint, resume."""
+"""The loop every stage shares: compile, advance, log, checkpoint, stop when asked to, resume."""
 
 from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,18 @@ from rich.console import Console
 from rehyat_jax.errors import RehyatError
 from train.checkpoint import Checkpoints
 from train.optimizer import TrainState
+from train.progress import TrainingDisplay
 
 #: From the state and its step: the state some optimiser steps later, and device values to log.
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop. Its state is in a checkpoint, and the same call continues it."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.signal_number, self.step = signal_number, step
 
 
 def compile_all(lowerings: Sequence[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:
@@ -41,20 +53,25 @@ def run(
 ) -> TrainState:
     """Advance ``state`` to ``steps`` steps or just beyond; continue from ``folder``'s newest checkpoint if it has one.
 
-    The host prepares the next round while the device works on this one. Values to log go, with the step, the rate and
-    the seconds of this process so far, to ``metrics.jsonl`` in ``folder``, and as a line with the time left to the
-    console.
+    The host prepares the next round while the device works on this one. Values to log go, with the step, the rate, the
+    seconds of this process so far and the step it began at, to ``metrics.jsonl`` in ``folder``, and with the time left
+    to the console.
 
     Raises:
-        RehyatError: a logged value is no longer finite.
-        CheckpointError: the folder's checkpoints are of a run with other settings.
+        RehyatError: a logged value is no longer finite. No checkpoint has such a state.
+        CheckpointError: the folder's checkpoints are of another model, or one cannot be written.
+        Stopped: SIGINT (Ctrl-C) or SIGTERM came; the round under way was finished and saved. A second one interrupts.
     """
-    console = console or Console(soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(folder / "checkpoints") as checkpoints, (folder / "metrics.jsonl").open("a") as log:
-        if (restored := checkpoints.restore(state)) is not None:
+    with (
+        TrainingDisplay(steps, console=console) as display,
+        Checkpoints(folder / "checkpoints") as checkpoints,
+        (folder / "metrics.jsonl").open("a", encoding="utf-8") as log,
+        _stop_signals() as signals,
+    ):
+        if (restored := checkpoints.restore(state, report=display.note)) is not None:
             state = restored
-            console.print(f"resumed from step {int(state.step)}")
+            display.note(f"resumed from step {int(state.step)}")
         step = first = logged = int(state.step)
         begun = last_log = last_save = time.monotonic()
         previous: dict[str, Any] = {}
@@ -63,28 +80,47 @@ def run(
             step += steps_per_advance
             # At most one round waits on the device, so that the clock below is the device's.
             jax.block_until_ready(previous)
-            now = time.monotonic()
-            if now - last_log >= log_seconds or step >= steps:
+            now, stop = time.monotonic(), signals[:1]
+            saves = stop or step >= steps or now - last_save >= checkpoint_seconds
+            if saves or now - last_log >= log_seconds:
                 values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
-                now = time.monotonic()
-                rate = (step - logged) / (now - last_log)
-                log.write(json.dumps({"step": step, **values, "steps_per_s": rate, "seconds": now - begun}) + "\n")
-                log.flush()
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-                left = _clock((steps - step) * (now - begun) / (step - first))
-                console.print(f"step {step}/{steps}  {shown}  {rate:.2f} steps/s  {left} left", highlight=False)
                 if not all(math.isfinite(value) for value in values.values()):
                     raise RehyatError(
                         f"training diverged: a loss is not finite at step {step}; lower the learning rate"
                     )
+                now = time.monotonic()
+                rate = (step - logged) / (now - last_log)
+                entry = {"step": step, **values, "steps_per_s": rate, "seconds": now - begun, "from_step": first}
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                left = (steps - step) * (now - begun) / (step - first)
+                display.step(step, values, per_second=rate, seconds_left=left)
                 last_log, logged = now, step
-            if now - last_save >= checkpoint_seconds or step >= steps:
+            if saves:
                 checkpoints.save(step, state)
-                last_save = now
+                last_save = time.monotonic()
+            if stop:
+                raise Stopped(stop[0], step)
             previous = metrics
     return state
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(max(int(seconds), 0), 60)
-    return f"{minutes}:{seconds:02d}"
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The SIGINTs and SIGTERMs that came: the first waits for the loop to see it, a second interrupts at once."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+        yield came
+        return
+
+    def receive(number: int, _: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,15 +1,18 @@
-"""AdamW with warm-up, cosine decay and clipping; the moving average of the weights."""
+"""AdamW or Muon with warm-up, cosine decay and clipping; the moving average of the weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int, PyTree
+
+from rehyat_jax.errors import ConfigError
 
 
 class TrainState(NamedTuple):
@@ -25,7 +28,11 @@ class TrainState(NamedTuple):
 class OptimizerConfig:
     """The settings of one run's optimiser. The length of the run is no part of the compiled step."""
 
+    #: Muon (Jordan et al. 2024, by optax) takes kernels as matrices into their last axis; the rest goes by Adam.
+    method: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
+    #: Muon: Adam's learning rate as a share of Muon's.
+    adam_share: float = 0.1
     warmup_steps: int = 200
     #: Learning rate at the end, as a share of its peak.
     final_share: float = 0.01
@@ -34,6 +41,12 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     #: Decay a step of the moving average of the weights, which is what is kept in the end.
     ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, bound = getattr(self, field.name), 1.0 if field.name in ("beta2", "ema_decay") else math.inf
+            if field.name != "method" and not 0 <= value < bound:
+                raise ConfigError(f"{field.name} must be at least 0 and below {bound}, not {value}")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate at ``step`` of ``steps``: linear warm-up, then half a cosine down to ``final_share``."""
@@ -46,8 +59,16 @@ class OptimizerConfig:
         )
 
     def _transform(self) -> optax.GradientTransformation:
+        """Updates to subtract, at a learning rate of 1."""
+        clip = optax.clip_by_global_norm(self.clip_norm)
+        if self.method == "muon":
+            muon = optax.contrib.muon(
+                -1.0, adam_learning_rate=-self.adam_share, adam_b2=self.beta2, weight_decay=self.weight_decay,
+                muon_weight_dimension_numbers=_matrices,
+            )  # fmt: skip
+            return optax.chain(clip, muon)
         return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
+            clip,
             optax.scale_by_adam(b2=self.beta2),
             optax.add_decayed_weights(self.weight_decay, mask=_is_matrix),
         )
@@ -59,13 +80,27 @@ class OptimizerConfig:
 
     def apply(self, state: TrainState, gradients: PyTree, rate: Float[Array, ""]) -> TrainState:
         """One step with the learning rate ``rate``."""
-        updates, optimizer = self._transform().update(gradients, state.optimizer, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer array
+            updates, optimizer = self._transform().update(gradients, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         # Early on the average follows closely, so that the initial weights do not linger in it.
         step = state.step.astype(jnp.float32)
         decay = jnp.minimum(self.ema_decay, (1 + step) / (10 + step))
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
         return TrainState(state.step + 1, params, ema, optimizer)
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """How each kernel is a matrix: all axes but the last into the last; a leading axis of layers is a batch."""
+
+    def dims(path: tuple, x: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+        if "kernel" not in names:
+            return None
+        first = 1 if {"blocks", "block"} & set(names) else 0
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, x.ndim - 1)), x.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dims, params)
 
 
 def _is_matrix(params: PyTree) -> PyTree:

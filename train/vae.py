@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.config import VAEConfig
-from rehyat_jax.errors import RehyatError
+from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.record import Phases
 from rehyat_jax.weights import save_vae
-from train.clips import Bucket, choose, round_key
+from train.clips import Bucket, check_rounds, choose, round_key
 from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, TrainState
 
@@ -38,23 +40,50 @@ class VAETraining:
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, weight_decay=0.0)
     #: Weight of the mean Kullback-Leibler divergence a latent value against the mean absolute error a pixel.
     kl_weight: float = 1e-4
+    #: Log-variance that the posterior starts with. At 0 its noise drowns the means for hundreds of steps.
+    initial_logvar: float = -6.0
     #: Weight of the squared error, which the verifier's likelihood sees.
     square_weight: float = 1.0
     #: Clips whose posterior means give ``latents_mean`` and ``latents_std``.
     statistics_clips: int = 512
-    dtype: str = "bfloat16"
+    #: Of the computation; weights and optimiser are in float32.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
+    #: Between two checkpoints; 0 saves after every round.
+    checkpoint_seconds: float = 60.0
 
-    def run(self) -> None:
-        """Train, or continue a run that was stopped.
+    def __post_init__(self) -> None:
+        check_rounds(self.buckets, steps=self.steps, steps_per_round=self.steps_per_round)
+        for bucket in self.buckets:
+            if (bucket.frames - 1) % self.model.temporal_factor:
+                raise ConfigError(f"{bucket.frames} frames are not {self.model.temporal_factor}k + 1")
+        if self.latest_start < 0 or self.statistics_clips < 1:
+            raise ConfigError("latest_start must be at least 0, and statistics_clips at least 1")
+
+    @property
+    def result(self) -> Path:
+        """The folder that stands when the run is done, and not before."""
+        return self.out / "vae"
+
+    @property
+    def train_folder(self) -> Path:
+        """Checkpoints and metrics."""
+        return self.out / "train-vae"
+
+    def run(self, phases: Phases | None = None) -> None:
+        """Train, or continue a run that was stopped; ``phases`` takes times and memory.
 
         Raises:
             RehyatError: ``out`` holds a finished VAE, or training diverged.
-            CheckpointError: ``out`` has checkpoints of a run with other settings.
+            CheckpointError: ``out`` has checkpoints of another model, or cannot be written.
+            Stopped: by a signal; see `train.loop.run`.
         """
-        if (self.out / "vae").exists():
+        if self.result.exists():
             raise RehyatError(f"{self.out} holds a trained VAE already; choose another --out")
+        phases = phases or Phases()
         model = WanVAE(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed))
+        bias = model.quant_conv.bias
+        bias.set_value(bias.get_value().at[self.model.z_dim :].set(self.initial_logvar))
         graph, params = nnx.split(model, nnx.Param)
 
         def loss(params: PyTree, video: Float[Array, "B F H W 3"], key: Array) -> tuple[Array, dict[str, Array]]:
@@ -81,25 +110,29 @@ class VAETraining:
 
             return jax.jit(advance, donate_argnums=0).lower(state, round_key(0, 0), jnp.float32(0))
 
-        state = self.optimizer.init(params)
-        programs = compile_all([functools.partial(program, bucket) for bucket in self.buckets])
+        with phases.measure("compile"):
+            state = self.optimizer.init(params)
+            programs = compile_all([functools.partial(program, bucket) for bucket in self.buckets])
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
             index = step // self.steps_per_round
             rate = jnp.float32(self.optimizer.rate(step, self.steps))
             return programs[choose(self.buckets, self.seed, index)](state, round_key(self.seed, index), rate)
 
-        state = run(
-            state,
-            advance,
-            steps=self.steps,
-            steps_per_advance=self.steps_per_round,
-            folder=self.out / "train-vae",
-        )
-        vae = nnx.merge(graph, state.ema)
-        mean, std = self._statistics(vae)
-        vae.config = dataclasses.replace(self.model, latents_mean=mean, latents_std=std)
-        save_vae(vae, self.out / "vae", dtype=jnp.bfloat16)
+        with phases.measure("train"):
+            state = run(
+                state,
+                advance,
+                steps=self.steps,
+                steps_per_advance=self.steps_per_round,
+                folder=self.train_folder,
+                checkpoint_seconds=self.checkpoint_seconds,
+            )
+        with phases.measure("save"):
+            vae = nnx.merge(graph, state.ema)
+            mean, std = self._statistics(vae)
+            vae.config = dataclasses.replace(self.model, latents_mean=mean, latents_std=std)
+            save_vae(vae, self.result, dtype=jnp.bfloat16)
 
     def _statistics(self, vae: WanVAE) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation a channel of the latents of plain training clips."""
