@@ -23,8 +23,7 @@ from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.umt5 import UMT5Encoder
-from rehyat_jax.sprites.captions import captions
-from rehyat_jax.sprites.world import NAMES, sample_scenes
+from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer, embed_prompts
 from rehyat_jax.weights import load_vae
 from train.checkpoint import Checkpoints
@@ -96,7 +95,7 @@ def test_muon_makes_a_kernels_update_orthogonal():
     """Its singular values are all about 1 (Newton-Schulz ends within 0.7 to 1.2), whatever the gradient's are."""
     config = OptimizerConfig(method="muon", weight_decay=0.0, clip_norm=1e9)
     rng = np.random.default_rng(0)
-    stacked, convolution, bias = ((2, 6, 6), (3, 3, 3, 2, 8), (5,))
+    stacked, convolution, bias = ((2, 6, 6), (3, 3, 1, 2, 8), (5,))
     gradients = {
         "blocks": {"kernel": jnp.asarray(rng.normal(size=stacked) * [[[1.0]], [[100.0]]], jnp.float32)},
         "conv": {"kernel": jnp.asarray(rng.normal(size=convolution), jnp.float32)},
@@ -105,12 +104,14 @@ def test_muon_makes_a_kernels_update_orthogonal():
     params = jax.tree.map(jnp.zeros_like, gradients)
     after = config.apply(config.init(params), gradients, jnp.float32(1.0)).params
     # A layer of the stack is a matrix of its own; a convolution is one from all that it sees to its output.
-    for matrix in (*after["blocks"]["kernel"], after["conv"]["kernel"].reshape(54, 8) / np.sqrt(54 / 8)):
+    for matrix in (*after["blocks"]["kernel"], after["conv"]["kernel"].reshape(18, 8)):
         values = np.linalg.svd(matrix, compute_uv=False)
         assert values.min() > 0.6
         assert values.max() < 1.3
-    # Adam's first step is the gradient's sign, at a tenth of the rate.
-    np.testing.assert_allclose(after["other"]["bias"], -0.1 * np.sign(gradients["other"]["bias"]), atol=1e-5)
+    # Adam's first step is the gradient's sign, at a tenth of the rate. Nesterov's look ahead, which optax adds, takes
+    # 0.9 of the first moment (0.1, corrected by 1 - 0.9²) and 0.1 of the gradient (corrected by 1 - 0.9).
+    expected = -0.1 * (1 + 0.09 / 0.19) * np.sign(gradients["other"]["bias"])
+    np.testing.assert_allclose(after["other"]["bias"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("field", ["learning_rate", "ema_decay", "beta2", "clip_norm"])
@@ -334,11 +335,11 @@ def test_text_in_training_is_text_in_sampling(tmp_path):
     wan = WanConfig(num_layers=1, num_attention_heads=1, attention_head_dim=12, ffn_dim=8, text_dim=16, freq_dim=8)
     transformer = nnx.eval_shape(lambda: WanTransformer(wan, rngs=nnx.Rngs(0)))  # it is not run
     models = Models(transformer, UMT5Encoder(config, rngs=nnx.Rngs(1)))
-    prompts = [*captions(sample_scenes(jax.random.key(0), 3, split="train")), ""]
+    prompts = ["a lemon moving down slowly and a koala moving up and left quickly on a red background", "a cat", ""]
     tokens = tokenizer.encode(prompts, max_length=48)
     ours = models.embed(jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
     theirs = embed_prompts(models.text_encoder, tokenizer, prompts)
-    assert ours.shape == theirs.shape == (4, 512, 16)
+    assert ours.shape == theirs.shape == (3, 512, 16)
     assert np.abs(theirs).max() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert not np.any(np.asarray(ours)[:, 48:])
@@ -360,11 +361,10 @@ def test_the_vae_learns_and_brings_its_statistics(tmp_path):
     vae = load_vae(training.result)
     assert dataclasses.replace(vae.config, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4) == config
     assert vae.config.latents_mean != (0.0,) * 4
-    encode = jax.jit(lambda video: vae.normalize(vae.encode(video)))
     bucket = training.buckets[0]
+    encode = jax.jit(lambda key: vae.normalize(vae.encode(bucket.render(bucket.sample(key, bucket.batch)))))
     # The clips that gave the statistics; the weights were rounded to bfloat16 since.
-    clips = [bucket.render(bucket.sample(round_key(training.seed + 1, index), bucket.batch)) for index in range(2)]
-    latents = np.concatenate([encode(clip) for clip in clips])
+    latents = np.concatenate([encode(round_key(training.seed + 1, index)) for index in range(2)])
     assert np.abs(latents.mean(axis=(0, 1, 2, 3))).max() < 0.05
     assert np.abs(latents.std(axis=(0, 1, 2, 3)) - 1).max() < 0.05
     with pytest.raises(RehyatError, match="already"):
