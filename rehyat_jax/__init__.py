@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rehyat_jax.attention.api import hybrid_attention
     from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
     from rehyat_jax.pipeline import TextToVideo
     from rehyat_jax.weights import (
@@ -28,6 +29,7 @@ _HOMES = {
     "TextToVideo": "rehyat_jax.pipeline",
     "VAEConfig": "rehyat_jax.config",
     "WanConfig": "rehyat_jax.config",
+    "hybrid_attention": "rehyat_jax.attention.api",
     "load_text_encoder": "rehyat_jax.weights",
     "load_transformer": "rehyat_jax.weights",
     "load_vae": "rehyat_jax.weights",
@@ -42,6 +44,7 @@ __all__ = [
     "VAEConfig",
     "WanConfig",
     "__version__",
+    "hybrid_attention",
     "load_text_encoder",
     "load_transformer",
     "load_vae",
