@@ -24,6 +24,7 @@ import tyro
 from flax import nnx
 from rich.console import Console
 
+from rehyat_jax.config import VAEConfig
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sample
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
@@ -72,6 +73,7 @@ class Sample:
     def run(self, console: Console) -> None:
         folder, dtype = _folder(self.model), jnp.dtype(self.dtype)
         graph, params = nnx.split(load_transformer(folder, dtype=dtype))
+        vae = VAEConfig.from_dict(json.loads((folder / "vae" / "config.json").read_text()))
         encoder, tokenizer = load_text_encoder(folder, dtype=jnp.float32), Tokenizer.from_folder(folder)
         negative = embed_prompts(encoder, tokenizer, [""])
 
@@ -84,21 +86,23 @@ class Sample:
             schedule = FlowSchedule(shift=self.shift)
             return sample(velocity, noise, schedule=schedule, solver=UniPC(), num_steps=self.steps)
 
-        def clips(scenes: Any, shape: tuple[int, int, int], scale: float) -> np.ndarray:
+        def clips(scenes: Any, frames: int, width: int, scale: float) -> np.ndarray:
             texts = captions(scenes)
+            side = vae.spatial_factor
+            shape = (frames // vae.temporal_factor + 1, world.HEIGHT // side, width // side, vae.z_dim)
             batch = min(self.batch, len(texts))
             parts = []
             for begin in range(0, len(texts), batch):
                 text = embed_prompts(encoder, tokenizer, texts[begin : begin + batch])
                 key = jax.random.fold_in(jax.random.key(self.seed), begin)
-                noise = jax.random.normal(key, (len(text), *shape, 16))
+                noise = jax.random.normal(key, (len(text), *shape))
                 parts.append(np.asarray(denoise(params, noise, text, scale=scale), np.float16))
             return np.concatenate(parts)
 
         self.out.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         for scale in self.guidance:
-            latents = clips(plain_scenes(self.prompts, self.seed), (self.frames // 4 + 1, 8, 8), scale)
+            latents = clips(plain_scenes(self.prompts, self.seed), self.frames, world.WIDTH, scale)
             np.savez(self.out / f"plain-g{scale:g}.npz", latents=latents)
             console.print(f"plain, guidance {scale:g}: {len(latents)} clips at {time.monotonic() - begun:.1f} s")
         if self.occlusions:
@@ -106,7 +110,7 @@ class Sample:
                 scenes = occlusion_scenes(self.occlusions, wait, self.seed)
                 np.savez(
                     self.out / f"occlusion-{wait}.npz",
-                    latents=clips(scenes, (frames // 4 + 1, 8, 12), self.guidance[0]),
+                    latents=clips(scenes, frames, world.OCCLUSION_WIDTH, self.guidance[0]),
                 )
                 console.print(f"occlusion, wait {wait}: at {time.monotonic() - begun:.1f} s")
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}

@@ -39,8 +39,8 @@ class Study:
 
     def run(self) -> None:
         config = VAEConfig.mini_sprites()
-        if self.factor == 4:
-            config = dataclasses.replace(config, dim_mult=(1, 2, 3), temperal_downsample=(True, True))
+        if self.factor == 8:
+            config = dataclasses.replace(config, dim_mult=(1, 2, 3, 3), temperal_downsample=(False, True, True))
         graph, params = nnx.split(WanVAE(config, rngs=nnx.Rngs(0)), nnx.Param)
 
         @jax.jit

@@ -22,9 +22,9 @@ config = VAETraining(
     out=Path("out/mini-sprites"),
     model=VAEConfig.mini_sprites(),
     buckets=(
-        Bucket(kind="plain", frames=17, batch=32, share=0.7),
-        Bucket(kind="occlusion", frames=33, batch=12, share=0.3, longest_wait=8),
+        Bucket(kind="plain", frames=17, batch=24),
+        Bucket(kind="occlusion", frames=17, batch=8, longest_wait=8, columns=64),
     ),
-    steps=3200,
-    optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.0),
+    steps=1600,
+    optimizer=OptimizerConfig(method="muon", learning_rate=2e-2, weight_decay=0.0),
 )

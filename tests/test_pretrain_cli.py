@@ -166,7 +166,7 @@ def test_the_record_says_how_the_model_was_made(trained, tiny):
     assert record["settings"]["config"] == str(tiny)
     assert (record["settings"]["out"], record["settings"]["seed"]) == (str(trained), 0)
     assert record["settings"]["buckets"] == [
-        {"kind": "occlusion", "frames": 5, "batch": 4, "share": 1.0, "longest_wait": 4}
+        {"kind": "occlusion", "frames": 5, "batch": 4, "share": 1.0, "longest_wait": 4, "columns": None}
     ]
     assert {"compile", "train", "save"} == set(record["phases"])
     assert (record["last"]["step"], record["last"]["from_step"]) == (64, 0)
@@ -267,7 +267,7 @@ def test_a_file_that_is_no_configuration(rehyat, tmp_path, content, words):
         (["--buckets.9.batch", "3"], ["--buckets.9.batch"]),
         (["--steps", "0"], ["steps"]),
         (["--optimizer.learning-rate", "nan"], ["learning_rate"]),
-        (["--buckets.0.frames", "18"], ["18 frames"]),
+        (["--buckets.0.frames", "18", "--buckets.1.frames", "18"], ["18 frames"]),
         (["--model.base-dim", "0"], ["base_dim"]),
     ],
 )

@@ -135,7 +135,7 @@ def test_buckets_are_drawn_by_their_shares():
         assert abs(counts[bucket] / 4000 - share) <= 5 * math.sqrt(share * (1 - share) / 4000)
 
 
-@pytest.mark.parametrize("change", [{"frames": 0}, {"batch": 0}, {"share": -1.0}, {"share": math.nan}])
+@pytest.mark.parametrize("change", [{"frames": 0}, {"batch": 0}, {"share": -1.0}, {"share": math.nan}, {"columns": 65}])
 def test_impossible_buckets_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         Bucket(**{"kind": "plain", "frames": 5, "batch": 1} | change)
@@ -163,6 +163,27 @@ def test_impossible_runs_are_refused(change, words):
 def test_a_vae_is_trained_on_lengths_that_it_can_encode():
     with pytest.raises(ConfigError, match="18 frames are not 4k"):
         VAETraining(out=Path("unused"), buckets=(Bucket(kind="plain", frames=18, batch=1),))
+    with pytest.raises(ConfigError, match="62 columns are not a multiple of 4"):
+        VAETraining(out=Path("unused"), buckets=(Bucket(kind="occlusion", frames=17, batch=1, columns=62),))
+    with pytest.raises(ConfigError, match="of one size"):
+        VAETraining(
+            out=Path("unused"), buckets=tuple(Bucket(kind=k, frames=5, batch=1) for k in ("plain", "occlusion"))
+        )
+
+
+def test_columns_are_cut_from_the_clip_at_a_place_of_its_own():
+    whole = Bucket(kind="occlusion", frames=3, batch=8, longest_wait=4)
+    key = jax.random.key(3)
+    videos, cut = (
+        np.asarray(bucket.draw(key, latest_start=40)) for bucket in (whole, dataclasses.replace(whole, columns=64))
+    )
+    assert cut.shape == (8, 3, 64, 64, 3)
+    places = [
+        [x for x in range(33) if np.array_equal(video[:, :, x : x + 64], part)]
+        for video, part in zip(videos, cut, strict=True)
+    ]
+    assert all(places)
+    assert len({x[0] for x in places}) > 3
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
@@ -350,13 +371,13 @@ def test_the_vae_learns_and_brings_its_statistics(tmp_path):
     config = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1,
                        latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
     training = VAETraining(
-        out=tmp_path, model=config, buckets=(Bucket(kind="plain", frames=3, batch=2),), steps=48, steps_per_round=16,
-        statistics_clips=4, dtype="float32", checkpoint_seconds=0.0,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4, weight_decay=0.0),
+        out=tmp_path, model=config, buckets=(Bucket(kind="plain", frames=3, batch=2),) * 2,
+        steps=64, steps_per_round=16, statistics_clips=4, dtype="float32", checkpoint_seconds=0.0,
+        optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=4, weight_decay=0.0),
     )  # fmt: skip
     training.run()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "train-vae" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 3
+    assert len(losses) == 4
     assert losses[-1] < 0.75 * losses[0]
     vae = load_vae(training.result)
     assert dataclasses.replace(vae.config, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4) == config

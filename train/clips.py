@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int, Key
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.sprites import world
 
+_WIDTHS = {"plain": world.WIDTH, "occlusion": world.OCCLUSION_WIDTH}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bucket:
@@ -24,11 +26,20 @@ class Bucket:
     share: float = 1.0
     #: Occlusion: hidden-wait frames are drawn from 0 to this.
     longest_wait: int = 0
+    #: Of each clip only so many neighbouring columns, from a place drawn for it; none: all of them.
+    columns: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("batch", 1), ("share", 0), ("longest_wait", 0)):
             if not least <= getattr(self, name) < math.inf:
                 raise ConfigError(f"a bucket's {name} must be {least} or more, not {getattr(self, name)}")
+        if self.columns is not None and not 1 <= self.columns <= _WIDTHS[self.kind]:
+            raise ConfigError(f"a bucket's columns must be 1 to {_WIDTHS[self.kind]}, not {self.columns}")
+
+    @property
+    def width(self) -> int:
+        """Of its clips, in pixels."""
+        return self.columns or _WIDTHS[self.kind]
 
     def sample(self, key: Key[Array, ""], count: int) -> Any:
         """``count`` training scenes, inside jit; occlusions' waits are drawn evenly from 0 to ``longest_wait``."""
@@ -37,7 +48,18 @@ class Bucket:
         return world.sample_occlusions(key, count, waits=(0, self.longest_wait))
 
     def render(self, scenes: Any, *, first_frame: int | Int[Array, " B"] = 0) -> Float[Array, "B F H W 3"]:
+        """The clips in whole, ``columns`` aside."""
         return world.render(scenes, num_frames=self.frames, first_frame=first_frame)
+
+    def draw(self, key: Key[Array, ""], *, latest_start: int = 0) -> Float[Array, "B F H W 3"]:
+        """A batch of clips, each begun at a frame from 0 to ``latest_start`` and cut to ``columns``; inside jit."""
+        scene_key, start_key, column_key = jax.random.split(key, 3)
+        start = jax.random.randint(start_key, (self.batch,), 0, latest_start + 1)
+        video = self.render(self.sample(scene_key, self.batch), first_frame=start)
+        if self.width == video.shape[3]:
+            return video
+        left = jax.random.randint(column_key, (self.batch,), 0, video.shape[3] - self.width + 1)
+        return jax.vmap(lambda clip, x: jax.lax.dynamic_slice_in_dim(clip, x, self.width, axis=2))(video, left)
 
 
 def check_rounds(buckets: tuple[Bucket, ...], *, steps: int, steps_per_round: int) -> None:

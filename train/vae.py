@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +16,8 @@ from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.record import Phases
 from rehyat_jax.weights import save_vae
-from train.clips import Bucket, check_rounds, choose, round_key
-from train.loop import compile_all, run
+from train.clips import Bucket, check_rounds, round_key
+from train.loop import run
 from train.optimizer import OptimizerConfig, TrainState
 
 
@@ -28,18 +27,19 @@ class VAETraining:
 
     out: Path
     model: VAEConfig = VAEConfig.mini_sprites()
+    #: Every step takes a batch of each, so that there is one program: their clips are of one size.
     buckets: tuple[Bucket, ...] = (
-        Bucket(kind="plain", frames=17, batch=32, share=0.7),
-        Bucket(kind="occlusion", frames=33, batch=12, share=0.3, longest_wait=8),
+        Bucket(kind="plain", frames=17, batch=24),
+        Bucket(kind="occlusion", frames=17, batch=8, longest_wait=8, columns=64),
     )
     #: Clips begin at a frame drawn from 0 to this.
     latest_start: int = 96
-    steps: int = 3000
+    steps: int = 1600
     #: Optimiser steps in one jitted call.
     steps_per_round: int = 8
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(method="muon", learning_rate=2e-2, weight_decay=0.0)
     #: Weight of the mean Kullback-Leibler divergence a latent value against the mean absolute error a pixel.
-    kl_weight: float = 1e-4
+    kl_weight: float = 3e-3
     #: Log-variance that the posterior starts with. At 0 its noise drowns the means for hundreds of steps.
     initial_logvar: float = -6.0
     #: Weight of the squared error, which the verifier's likelihood sees.
@@ -54,9 +54,16 @@ class VAETraining:
 
     def __post_init__(self) -> None:
         check_rounds(self.buckets, steps=self.steps, steps_per_round=self.steps_per_round)
-        for bucket in self.buckets:
-            if (bucket.frames - 1) % self.model.temporal_factor:
-                raise ConfigError(f"{bucket.frames} frames are not {self.model.temporal_factor}k + 1")
+        sizes = {(bucket.frames, bucket.width) for bucket in self.buckets}
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"the clips of a VAE's buckets must be of one size, not of (frames, width) {sorted(sizes)}"
+            )
+        for frames, width in sizes:
+            if (frames - 1) % self.model.temporal_factor:
+                raise ConfigError(f"{frames} frames are not {self.model.temporal_factor}k + 1")
+            if width % self.model.spatial_factor:
+                raise ConfigError(f"{width} columns are not a multiple of {self.model.spatial_factor}")
         if self.latest_start < 0 or self.statistics_clips < 1:
             raise ConfigError("latest_start must be at least 0, and statistics_clips at least 1")
 
@@ -97,32 +104,28 @@ class VAETraining:
             total = jnp.mean(jnp.abs(error)) + self.square_weight * square + self.kl_weight * kl
             return total, {"loss": total, "psnr": 10 * jnp.log10(4 / square), "kl": kl}
 
-        def program(bucket: Bucket) -> jax.stages.Lowered:
-            def advance(state: TrainState, key: Array, rate: Array) -> tuple[TrainState, dict[str, Array]]:
-                def step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
-                    scene_key, start_key, noise_key = jax.random.split(key, 3)
-                    start = jax.random.randint(start_key, (bucket.batch,), 0, self.latest_start + 1)
-                    video = bucket.render(bucket.sample(scene_key, bucket.batch), first_frame=start)
-                    gradients, metrics = jax.grad(loss, has_aux=True)(state.params, video, noise_key)
-                    return self.optimizer.apply(state, gradients, rate), metrics
+        def advance(state: TrainState, key: Array, rate: Array) -> tuple[TrainState, dict[str, Array]]:
+            def step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
+                noise_key, *keys = jax.random.split(key, 1 + len(self.buckets))
+                clips = zip(self.buckets, keys, strict=True)
+                video = jnp.concatenate([bucket.draw(key, latest_start=self.latest_start) for bucket, key in clips])
+                gradients, metrics = jax.grad(loss, has_aux=True)(state.params, video, noise_key)
+                return self.optimizer.apply(state, gradients, rate), metrics
 
-                return jax.lax.scan(step, state, jax.random.split(key, self.steps_per_round))
-
-            return jax.jit(advance, donate_argnums=0).lower(state, round_key(0, 0), jnp.float32(0))
+            return jax.lax.scan(step, state, jax.random.split(key, self.steps_per_round))
 
         with phases.measure("compile"):
             state = self.optimizer.init(params)
-            programs = compile_all([functools.partial(program, bucket) for bucket in self.buckets])
+            program = jax.jit(advance, donate_argnums=0).lower(state, round_key(0, 0), jnp.float32(0)).compile()
 
-        def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
-            index = step // self.steps_per_round
+        def advance_round(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
             rate = jnp.float32(self.optimizer.rate(step, self.steps))
-            return programs[choose(self.buckets, self.seed, index)](state, round_key(self.seed, index), rate)
+            return program(state, round_key(self.seed, step // self.steps_per_round), rate)
 
         with phases.measure("train"):
             state = run(
                 state,
-                advance,
+                advance_round,
                 steps=self.steps,
                 steps_per_advance=self.steps_per_round,
                 folder=self.train_folder,
