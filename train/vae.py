@@ -138,18 +138,23 @@ class VAETraining:
             save_vae(vae, self.result, dtype=jnp.bfloat16)
 
     def _statistics(self, vae: WanVAE) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation a channel of the latents of plain training clips."""
+        """Mean and standard deviation a channel of the posterior's samples over clips of training.
+
+        Of samples, not of means: a channel that the divergence has emptied then stays near 0 when it is normalised,
+        where its means alone would be blown up to a variance of 1 that no decoder looks at.
+        """
         graph, params = nnx.split(vae)
         bucket = self.buckets[0]
 
         @jax.jit
-        def moments(params: PyTree, key: Array) -> tuple[Array, Array]:
-            latents = nnx.merge(graph, params).encode(bucket.render(bucket.sample(key, bucket.batch)))
-            wide = latents.astype(jnp.float32).reshape(-1, latents.shape[-1])
-            return jnp.mean(wide, axis=0), jnp.mean(jnp.square(wide), axis=0)
+        def sums(params: PyTree, key: Array) -> tuple[Array, Array]:
+            video = bucket.render(bucket.sample(key, bucket.batch))
+            moments = nnx.merge(graph, params).encode_moments(video)
+            mean, logvar = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (moments.mean, moments.logvar))
+            return jnp.mean(mean, axis=0), jnp.mean(jnp.square(mean) + jnp.exp(logvar), axis=0)
 
         count = -(-self.statistics_clips // bucket.batch)
-        sums = [moments(params, round_key(self.seed + 1, index)) for index in range(count)]
-        mean = sum(m for m, _ in sums) / count
-        std = jnp.sqrt(sum(s for _, s in sums) / count - jnp.square(mean))
+        drawn = [sums(params, round_key(self.seed + 1, index)) for index in range(count)]
+        mean = sum(m for m, _ in drawn) / count
+        std = jnp.sqrt(sum(s for _, s in drawn) / count - jnp.square(mean))
         return tuple(map(float, mean)), tuple(map(float, std))
