@@ -16,7 +16,7 @@ from rehyat_jax.errors import ConfigError
 Kind = Literal["hybrid", "window", "linear"]
 Stabilizer = Literal["row_max", "lse", "none"]
 Activation = Literal["gelu", "silu", "relu"]
-Positive = Literal["softplus", "exp", "relu", "none"]
+Positive = Literal["softplus", "exp", "none"]
 Implementation = Literal["auto", "reference", "scan", "pallas"]
 
 #: More than any model or video has; small enough that products of them stay meaningful.

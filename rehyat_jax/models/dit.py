@@ -9,136 +9,24 @@ dtype, the time embedder and modulation tables stored in float32 always.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
-from rehyat_jax.attention.softmax import softmax_attention
+from rehyat_jax.attention.state import HybridState
 from rehyat_jax.config import WanConfig
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.models.positions import CosSin, rotary_embedding, rotate, timestep_embedding
+from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.models.block import Block, modulate, modulation_table
+from rehyat_jax.models.hybrid import empty_state, hybrid_blocks, scan_layers, why_not_stream
+from rehyat_jax.models.positions import CosSin, rotary_embedding, timestep_embedding
 
 _xavier = nnx.initializers.xavier_uniform()
 _normal = nnx.initializers.normal(0.02)
-
-
-def layer_norm(x: Float[Array, "*B C"], eps: float) -> Float[Array, "*B C"]:
-    """Layer norm over channels without affine part; float32 in and out."""
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, computed in float32."""
-
-    def __init__(self, dim: int, eps: float, *, param_dtype: DTypeLike) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
-
-    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Layer norm with affine part, float32 inside and in storage."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(dim, jnp.float32))
-
-    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        normed = layer_norm(x.astype(jnp.float32), self.eps)
-        return (normed * self.scale[...][None, None] + self.bias[...][None, None]).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Projections, q/k norm over the full width, rotary positions when given, softmax attention, output projection."""
-
-    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.heads = config.num_attention_heads
-
-        def linear() -> nnx.Linear:
-            return nnx.Linear(
-                config.dim, config.dim, kernel_init=_xavier, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
-
-        self.to_q, self.to_k, self.to_v, self.to_out = linear(), linear(), linear(), linear()
-        self.norm_q = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
-        self.norm_k = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
-
-    def __call__(
-        self, x: Float[Array, "B N C"], context: Float[Array, "B M C"], rotary: CosSin | None = None
-    ) -> Float[Array, "B N C"]:
-        def heads(y: Float[Array, "B L C"]) -> Float[Array, "B L H D"]:
-            return y.reshape(*y.shape[:2], self.heads, -1)
-
-        query = heads(self.norm_q(self.to_q(x)))
-        key = heads(self.norm_k(self.to_k(context)))
-        value = heads(self.to_v(context))
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        return self.to_out(softmax_attention(query, key, value).reshape(x.shape))
-
-
-class FeedForward(nnx.Module):
-    """Two linear layers with tanh-approximated GELU between."""
-
-    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        kinds = {"kernel_init": _xavier, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.up = nnx.Linear(config.dim, config.ffn_dim, **kinds)
-        self.down = nnx.Linear(config.ffn_dim, config.dim, **kinds)
-
-    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
-
-
-class Block(nnx.Module):
-    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated and gated by time."""
-
-    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.eps = config.eps
-        self.attn1 = Attention(config, **kinds)
-        self.attn2 = Attention(config, **kinds)
-        self.norm2 = LayerNorm(config.dim, config.eps)
-        self.ffn = FeedForward(config, **kinds)
-        self.scale_shift_table = nnx.Param(_table(rngs, 6, config.dim))
-
-    def __call__(
-        self,
-        x: Float[Array, "B N C"],
-        text: Float[Array, "B L C"],
-        modulation: Float[Array, "B 6 C"],
-        rotary: CosSin,
-    ) -> Float[Array, "B N C"]:
-        table = self.scale_shift_table[...][None] + modulation
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (table[:, i : i + 1] for i in range(6))
-
-        normed = _modulate(x, shift, scale, self.eps)
-        x = _gated(x, self.attn1(normed, normed, rotary), gate)
-        x = x + self.attn2(self.norm2(x), text)
-        return _gated(x, self.ffn(_modulate(x, ffn_shift, ffn_scale, self.eps)), ffn_gate)
-
-
-def _table(rngs: nnx.Rngs, rows: int, dim: int) -> Float[Array, "rows dim"]:
-    return jax.random.normal(rngs.params(), (rows, dim), jnp.float32) * dim**-0.5
-
-
-def _modulate(
-    x: Float[Array, "B N C"], shift: Float[Array, "B 1 C"], scale: Float[Array, "B 1 C"], eps: float
-) -> Float[Array, "B N C"]:
-    return (layer_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
-
-
-def _gated(x: Float[Array, "B N C"], y: Float[Array, "B N C"], gate: Float[Array, "B 1 C"]) -> Float[Array, "B N C"]:
-    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
 
 
 class TextEmbedder(nnx.Module):
@@ -183,18 +71,44 @@ def _gelu_tanh(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     return jax.nn.gelu(x, approximate=True)
 
 
+class Embedded(NamedTuple):
+    """A call's inputs as the blocks take them, and what the last projection needs."""
+
+    #: Tokens, time-major.
+    x: Float[Array, "B N C"]
+    text: Float[Array, "B L C"]
+    modulation: Float[Array, "B 6 C"]
+    rotary: CosSin
+    time: Float[Array, "B C"]
+    #: Frames, rows, columns of tokens.
+    grid: tuple[int, int, int]
+
+
 class WanTransformer(nnx.Module):
     """Velocity of a noisy latent video under a text.
 
     The blocks are one module whose parameters have a leading axis of ``num_layers``; the forward pass scans over it.
+    What converted blocks have beside the teacher's parameters is another, ``hybrid_blocks``, with a leading axis of the
+    converted blocks alone: without it the model is the teacher, name by name.
     """
 
     def __init__(
-        self, config: WanConfig, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+        self,
+        config: WanConfig,
+        *,
+        hybrid: HybridConfig | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
     ) -> None:
+        """
+        Raises:
+            ConfigError: ``hybrid`` names a block that there is not.
+        """
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
         self.patch_embedding = nnx.Conv(
             config.in_channels, config.dim, config.patch_size, strides=config.patch_size, padding="VALID",
             kernel_init=_xavier, rngs=rngs, **kinds,
@@ -203,15 +117,36 @@ class WanTransformer(nnx.Module):
         self.blocks = nnx.vmap(lambda r: Block(config, rngs=r, **kinds), in_axes=0, out_axes=0)(
             rngs.split(config.num_layers)
         )
-        self.scale_shift_table = nnx.Param(_table(rngs, 2, config.dim))
+        self.scale_shift_table = nnx.Param(modulation_table(rngs, 2, config.dim))
         out = config.out_channels * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.proj_out = nnx.Linear(config.dim, out, kernel_init=nnx.initializers.zeros_init(), rngs=rngs, **kinds)
+        # Last, so that a student's other parameters are the teacher's of the same seed.
+        self.hybrid = hybrid
+        self.converted = (False,) * config.num_layers if hybrid is None else hybrid.converted(config.num_layers)
+        self.hybrid_blocks = None if hybrid is None else hybrid_blocks(config, hybrid, rngs=rngs, **kinds)
+
+    def with_hybrid(self, hybrid: HybridConfig | None, *, rngs: nnx.Rngs) -> WanTransformer:
+        """This model's teacher (the same arrays) with newly initialised hybrid blocks, or none.
+
+        Raises:
+            ConfigError: ``hybrid`` names a block that there is not.
+        """
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        student = nnx.eval_shape(lambda: WanTransformer(self.config, hybrid=hybrid, **kinds, rngs=nnx.Rngs(0)))
+        if hybrid is not None:
+            student.hybrid_blocks = hybrid_blocks(self.config, hybrid, rngs=rngs, **kinds)
+        teacher = nnx.state(self)
+        teacher.pop("hybrid_blocks", None)
+        nnx.update(student, teacher)
+        return student
 
     def __call__(
         self,
         latents: Float[Array, "B T H W {self.config.in_channels}"],
         timesteps: Num[Array, " B"],
         text: Float[Array, "B L {self.config.text_dim}"],
+        *,
+        remat: bool = False,
     ) -> Float[Array, "B T H W {self.config.out_channels}"]:
         """The velocity (noise − video) in the compute dtype.
 
@@ -219,35 +154,141 @@ class WanTransformer(nnx.Module):
             latents: normalised latents, channels last; T, H, W multiples of the patch.
             timesteps: diffusion time in 0…1000, whole or fractional.
             text: the encoder's output, zero beyond the prompt (Wan pads to 512; nothing here depends on it).
+            remat: for training: keep each block's input alone and compute the block anew in the backward pass.
 
         Raises:
             RehyatError: T, H or W is not a multiple of the patch.
         """
-        batch, *sizes = latents.shape[:4]
-        patch = self.config.patch_size
-        if any(size % p for size, p in zip(sizes, patch, strict=True)):
-            raise RehyatError(f"latents of {sizes} frames, rows, columns are not divisible into patches of {patch}")
-        frames, height, width = (size // p for size, p in zip(sizes, patch, strict=True))
-        rotary = rotary_embedding(self.config.attention_head_dim, jnp.arange(frames), height, width)
+        inputs = self.embed(latents, timesteps, text)
+        graph, layers = nnx.split(self.blocks)
+        hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
+
+        def teacher(x: Array, layer: Any) -> tuple[Array, None]:
+            return nnx.merge(graph, layer)(x, *inputs[1:4]), None
+
+        def student(x: Array, both: tuple[Any, Any]) -> tuple[Array, None]:
+            attention = nnx.merge(hybrid_graph, both[1])
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                return attention(q, k, v, frame=inputs.grid[1] * inputs.grid[2]), None
+
+            return nnx.merge(graph, both[0]).attending(x, *inputs[1:4], attend)
+
+        if remat:
+            teacher, student = jax.checkpoint(teacher), jax.checkpoint(student)
+        x = scan_layers(teacher, student, inputs.x, layers, hybrids, self.converted)
+        return self.unembed(x, inputs)
+
+    def init_stream(self, batch: int, height: int, width: int) -> HybridState:
+        """The state before a video's first chunk: every block's, stacked over a leading axis of layers.
+
+        Its size depends on the batch and on the latents' height and width, and on no number of frames but the overlap.
+
+        Raises:
+            RehyatError: the model cannot stream, or height or width is not a multiple of the patch.
+        """
+        hybrid = self._streaming()
+        _, rows, columns = self._grid((self.config.patch_size[0], height, width))
+        state = empty_state(self.config, hybrid, batch=batch, frame=rows * columns, dtype=self.dtype)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.config.num_layers, *x.shape)), state)
+
+    def stream(
+        self,
+        latents: Float[Array, "B T H W {self.config.in_channels}"],
+        timesteps: Num[Array, " B"],
+        text: Float[Array, "B L {self.config.text_dim}"],
+        state: HybridState,
+        *,
+        first_frame: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "B T H W {self.config.out_channels}"], HybridState]:
+        """The velocity of the next frames of a video, and the state after them.
+
+        Calls on consecutive pieces, each of whole chunks save a last one, equal one call on the whole video at the same
+        time and text.
+
+        Args:
+            latents: one chunk, or several; as in a call on a whole video.
+            state: of the frames before: `init_stream`'s, or what the call before this one returned.
+            first_frame: the first of these latent frames, counted from the video's beginning; may be traced, so that
+                one compilation serves every chunk. Exact up to 2²⁴.
+
+        Raises:
+            RehyatError: the model cannot stream; the sizes are not multiples of the patch; more than one chunk that
+                are no whole number of chunks.
+        """
+        hybrid = self._streaming()
+        inputs = self.embed(latents, timesteps, text, first_frame=first_frame)
+        frames, rows, columns = inputs.grid
+        if frames > hybrid.chunk_frames and frames % hybrid.chunk_frames:
+            raise RehyatError(f"{frames} frames are not a whole number of chunks of {hybrid.chunk_frames}")
+        graph, layers = nnx.split(self.blocks)
+        hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
+
+        def step(x: Array, layer: tuple[Any, Any, HybridState]) -> tuple[Array, HybridState]:
+            attention = nnx.merge(hybrid_graph, layer[1])
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, HybridState]:
+                return attention.stream(q, k, v, layer[2], frame=rows * columns)
+
+            return nnx.merge(graph, layer[0]).attending(x, *inputs[1:4], attend)
+
+        x, state = jax.lax.scan(step, inputs.x, (layers, hybrids, state))
+        return self.unembed(x, inputs), state
+
+    def why_not_stream(self) -> str | None:
+        """None for a model that can stream; else one sentence that names the blocks that prevent it."""
+        return why_not_stream(self.hybrid, self.converted)
+
+    def _streaming(self) -> HybridConfig:
+        why = self.why_not_stream()
+        if why is not None or self.hybrid is None:
+            raise RehyatError(why or "")
+        return self.hybrid
+
+    def embed(
+        self,
+        latents: Float[Array, "B T H W {self.config.in_channels}"],
+        timesteps: Num[Array, " B"],
+        text: Float[Array, "B L {self.config.text_dim}"],
+        *,
+        first_frame: int | Int[Array, ""] = 0,
+    ) -> Embedded:
+        """All that comes before the blocks; ``first_frame`` as in `stream`.
+
+        Raises:
+            RehyatError: T, H or W is not a multiple of the patch.
+        """
+        batch, frames, height, width = latents.shape[:4]
+        grid = self._grid((frames, height, width))
+        first = jnp.asarray(first_frame, jnp.int32) // self.config.patch_size[0]
+        positions = first + jnp.arange(grid[0], dtype=jnp.int32)
 
         x = self.patch_embedding(latents.astype(self.dtype)).reshape(batch, -1, self.config.dim)
         condition = self.condition_embedder
         time = condition.time_embedder(timestep_embedding(timesteps, self.config.freq_dim)).astype(self.dtype)
-        modulation = condition.time_proj(jax.nn.silu(time)).astype(jnp.float32).reshape(batch, 6, -1)
-        context = condition.text_embedder(text.astype(self.dtype))
-
-        graph, layers = nnx.split(self.blocks)
-
-        def step(x: Array, layer: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x, context, modulation, rotary), None
-
-        x, _ = jax.lax.scan(step, x, layers)
-
-        shift, scale = (
-            self.scale_shift_table[...][None, i : i + 1] + time.astype(jnp.float32)[:, None] for i in range(2)
+        return Embedded(
+            x=x,
+            text=condition.text_embedder(text.astype(self.dtype)),
+            modulation=condition.time_proj(jax.nn.silu(time)).astype(jnp.float32).reshape(batch, 6, -1),
+            rotary=rotary_embedding(self.config.attention_head_dim, positions, *grid[1:]),
+            time=time,
+            grid=grid,
         )
-        out = self.proj_out(_modulate(x, shift, scale, self.config.eps))
-        return _unpatchify(out, (frames, height, width), patch)
+
+    def unembed(self, x: Float[Array, "B N C"], inputs: Embedded) -> Float[Array, "B T H W {self.config.out_channels}"]:
+        """All that comes after the blocks: their output into the velocity."""
+        shift, scale = (
+            self.scale_shift_table[...][None, i : i + 1] + inputs.time.astype(jnp.float32)[:, None] for i in range(2)
+        )
+        out = self.proj_out(modulate(x, shift, scale, self.config.eps))
+        return _unpatchify(out, inputs.grid, self.config.patch_size)
+
+    def _grid(self, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+        patch = self.config.patch_size
+        if any(size % p for size, p in zip(sizes, patch, strict=True)):
+            raise RehyatError(f"latents of {[*sizes]} frames, rows, columns are not divisible into patches of {patch}")
+        frames, rows, columns = (size // p for size, p in zip(sizes, patch, strict=True))
+        return frames, rows, columns
 
 
 def _unpatchify(

@@ -1,0 +1,172 @@
+"""A block of the Wan2.1 transformer: self-attention, cross-attention to the text, feed-forward.
+
+Sources: Wan-Video/Wan2.1 ``wan/modules/model.py``; diffusers ``models/transformers/transformer_wan.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from rehyat_jax.attention.softmax import softmax_attention
+from rehyat_jax.config import WanConfig
+from rehyat_jax.models.positions import CosSin, rotate
+
+_xavier = nnx.initializers.xavier_uniform()
+
+
+def layer_norm(x: Float[Array, "*B C"], eps: float) -> Float[Array, "*B C"]:
+    """Layer norm over channels without affine part; float32 in and out."""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    def __init__(self, dim: int, eps: float, *, param_dtype: DTypeLike) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
+
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with affine part, float32 inside and in storage."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(dim, jnp.float32))
+
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        normed = layer_norm(x.astype(jnp.float32), self.eps)
+        return (normed * self.scale[...][None, None] + self.bias[...][None, None]).astype(x.dtype)
+
+
+class QKV(NamedTuple):
+    """One attention's queries, keys and values."""
+
+    q: Float[Array, "B N H D"]
+    k: Float[Array, "B M H D"]
+    v: Float[Array, "B M H D"]
+
+
+#: What a block's self-attention does with q, k and v: its output (v's shape), and whatever else the caller wants back.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+class Attention(nnx.Module):
+    """Projections, q/k norm over the full width, rotary positions when given, softmax attention, output projection."""
+
+    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.heads = config.num_attention_heads
+
+        def linear() -> nnx.Linear:
+            return nnx.Linear(
+                config.dim, config.dim, kernel_init=_xavier, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+        self.to_q, self.to_k, self.to_v, self.to_out = linear(), linear(), linear(), linear()
+        self.norm_q = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
+        self.norm_k = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
+
+    def qkv(self, x: Float[Array, "B N C"], context: Float[Array, "B M C"], rotary: CosSin | None = None) -> QKV:
+        """What the attention itself takes: projected, normed, turned to their positions, split into heads."""
+
+        def heads(y: Float[Array, "B L C"]) -> Float[Array, "B L H D"]:
+            return y.reshape(*y.shape[:2], self.heads, -1)
+
+        query = heads(self.norm_q(self.to_q(x)))
+        key = heads(self.norm_k(self.to_k(context)))
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return QKV(query, key, heads(self.to_v(context)))
+
+    def out(self, y: Float[Array, "B N H D"]) -> Float[Array, "B N C"]:
+        """The heads' results, mixed."""
+        return self.to_out(y.reshape(*y.shape[:2], -1))
+
+    def __call__(
+        self, x: Float[Array, "B N C"], context: Float[Array, "B M C"], rotary: CosSin | None = None
+    ) -> Float[Array, "B N C"]:
+        return self.out(softmax_attention(*self.qkv(x, context, rotary)))
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers with tanh-approximated GELU between."""
+
+    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        kinds = {"kernel_init": _xavier, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.up = nnx.Linear(config.dim, config.ffn_dim, **kinds)
+        self.down = nnx.Linear(config.ffn_dim, config.dim, **kinds)
+
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated and gated by time."""
+
+    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.eps = config.eps
+        self.attn1 = Attention(config, **kinds)
+        self.attn2 = Attention(config, **kinds)
+        self.norm2 = LayerNorm(config.dim, config.eps)
+        self.ffn = FeedForward(config, **kinds)
+        self.scale_shift_table = nnx.Param(modulation_table(rngs, 6, config.dim))
+
+    def __call__(
+        self,
+        x: Float[Array, "B N C"],
+        text: Float[Array, "B L C"],
+        modulation: Float[Array, "B 6 C"],
+        rotary: CosSin,
+    ) -> Float[Array, "B N C"]:
+        return self.attending(x, text, modulation, rotary, _softmax)[0]
+
+    def attending(
+        self,
+        x: Float[Array, "B N C"],
+        text: Float[Array, "B L C"],
+        modulation: Float[Array, "B 6 C"],
+        rotary: CosSin,
+        attend: Attend,
+    ) -> tuple[Float[Array, "B N C"], Any]:
+        """The block with another self-attention between its projections, and what that gives beside its output."""
+        table = self.scale_shift_table[...][None] + modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (table[:, i : i + 1] for i in range(6))
+
+        normed = modulate(x, shift, scale, self.eps)
+        y, more = attend(*self.attn1.qkv(normed, normed, rotary))
+        x = _gated(x, self.attn1.out(y), gate)
+        x = x + self.attn2(self.norm2(x), text)
+        return _gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, self.eps)), ffn_gate), more
+
+
+def _softmax(q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"]) -> tuple[Array, None]:
+    return softmax_attention(q, k, v), None
+
+
+def modulation_table(rngs: nnx.Rngs, rows: int, dim: int) -> Float[Array, "rows dim"]:
+    return jax.random.normal(rngs.params(), (rows, dim), jnp.float32) * dim**-0.5
+
+
+def modulate(
+    x: Float[Array, "B N C"], shift: Float[Array, "B 1 C"], scale: Float[Array, "B 1 C"], eps: float
+) -> Float[Array, "B N C"]:
+    return (layer_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def _gated(x: Float[Array, "B N C"], y: Float[Array, "B N C"], gate: Float[Array, "B 1 C"]) -> Float[Array, "B N C"]:
+    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)

@@ -1,0 +1,193 @@
+"""What a converted block has beside the teacher's: feature maps, decay, and how it attends, whole and in a stream."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from rehyat_jax.attention.api import hybrid_attention
+from rehyat_jax.attention.features import FeatureMap
+from rehyat_jax.attention.state import HybridState
+from rehyat_jax.config import WanConfig
+from rehyat_jax.hybrid_config import HybridConfig
+
+#: For ``nnx.state`` and ``nnx.DiffState``: what the hybrid blocks of a model have beside the teacher's.
+HYBRID_PARAMETERS = nnx.All(nnx.Param, nnx.PathContains("hybrid_blocks"))
+
+
+class HybridAttention(nnx.Module):
+    """The attention of a converted block: takes the teacher's q, k and v, after norm and positions, and so do φ."""
+
+    def __init__(
+        self, config: WanConfig, hybrid: HybridConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.hybrid = hybrid
+        if hybrid.kind != "window":
+            self.phi_q, self.phi_k = (
+                FeatureMap(
+                    config.num_attention_heads, config.attention_head_dim, layers=hybrid.layers, degree=hybrid.degree,
+                    activation=hybrid.activation, positive=hybrid.positive, dtype=dtype, param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                for _ in range(2)
+            )  # fmt: skip
+        if hybrid.decay:
+            self.decay_rate = nnx.Param(jnp.zeros(config.num_attention_heads, jnp.float32))
+
+    @property
+    def decay(self) -> Float[Array, " H"] | None:
+        """γ of each head, in (0, 1]: what is left of the state after each chunk. None: all.
+
+        γ = exp(−max(λ, 0)), λ the parameter, 0 at the start. At λ = 0 a gradient that would lower it is dropped and
+        one that would raise it passes whole, so that descent leaves γ = 1 freely and never ends beyond it.
+        """
+        return jnp.exp(-_not_below_zero(self.decay_rate[...])) if self.hybrid.decay else None
+
+    def __call__(
+        self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], *, frame: int
+    ) -> Float[Array, "B N H D"]:
+        """A whole video; ``frame`` is its tokens a frame."""
+        hybrid = self.hybrid
+        chunk, overlap = hybrid.chunk_frames * frame, hybrid.overlap_frames * frame
+        return hybrid_attention(
+            q, k, v, self.phi_q(q), self.phi_k(k), chunk=chunk, overlap=overlap, causal=hybrid.causal,
+            stabilizer=hybrid.stabilizer, implementation=hybrid.implementation, decay=self.decay,
+        )  # fmt: skip
+
+    def stream(
+        self,
+        q: Float[Array, "B N H D"],
+        k: Float[Array, "B N H D"],
+        v: Float[Array, "B N H D"],
+        state: HybridState,
+        *,
+        frame: int,
+    ) -> tuple[Float[Array, "B N H D"], HybridState]:
+        """The next chunks of a video, and the state after them."""
+        hybrid = self.hybrid
+        features = (self.phi_q(q), self.phi_k(k))
+        return hybrid_attention(
+            q, k, v, *features, chunk=hybrid.chunk_frames * frame, overlap=hybrid.overlap_frames * frame,
+            stabilizer=hybrid.stabilizer, implementation=hybrid.implementation, decay=self.decay, initial_state=state,
+            return_state=True,
+        )  # fmt: skip
+
+
+@jax.custom_vjp
+def _not_below_zero(rate: Float[Array, " H"]) -> Float[Array, " H"]:
+    return jnp.maximum(rate, 0)
+
+
+def _forward(rate: Float[Array, " H"]) -> tuple[Float[Array, " H"], Float[Array, " H"]]:
+    return _not_below_zero(rate), rate
+
+
+def _backward(rate: Float[Array, " H"], gradient: Float[Array, " H"]) -> tuple[Float[Array, " H"]]:
+    return (jnp.where((rate <= 0) & (gradient > 0), 0, gradient),)
+
+
+_not_below_zero.defvjp(_forward, _backward)
+
+
+def hybrid_blocks(
+    config: WanConfig, hybrid: HybridConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> HybridAttention:
+    """One module for all converted blocks: its parameters have a leading axis of these, in order.
+
+    Raises:
+        ConfigError: ``hybrid`` names a block that there is not.
+    """
+    count = sum(hybrid.converted(config.num_layers))
+
+    def make(keys: nnx.Rngs) -> HybridAttention:
+        return HybridAttention(config, hybrid, dtype=dtype, param_dtype=param_dtype, rngs=keys)
+
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def empty_state(config: WanConfig, hybrid: HybridConfig, *, batch: int, frame: int, dtype: DTypeLike) -> HybridState:
+    """One block's state before the first chunk of a video of ``frame`` tokens a frame."""
+    # A window's features are zeros, one a head: nothing is remembered.
+    feature_dim = 1 if hybrid.kind == "window" else hybrid.degree * config.attention_head_dim
+    return HybridState.zeros(
+        batch, heads=config.num_attention_heads, head_dim=config.attention_head_dim, feature_dim=feature_dim,
+        overlap=hybrid.overlap_frames * frame, dtype=dtype,
+    )  # fmt: skip
+
+
+def why_not_stream(hybrid: HybridConfig | None, converted: tuple[bool, ...]) -> str | None:
+    """None, or one sentence that names the blocks that prevent a model from being run chunk by chunk."""
+    if not all(converted) or hybrid is None:
+        softmax = _listed([i for i, hybrid_block in enumerate(converted) if not hybrid_block])
+        return f"the model cannot stream: {softmax} of {len(converted)} attend to the whole video by softmax"
+    every = _listed(list(range(len(converted))))
+    if not hybrid.causal:
+        return f"the model cannot stream: {every} are not causal, they attend to later frames"
+    if hybrid.sink_frames:
+        return f"the model cannot stream: {every} have sink frames, for which there is no state"
+    return None
+
+
+def _listed(blocks: list[int]) -> str:
+    """``[0, 2, 3, 4]`` as ``blocks 0, 2-4``."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    names = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"block{'s' if len(blocks) > 1 else ''} {names}"
+
+
+#: A layer of a scan over (x, parameters).
+Step = Callable[[Array, Any], tuple[Array, None]]
+
+
+def scan_layers(
+    teacher: Step, student: Step, x: Array, layers: Any, hybrids: Any, converted: tuple[bool, ...]
+) -> Array:
+    """``x`` through the layers in order: ``teacher(x, layer)``, or ``student(x, (layer, hybrid))`` where converted.
+
+    A pattern that repeats (all, none, every third) is one scan over its repetitions, whose body holds a scan for each
+    run of layers of a kind: no parameter is copied, and each kind of layer is compiled once a run, not once a layer.
+
+    Args:
+        layers, hybrids: parameters with a leading axis: of all layers, of the converted ones.
+    """
+    depth = len(converted)
+    period = next(p for p in range(1, depth + 1) if depth % p == 0 and converted == converted[:p] * (depth // p))
+
+    def unit(x: Array, params: tuple[Any, Any]) -> tuple[Array, None]:
+        layer = hybrid = 0
+        for is_hybrid, run in itertools.groupby(converted[:period]):
+            count = len(list(run))
+            these = _cut(params[0], layer, count)
+            if is_hybrid:
+                x = _scan(student, x, (these, _cut(params[1], hybrid, count)), count)
+                hybrid += count
+            else:
+                x = _scan(teacher, x, these, count)
+            layer += count
+        return x, None
+
+    repeats = depth // period
+    folded = jax.tree.map(lambda p: p.reshape(repeats, -1, *p.shape[1:]), (layers, hybrids))
+    return _scan(unit, x, folded, repeats)
+
+
+def _cut(params: Any, start: int, count: int) -> Any:
+    return jax.tree.map(lambda p: p[start : start + count], params)
+
+
+def _scan(step: Step, x: Array, params: Any, count: int) -> Array:
+    if count == 1:
+        return step(x, jax.tree.map(lambda p: p[0], params))[0]
+    return jax.lax.scan(step, x, params)[0]
