@@ -1,0 +1,139 @@
+"""φ: the feature map whose inner product stands for ``exp(q·k/√D)`` outside the softmax window."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from rehyat_jax.attention.state import accumulator
+from rehyat_jax.errors import ConfigError
+
+Activation = Literal["gelu", "silu", "relu"]
+Positive = Literal["softplus", "exp", "none"]
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+_POSITIVES: dict[str, Callable[[Array], Array]] = {"softplus": jax.nn.softplus, "exp": jnp.exp, "none": lambda x: x}
+_INVERSES: dict[str, Callable[[float], float]] = {
+    "softplus": lambda y: math.log(math.expm1(y)),
+    "exp": math.log,
+    "none": lambda y: y,
+}
+
+#: Spread of the output layer's answer at the start, for an input of order one: φ is nearly its bias, not quite.
+_OUTPUT_SPREAD = 0.1
+
+
+class HeadLinear(nnx.Module):
+    """A linear layer of its own for every head."""
+
+    def __init__(
+        self,
+        heads: int,
+        inputs: int,
+        outputs: int,
+        *,
+        spread: float,
+        bias: Float[Array, " outputs"],
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.dtype = dtype
+        normal = jax.random.normal(rngs.params(), (heads, inputs, outputs), param_dtype)
+        self.kernel = nnx.Param(normal * (spread * inputs**-0.5))
+        self.bias = nnx.Param(jnp.tile(bias.astype(param_dtype), (heads, 1)))
+
+    def __call__(self, x: Float[Array, "B N H I"]) -> Float[Array, "B N H O"]:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return jnp.einsum("bnhi,hio->bnho", x.astype(self.dtype), kernel) + bias[None, None]
+
+
+class FeatureMap(nnx.Module):
+    """φ of ReHyAt (arXiv 2601.04342): an MLP per head, made positive, part i of its output to the power i.
+
+    Widths D → P·D → … → P·D in P parts: F = P·D features for each token and head. Two layers of degree P = 2 are the
+    published size (1.186 M parameters at 12 heads of 128); the activation and what keeps odd powers positive are this
+    project's choice.
+
+    **At the start** φ is nearly constant: the output bias alone sets it, every part giving an equal share, so that
+    ``φ_q(q)·φ_k(k) ≈ level`` for every pair. A past token then weighs ``level`` where the softmax window's largest
+    weight is 1 (stabiliser ``row_max``): small enough not to disturb the window, and never 0. The output kernel is
+    small and not zero: the gradient reaches every layer from the first step.
+
+    Args:
+        layers: at least 1.
+        degree: P.
+        activation: between layers; GELU is the tanh approximation, as in Wan's feed-forward.
+        positive: applied to the output before the powers. With ``"none"`` odd powers may be negative, and the
+            attention's normaliser is no longer sure to be positive.
+        level: φ_q·φ_k of a pair at the start, for two maps of equal options.
+        dtype: of the matrix products and the result; the positive function and the powers are computed in float32.
+
+    Raises:
+        ConfigError: an impossible or unknown option.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        layers: int = 2,
+        degree: int = 2,
+        activation: Activation = "gelu",
+        positive: Positive = "softplus",
+        level: float = 1e-2,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        for name, number in {"heads": heads, "head_dim": head_dim, "layers": layers, "degree": degree}.items():
+            if number < 1:
+                raise ConfigError(f"{name} of a feature map must be at least 1, not {number}")
+        for name, value, known in [
+            ("activation", activation, get_args(Activation)),
+            ("positive", positive, get_args(Positive)),
+        ]:
+            if value not in known:
+                raise ConfigError(f"{name} of a feature map must be one of {', '.join(known)}, not {value!r}")
+        if not (math.isfinite(level) and level > 0):
+            raise ConfigError(f"level of a feature map must be a positive number, not {level}")
+        self.degree, self.activation, self.positive, self.dtype = degree, activation, positive, dtype
+
+        width = degree * head_dim
+        # D numbers u, the same in φ_q and φ_k, give Σ (u·u)^i = level / P.
+        parts = [(level / width) ** (0.5 / i) for i in range(1, degree + 1)]
+        start = jnp.repeat(jnp.array([_INVERSES[positive](u) for u in parts], jnp.float32), head_dim)
+        self.layers = nnx.List(
+            HeadLinear(
+                heads,
+                head_dim if i == 0 else width,
+                width,
+                spread=_OUTPUT_SPREAD * (min(parts) if positive == "none" else 1) if i == layers - 1 else 1.0,
+                bias=start if i == layers - 1 else jnp.zeros(width),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            for i in range(layers)
+        )
+
+    def __call__(self, x: Float[Array, "B N H D"]) -> Float[Array, "B N H F"]:
+        """φ of queries or keys as attention sees them: after q/k norm and rotary positions."""
+        for layer in self.layers[:-1]:
+            x = _ACTIVATIONS[self.activation](layer(x))
+        x = _POSITIVES[self.positive](self.layers[-1](x).astype(accumulator(self.dtype)))
+        parts = jnp.split(x, self.degree, axis=-1)
+        return jnp.concatenate([part**i for i, part in enumerate(parts, 1)], axis=-1).astype(self.dtype)
