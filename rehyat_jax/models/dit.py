@@ -19,10 +19,17 @@ from jaxtyping import Array, Float, Int, Num
 
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.config import WanConfig
-from rehyat_jax.errors import RehyatError
+from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.models.block import Block, modulate, modulation_table
-from rehyat_jax.models.hybrid import empty_state, hybrid_blocks, scan_layers, why_not_stream
+from rehyat_jax.models.hybrid import (
+    HybridAttention,
+    empty_state,
+    hybrid_blocks,
+    scan_layers,
+    take_parameters,
+    why_not_stream,
+)
 from rehyat_jax.models.positions import CosSin, rotary_embedding, timestep_embedding
 
 _xavier = nnx.initializers.xavier_uniform()
@@ -125,16 +132,31 @@ class WanTransformer(nnx.Module):
         self.converted = (False,) * config.num_layers if hybrid is None else hybrid.converted(config.num_layers)
         self.hybrid_blocks = None if hybrid is None else hybrid_blocks(config, hybrid, rngs=rngs, **kinds)
 
-    def with_hybrid(self, hybrid: HybridConfig | None, *, rngs: nnx.Rngs) -> WanTransformer:
-        """This model's teacher (the same arrays) with newly initialised hybrid blocks, or none.
+    def with_hybrid(
+        self,
+        hybrid: HybridConfig | None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        blocks: HybridAttention | None = None,
+    ) -> WanTransformer:
+        """This model's teacher (the same arrays) with other hybrid blocks, or None.
+
+        Args:
+            rngs: initialise the hybrid blocks anew.
+            blocks: where ``rngs`` is not given: whose parameters the hybrid blocks have; this model's by default, so
+                that the chunks, the stabiliser or the implementation of a student can be changed.
 
         Raises:
-            ConfigError: ``hybrid`` names a block that there is not.
+            ConfigError: ``hybrid`` names a block that there is not, or the parameters do not fit it.
         """
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         student = nnx.eval_shape(lambda: WanTransformer(self.config, hybrid=hybrid, **kinds, rngs=nnx.Rngs(0)))
-        if hybrid is not None:
+        if hybrid is not None and rngs is not None:
             student.hybrid_blocks = hybrid_blocks(self.config, hybrid, rngs=rngs, **kinds)
+        elif hybrid is not None:
+            if blocks is None and student.converted != self.converted:
+                raise ConfigError("other blocks than this model's are to be hybrids: initialise them anew, with rngs")
+            take_parameters(student.hybrid_blocks, self.hybrid_blocks if blocks is None else blocks)
         teacher = nnx.state(self)
         teacher.pop("hybrid_blocks", None)
         nnx.update(student, teacher)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.config import WanConfig
+from rehyat_jax.errors import ConfigError
 from rehyat_jax.hybrid_config import HybridConfig
 
 #: For ``nnx.state`` and ``nnx.DiffState``: what the hybrid blocks of a model have beside the teacher's.
@@ -112,6 +113,19 @@ def hybrid_blocks(
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
+def take_parameters(target: HybridAttention, source: HybridAttention | None) -> None:
+    """The parameters of ``source`` into ``target``, which may attend in another way with them.
+
+    Raises:
+        ConfigError: they are of other blocks, or of another size.
+    """
+    theirs = nnx.to_flat_state(nnx.state(source))
+    ours = {path: leaf.get_value().shape for path, leaf in nnx.to_flat_state(nnx.state(target))}
+    if ours != {path: leaf.get_value().shape for path, leaf in theirs}:
+        raise ConfigError("the parameters of the hybrid blocks do not fit their configuration: initialise them anew")
+    nnx.update(target, nnx.from_flat_state(theirs))
+
+
 def empty_state(config: WanConfig, hybrid: HybridConfig, *, batch: int, frame: int, dtype: DTypeLike) -> HybridState:
     """One block's state before the first chunk of a video of ``frame`` tokens a frame."""
     # A window's features are zeros, one a head: nothing is remembered.
@@ -125,9 +139,9 @@ def empty_state(config: WanConfig, hybrid: HybridConfig, *, batch: int, frame: i
 def why_not_stream(hybrid: HybridConfig | None, converted: tuple[bool, ...]) -> str | None:
     """None, or one sentence that names the blocks that prevent a model from being run chunk by chunk."""
     if not all(converted) or hybrid is None:
-        softmax = _listed([i for i, hybrid_block in enumerate(converted) if not hybrid_block])
+        softmax = listed([i for i, hybrid_block in enumerate(converted) if not hybrid_block])
         return f"the model cannot stream: {softmax} of {len(converted)} attend to the whole video by softmax"
-    every = _listed(list(range(len(converted))))
+    every = listed(list(range(len(converted))))
     if not hybrid.causal:
         return f"the model cannot stream: {every} are not causal, they attend to later frames"
     if hybrid.sink_frames:
@@ -135,8 +149,8 @@ def why_not_stream(hybrid: HybridConfig | None, converted: tuple[bool, ...]) -> 
     return None
 
 
-def _listed(blocks: list[int]) -> str:
-    """``[0, 2, 3, 4]`` as ``blocks 0, 2-4``."""
+def listed(blocks: Sequence[int]) -> str:
+    """Blocks in few words: ``[0, 2, 3, 4]`` as ``blocks 0, 2-4``."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:

@@ -17,6 +17,7 @@ from rehyat_jax.sampling.schedule import FlowSchedule
 from rehyat_jax.sampling.scheduler_config import scheduler_to_config
 from rehyat_jax.sampling.solvers import UniPC
 from rehyat_jax.weights.component import COMPONENTS, narrow
+from rehyat_jax.weights.hybrid import HybridPlan, converting, find_hybrid, make_hybrid_plan, write_hybrid
 from rehyat_jax.weights.inspect import components_of
 from rehyat_jax.weights.layout import components_in
 from rehyat_jax.weights.plan import Plan, Slot, make_plan
@@ -50,6 +51,8 @@ def convert(
     A whole checkpoint takes its tokenizer along, and its scheduler and ``model_index.json``, or Wan2.1's own for the
     original release (UniPC, shift 3, as the published 480p models have it).
 
+    A student's ``rehyat/`` part goes with its transformer.
+
     Args:
         dst: new or empty; it appears whole or not at all.
         dtype: None keeps each tensor's; otherwise float32, bfloat16 or float16, by the rule of `load_transformer`.
@@ -66,6 +69,7 @@ def convert(
         raise CheckpointError(f"{src} has no {' and no '.join(missing)}: name one network to convert it alone")
     written = _Counter(progress)
     folders: list[tuple[Plan, list[Outgoing]]] = []
+    students = {plan.component.name: student for plan in plans if (student := _student(plan, dtype))}
     for plan in plans:
         tensors = [_outgoing(plan, slot, dtype, written) for slot in plan.slots]
         written.total += sum(tensor.nbytes for tensor in tensors)
@@ -76,8 +80,18 @@ def convert(
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", plan.config.to_dict())
             write_tensors(folder, plan.component.stem, tensors, max_shard_bytes=max_shard_bytes)
+            if student := students.get(plan.component.name):
+                write_hybrid(folder, student.config, converting(student, dtype))
         if whole:
             _copy_the_rest(src, partial)
+
+
+def _student(plan: Plan, dtype: Any) -> HybridPlan | None:
+    """The ``rehyat/`` part that belongs to a network, where there is one."""
+    folder = find_hybrid(plan.weights) if plan.component.name == "transformer" else None
+    return (
+        None if folder is None else make_hybrid_plan(folder, plan.config, dtype=jnp.float32 if dtype is None else dtype)
+    )
 
 
 class _Counter:

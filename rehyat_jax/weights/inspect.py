@@ -7,11 +7,52 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+from rehyat_jax.config import VAEConfig, WanConfig
+from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.models.hybrid import empty_state, listed, why_not_stream
 from rehyat_jax.weights.component import BY_NAME, ComponentName, Config
 from rehyat_jax.weights.files import TensorInfo
+from rehyat_jax.weights.hybrid import find_hybrid, make_hybrid_plan
 from rehyat_jax.weights.layout import components_in, locate
 from rehyat_jax.weights.names import Dialect
 from rehyat_jax.weights.plan import open_component, sole_component
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridInfo:
+    """A student's own part on disk, and what its blocks carry from chunk to chunk."""
+
+    weights: Path
+    config: HybridConfig
+    #: Per block of the model.
+    converted: tuple[bool, ...]
+    parameters: int
+    #: Bytes of the sums s and z, of one block; as the next, of one video at one step and guidance branch.
+    sums_nbytes: int
+    #: Bytes of the overlap's tokens, of one block, in bfloat16: for each token of a frame.
+    overlap_nbytes: int
+    #: Of the model's own videos, where known: what they are called, and their tokens a frame.
+    size: tuple[str, int] | None
+
+    def __str__(self) -> str:
+        blocks = [i for i, converted in enumerate(self.converted) if converted]
+        options = ", ".join(f"{key} {value}" for key, value in self.config.to_dict().items() if key != "blocks")
+        where, tokens = self.size or ("one token a frame", 1)
+        overlap = self.overlap_nbytes * tokens
+        lines = [
+            f"hybrid      {listed(blocks)} of {len(self.converted)}",
+            f"options     {options}",
+            f"features    {self.parameters:,} parameters in {self.weights}",
+            f"state       a block: {self.sums_nbytes:,} bytes of sums in float32, {overlap:,} of overlap in bfloat16",
+            f"            all {len(blocks)}: {len(blocks) * (self.sums_nbytes + overlap):,} bytes a chunk",
+            f"            ({where}; for each step and guidance branch)",
+        ]
+        if why := why_not_stream(self.config, self.converted):
+            lines.append(f"            {why}")
+        return "\n".join(f"  {line}" for line in lines)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +68,8 @@ class ComponentInfo:
     nbytes: int
     #: Parameters by number format, most first.
     dtypes: tuple[tuple[str, int], ...]
+    #: Of a transformer that is a student.
+    hybrid: HybridInfo | None = None
 
     def __str__(self) -> str:
         formats = ", ".join(f"{count:,} in {dtype}" for dtype, count in self.dtypes)
@@ -36,7 +79,7 @@ class ComponentInfo:
             f"  file        {self.weights}\n"
             f"  parameters  {self.parameters:,} in {self.tensors} tensors, {self.nbytes / 1e6:,.1f} MB\n"
             f"  stored as   {formats}\n"
-            f"  sizes       {sizes}"
+            f"  sizes       {sizes}" + (f"\n{self.hybrid}" if self.hybrid else "")
         )
 
     def _sizes(self) -> dict[str, object]:
@@ -66,7 +109,12 @@ def describe(path: str | os.PathLike[str]) -> CheckpointInfo:
         ConfigError: a configuration is impossible or another architecture's.
     """
     path = Path(path)
-    return CheckpointInfo(path=path, components=tuple(_describe(path, name) for name in components_of(path)))
+    components = {name: _describe(path, name) for name in components_of(path)}
+    if "transformer" in components:
+        vae = components["vae"].config if "vae" in components else None
+        hybrid = _describe_hybrid(path, components["transformer"], vae)
+        components["transformer"] = dataclasses.replace(components["transformer"], hybrid=hybrid)
+    return CheckpointInfo(path=path, components=tuple(components.values()))
 
 
 def components_of(path: Path) -> tuple[ComponentName, ...]:
@@ -93,3 +141,38 @@ def _describe(path: Path, name: ComponentName) -> ComponentInfo:
         nbytes=sum(info.nbytes for info in infos.values()),
         dtypes=tuple(counts.most_common()),
     )
+
+
+def _describe_hybrid(path: Path, transformer: ComponentInfo, vae: Config | None) -> HybridInfo | None:
+    folder, config = find_hybrid(transformer.weights), transformer.config
+    if folder is None:
+        return None
+    assert isinstance(config, WanConfig)
+    plan = make_hybrid_plan(folder, config, dtype=jnp.float32)
+    state = jax.eval_shape(lambda: empty_state(config, plan.config, batch=1, frame=1, dtype=jnp.bfloat16))
+    return HybridInfo(
+        weights=plan.weights,
+        config=plan.config,
+        converted=plan.config.converted(config.num_layers),
+        parameters=sum(info.size for info in plan.tensors.infos.values()),
+        sums_nbytes=_nbytes(state.s) + _nbytes(state.z),
+        overlap_nbytes=sum(map(_nbytes, (state.k, state.v, state.features_k))),
+        size=_size(path, config, vae) if isinstance(vae, VAEConfig) else None,
+    )
+
+
+def _nbytes(abstract: jax.ShapeDtypeStruct) -> int:
+    return abstract.size * abstract.dtype.itemsize
+
+
+def _size(path: Path, transformer: WanConfig, vae: VAEConfig) -> tuple[str, int]:
+    """A whole checkpoint's own size of video, and the tokens of its frames."""
+    # A checkpoint's settings are read by a module that itself reads weights.
+    from rehyat_jax.model_folder import read_defaults
+
+    defaults = read_defaults(path)
+    rows, columns = (
+        size // (vae.spatial_factor * patch)
+        for size, patch in zip((defaults.height, defaults.width), transformer.patch_size[1:], strict=True)
+    )
+    return f"{defaults.width}x{defaults.height}", rows * columns

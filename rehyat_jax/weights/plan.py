@@ -99,7 +99,7 @@ def open_component(location: Location) -> Opened:
             raise CheckpointError(f"{weights} is {what} (tensor {found!r}), which is not supported")
     known = recognise(names)
     if known is None:
-        raise CheckpointError(f"{weights} holds {_listed(names)}: not a {component.title} that this program knows")
+        raise CheckpointError(f"{weights} holds {listed(names)}: not a {component.title} that this program knows")
     if known[0] != component.name:
         raise CheckpointError(f"{weights} holds a {BY_NAME[known[0]].title}, not a {component.title}")
     infos = {name: tensors.infos[raw] for name, raw in names.items()}
@@ -130,15 +130,15 @@ def make_plan(path: Path, name: ComponentName, *, dtype: Any = np.float32) -> Pl
     wanted = {slot.source: slot for slot in expected}
     infos = opened.tensors.infos
     if missing := [name for name in wanted if name not in infos]:
-        raise CheckpointError(f"{weights} lacks {_listed(missing)}")
+        raise CheckpointError(f"{weights} lacks {listed(missing)}")
     tied = _tied(expected, opened)
     if unused := [raw for raw in opened.names.values() if raw not in wanted and raw not in tied]:
-        raise CheckpointError(f"{weights} holds {_listed(unused)} that a {component.title} has no use for")
+        raise CheckpointError(f"{weights} holds {listed(unused)} that a {component.title} has no use for")
     wanted |= tied
     if misshapen := [raw for raw, slot in wanted.items() if infos[raw].shape != slot.shape]:
         raw = misshapen[0]
         raise CheckpointError(
-            f"{weights}: {_listed(misshapen)} misshapen: the first is {list(infos[raw].shape)} in the file and "
+            f"{weights}: {listed(misshapen)} misshapen: the first is {list(infos[raw].shape)} in the file and "
             f"{list(wanted[raw].shape)} by the configuration"
         )
     _check_tied(tied, opened)
@@ -193,7 +193,8 @@ def _check_tied(tied: Mapping[str, Slot], opened: Opened) -> None:
             raise CheckpointError(f"{opened.weights}: {slot.source!r} and {alias!r} should be the same and differ")
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Tensors by number and, the first few, by name."""
     names = list(names)
     some = ", ".join(map(repr, names[:3]))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -216,5 +217,5 @@ def sole_component(path: Path) -> ComponentName:
     weights = locate(path, "transformer").weights
     names = strip_prefixes(open_tensors(weights).infos)
     if (known := recognise(names)) is None:
-        raise CheckpointError(f"{weights} holds {_listed(names)}: not a network that this program knows")
+        raise CheckpointError(f"{weights} holds {listed(names)}: not a network that this program knows")
     return known[0]

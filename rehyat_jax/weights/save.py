@@ -16,15 +16,21 @@ from rehyat_jax.models.umt5 import UMT5Encoder
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.weights.component import BY_NAME, ComponentName, narrow
 from rehyat_jax.weights.copying import blocks
+from rehyat_jax.weights.hybrid import outgoing, write_hybrid
 from rehyat_jax.weights.names import Row, torch_view
 from rehyat_jax.weights.plan import pair, parameters
 from rehyat_jax.weights.writing import MAX_SHARD_BYTES, Outgoing, whole_folder, write_json, write_tensors
+
+#: Before the path of what goes into ``rehyat/``.
+_HYBRID = "hybrid_blocks."
 
 
 def save_transformer(
     module: WanTransformer, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` (or shards and an index).
+    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` (or shards and an index), and ``rehyat/``.
+
+    The last is the student's part; without it the folder is the teacher, as diffusers reads it.
 
     Args:
         folder: new or empty; it appears whole or not at all.
@@ -53,7 +59,9 @@ def save_text_encoder(
 
 def _save(module: Any, folder: Path, name: ComponentName, dtype: Any, max_shard_bytes: int) -> None:
     component = BY_NAME[name]
-    variables = parameters(nnx.state(module))
+    every = parameters(nnx.state(module))
+    hybrid = {path.removeprefix(_HYBRID): variable for path, variable in every.items() if path.startswith(_HYBRID)}
+    variables = {path: variable for path, variable in every.items() if not path.startswith(_HYBRID)}
     shapes = {path: tuple(variable.get_value().shape) for path, variable in variables.items()}
     table = pair(component.rows(module.config), shapes)
     tensors = [
@@ -64,6 +72,8 @@ def _save(module: Any, folder: Path, name: ComponentName, dtype: Any, max_shard_
     with whole_folder(folder) as partial:
         write_json(partial / "config.json", module.config.to_dict())
         write_tensors(partial, component.stem, tensors, max_shard_bytes=max_shard_bytes)
+        if isinstance(module, WanTransformer) and module.hybrid is not None:
+            write_hybrid(partial, module.hybrid, outgoing(module.config, module.hybrid, hybrid, dtype))
 
 
 def _outgoing(row: Row, layer: int | None, variable: nnx.Variable, dtype: Any) -> Outgoing:
