@@ -30,5 +30,5 @@ config = DiffusionTraining(
         Bucket(kind="occlusion", frames=129, batch=24, share=0.25, longest_wait=48),
     ),
     steps=8000,
-    optimizer=OptimizerConfig(learning_rate=1e-3),
+    optimizer=OptimizerConfig(method="muon", learning_rate=1e-2),
 )
