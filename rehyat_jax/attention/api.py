@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rehyat_jax.attention.reference import Stabilizer, reference
+from rehyat_jax.attention.scan import scan
 from rehyat_jax.attention.state import HybridState, accumulator
 from rehyat_jax.errors import ConfigError, RehyatError
 
@@ -89,9 +90,9 @@ def hybrid_attention(
         decay = jnp.ones(q.shape[2], state.s.dtype)
     if implementation == "pallas":
         raise NotImplementedError("hybrid attention has no Pallas kernel yet")
-    chosen = {"reference": reference, "scan": reference, "auto": reference}[implementation]
+    chosen = reference if implementation == "reference" else scan
     if implementation == "auto":
-        _log.debug("hybrid_attention %s: %s", q.shape, chosen.__name__)
+        _log.debug("hybrid_attention of q %s %s: %s", q.dtype, q.shape, chosen.__name__)
     out, state = chosen(
         q, k, v, features_q, features_k, chunk=chunk, overlap=overlap, causal=causal, stabilizer=stabilizer,
         decay=decay.astype(state.s.dtype), state=state,

@@ -1,0 +1,180 @@
+"""Attention as a walk over chunks, in plain XLA: one chunk's scores at a time, forward and backward.
+
+The pieces are shared with the baselines: softmax over a window, sums of what has left it, and one rule to merge both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Bool, Float, Int
+
+from rehyat_jax.attention.reference import Stabilizer
+from rehyat_jax.attention.state import HybridState, accumulator
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: weighted values a and the weights' sum n, both to be multiplied by ``e^m``."""
+
+    a: Float[Array, "B C H D"]
+    n: Float[Array, "B C H"]
+    m: Float[Array, "B C H"]
+
+
+class Sums(NamedTuple):
+    """The linear part's memory: Σ φ_k(k) vᵀ and Σ φ_k(k)."""
+
+    s: Float[Array, "B H F D"]
+    z: Float[Array, "B H F"]
+
+
+def scan(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    features_q: Float[Array, "B N H F"],
+    features_k: Float[Array, "B N H F"],
+    *,
+    chunk: int,
+    overlap: int,
+    causal: bool,
+    stabilizer: Stabilizer,
+    decay: Float[Array, " H"],
+    state: HybridState,
+) -> tuple[Float[Array, "B N H D"], HybridState]:
+    """Arguments and results of ``reference``, in memory that, beside them, holds one chunk's scores."""
+
+    def later(sums: Sums, x: Any) -> tuple[Sums, tuple[Array, Array]]:
+        features_q, features_k, v = x
+        return enter(sums, features_k, v), read(sums, features_q)
+
+    def step(state: HybridState, x: Any) -> tuple[HybridState, Array]:
+        (q, k, v, features_q, features_k), after = x
+        new = q.shape[1]
+        keys, values, features = (
+            jnp.concatenate([past, now], axis=1)
+            for past, now in [(state.k, k), (state.v, v), (state.features_k, features_k)]
+        )
+        sums = Sums(state.s, state.z)
+        a, n = read(sums, features_q)
+        if after is not None:
+            a, n = a + after[0], n + after[1]
+        softmax = attend(q, keys, values, window(state.seen, overlap, new))
+        y = merge(softmax, stabilized(softmax, a, n, stabilizer)).astype(v.dtype)
+        # Only what leaves the window now enters the sums; places still empty have zero features and add nothing.
+        sums = enter(decayed(sums, decay), features[:, :new], values[:, :new])
+        seen = jnp.minimum(state.seen + new, overlap)
+        return HybridState(*sums, keys[:, new:], values[:, new:], features[:, new:], seen), y
+
+    after = None
+    if not causal:
+        # Summed from the end, for "total minus window" would cancel.
+        _, after = over_chunks(later, Sums(state.s, state.z), (features_q, features_k, v), chunk, reverse=True)
+    state, y = over_chunks(step, state, ((q, k, v, features_q, features_k), after), chunk)
+    return y, state
+
+
+def over_chunks(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, tokens: Any, chunk: int, *, reverse: bool = False
+) -> tuple[Any, Any]:
+    """``jax.lax.scan`` of ``step`` over chunks of [B, N, …] arrays, the last one possibly shorter.
+
+    Backward, a chunk is computed again from the carry it began with: those are kept, its scores are not.
+    """
+    step = jax.checkpoint(step, prevent_cse=False)
+    batch, length = jax.tree.leaves(tokens)[0].shape[:2]
+    whole = length - length % chunk
+    rest = None
+
+    def short(carry: Any) -> tuple[Any, Any]:
+        return step(carry, jax.tree.map(lambda x: x[:, whole:], tokens))
+
+    if reverse and whole < length:
+        carry, rest = short(carry)
+    out = None
+    if whole:
+        cut = jax.tree.map(lambda x: x[:, :whole].reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1), tokens)
+        carry, out = jax.lax.scan(step, carry, cut, reverse=reverse)
+        out = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, whole, *x.shape[3:]), out)
+    if not reverse and whole < length:
+        carry, rest = short(carry)
+    if out is None or rest is None:
+        return carry, rest if out is None else out
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), out, rest)
+
+
+def window(seen: Int[Array, ""], overlap: int, new: int) -> Bool[Array, " W"] | None:
+    """Which of the overlap's places and the chunk's tokens hold a token; None where all do."""
+    return jnp.arange(overlap + new, dtype=jnp.int32) >= overlap - seen if overlap else None
+
+
+def attend(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B W H D"],
+    v: Float[Array, "B W H D"],
+    visible: Bool[Array, " W"] | None,
+) -> Partial:
+    """The softmax part."""
+    scores = _product("bchd,bwhd->bhcw", q, k) * q.shape[-1] ** -0.5
+    if visible is not None:
+        scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
+    m = stop_gradient(scores.max(axis=-1))
+    weights = jnp.exp(scores - m[..., None])
+    a = _product("bhcw,bwhd->bchd", weights.astype(v.dtype), v)
+    return Partial(a, weights.sum(axis=-1).swapaxes(1, 2), m.swapaxes(1, 2))
+
+
+def read(sums: Sums, features_q: Float[Array, "B C H F"]) -> tuple[Float[Array, "B C H D"], Float[Array, "B C H"]]:
+    """a_L and n_L of queries."""
+    return _product("bchf,bhfd->bchd", features_q, sums.s), _product("bchf,bhf->bch", features_q, sums.z)
+
+
+def enter(sums: Sums, features_k: Float[Array, "B C H F"], v: Float[Array, "B C H D"]) -> Sums:
+    """The sums with more tokens."""
+    return Sums(
+        sums.s + _product("bchf,bchd->bhfd", features_k, v), sums.z + features_k.sum(axis=1, dtype=sums.z.dtype)
+    )
+
+
+def decayed(sums: Sums, decay: Float[Array, " H"]) -> Sums:
+    """The sums, γ of each head times."""
+    return Sums(sums.s * decay[None, :, None, None], sums.z * decay[None, :, None])
+
+
+def stabilized(
+    softmax: Partial,
+    a: Float[Array, "B C H D"],
+    n: Float[Array, "B C H"],
+    stabilizer: Stabilizer,
+) -> Partial:
+    """The linear part beside a softmax part: the stabiliser c is the m that it is said to have."""
+    match stabilizer:
+        case "row_max":
+            m = softmax.m
+        case "lse":
+            m = softmax.m + stop_gradient(jnp.log(softmax.n))
+        case "none":
+            m = jnp.zeros_like(softmax.m)
+    return Partial(a, n, m)
+
+
+def merge(softmax: Partial, linear: Partial) -> Float[Array, "B C H D"]:
+    """One ratio of both parts' numerators and denominators."""
+    # An empty linear part has no say in the common factor, beside which small scores could vanish: 0 / 0.
+    common = jnp.where(linear.n == 0, softmax.m, jnp.maximum(softmax.m, linear.m))
+    local = jnp.exp(softmax.m - common)
+    # With an empty linear part the difference is not bounded by 0, and e to it is multiplied by 0.
+    past = jnp.exp(jnp.minimum(linear.m - common, 80))
+    a = softmax.a * local[..., None] + linear.a * past[..., None]
+    return a / (softmax.n * local + linear.n * past)[..., None]
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    wide = accumulator(a.dtype, b.dtype)
+    if a.dtype != b.dtype:
+        a, b = a.astype(wide), b.astype(wide)
+    return jnp.einsum(spec, a, b, preferred_element_type=wide)
