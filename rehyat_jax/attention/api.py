@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rehyat_jax.attention.reference import Stabilizer, reference
-from rehyat_jax.attention.scan import scan
-from rehyat_jax.attention.state import HybridState, accumulator
+from rehyat_jax.attention.scan import empty_sums, scan
+from rehyat_jax.attention.state import HybridState, empty_places
 from rehyat_jax.errors import ConfigError, RehyatError
 
 Implementation = Literal["auto", "reference", "scan", "pallas"]
@@ -103,20 +103,12 @@ def hybrid_attention(
 def empty_state(
     q: Float[Array, "B N H D"], v: Float[Array, "B N H D"], features_k: Float[Array, "B N H F"], overlap: int
 ) -> HybridState:
-    """``HybridState.zeros`` for these inputs, sharded as they are: made from them, not beside them."""
-    wide = accumulator(q.dtype, v.dtype, features_k.dtype)
-
-    def places(x: Array) -> Array:
-        return jnp.zeros_like(x, shape=(x.shape[0], overlap, *x.shape[2:]))
-
-    # A sum over no token.
-    none = features_k[:, :0].astype(wide)
+    """``HybridState.zeros`` for these inputs, sharded as they are."""
     return HybridState(
-        s=jnp.einsum("bnhf,bnhd->bhfd", none, v[:, :0].astype(wide)),
-        z=none.sum(axis=1),
-        k=places(q),
-        v=places(v),
-        features_k=places(features_k),
+        *empty_sums(features_k, v),
+        k=empty_places(q, overlap),
+        v=empty_places(v, overlap),
+        features_k=empty_places(features_k, overlap),
         seen=jnp.zeros((), jnp.int32),
     )
 

@@ -107,21 +107,20 @@ def over_chunks(
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), out, rest)
 
 
-def window(seen: Int[Array, ""], overlap: int, new: int) -> Bool[Array, " W"] | None:
-    """Which of the overlap's places and the chunk's tokens hold a token; None where all do."""
-    return jnp.arange(overlap + new, dtype=jnp.int32) >= overlap - seen if overlap else None
+def window(seen: Int[Array, ""], overlap: int, new: int) -> Bool[Array, " W"]:
+    """Which of the overlap's places, then the chunk's, hold a token."""
+    return jnp.arange(overlap + new, dtype=jnp.int32) >= overlap - seen
 
 
 def attend(
     q: Float[Array, "B C H D"],
     k: Float[Array, "B W H D"],
     v: Float[Array, "B W H D"],
-    visible: Bool[Array, " W"] | None,
+    visible: Bool[Array, " W"],
 ) -> Partial:
     """The softmax part."""
     scores = _product("bchd,bwhd->bhcw", q, k) * q.shape[-1] ** -0.5
-    if visible is not None:
-        scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
+    scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
     m = stop_gradient(scores.max(axis=-1))
     weights = jnp.exp(scores - m[..., None])
     a = _product("bhcw,bwhd->bchd", weights.astype(v.dtype), v)
@@ -138,6 +137,13 @@ def enter(sums: Sums, features_k: Float[Array, "B C H F"], v: Float[Array, "B C 
     return Sums(
         sums.s + _product("bchf,bchd->bhfd", features_k, v), sums.z + features_k.sum(axis=1, dtype=sums.z.dtype)
     )
+
+
+def empty_sums(features_k: Float[Array, "B N H F"], v: Float[Array, "B N H D"]) -> Sums:
+    """Sums over no token, sharded as these are."""
+    wide = accumulator(features_k.dtype, v.dtype)
+    none = features_k[:, :0].astype(wide)
+    return Sums(jnp.einsum("bnhf,bnhd->bhfd", none, v[:, :0].astype(wide)), none.sum(axis=1))
 
 
 def decayed(sums: Sums, decay: Float[Array, " H"]) -> Sums:

@@ -14,6 +14,11 @@ def accumulator(*dtypes: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if jnp.float64 in [jnp.dtype(d) for d in dtypes] else jnp.float32)
 
 
+def empty_places(x: Float[Array, "B N H D"], count: int) -> Float[Array, "B count H D"]:
+    """Zeros for ``count`` tokens like those of ``x``, of its dtype and sharded as it is: made from it."""
+    return jnp.zeros_like(x, shape=(x.shape[0], count, *x.shape[2:]))
+
+
 class HybridState(NamedTuple):
     """The past of a stream: what has left the softmax window as sums, what is still in it as tokens. A pytree.
 
