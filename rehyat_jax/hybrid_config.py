@@ -77,9 +77,11 @@ class HybridConfig:
         self._check_blocks()
         if self.sink_frames and self.kind != "window":
             raise ConfigError(f"HybridConfig.sink_frames is for kind 'window', and the kind is {self.kind!r}")
-        if self.decay and not (self.causal and self.kind == "hybrid"):
+        if self.kind == "window" and not self.causal:
+            raise ConfigError("HybridConfig.causal is for linear parts, and a window has none: leave it true")
+        if self.decay and (self.kind == "window" or not self.causal):
             raise ConfigError(
-                "HybridConfig.decay is for causal blocks of kind 'hybrid': nothing else has a state to fade"
+                "HybridConfig.decay is for causal blocks of kind 'hybrid' or 'linear': no others have a state to fade"
             )
 
     def _check_blocks(self) -> None:

@@ -17,12 +17,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from rehyat_jax.attention.state import HybridState
 from rehyat_jax.config import WanConfig
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.models.block import Block, modulate, modulation_table
 from rehyat_jax.models.hybrid import (
+    BlockState,
     HybridAttention,
     empty_state,
     hybrid_blocks,
@@ -201,7 +201,7 @@ class WanTransformer(nnx.Module):
         x = scan_layers(teacher, student, inputs.x, layers, hybrids, self.converted)
         return self.unembed(x, inputs)
 
-    def init_stream(self, batch: int, height: int, width: int) -> HybridState:
+    def init_stream(self, batch: int, height: int, width: int) -> BlockState:
         """The state before a video's first chunk: every block's, stacked over a leading axis of layers.
 
         Its size depends on the batch and on the latents' height and width, and on no number of frames but the overlap.
@@ -219,10 +219,10 @@ class WanTransformer(nnx.Module):
         latents: Float[Array, "B T H W {self.config.in_channels}"],
         timesteps: Num[Array, " B"],
         text: Float[Array, "B L {self.config.text_dim}"],
-        state: HybridState,
+        state: BlockState,
         *,
         first_frame: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "B T H W {self.config.out_channels}"], HybridState]:
+    ) -> tuple[Float[Array, "B T H W {self.config.out_channels}"], BlockState]:
         """The velocity of the next frames of a video, and the state after them.
 
         Calls on consecutive pieces, each of whole chunks save a last one, equal one call on the whole video at the same
@@ -246,10 +246,10 @@ class WanTransformer(nnx.Module):
         graph, layers = nnx.split(self.blocks)
         hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
 
-        def step(x: Array, layer: tuple[Any, Any, HybridState]) -> tuple[Array, HybridState]:
+        def step(x: Array, layer: tuple[Any, Any, BlockState]) -> tuple[Array, BlockState]:
             attention = nnx.merge(hybrid_graph, layer[1])
 
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, HybridState]:
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, BlockState]:
                 return attention.stream(q, k, v, layer[2], frame=rows * columns)
 
             return nnx.merge(graph, layer[0]).attending(x, *inputs[1:4], attend)

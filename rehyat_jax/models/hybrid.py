@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rehyat_jax.attention.api import hybrid_attention
+from rehyat_jax.attention.baselines import WindowState, linear_attention, window_attention
 from rehyat_jax.attention.features import FeatureMap
+from rehyat_jax.attention.scan import Sums
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.config import WanConfig
 from rehyat_jax.errors import ConfigError
@@ -21,6 +24,9 @@ from rehyat_jax.hybrid_config import HybridConfig
 
 #: For ``nnx.state`` and ``nnx.DiffState``: what the hybrid blocks of a model have beside the teacher's.
 HYBRID_PARAMETERS = nnx.All(nnx.Param, nnx.PathContains("hybrid_blocks"))
+
+#: What one converted block carries from chunk to chunk, by kind: hybrid, window, linear.
+BlockState = HybridState | WindowState | Sums
 
 
 class HybridAttention(nnx.Module):
@@ -55,29 +61,34 @@ class HybridAttention(nnx.Module):
         self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], *, frame: int
     ) -> Float[Array, "B N H D"]:
         """A whole video; ``frame`` is its tokens a frame."""
-        hybrid = self.hybrid
-        chunk, overlap = hybrid.chunk_frames * frame, hybrid.overlap_frames * frame
-        return hybrid_attention(
-            q, k, v, self.phi_q(q), self.phi_k(k), chunk=chunk, overlap=overlap, causal=hybrid.causal,
-            stabilizer=hybrid.stabilizer, implementation=hybrid.implementation, decay=self.decay,
-        )  # fmt: skip
+        return self._of(q, k, v, frame)()
 
     def stream(
         self,
         q: Float[Array, "B N H D"],
         k: Float[Array, "B N H D"],
         v: Float[Array, "B N H D"],
-        state: HybridState,
+        state: BlockState,
         *,
         frame: int,
-    ) -> tuple[Float[Array, "B N H D"], HybridState]:
+    ) -> tuple[Float[Array, "B N H D"], BlockState]:
         """The next chunks of a video, and the state after them."""
+        return self._of(q, k, v, frame)(initial_state=state, return_state=True)
+
+    def _of(
+        self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], frame: int
+    ) -> Callable[..., Any]:
+        """The attention, ready but for its state."""
         hybrid = self.hybrid
-        features = (self.phi_q(q), self.phi_k(k))
-        return hybrid_attention(
-            q, k, v, *features, chunk=hybrid.chunk_frames * frame, overlap=hybrid.overlap_frames * frame,
-            stabilizer=hybrid.stabilizer, implementation=hybrid.implementation, decay=self.decay, initial_state=state,
-            return_state=True,
+        chunk, overlap = hybrid.chunk_frames * frame, hybrid.overlap_frames * frame
+        if hybrid.kind == "window":
+            return partial(window_attention, q, k, v, chunk=chunk, overlap=overlap, sink=hybrid.sink_frames * frame)
+        features = self.phi_q(q), self.phi_k(k)
+        if hybrid.kind == "linear":
+            return partial(linear_attention, *features, v, chunk=chunk, causal=hybrid.causal, decay=self.decay)
+        return partial(
+            hybrid_attention, q, k, v, *features, chunk=chunk, overlap=overlap, causal=hybrid.causal,
+            stabilizer=hybrid.stabilizer, implementation=hybrid.implementation, decay=self.decay,
         )  # fmt: skip
 
 
@@ -126,14 +137,18 @@ def take_parameters(target: HybridAttention, source: HybridAttention | None) -> 
     nnx.update(target, nnx.from_flat_state(theirs))
 
 
-def empty_state(config: WanConfig, hybrid: HybridConfig, *, batch: int, frame: int, dtype: DTypeLike) -> HybridState:
+def empty_state(config: WanConfig, hybrid: HybridConfig, *, batch: int, frame: int, dtype: DTypeLike) -> BlockState:
     """One block's state before the first chunk of a video of ``frame`` tokens a frame."""
-    # A window's features are zeros, one a head: nothing is remembered.
-    feature_dim = 1 if hybrid.kind == "window" else hybrid.degree * config.attention_head_dim
-    return HybridState.zeros(
-        batch, heads=config.num_attention_heads, head_dim=config.attention_head_dim, feature_dim=feature_dim,
-        overlap=hybrid.overlap_frames * frame, dtype=dtype,
-    )  # fmt: skip
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    overlap = hybrid.overlap_frames * frame
+    if hybrid.kind == "window":
+        return WindowState.zeros(
+            batch, heads=heads, head_dim=head_dim, overlap=overlap, sink=hybrid.sink_frames * frame, dtype=dtype
+        )
+    state = HybridState.zeros(
+        batch, heads=heads, head_dim=head_dim, feature_dim=hybrid.degree * head_dim, overlap=overlap, dtype=dtype
+    )
+    return Sums(state.s, state.z) if hybrid.kind == "linear" else state
 
 
 def why_not_stream(hybrid: HybridConfig | None, converted: tuple[bool, ...]) -> str | None:
@@ -141,11 +156,8 @@ def why_not_stream(hybrid: HybridConfig | None, converted: tuple[bool, ...]) -> 
     if not all(converted) or hybrid is None:
         softmax = listed([i for i, hybrid_block in enumerate(converted) if not hybrid_block])
         return f"the model cannot stream: {softmax} of {len(converted)} attend to the whole video by softmax"
-    every = listed(list(range(len(converted))))
     if not hybrid.causal:
-        return f"the model cannot stream: {every} are not causal, they attend to later frames"
-    if hybrid.sink_frames:
-        return f"the model cannot stream: {every} have sink frames, for which there is no state"
+        return f"the model cannot stream: {listed(range(len(converted)))} are not causal, they attend to later frames"
     return None
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rehyat_jax.config import VAEConfig, WanConfig
 from rehyat_jax.hybrid_config import HybridConfig
-from rehyat_jax.models.hybrid import empty_state, listed, why_not_stream
+from rehyat_jax.models.hybrid import BlockState, empty_state, listed, why_not_stream
 from rehyat_jax.weights.component import BY_NAME, ComponentName, Config
 from rehyat_jax.weights.files import TensorInfo
 from rehyat_jax.weights.hybrid import find_hybrid, make_hybrid_plan
@@ -32,8 +32,8 @@ class HybridInfo:
     parameters: int
     #: Bytes of the sums s and z, of one block; as the next, of one video at one step and guidance branch.
     sums_nbytes: int
-    #: Bytes of the overlap's tokens, of one block, in bfloat16: for each token of a frame.
-    overlap_nbytes: int
+    #: Bytes of the tokens kept (overlap, sinks), of one block, in bfloat16: for each token of a frame.
+    kept_nbytes: int
     #: Of the model's own videos, where known: what they are called, and their tokens a frame.
     size: tuple[str, int] | None
 
@@ -41,13 +41,13 @@ class HybridInfo:
         blocks = [i for i, converted in enumerate(self.converted) if converted]
         options = ", ".join(f"{key} {value}" for key, value in self.config.to_dict().items() if key != "blocks")
         where, tokens = self.size or ("one token a frame", 1)
-        overlap = self.overlap_nbytes * tokens
+        kept = self.kept_nbytes * tokens
         lines = [
             f"hybrid      {listed(blocks)} of {len(self.converted)}",
             f"options     {options}",
             f"features    {self.parameters:,} parameters in {self.weights}",
-            f"state       a block: {self.sums_nbytes:,} bytes of sums in float32, {overlap:,} of overlap in bfloat16",
-            f"            all {len(blocks)}: {len(blocks) * (self.sums_nbytes + overlap):,} bytes a chunk",
+            f"state       a block: {self.sums_nbytes:,} bytes of sums in float32, {kept:,} of kept tokens in bfloat16",
+            f"            all {len(blocks)}: {len(blocks) * (self.sums_nbytes + kept):,} bytes a chunk",
             f"            ({where}; for each step and guidance branch)",
         ]
         if why := why_not_stream(self.config, self.converted):
@@ -149,20 +149,25 @@ def _describe_hybrid(path: Path, transformer: ComponentInfo, vae: Config | None)
         return None
     assert isinstance(config, WanConfig)
     plan = make_hybrid_plan(folder, config, dtype=jnp.float32)
-    state = jax.eval_shape(lambda: empty_state(config, plan.config, batch=1, frame=1, dtype=jnp.bfloat16))
+    # Of frames without tokens: the sums alone.
+    sums, state = (
+        jax.eval_shape(lambda frame=frame: empty_state(config, plan.config, batch=1, frame=frame, dtype=jnp.bfloat16))
+        for frame in (0, 1)
+    )
     return HybridInfo(
         weights=plan.weights,
         config=plan.config,
         converted=plan.config.converted(config.num_layers),
         parameters=sum(info.size for info in plan.tensors.infos.values()),
-        sums_nbytes=_nbytes(state.s) + _nbytes(state.z),
-        overlap_nbytes=sum(map(_nbytes, (state.k, state.v, state.features_k))),
+        sums_nbytes=_nbytes(sums),
+        kept_nbytes=_nbytes(state) - _nbytes(sums),
         size=_size(path, config, vae) if isinstance(vae, VAEConfig) else None,
     )
 
 
-def _nbytes(abstract: jax.ShapeDtypeStruct) -> int:
-    return abstract.size * abstract.dtype.itemsize
+def _nbytes(state: BlockState) -> int:
+    """Of its arrays; a count of tokens is none."""
+    return sum(x.size * x.dtype.itemsize for x in state if x.ndim)
 
 
 def _size(path: Path, transformer: WanConfig, vae: VAEConfig) -> tuple[str, int]:
