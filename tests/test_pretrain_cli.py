@@ -166,7 +166,15 @@ def test_the_record_says_how_the_model_was_made(trained, tiny):
     assert record["settings"]["config"] == str(tiny)
     assert (record["settings"]["out"], record["settings"]["seed"]) == (str(trained), 0)
     assert record["settings"]["buckets"] == [
-        {"kind": "occlusion", "frames": 5, "batch": 4, "share": 1.0, "longest_wait": 4, "columns": None}
+        {
+            "kind": "occlusion",
+            "frames": 5,
+            "batch": 4,
+            "share": 1.0,
+            "during": [0.0, 1.0],
+            "longest_wait": 4,
+            "columns": None,
+        }
     ]
     assert {"compile", "train", "save"} == set(record["phases"])
     assert (record["last"]["step"], record["last"]["from_step"]) == (64, 0)

@@ -27,7 +27,7 @@ from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer, embed_prompts
 from rehyat_jax.weights import load_vae
 from train.checkpoint import Checkpoints
-from train.clips import Bucket, choose, round_key
+from train.clips import Bucket, check_rounds, choose, round_key
 from train.diffusion import DiffusionTraining, Models
 from train.loop import Stopped, run
 from train.optimizer import OptimizerConfig
@@ -135,7 +135,19 @@ def test_buckets_are_drawn_by_their_shares():
         assert abs(counts[bucket] / 4000 - share) <= 5 * math.sqrt(share * (1 - share) / 4000)
 
 
-@pytest.mark.parametrize("change", [{"frames": 0}, {"batch": 0}, {"share": -1.0}, {"share": math.nan}, {"columns": 65}])
+def test_a_bucket_is_drawn_during_its_part_of_the_run():
+    first, always = Bucket(kind="plain", frames=5, batch=1, during=(0.0, 0.4)), Bucket(kind="plain", frames=9, batch=1)
+    drawn = [choose((first, always), 7, index, progress=index / 1000) for index in range(1000)]
+    assert 100 < drawn[:400].count(0) < 300
+    assert not drawn[400:].count(0)
+    with pytest.raises(ConfigError, match="40% through"):
+        check_rounds((first,), steps=10, steps_per_round=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"frames": 0}, {"batch": 0}, {"share": -1.0}, {"share": math.nan}, {"columns": 65}, {"during": (0.5, 0.5)}],
+)
 def test_impossible_buckets_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         Bucket(**{"kind": "plain", "frames": 5, "batch": 1} | change)

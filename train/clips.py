@@ -18,12 +18,14 @@ _WIDTHS = {"plain": world.WIDTH, "occlusion": world.OCCLUSION_WIDTH}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Clips of one shape. ``share`` is the part of all rounds that draw from it; ``batch`` is an optimiser step's."""
+    """Clips of one shape. ``share`` is the part of the rounds that draw from it; ``batch`` is an optimiser step's."""
 
     kind: Literal["plain", "occlusion"]
     frames: int
     batch: int
     share: float = 1.0
+    #: Drawn from only in this part of the run, as shares of its steps: short clips first, long ones later.
+    during: tuple[float, float] = (0.0, 1.0)
     #: Occlusion: hidden-wait frames are drawn from 0 to this.
     longest_wait: int = 0
     #: Of each clip only so many neighbouring columns, from a place drawn for it; none: all of them.
@@ -33,6 +35,8 @@ class Bucket:
         for name, least in (("frames", 1), ("batch", 1), ("share", 0), ("longest_wait", 0)):
             if not least <= getattr(self, name) < math.inf:
                 raise ConfigError(f"a bucket's {name} must be {least} or more, not {getattr(self, name)}")
+        if not 0 <= self.during[0] < self.during[1] <= 1:
+            raise ConfigError(f"a bucket's during must be two shares of the run in order, not {self.during}")
         if self.columns is not None and not 1 <= self.columns <= _WIDTHS[self.kind]:
             raise ConfigError(f"a bucket's columns must be 1 to {_WIDTHS[self.kind]}, not {self.columns}")
 
@@ -65,18 +69,25 @@ class Bucket:
 def check_rounds(buckets: tuple[Bucket, ...], *, steps: int, steps_per_round: int) -> None:
     """
     Raises:
-        ConfigError: there is nothing to do, or nothing to draw from.
+        ConfigError: there is nothing to do, or a time with nothing to draw from.
     """
     for name, value in (("steps", steps), ("steps_per_round", steps_per_round)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
-    if not sum(bucket.share for bucket in buckets) > 0:
-        raise ConfigError("at least one bucket must have a share above 0")
+    for progress in {0.0, *(bucket.during[1] for bucket in buckets)} - {1.0}:
+        if not sum(_shares(buckets, progress)) > 0:
+            raise ConfigError(
+                f"at least one bucket must have a share above 0 ({progress:.0%} through the run none has)"
+            )
 
 
-def choose(buckets: tuple[Bucket, ...], seed: int, index: int) -> int:
-    """Which bucket round ``index`` draws from."""
-    share = np.array([b.share for b in buckets])
+def _shares(buckets: tuple[Bucket, ...], progress: float) -> list[float]:
+    return [b.share if b.during[0] <= progress < b.during[1] else 0.0 for b in buckets]
+
+
+def choose(buckets: tuple[Bucket, ...], seed: int, index: int, *, progress: float = 0.0) -> int:
+    """Which bucket round ``index`` draws from, ``progress`` (0 to 1, 1 aside) through the run."""
+    share = np.array(_shares(buckets, progress))
     return int(np.random.default_rng((seed, index)).choice(len(buckets), p=share / share.sum()))
 
 

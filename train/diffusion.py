@@ -203,7 +203,7 @@ class DiffusionTraining:
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
             index = step // self.steps_per_round
-            bucket = choose(self.buckets, self.seed, index)
+            bucket = choose(self.buckets, self.seed, index, progress=step / self.steps)
             scene_key, key = jax.random.split(round_key(self.seed, index))
             scenes = samplers[bucket](scene_key)
             tokens = tokenizer.encode(captions(scenes), max_length=self.caption_tokens)
