@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from rehyat_jax.attention.scan import Sums, attend, decayed, empty_sums, enter, over_chunks, read, window
+from rehyat_jax.attention.scan import Sums, attend, decayed, empty_sums, enter, over_chunks, ratio, read, window
 from rehyat_jax.attention.state import empty_places
 from rehyat_jax.errors import ConfigError, RehyatError
 
@@ -100,7 +100,7 @@ def window_attention(
             jnp.where(takes, values[:, taken], state.sink_v),
             jnp.minimum(state.seen + new, overlap + sink),
         )
-        return after, (softmax.a / softmax.n[..., None]).astype(v.dtype)
+        return after, ratio(softmax.a, softmax.n).astype(v.dtype)
 
     state, out = over_chunks(step, empty if initial_state is None else initial_state, (q, k, v), chunk)
     return (out, state) if return_state else out
@@ -158,8 +158,7 @@ def linear_attention(
         if decay is not None:
             sums = decayed(sums, decay.astype(sums.s.dtype))
         sums = enter(sums, features_k, v)
-        a, n = read(sums, features_q)
-        return sums, (a / n[..., None]).astype(v.dtype)
+        return sums, ratio(*read(sums, features_q)).astype(v.dtype)
 
     state, out = over_chunks(
         step, empty if initial_state is None else initial_state, (features_q, features_k, v),
