@@ -29,8 +29,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(-10 * np.log10(np.mean((a.astype(np.float64) - b) ** 2) + 1e-20))
 
 
-def noise_for(batch: int, frames: int, height: int, width: int, *, seed: int = 0) -> np.ndarray:
-    shape = (batch, (frames - 1) // 4 + 1, height // 8, width // 8, 16)
+def noise_for(batch: int, frames: int, height: int, width: int, *, factor: int = 8, seed: int = 0) -> np.ndarray:
+    shape = (batch, (frames - 1) // 4 + 1, height // factor, width // factor, 16)
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
@@ -115,7 +115,7 @@ def test_bundled_models_open_in_diffusers_and_agree(cache):
         theirs = WanPipeline.from_pretrained(folder)
         theirs.set_progress_bar_config(disable=True)
         size = {"height": ours.defaults.height, "width": ours.defaults.width}
-        noise = noise_for(1, 17, **size)
+        noise = noise_for(1, 17, **size, factor=ours.vae.config.spatial_factor)
         settings = {**size, "num_frames": 17, "num_inference_steps": 6, "guidance_scale": ours.defaults.guidance_scale}
         prompt = "a lemon moving down slowly on a blue background"
         expected = by_diffusers(theirs, prompt, noise, **settings)

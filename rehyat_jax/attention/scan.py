@@ -204,6 +204,13 @@ def _swapped(x: Array) -> Array:
 
 def _product(spec: str, a: Array, b: Array) -> Array:
     wide = accumulator(a.dtype, b.dtype)
-    if a.dtype != b.dtype:
-        a, b = a.astype(wide), b.astype(wide)
-    return jnp.einsum(spec, a, b, preferred_element_type=wide)
+
+    def widened(a: Array, b: Array) -> Array:
+        return jnp.einsum(spec, a.astype(wide), b.astype(wide))
+
+    if a.dtype != b.dtype or a.dtype == wide:
+        return widened(a, b)
+    # XLA's CPU backend has no product of bfloat16 with a float32 sum in every place where one may stand.
+    return jax.lax.platform_dependent(
+        a, b, cpu=widened, default=lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=wide)
+    )
