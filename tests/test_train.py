@@ -99,12 +99,15 @@ def test_muon_makes_a_kernels_update_orthogonal():
     gradients = {
         "blocks": {"kernel": jnp.asarray(rng.normal(size=stacked) * [[[1.0]], [[100.0]]], jnp.float32)},
         "conv": {"kernel": jnp.asarray(rng.normal(size=convolution), jnp.float32)},
+        "hybrid_blocks": {"phi_q": {"kernel": jnp.asarray(rng.normal(size=(2, 2, 8, 4)), jnp.float32)}},
         "other": {"bias": jnp.asarray(rng.normal(size=bias), jnp.float32)},
     }
     params = jax.tree.map(jnp.zeros_like, gradients)
     after = config.apply(config.init(params), gradients, jnp.float32(1.0)).params
-    # A layer of the stack is a matrix of its own; a convolution is one from all that it sees to its output.
-    for matrix in (*after["blocks"]["kernel"], after["conv"]["kernel"].reshape(18, 8)):
+    # A layer of the stack is a matrix of its own, and so is a head of a feature map; a convolution is one from all that
+    # it sees to its output.
+    heads = after["hybrid_blocks"]["phi_q"]["kernel"].reshape(4, 8, 4)
+    for matrix in (*after["blocks"]["kernel"], after["conv"]["kernel"].reshape(18, 8), *heads):
         values = np.linalg.svd(matrix, compute_uv=False)
         assert values.min() > 0.6
         assert values.max() < 1.3
@@ -112,6 +115,18 @@ def test_muon_makes_a_kernels_update_orthogonal():
     # 0.9 of the first moment (0.1, corrected by 1 - 0.9²) and 0.1 of the gradient (corrected by 1 - 0.9).
     expected = -0.1 * (1 + 0.09 / 0.19) * np.sign(gradients["other"]["bias"])
     np.testing.assert_allclose(after["other"]["bias"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_a_share_of_the_learning_rate_is_that_share_of_the_step(method):
+    config, params = OptimizerConfig(method=method), _problem()
+    shares = {"layer": {"kernel": 1.0, "bias": 3.0}, "table": {"embedding": 0.0}}
+    whole, shared = (
+        config.apply(config.init(params), _gradients(params, 0), jnp.float32(0.1), shares=x).params
+        for x in (None, shares)
+    )
+    expected = jax.tree.map(lambda p, after, share: p + share * (after - p), params, whole, shares)
+    chex.assert_trees_all_close(shared, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("field", ["learning_rate", "ema_decay", "beta2", "clip_norm"])

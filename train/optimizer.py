@@ -78,10 +78,14 @@ class OptimizerConfig:
             jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), self._transform().init(params)
         )
 
-    def apply(self, state: TrainState, gradients: PyTree, rate: Float[Array, ""]) -> TrainState:
-        """One step with the learning rate ``rate``."""
+    def apply(
+        self, state: TrainState, gradients: PyTree, rate: Float[Array, ""], *, shares: PyTree = None
+    ) -> TrainState:
+        """One step with the learning rate ``rate``, or for each leaf of the parameters its share of that (a number)."""
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer array
             updates, optimizer = self._transform().update(gradients, state.optimizer, state.params)
+        if shares is not None:
+            updates = jax.tree.map(lambda u, share: share * u, updates, shares)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         # Early on the average follows closely, so that the initial weights do not linger in it.
         step = state.step.astype(jnp.float32)
@@ -91,13 +95,18 @@ class OptimizerConfig:
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """How each kernel is a matrix: all axes but the last into the last; a leading axis of layers is a batch."""
+    """How each kernel is a matrix: all axes but the last into the last; a leading axis of layers is a batch.
+
+    Of feature maps, which have a matrix a head, so is the axis of heads.
+    """
 
     def dims(path: tuple, x: Array) -> optax.contrib.MuonDimensionNumbers | None:
         names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
         if "kernel" not in names:
             return None
         first = 1 if {"blocks", "block"} & set(names) else 0
+        if {"phi_q", "phi_k"} & set(names):
+            first = x.ndim - 2
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, x.ndim - 1)), x.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(dims, params)
