@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rehyat_jax.attention.api import hybrid_attention
     from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
+    from rehyat_jax.hybrid_config import HybridConfig
     from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.stream import StreamState
+    from rehyat_jax.streaming import Stream
     from rehyat_jax.weights import (
         load_text_encoder,
         load_transformer,
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "HybridConfig": "rehyat_jax.hybrid_config",
+    "Stream": "rehyat_jax.streaming",
+    "StreamState": "rehyat_jax.stream",
     "TextEncoderConfig": "rehyat_jax.config",
     "TextToVideo": "rehyat_jax.pipeline",
     "VAEConfig": "rehyat_jax.config",
@@ -39,6 +45,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "HybridConfig",
+    "Stream",
+    "StreamState",
     "TextEncoderConfig",
     "TextToVideo",
     "VAEConfig",

@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -22,12 +21,17 @@ from jaxtyping import Array, Float, UInt8
 
 from rehyat_jax.compilation import cache_folder, keep_compiled
 from rehyat_jax.errors import CheckpointError, RehyatError
+from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.model_folder import Defaults, find_model, read_defaults, read_scheduler
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.programs import decode_first, decode_next, denoise_step, precision, to_float, to_uint8
 from rehyat_jax.prompt_encoder import PromptEncoder
 from rehyat_jax.record import Phases
-from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, Steps, guided_velocity, plan_steps, sampling_step
+from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
+from rehyat_jax.sampling.sweep import chunk_frames, frame_noise, video_keys
+from rehyat_jax.settings import Settings
+from rehyat_jax.streaming import Stream
 from rehyat_jax.weights import load_transformer, load_vae
 
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
@@ -36,20 +40,6 @@ OnStep = Callable[[str, int, int], None]
 #: Beyond this, attention over all tokens is out of reach of any machine: 720p at 81 frames has 75,600 tokens.
 _MOST_TOKENS = 1 << 20
 _LARGEST_SIDE = 1 << 14
-_LARGEST_SEED = (1 << 32) - 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a video is made, every value resolved: see :meth:`TextToVideo.settings`."""
-
-    num_frames: int
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance_scale: float
-    schedule: FlowSchedule
-    solver: Solver
 
 
 class TextToVideo:
@@ -89,6 +79,7 @@ class TextToVideo:
         name_or_path: str | os.PathLike[str],
         *,
         dtype: DTypeLike = jnp.float32,
+        hybrid: HybridConfig | Literal["auto"] | None = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
@@ -99,6 +90,8 @@ class TextToVideo:
             name_or_path: "mini-sprites", a folder, or "hf:OWNER/NAME" to fetch one (needs huggingface_hub).
             dtype: float32 or bfloat16, of the transformer and the text encoder. The autoencoder runs in float32, as
                 diffusers advises for Wan.
+            hybrid: "auto": the transformer as the folder has it. ``None``: the softmax teacher alone. A configuration:
+                the teacher with these blocks converted anew, so that any checkpoint can be streamed.
             cache_dir: folder of compiled programs and prompt embeddings; ``None``: $REHYAT_CACHE_DIR, else the user's
                 cache folder. One that cannot be written is done without.
 
@@ -110,7 +103,7 @@ class TextToVideo:
         keep_compiled(cache)
         schedule, solver = read_scheduler(folder)
         return cls(
-            transformer=load_transformer(folder, dtype=dtype),
+            transformer=load_transformer(folder, dtype=dtype, hybrid=hybrid),
             vae=load_vae(folder),
             text=PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts"),
             schedule=schedule,
@@ -164,6 +157,56 @@ class TextToVideo:
             prompt, settings, negative_prompt=negative_prompt, seed=seed, noise=noise, output=output, on_step=on_step
         )
 
+    def open_stream(
+        self,
+        prompt: str,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | int | None = None,
+        negative_prompt: str = "",
+        seed: int = 0,
+        schedule: FlowSchedule | None = None,
+        solver: Solver | None = None,
+    ) -> Stream:
+        """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
+
+        As long as the prompt stays, its frames are those that a call makes of the same seed. Arguments as for a call.
+
+        Raises:
+            RehyatError: a block of the transformer prevents it (the message names it); an impossible size, number or
+                seed.
+        """
+        frames = 1 + self.vae.config.temporal_factor * (chunk_frames(self.transformer) - 1)
+        settings = self.settings(
+            num_frames=frames, height=height, width=width,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, schedule=schedule, solver=solver,
+        )  # fmt: skip
+        return Stream.start(
+            prompt, transformer=self.transformer, vae=self.vae, text=self.text, settings=settings,
+            negative_prompt=negative_prompt, seed=seed,
+        )  # fmt: skip
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[np.ndarray]:
+        """Blocks of frames, uint8 [F, H, W, 3], for as long as one asks: `open_stream`, its arguments and errors."""
+        return self.open_stream(prompt, **options)
+
+    def resume_stream(self, folder: str | os.PathLike[str]) -> Stream:
+        """A stream that `Stream.save` kept, in this or another process, where it stood.
+
+        Raises:
+            CheckpointError: there is none in the folder, it is damaged, or another model made it.
+        """
+        return Stream.resume(folder, transformer=self.transformer, vae=self.vae, text=self.text, check=self._check)
+
+    def _check(self, settings: Settings) -> None:
+        """Raises CheckpointError for settings that `settings` would never give."""
+        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        with warnings.catch_warnings(action="ignore"):
+            if self.settings(**values) != settings:
+                raise CheckpointError(f"this model makes no video of {settings.width}x{settings.height}")
+
     def settings(
         self,
         *,
@@ -195,8 +238,7 @@ class TextToVideo:
             solver=_or(solver, self.solver),
         )
         # Each says what is wrong, before the text encoder is read.
-        Guidance(scale=settings.guidance_scale)
-        plan_steps(settings.schedule, settings.solver, num_steps=settings.num_inference_steps)
+        _ = settings.guidance, settings.plan()
         return settings
 
     def run(
@@ -216,18 +258,18 @@ class TextToVideo:
         if not prompts or not all(isinstance(p, str) for p in [*prompts, negative_prompt]):
             raise RehyatError("a prompt must be a text or a list of texts that is not empty")
         noise = self._noise(settings, count=len(prompts), seed=seed, noise=noise)
-        guidance = Guidance(scale=settings.guidance_scale, forward="two")
+        guidance = settings.guidance
         measure: Callable[[str], AbstractContextManager[None]] = phases.measure if phases else lambda _: nullcontext()
         on_step = on_step or (lambda phase, done, total: None)
 
-        with self._precision(), measure("text"):
+        with precision(self.transformer.dtype), measure("text"):
             wanted = [*prompts, negative_prompt] if guidance.needs_negative else prompts
             text = self._embed(wanted, on_step)
             negative = jnp.repeat(text[len(prompts) :], len(prompts), axis=0) if guidance.needs_negative else None
             text = text[: len(prompts)]
-        with self._precision(), measure("denoise"):
+        with precision(self.transformer.dtype), measure("denoise"):
             latents = self._denoise(noise, text, negative, settings=settings, guidance=guidance, on_step=on_step)
-        with self._precision(), measure("decode"):
+        with precision(self.transformer.dtype), measure("decode"):
             blocks = self._decode(latents, pixels=_PIXELS[output])
             total = latents.shape[1]
             on_step("decode", 0, total)
@@ -237,12 +279,6 @@ class TextToVideo:
                 on_step("decode", done, total)
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
-
-    def _precision(self) -> AbstractContextManager[None]:
-        """Float32 means float32: accelerators would otherwise multiply it in TF32 or bfloat16."""
-        if self.transformer.dtype == jnp.float32:
-            return jax.default_matmul_precision("highest")
-        return nullcontext()
 
     def _size(self, *, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Frames, height and width as they can be made; diffusers' rounding and warnings."""
@@ -281,10 +317,7 @@ class TextToVideo:
             if noise.shape != (count, *shape):
                 raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
             return jnp.asarray(noise, jnp.float32)
-        if not 0 <= seed <= _LARGEST_SEED + 1 - count:
-            raise RehyatError(f"the seed must be a whole number from 0 to {_LARGEST_SEED}, not {seed}")
-        keys = [jax.random.key(seed + i) for i in range(count)]
-        return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
+        return frame_noise(video_keys(seed, count=count), shape)
 
     def _embed(self, prompts: list[str], on_step: OnStep) -> Float[Array, "B L D"]:
         on_step("text", 0, len(prompts))
@@ -305,13 +338,13 @@ class TextToVideo:
         on_step: OnStep,
     ) -> Float[Array, "B T h w z"]:
         count = settings.num_inference_steps
-        plan = plan_steps(settings.schedule, settings.solver, num_steps=count)
+        plan = settings.plan()
         graph, weights = nnx.split(self.transformer)
         # Copies: the step gives its state's buffers away, and a solver may begin with one buffer twice.
         state = jax.tree.map(jnp.copy, settings.solver.init(noise))
         on_step("denoise", 0, count)
         for i in range(count):
-            state = _denoise_step(
+            state = denoise_step(
                 weights, state, jax.tree.map(lambda table, i=i: table[i], plan), text, negative,
                 graph=graph, solver=settings.solver, guidance=guidance,
             )  # fmt: skip
@@ -322,49 +355,14 @@ class TextToVideo:
     def _decode(self, latents: Float[Array, "B T h w z"], *, pixels: Callable[[Array], Array]) -> Iterator[np.ndarray]:
         """Blocks of frames, one for each latent frame, so that memory does not grow with the video."""
         graph, weights = nnx.split(self.vae)
-        frames, state = _decode_first(weights, latents[:, :1], graph=graph, pixels=pixels)
+        frames, state = decode_first(weights, latents[:, :1], graph=graph, pixels=pixels)
         yield np.asarray(frames)
         for i in range(1, latents.shape[1]):
-            frames, state = _decode_next(weights, latents[:, i : i + 1], state, graph=graph, pixels=pixels)
+            frames, state = decode_next(weights, latents[:, i : i + 1], state, graph=graph, pixels=pixels)
             yield np.asarray(frames)
 
 
-@partial(jax.jit, static_argnames=("graph", "solver", "guidance"), donate_argnames="state")
-def _denoise_step(
-    weights: Any, state: Any, step: Steps, text: Array, negative: Array | None, *, graph: Any, solver: Solver,
-    guidance: Guidance,
-) -> Any:  # fmt: skip
-    model = nnx.merge(graph, weights)
-    velocity = guided_velocity(model, text, negative=negative, guidance=guidance, dtype=model.dtype)
-    return sampling_step(velocity, state, step=step, solver=solver)
-
-
-@partial(jax.jit, static_argnames=("graph", "pixels"))
-def _decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Callable[[Array], Array]) -> tuple[Array, Any]:
-    vae = nnx.merge(graph, weights)
-    video, state = vae.decode_first(vae.denormalize(latents))
-    return pixels(video), state
-
-
-@partial(jax.jit, static_argnames=("graph", "pixels"), donate_argnames="state")
-def _decode_next(
-    weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Callable[[Array], Array]
-) -> tuple[Array, Any]:
-    vae = nnx.merge(graph, weights)
-    video, state = vae.decode_next(vae.denormalize(latents), state)
-    return pixels(video), state
-
-
-def _to_float(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
-    """From -1..1 to 0..1, as diffusers' ``VideoProcessor``."""
-    return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
-
-
-def _to_uint8(video: Float[Array, "B F H W 3"]) -> UInt8[Array, "B F H W 3"]:
-    return jnp.round(_to_float(video) * 255.0).astype(jnp.uint8)
-
-
-_PIXELS: dict[str, Callable[[Array], Array]] = {"uint8": _to_uint8, "float": _to_float}
+_PIXELS: dict[str, Callable[[Array], Array]] = {"uint8": to_uint8, "float": to_float}
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -41,6 +41,17 @@ class Guidance:
         """Whether the negative prompt counts at all."""
         return self.scale > 1
 
+    @property
+    def branches(self) -> int:
+        """Evaluations of the model a step: of the prompt, and of the negative prompt where that counts."""
+        return 2 if self.needs_negative else 1
+
+    def combine(self, velocities: Sequence[Float[Array, "*shape"]]) -> Float[Array, "*shape"]:
+        """The velocity to follow, from the prompt's and, where there are two branches, the negative prompt's."""
+        if not self.needs_negative:
+            return velocities[0]
+        return velocities[1] + self.scale * (velocities[0] - velocities[1])
+
 
 def guided_velocity(
     model: Model,
@@ -63,7 +74,7 @@ def guided_velocity(
         return lambda latents, t: model(latents.astype(dtype), t, text.astype(dtype)).astype(latents.dtype)
     if negative is None:
         raise ConfigError(f"guidance of scale {guidance.scale} needs a negative prompt (it may be empty)")
-    prompts = (negative.astype(dtype), text.astype(dtype))
+    prompts = (text.astype(dtype), negative.astype(dtype))
 
     def velocity(latents: Float[Array, "B *shape"], t: Float[Array, "B"]) -> Float[Array, "B *shape"]:
         x = latents.astype(dtype)
@@ -72,6 +83,6 @@ def guided_velocity(
             outputs = jnp.split(both.astype(latents.dtype), 2)
         else:
             outputs = [model(x, t, prompt).astype(latents.dtype) for prompt in prompts]
-        return outputs[0] + guidance.scale * (outputs[1] - outputs[0])
+        return guidance.combine(outputs)
 
     return velocity

@@ -1,0 +1,77 @@
+"""The compiled programs that a pipeline is made of: one denoising step, one chunk, one latent frame into pixels.
+
+Each takes a module as its graph and its weights (``nnx.split``), so that one compilation serves any weights; what a
+program hands on to its next call is given away (donated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from rehyat_jax.sampling import Guidance, Solver, Steps, guided_velocity, sampling_step
+from rehyat_jax.sampling.sweep import denoise_chunk as _denoise_chunk
+from rehyat_jax.sampling.sweep import frame_noise
+
+
+def precision(dtype: DTypeLike) -> AbstractContextManager[None]:
+    """Float32 means float32: accelerators would otherwise multiply it in TF32 or bfloat16."""
+    return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
+
+
+@partial(jax.jit, static_argnames=("graph", "solver", "guidance"), donate_argnames="state")
+def denoise_step(
+    weights: Any, state: Any, step: Steps, text: Array, negative: Array | None, *, graph: Any, solver: Solver,
+    guidance: Guidance,
+) -> Any:  # fmt: skip
+    """The per-step sweep's step: a whole video from one noise level to the next."""
+    model = nnx.merge(graph, weights)
+    velocity = guided_velocity(model, text, negative=negative, guidance=guidance, dtype=model.dtype)
+    return sampling_step(velocity, state, step=step, solver=solver)
+
+
+@partial(jax.jit, static_argnames=("graph", "shape", "solver", "guidance"), donate_argnames="states")
+def denoise_chunk(
+    weights: Any, states: Any, keys: Array, text: Array, first_frame: Array, steps: Steps, *, graph: Any,
+    shape: tuple[int, int, int, int], solver: Solver, guidance: Guidance,
+) -> tuple[Array, Any]:  # fmt: skip
+    """The per-chunk sweep's chunk, from its noise to its latents: one program for every chunk of a video."""
+    return _denoise_chunk(
+        nnx.merge(graph, weights), frame_noise(keys, shape, first_frame=first_frame), text, states,
+        first_frame=first_frame, steps=steps, solver=solver, guidance=guidance,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("graph", "pixels"))
+def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Callable[[Array], Array]) -> tuple[Array, Any]:
+    """A video's first latent frame, and what the decoder needs of it."""
+    vae = nnx.merge(graph, weights)
+    video, state = vae.decode_first(vae.denormalize(latents))
+    return pixels(video), state
+
+
+@partial(jax.jit, static_argnames=("graph", "pixels"), donate_argnames="state")
+def decode_next(
+    weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Callable[[Array], Array]
+) -> tuple[Array, Any]:
+    """The next latent frame."""
+    vae = nnx.merge(graph, weights)
+    video, state = vae.decode_next(vae.denormalize(latents), state)
+    return pixels(video), state
+
+
+def to_float(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
+    """From -1..1 to 0..1, as diffusers' ``VideoProcessor``."""
+    return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+
+
+def to_uint8(video: Float[Array, "B F H W 3"]) -> UInt8[Array, "B F H W 3"]:
+    return jnp.round(to_float(video) * 255.0).astype(jnp.uint8)

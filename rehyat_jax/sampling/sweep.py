@@ -1,0 +1,213 @@
+"""Two ways to walk a video through its denoising steps: all frames at each step, or all steps at each chunk of frames.
+
+- **per step** (ReHyAt, arXiv 2601.04342): every step runs the transformer over the whole video. Any mixture of blocks.
+- **per chunk**: a chunk goes through all steps before the next one starts. What the transformer carries from chunk to
+  chunk is kept once for each step and guidance branch, because a chunk at one noise level follows the chunk before it
+  at that same level. For a model whose blocks are all causal hybrids the two are the same function; this one needs
+  memory for one chunk and the states, however long the video.
+
+Noise belongs to a latent frame: it is drawn from the video's key and the frame's number alone, so that neither the
+length of a video nor its chunks change it, and both sweeps begin with the same.
+
+Everything here is to be called inside jit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.sampling.guidance import Guidance, guided_velocity
+from rehyat_jax.sampling.sample import Steps, sampling_step
+from rehyat_jax.sampling.solvers import Solver
+
+#: The transformer's stream states: every leaf is ``[steps, branches, layers, …]``, see `init_states`.
+States: TypeAlias = PyTree[Array]
+
+#: The same numbers on every device, whatever JAX is configured to draw by default.
+RANDOM = "threefry2x32"
+_LARGEST_SEED = (1 << 32) - 1
+
+
+def video_keys(seed: int, *, count: int) -> Key[Array, " count"]:
+    """Keys of the noise of ``count`` videos: the i-th has that of ``seed + i``.
+
+    Raises:
+        RehyatError: a seed is not in 0 to 2³² − 1.
+    """
+    if not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED + 1 - count:
+        raise RehyatError(f"the seed must be a whole number from 0 to {_LARGEST_SEED}, not {seed}")
+    return jnp.stack([jax.random.key(seed + i, impl=RANDOM) for i in range(count)])
+
+
+def frame_noise(
+    keys: Key[Array, " B"], shape: tuple[int, int, int, int], *, first_frame: int | Int[Array, ""] = 0
+) -> Float[Array, "B T h w z"]:
+    """Standard normal noise, float32, of latent frames ``first_frame``, ``first_frame + 1``, … of each key's video.
+
+    Args:
+        keys: one for each video of the batch.
+        shape: frames, height, width and channels of the latents.
+    """
+    numbers = jnp.asarray(first_frame, jnp.int32) + jnp.arange(shape[0], dtype=jnp.int32)
+
+    def frame(key: Key[Array, ""], number: Int[Array, ""]) -> Float[Array, "h w z"]:
+        return jax.random.normal(jax.random.fold_in(key, number), shape[1:], jnp.float32)
+
+    return jax.vmap(jax.vmap(frame, (None, 0)), (0, None))(keys, numbers)
+
+
+def chunk_frames(model: WanTransformer) -> int:
+    """Latent frames of a chunk.
+
+    Raises:
+        RehyatError: the model cannot stream.
+    """
+    why = model.why_not_stream()
+    if why is not None or model.hybrid is None:
+        raise RehyatError(why or "")
+    return model.hybrid.chunk_frames * model.config.patch_size[0]
+
+
+def init_states(model: WanTransformer, *, steps: int, branches: int, batch: int, height: int, width: int) -> States:
+    """The states before a video's first chunk: the model's own under leading axes of steps and guidance branches.
+
+    Args:
+        branches: 1 without guidance, 2 with: `Guidance.branches`.
+        height, width: of the latents.
+
+    Raises:
+        RehyatError: the model cannot stream, or height or width is not a multiple of the patch.
+    """
+    state = model.init_stream(batch, height, width)
+    return jax.tree.map(lambda x: jnp.zeros((steps, branches, *x.shape), x.dtype), state)
+
+
+def denoise_chunk(
+    model: WanTransformer,
+    noise: Float[Array, "B T h w z"],
+    text: Float[Array, "branches B L D"],
+    states: States,
+    *,
+    first_frame: int | Int[Array, ""],
+    steps: Steps,
+    solver: Solver,
+    guidance: Guidance,
+) -> tuple[Float[Array, "B T h w z"], States]:
+    """One chunk through all steps: its latents, and the states after it.
+
+    The states are carried through the loop and each is replaced where it lies: beside them all, memory holds two
+    versions of the one that is being replaced. A caller's jit should donate them.
+
+    Args:
+        noise: of the chunk; the solver starts afresh with it.
+        text: the prompts' embeddings and, with guidance, the negative prompts' after them.
+        states: `init_states`', or those that came with the chunk before.
+        first_frame: the chunk's first latent frame, counted from the video's beginning; may be traced.
+
+    Raises:
+        RehyatError: the model cannot stream.
+    """
+    branches = jnp.arange(text.shape[0], dtype=jnp.int32)
+    text = text.astype(model.dtype)
+
+    def step(carry: tuple[Any, States], x: tuple[Int[Array, ""], Steps]) -> tuple[tuple[Any, States], None]:
+        (state, states), (number, row) = carry, x
+        latents = state.latents.astype(model.dtype)
+        t = jnp.broadcast_to(jnp.asarray(row.timestep, jnp.float32), latents.shape[:1])
+
+        def branch(states: States, x: tuple[Int[Array, ""], Array]) -> tuple[States, Array]:
+            place, prompt = x
+            mine = jax.tree.map(lambda s: _at(s, number, place), states)
+            velocity, mine = model.stream(latents, t, prompt, mine, first_frame=first_frame)
+            states = jax.tree.map(lambda s, new: _replaced(s, new, number, place), states, mine)
+            return states, velocity.astype(state.latents.dtype)
+
+        states, velocities = jax.lax.scan(branch, states, (branches, text))
+        state = solver.step(state, guidance.combine(list(velocities)), coefficients=row.coefficients)
+        return (state, states), None
+
+    rows = jax.tree.map(jnp.asarray, steps)
+    numbers = jnp.arange(rows.timestep.shape[0], dtype=jnp.int32)
+    (state, states), _ = jax.lax.scan(step, (solver.init(noise), states), (numbers, rows))
+    return state.latents, states
+
+
+def per_chunk(
+    model: WanTransformer,
+    keys: Key[Array, " B"],
+    text: Float[Array, "branches B L D"],
+    states: States,
+    *,
+    shape: tuple[int, int, int, int],
+    first_frame: int | Int[Array, ""] = 0,
+    steps: Steps,
+    solver: Solver,
+    guidance: Guidance,
+) -> tuple[Float[Array, "B T h w z"], States]:
+    """The next latent frames of a video, a scan over chunks of a scan over steps, and the states after them.
+
+    Args:
+        keys: of the noise, see `frame_noise`.
+        text, states: as for `denoise_chunk`.
+        shape: frames, height, width and channels of the latents to make. Where the frames are no multiple of a
+            chunk's, the last chunk is made whole and cut, and the states are those after the whole of it.
+        first_frame: the first of them, counted from the video's beginning: a multiple of a chunk's.
+
+    Raises:
+        RehyatError: the model cannot stream.
+    """
+    chunk = (chunk_frames(model), *shape[1:])
+    count = -(-shape[0] // chunk[0])
+    first_frame = jnp.asarray(first_frame, jnp.int32)
+
+    def one(states: States, number: Int[Array, ""]) -> tuple[States, Float[Array, "B T h w z"]]:
+        first = first_frame + number * chunk[0]
+        noise = frame_noise(keys, chunk, first_frame=first)
+        latents, states = denoise_chunk(
+            model, noise, text, states, first_frame=first, steps=steps, solver=solver, guidance=guidance
+        )
+        return states, latents
+
+    states, latents = jax.lax.scan(one, states, jnp.arange(count, dtype=jnp.int32))
+    whole = jnp.moveaxis(latents, 0, 1).reshape(keys.shape[0], count * chunk[0], *chunk[1:])
+    return whole[:, : shape[0]], states
+
+
+def per_step(
+    model: WanTransformer,
+    keys: Key[Array, " B"],
+    text: Float[Array, "branches B L D"],
+    *,
+    shape: tuple[int, int, int, int],
+    steps: Steps,
+    solver: Solver,
+    guidance: Guidance,
+) -> Float[Array, "B T h w z"]:
+    """A whole video's latents, all frames at each step; any model. Arguments as for `per_chunk`."""
+    negative = text[1] if guidance.needs_negative else None
+    velocity = guided_velocity(model, text[0], negative=negative, guidance=guidance, dtype=model.dtype)
+
+    def step(state: Any, row: Steps) -> tuple[Any, None]:
+        return sampling_step(velocity, state, step=row, solver=solver), None
+
+    state, _ = jax.lax.scan(step, solver.init(frame_noise(keys, shape)), jax.tree.map(jnp.asarray, steps))
+    return state.latents
+
+
+def _at(states: Array, step: Int[Array, ""], branch: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_slice(states, _corner(states, step, branch), (1, 1, *states.shape[2:]))[0, 0]
+
+
+def _replaced(states: Array, new: Array, step: Int[Array, ""], branch: Int[Array, ""]) -> Array:
+    """In place where XLA owns ``states``, as it does a loop's carry."""
+    return jax.lax.dynamic_update_slice(states, new[None, None], _corner(states, step, branch))
+
+
+def _corner(states: Array, step: Int[Array, ""], branch: Int[Array, ""]) -> tuple[Int[Array, ""], ...]:
+    return (step, branch, *(jnp.zeros((), jnp.int32) for _ in states.shape[2:]))
