@@ -5,6 +5,7 @@ The pieces are shared with the baselines: softmax over a window, sums of what ha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,6 +71,9 @@ def scan(
         seen = jnp.minimum(state.seen + new, overlap)
         return HybridState(*sums, keys[:, new:], values[:, new:], features[:, new:], seen), y
 
+    # Once, not in every chunk: what an empty place holds would enter the sums, and have a gradient.
+    held = window(state.seen, overlap, 0)[None, :, None, None]
+    state = state._replace(features_k=jnp.where(held, state.features_k, 0))
     after = None
     if not causal:
         # Summed from the end, for "total minus window" would cancel.
@@ -85,13 +89,12 @@ def over_chunks(
 
     Backward, a chunk is computed again from the carry it began with: those are kept, its scores are not.
     """
-    step = jax.checkpoint(step, prevent_cse=False)
     batch, length = jax.tree.leaves(tokens)[0].shape[:2]
     whole = length - length % chunk
     rest = None
 
     def short(carry: Any) -> tuple[Any, Any]:
-        return step(carry, jax.tree.map(lambda x: x[:, whole:], tokens))
+        return jax.checkpoint(step)(carry, jax.tree.map(lambda x: x[:, whole:], tokens))
 
     # [B, N, …] to [chunks, B, chunk, …]; a batch of one is left out, for XLA would copy where nothing moves.
     one = batch == 1
@@ -100,6 +103,8 @@ def over_chunks(
         parts = x[:, :whole].reshape(batch, -1, chunk, *x.shape[2:])
         return parts[0] if one else parts.swapaxes(0, 1)
 
+    # Around the reshaping: what is kept for the way back is then the scanned arrays themselves, not copies of them.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_step(carry: Any, x: Any) -> tuple[Any, Any]:
         carry, out = step(carry, jax.tree.map(lambda y: y[None] if one else y, x))
         return carry, jax.tree.map(lambda y: y[0] if one else y, out)

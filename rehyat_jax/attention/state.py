@@ -16,7 +16,7 @@ def accumulator(*dtypes: DTypeLike) -> jnp.dtype:
 
 def empty_places(x: Float[Array, "B N H D"], count: int) -> Float[Array, "B count H D"]:
     """Zeros for ``count`` tokens like those of ``x``, of its dtype and sharded as it is: made from it."""
-    return jnp.zeros_like(x, shape=(x.shape[0], count, *x.shape[2:]))
+    return jnp.pad(x[:, :0], ((0, 0), (count, 0), (0, 0), (0, 0)))
 
 
 class HybridState(NamedTuple):
