@@ -102,31 +102,32 @@ class DiffusionTraining(FlowTraining):
         state = self.train(params, loss, vae=vae, tokenizer=tokenizer, phases=phases)
         with phases.measure("save"):
             models = nnx.merge(graph, state.ema)
-            self._complete()
+            complete_folder(self.out, shift=self.shift, defaults=self.defaults)
             # One that is there was left by a process killed between this line and the last.
             shutil.rmtree(self.out / "text_encoder", ignore_errors=True)
             save_text_encoder(models.text_encoder, self.out / "text_encoder", dtype=jnp.bfloat16)
             save_transformer(models.transformer, self.result, dtype=jnp.bfloat16)
 
-    def _complete(self) -> None:
-        """The small files that make ``out`` a checkpoint of diffusers' WanPipeline, and ours beside them."""
-        files = {
-            "scheduler/scheduler_config.json": scheduler_to_config(FlowSchedule(shift=self.shift), UniPC()),
-            "model_index.json": {
-                "_class_name": "WanPipeline",
-                "_diffusers_version": "0.37.0",
-                "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-                "text_encoder": ["transformers", "UMT5EncoderModel"],
-                # Not T5TokenizerFast, which transformers 5 rebuilds from the pieces, losing the lower case.
-                "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-                "transformer": ["diffusers", "WanTransformer3DModel"],
-                "vae": ["diffusers", "AutoencoderKLWan"],
-            },
-            "rehyat_defaults.json": self.defaults,
-        }
-        for name, content in files.items():
-            (self.out / name).parent.mkdir(exist_ok=True)
-            write_json(self.out / name, content)
+
+def complete_folder(folder: Path, *, shift: float, defaults: Mapping[str, int | float]) -> None:
+    """Write the small files that make ``folder`` a checkpoint of diffusers' WanPipeline, and ours beside them."""
+    files = {
+        "scheduler/scheduler_config.json": scheduler_to_config(FlowSchedule(shift=shift), UniPC()),
+        "model_index.json": {
+            "_class_name": "WanPipeline",
+            "_diffusers_version": "0.37.0",
+            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"],
+            # Not T5TokenizerFast, which transformers 5 rebuilds from the pieces, losing the lower case.
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "transformer": ["diffusers", "WanTransformer3DModel"],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+        },
+        "rehyat_defaults.json": defaults,
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, content)
 
 
 class Models(nnx.Module):

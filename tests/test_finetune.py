@@ -1,0 +1,261 @@
+"""Finetuning: a tiny converted model learns, is resumed bit for bit, streams; and what does not fit is said."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from rehyat_jax import TextToVideo
+from rehyat_jax.compilation import cache_folder, keep_compiled
+from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
+from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
+from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.umt5 import UMT5Encoder
+from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.sprites.world import NAMES
+from rehyat_jax.text import Tokenizer
+from rehyat_jax.weights import load_transformer, save_text_encoder, save_transformer, save_vae
+from train.clips import Bucket
+from train.diffusion import complete_folder
+from train.finetune import FinetuneTraining, main, student_of
+from train.optimizer import OptimizerConfig
+from train.tokenizer import build_sprite_tokenizer
+
+WAN = WanConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16,
+    freq_dim=16, patch_size=(1, 8, 8),
+)  # fmt: skip
+#: Frames of 16 tokens: three in the short clips, so that one leaves the window, and five in the long.
+HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1, decay=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Programs compiled once, in whichever process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        keep_compiled(cache_folder())
+        yield
+
+
+def _random(make, seed: int):
+    """A module of random kernels, also where training would start from zeros, that keep activations of order one."""
+    rng = np.random.default_rng(seed)
+
+    def numbers(path, leaf):
+        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+        if not {"kernel", "embedding"} & set(names):
+            return (jnp.ones if "scale" in names else jnp.zeros)(leaf.shape, leaf.dtype)
+        fan_in = np.prod(leaf.shape[1 if {"blocks", "block"} & set(names) else 0 : -1])
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(numbers, state))
+
+
+def _write_teacher(folder: Path) -> Path:
+    """A whole model of random numbers; its VAE halves sides and time once."""
+    build_sprite_tokenizer(folder / "tokenizer", list(NAMES))
+    vocabulary = Tokenizer.from_folder(folder / "tokenizer").vocab_size
+    text = TextEncoderConfig(vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    vae = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1,
+                    latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
+    save_text_encoder(_random(lambda: UMT5Encoder(text, rngs=nnx.Rngs(0)), 0), folder / "text_encoder")
+    save_vae(_random(lambda: WanVAE(vae, rngs=nnx.Rngs(0)), 0), folder / "vae")
+    save_transformer(_random(lambda: WanTransformer(WAN, rngs=nnx.Rngs(0)), 1), folder / "transformer")
+    defaults = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.0}
+    complete_folder(folder, shift=3.0, defaults=defaults)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return _write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def _training(model: Path, out: Path, **options) -> FinetuneTraining:
+    return FinetuneTraining(**{
+        "out": out, "source": model, "hybrid": HYBRID, "teacher": model, "teacher_weight": 0.1,
+        "teacher_frames": 5,
+        "buckets": (Bucket(kind="plain", frames=5, batch=4), Bucket(kind="plain", frames=9, batch=2)),
+        "steps": 48, "steps_per_round": 8, "dtype": "float32", "checkpoint_seconds": 0.0,
+        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5), "hybrid_rate": 2.0,
+    } | options)  # fmt: skip
+
+
+def _log(training: FinetuneTraining) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (training.train_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory) -> FinetuneTraining:
+    """A run without a stop."""
+    training = _training(teacher, tmp_path_factory.mktemp("whole") / "student")
+    training.run()
+    return training
+
+
+def test_the_loss_falls_over_clips_of_both_lengths(whole):
+    log = _log(whole)
+    # Clips longer than the teacher's are not compared with it.
+    assert {"teacher" in entry for entry in log} == {True, False}
+    assert len(log) == 6
+    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
+
+
+def test_the_result_is_a_whole_model_that_streams(whole, teacher):
+    assert {path.name for path in whole.out.iterdir()} == {
+        "model_index.json", "rehyat_defaults.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
+    }  # fmt: skip
+    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"):
+        assert (whole.out / name).read_bytes() == (teacher / name).read_bytes()
+    student, before = load_transformer(whole.out), load_transformer(teacher)
+    assert student.hybrid == HYBRID
+    # Everything learned, φ and decay as well as the teacher's own.
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), nnx.state(student.blocks), nnx.state(before.blocks))
+    assert min(jax.tree.leaves(moved)) > 0
+    fresh = before.with_hybrid(HYBRID, rngs=nnx.Rngs(0))
+    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m.hybrid_blocks)) for m in (student, fresh)), strict=True):
+        assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() > 0
+    rng = np.random.default_rng(0)
+    latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 5, 32, 32, 4), (1, 7, 16)))
+    state, pieces, time = student.init_stream(1, 32, 32), [], jnp.array([500.0])
+    for first in range(5):
+        velocity, state = student.stream(latents[:, first : first + 1], time, text, state, first_frame=first)
+        pieces.append(velocity)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), student(latents, time, text), atol=1e-4)
+    assert TextToVideo.from_pretrained(whole.out).defaults.num_inference_steps == 2
+
+
+def test_stopped_and_continued_is_uninterrupted_bit_for_bit(whole, teacher, tmp_path):
+    """Three rounds, SIGKILL in another process, and three more: parameters, optimiser, order of the data, result."""
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import conftest, test_finetune
+from rehyat_jax.compilation import cache_folder, keep_compiled
+from train.checkpoint import Checkpoints
+
+save = Checkpoints.save
+
+def save_and_die(self, step, state):
+    save(self, step, state)
+    if step == 24:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoints.save = save_and_die
+keep_compiled(cache_folder())
+test_finetune._training(Path({str(teacher)!r}), Path({str(tmp_path / "student")!r})).run()
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    training = _training(teacher, tmp_path / "student")
+    assert sorted(os.listdir(tmp_path)) == ["student-train"]
+    training.run()
+    assert [entry["from_step"] for entry in _log(training)] == [0, 0, 0, 24, 24, 24]
+    assert [entry["loss"] for entry in _log(training)[3:]] == [entry["loss"] for entry in _log(whole)[3:]]
+    resumed, uninterrupted = (_newest(run.train_folder) for run in (training, whole))
+    chex.assert_trees_all_equal(resumed, uninterrupted)
+    for path in whole.out.rglob("*"):
+        if path.is_file():
+            assert (training.out / path.relative_to(whole.out)).read_bytes() == path.read_bytes(), path
+
+
+def _newest(folder: Path) -> object:
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore((folder / "checkpoints" / "48" / "default").absolute())
+
+
+def test_a_chunk_of_the_whole_clip_is_the_teacher_at_the_start(teacher, tmp_path):
+    """Its velocity differs by float32's rounding, so that the second term is zero: squares of 1e-6."""
+    training = _training(
+        teacher, tmp_path / "student", hybrid=HybridConfig(chunk_frames=3), steps=8,
+        buckets=(Bucket(kind="plain", frames=5, batch=4),), optimizer=OptimizerConfig(learning_rate=0.0),
+    )  # fmt: skip
+    training.run()
+    (entry,) = _log(training)
+    assert entry["loss"] > 0.1
+    assert entry["teacher"] < 1e-10
+
+
+def test_a_student_keeps_its_feature_maps_and_gains_what_it_lacks(teacher):
+    plain = dataclasses.replace(HYBRID, decay=False)
+    source = load_transformer(teacher).with_hybrid(plain, rngs=nnx.Rngs(5))
+    student = student_of(source, dataclasses.replace(HYBRID, chunk_frames=2), where=Path("there"))
+    ours, theirs = nnx.state(student.hybrid_blocks), nnx.state(source.hybrid_blocks)
+    np.testing.assert_array_equal(ours.pop("decay_rate").get_value(), np.zeros((2, 2)))
+    chex.assert_trees_all_equal(ours, theirs)
+    assert student.hybrid.chunk_frames == 2
+    for other in (dataclasses.replace(plain, degree=3), dataclasses.replace(plain, blocks=(1,))):
+        with pytest.raises(ConfigError, match="there has other hybrid blocks"):
+            student_of(source, other, where=Path("there"))
+    with pytest.raises(ConfigError, match="other hybrid blocks"):
+        student_of(student, plain, where=Path("there"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"teacher_weight": -1.0}, "teacher_weight"),
+        ({"hybrid_rate": float("nan")}, "hybrid_rate"),
+        ({"teacher": None}, "teacher_weight needs a teacher"),
+        ({"teacher_weight": 0.0}, "above 0"),
+        ({"teacher_frames": 4}, r"teacher_frames \(4\)"),
+        ({"steps": 0}, "steps"),
+        ({"reuse": 3}, "multiple"),
+    ],
+)
+def test_impossible_settings_are_named(change, words):
+    with pytest.raises(ConfigError, match=words):
+        _training(Path("unused"), Path("unused"), **change)
+
+
+def test_what_does_not_fit_is_one_sentence(whole, teacher, tmp_path):
+    out = tmp_path / "out"
+    short = (Bucket(kind="plain", frames=4, batch=4),)
+    alone = {"teacher": None, "teacher_weight": 0.0}
+    for change, error, words in [
+        ({"out": whole.out}, RehyatError, "already"),
+        ({"source": tmp_path / "nowhere"}, CheckpointError, "nowhere"),
+        ({"source": teacher / "transformer"}, CheckpointError, "rehyat convert"),
+        ({"hybrid": None}, ConfigError, "softmax model"),
+        ({"hybrid": HybridConfig(blocks=(7,))}, ConfigError, "block 7"),
+        ({"buckets": short} | alone, ConfigError, r"4 frames are not 2k \+ 1"),
+        ({"teacher": Path("mini-sprites")}, ConfigError, "of different sizes"),
+    ]:
+        with pytest.raises(error, match=words) as raised:
+            _training(teacher, change.pop("out", out), **change).run()
+        assert "\n" not in str(raised.value)
+    assert not out.exists()
+
+
+def test_fields_of_the_hybrid_are_options_of_the_command(teacher, tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from pathlib import Path\nfrom rehyat_jax.hybrid_config import HybridConfig\n"
+        "from train.finetune import FinetuneTraining\n"
+        f"config = FinetuneTraining(out=Path({str(tmp_path / 'out')!r}), source=Path({str(teacher)!r}), "
+        "hybrid=HybridConfig())"
+    )
+    assert main([]) == 2
+    assert "train.finetune.FinetuneTraining" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(file), "--help"])
+    said = capsys.readouterr().out
+    for field in ("--hybrid.chunk-frames", "--teacher-weight", "--hybrid-rate", "--optimizer.learning-rate"):
+        assert field in said
+    with pytest.raises(ConfigError, match="block 9"):
+        main([str(file), "--hybrid.blocks", "9"])

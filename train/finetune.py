@@ -1,0 +1,183 @@
+"""Train the whole of a converted model by flow matching, on clips longer than its teacher knew.
+
+ReHyAt (arXiv 2601.04342), second stage: after attention distillation every parameter learns, on prompts and videos,
+through the causal hybrid. A second term, the student's velocity against a teacher's on the same noisy video, is ours.
+
+The file defines ``config``, a `train.finetune.FinetuneTraining`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
+from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.model_folder import find_model
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.record import Phases
+from rehyat_jax.text import Tokenizer
+from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_transformer
+from rehyat_jax.weights.writing import whole_folder
+from train.clips import Bucket
+from train.command import run_training
+from train.flow import Batch, Captions, FlowTraining, embed, flow_loss, pad_text
+from train.optimizer import OptimizerConfig
+
+#: What a result has from its source, as it is there.
+_KEPT = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "rehyat_defaults.json")
+
+
+def main(argv: list[str]) -> int:
+    """``rehyat finetune CONFIG [--field value …]``; see `run_training`."""
+    return run_training("finetune", argv, about=__doc__ or "", kinds=lambda: (FinetuneTraining,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneTraining(FlowTraining):
+    """One run. ``out`` becomes a student's folder in the diffusers layout, whole or not there."""
+
+    #: A bundled model's name or a model's folder in the diffusers layout: a student, or a teacher to be converted.
+    source: Path
+    #: How blocks are converted; none: as the source's are. A student keeps its feature maps, and what it lacks of
+    #: this (decay, length) starts as if it were not there.
+    hybrid: tyro.conf.AvoidSubcommands[HybridConfig | None] = None
+    #: Whose velocity the student's is compared with, and the weight of their mean squared difference beside the flow's.
+    teacher: Path | None = None
+    teacher_weight: float = 0.0
+    #: Longer clips are not compared: a teacher knows no more than it was trained on.
+    teacher_frames: int = 129
+    buckets: tuple[Bucket, ...] = (
+        Bucket(kind="plain", frames=65, batch=64, share=0.3),
+        Bucket(kind="plain", frames=129, batch=32, share=0.2),
+        Bucket(kind="plain", frames=257, batch=16, share=0.2),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.15, longest_wait=48),
+        Bucket(kind="occlusion", frames=257, batch=8, share=0.15, longest_wait=48),
+    )
+    steps: int = 1000
+    optimizer: OptimizerConfig = OptimizerConfig(method="muon", learning_rate=2e-3, warmup_steps=50, ema_decay=0.99)
+    #: Learning rate of what the hybrid blocks have beside the teacher's, as a multiple of the rest's.
+    hybrid_rate: float = 1.0
+    #: Keep each block's input alone for the backward pass, and compute the block anew there.
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_weight", "hybrid_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if (self.teacher is None) != (self.teacher_weight == 0):
+            raise ConfigError("a teacher needs a teacher_weight above 0, and a teacher_weight needs a teacher")
+        if self.teacher is not None and all(bucket.frames > self.teacher_frames for bucket in self.buckets):
+            raise ConfigError(f"no bucket's clips are as short as teacher_frames ({self.teacher_frames})")
+
+    @property
+    def result(self) -> Path:
+        """The folder that stands when the run is done, and not before."""
+        return self.out
+
+    @property
+    def train_folder(self) -> Path:
+        """Checkpoints and metrics, beside the result."""
+        return self.out.with_name(f"{self.out.name}-train")
+
+    def run(self, phases: Phases | None = None) -> None:
+        """Train, or continue a run that was stopped; ``phases`` takes times and memory.
+
+        Raises:
+            RehyatError: ``out`` is there already, or training diverged.
+            CheckpointError: the source or the teacher is no such model; checkpoints of another model; a full disk.
+            ConfigError: the source's blocks cannot become ``hybrid``'s, or clips do not fit its VAE.
+            Stopped: by a signal; see `train.loop.run`.
+        """
+        if self.result.exists():
+            raise RehyatError(f"{self.out} is there already; choose another --out")
+        phases, dtype = phases or Phases(), jnp.dtype(self.dtype)
+        source = find_model(self.source)
+        if not (source / "model_index.json").is_file():
+            raise CheckpointError(f"{source} is no whole model in the diffusers layout; rehyat convert can make one")
+        student = student_of(load_transformer(source), self.hybrid, where=source)
+        graph, params = _in_dtype(student, dtype)
+        vae, encoder = load_vae(source, dtype=dtype), load_text_encoder(source, dtype=dtype)
+        self.check_fits(vae.config, student.config, where=source / "vae")
+        text_graph, text_params = nnx.split(encoder)
+        frozen = {"text": text_params}
+        if self.teacher is not None:
+            teacher = load_transformer(find_model(self.teacher), hybrid=None)
+            if teacher.config != student.config:
+                raise ConfigError(f"{self.teacher} is no teacher of {source}: they are of different sizes")
+            teacher_graph, frozen["teacher"] = _in_dtype(teacher, dtype)
+        longest = 1 + (self.teacher_frames - 1) // vae.config.temporal_factor
+
+        def read(frozen: PyTree, tokens: Captions) -> Array:
+            return embed(nnx.merge(text_graph, frozen["text"]), tokens)
+
+        def loss(params: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, dict[str, Array]]:
+            inputs = batch.noisy, batch.timesteps, pad_text(batch.text)
+            velocity = nnx.merge(graph, params)(*inputs, remat=self.remat)
+            flow = flow_loss(velocity, batch.velocity)
+            if self.teacher is None or batch.noisy.shape[1] > longest:
+                return flow, {"loss": flow}
+            target = jax.lax.stop_gradient(nnx.merge(teacher_graph, frozen["teacher"])(*inputs))
+            apart = flow_loss(velocity, target)
+            return flow + self.teacher_weight * apart, {"loss": flow, "teacher": apart}
+
+        state = self.train(
+            params, loss, vae=vae, tokenizer=Tokenizer.from_folder(source), phases=phases, read=read, frozen=frozen,
+            shares=_shares(params, self.hybrid_rate),
+        )  # fmt: skip
+        with phases.measure("save"), whole_folder(self.result) as partial:
+            for name in _KEPT:
+                if (source / name).is_dir():
+                    shutil.copytree(source / name, partial / name)
+                elif (source / name).is_file():
+                    shutil.copyfile(source / name, partial / name)
+            save_transformer(nnx.merge(graph, state.ema), partial / "transformer", dtype=jnp.bfloat16)
+
+
+def student_of(model: WanTransformer, hybrid: HybridConfig | None, *, where: Path) -> WanTransformer:
+    """The student that finetuning begins with: the model itself, or with its blocks converted as ``hybrid`` says.
+
+    A student keeps its hybrid blocks' parameters; those that ``hybrid`` adds are at their start.
+
+    Raises:
+        ConfigError: ``model`` (which is at ``where``) is a teacher and there is no ``hybrid``, or its parameters are
+            not such a student's.
+    """
+    if hybrid is None:
+        if model.hybrid is None:
+            raise ConfigError(f"{where} is a softmax model: distil it first, or say by hybrid how it is converted")
+        return model
+    student = model.with_hybrid(hybrid, rngs=nnx.Rngs(0))
+    if model.hybrid is None:
+        return student
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(x.hybrid_blocks))) for x in (student, model))
+    if model.converted != student.converted or any(
+        path not in ours or ours[path].get_value().shape != leaf.get_value().shape for path, leaf in theirs.items()
+    ):
+        raise ConfigError(f"{where} has other hybrid blocks than this run's hybrid: their parameters do not fit")
+    nnx.update(student.hybrid_blocks, nnx.from_flat_state(list(theirs.items())))
+    return student
+
+
+def _in_dtype(model: WanTransformer, dtype: jnp.dtype) -> Any:
+    """Graph and parameters of a model that computes in ``dtype`` and keeps its parameters as they are."""
+    computing = nnx.eval_shape(lambda: WanTransformer(model.config, hybrid=model.hybrid, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.split(computing, nnx.Param)[0], nnx.state(model, nnx.Param)
+
+
+def _shares(params: PyTree, hybrid_rate: float) -> PyTree:
+    """Of the learning rate, a leaf each."""
+
+    def share(path: tuple, _: Array) -> float:
+        return hybrid_rate if any(getattr(key, "key", None) == "hybrid_blocks" for key in path) else 1.0
+
+    return jax.tree_util.tree_map_with_path(share, params)
