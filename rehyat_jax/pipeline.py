@@ -5,7 +5,6 @@ huggingface/diffusers ``src/diffusers/pipelines/wan/pipeline_wan.py`` is what it
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -172,7 +171,8 @@ class TextToVideo:
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
 
-        As long as the prompt stays, its frames are those that a call makes of the same seed. Arguments as for a call.
+        As long as the prompt stays, its frames are those that a call makes of the same seed, for every number of frames
+        that is whole chunks. Arguments as for a call.
 
         Raises:
             RehyatError: a block of the transformer prevents it (the message names it); an impossible size, number or
@@ -201,11 +201,13 @@ class TextToVideo:
         return Stream.resume(folder, transformer=self.transformer, vae=self.vae, text=self.text, check=self._check)
 
     def _check(self, settings: Settings) -> None:
-        """Raises CheckpointError for settings that `settings` would never give."""
-        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        """
+        Raises:
+            RehyatError: these are settings that `settings` would never give.
+        """
         with warnings.catch_warnings(action="ignore"):
-            if self.settings(**values) != settings:
-                raise CheckpointError(f"this model makes no video of {settings.width}x{settings.height}")
+            if self.settings(**vars(settings)) != settings:
+                raise RehyatError(f"this model makes no video of {settings.width}x{settings.height}")
 
     def settings(
         self,

@@ -17,9 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from rehyat_jax.sampling import Guidance, Solver, Steps, guided_velocity, sampling_step
-from rehyat_jax.sampling.sweep import denoise_chunk as _denoise_chunk
-from rehyat_jax.sampling.sweep import frame_noise
+from rehyat_jax.sampling import Guidance, Solver, Steps, guided_velocity, sampling_step, sweep
 
 
 def precision(dtype: DTypeLike) -> AbstractContextManager[None]:
@@ -44,9 +42,10 @@ def denoise_chunk(
     shape: tuple[int, int, int, int], solver: Solver, guidance: Guidance,
 ) -> tuple[Array, Any]:  # fmt: skip
     """The per-chunk sweep's chunk, from its noise to its latents: one program for every chunk of a video."""
-    return _denoise_chunk(
-        nnx.merge(graph, weights), frame_noise(keys, shape, first_frame=first_frame), text, states,
-        first_frame=first_frame, steps=steps, solver=solver, guidance=guidance,
+    noise = sweep.frame_noise(keys, shape, first_frame=first_frame)
+    return sweep.denoise_chunk(
+        nnx.merge(graph, weights), noise, text, states, first_frame=first_frame, steps=steps, solver=solver,
+        guidance=guidance,
     )  # fmt: skip
 
 

@@ -79,6 +79,8 @@ def _known(source: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...
         wrong = str(min(source.keys() ^ kinds.keys()))[:80]
         raise ConfigError(f"the {what} {'lacks' if wrong in kinds else 'knows no'} {wrong!r}")
     for name, value in source.items():
-        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+        # No number that is of use is larger; NaN is not smaller.
+        wild = isinstance(value, int | float) and not abs(value) < 1e12
+        if not isinstance(value, kinds[name]) or isinstance(value, bool) or wild:
             raise ConfigError(f"{name} in the {what} cannot be {str(value)[:80]!r}")
     return dict(source)

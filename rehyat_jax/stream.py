@@ -25,6 +25,9 @@ from rehyat_jax.models.vae import State, WanVAE
 from rehyat_jax.programs import decode_first, to_uint8
 from rehyat_jax.sampling.sweep import RANDOM, States, init_states
 from rehyat_jax.settings import Settings
+from rehyat_jax.weights.files import DTYPES
+from rehyat_jax.weights.plan import parameters
+from rehyat_jax.weights.writing import INTEGERS, Outgoing, write_file
 
 #: Positions in time are exact up to here: 48 days of video at 16 frames a second.
 MOST_FRAMES = 1 << 24
@@ -32,8 +35,6 @@ _FILE = "stream.safetensors"
 #: The one entry of the file's metadata, JSON.
 _HEADER = "rehyat_stream"
 _VERSION = 1
-_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16),
-           "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32)}  # fmt: skip
 
 
 class StreamState(NamedTuple):
@@ -94,23 +95,15 @@ def fingerprint(transformer: WanTransformer, vae: WanVAE) -> str:
     configs = [transformer.config, transformer.hybrid and transformer.hybrid.to_dict(), vae.config]
     digest = hashlib.sha256(repr(configs).encode())
     for module in (transformer, vae):
-        parameters = dict(nnx.to_flat_state(nnx.state(module)))
-        arrays = {".".join(map(str, path)): parameters[path].get_value() for path in sorted(parameters, key=str)}
-        digest.update(repr([(name, x.shape, x.dtype.name) for name, x in arrays.items()]).encode())
-        digest.update(np.asarray(_checksums(list(arrays.values()))).astype("<u4").tobytes())
+        for name, variable in sorted(parameters(nnx.state(module)).items()):
+            array = np.asarray(variable.get_value())
+            digest.update(f"{name} {array.shape} {array.dtype}".encode())
+            digest.update(_bytes(array).data)
     return digest.hexdigest()
 
 
-@jax.jit
-def _checksums(arrays: list[Array]) -> Array:
-    return jnp.stack([_checksum(x) for x in arrays])
-
-
-def _checksum(x: Array) -> Array:
-    """Σ bits · (2 · place + 1) modulo 2³²: whole numbers, hence the same in any order of summation."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32).reshape(-1)
-    places = jax.lax.iota(jnp.uint32, bits.size)
-    return jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def save_stream(folder: str | os.PathLike[str], state: StreamState, record: StreamRecord) -> None:
@@ -125,40 +118,21 @@ def save_stream(folder: str | os.PathLike[str], state: StreamState, record: Stre
         "settings": record.settings.to_dict(),
     }  # fmt: skip
     with whole_file(folder / _FILE) as partial:
-        _write(partial, list(_leaves(_plain(state))), {_HEADER: json.dumps(content)})
-        _to_disk(partial)
-    _to_disk(folder)
+        arrays = [_outgoing(name, leaf) for name, leaf in _leaves(_plain(state))]
+        write_file(partial, arrays, metadata={_HEADER: json.dumps(content)})
+    with suppress(OSError):  # the new name as well, where the system can be asked for that
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     for left in folder.glob(f".{_FILE}.*.partial"):  # by a process that was killed
         with suppress(OSError):
             left.unlink()
 
 
-def _write(path: Path, arrays: list[tuple[str, Array]], metadata: dict[str, str]) -> None:
-    """A safetensors file, an array at a time, so that the host never holds them all."""
-    # Wide types first, so that every array lies on a multiple of its item's size.
-    arrays = sorted(arrays, key=lambda entry: -entry[1].dtype.itemsize)
-    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, x in arrays:
-        begin, end = end, end + x.nbytes
-        header[name] = {"dtype": kinds[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, x in arrays:
-            file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-
-
-def _to_disk(path: Path) -> None:
-    """Have the system write what it holds of a file, or of a folder's names, now."""
-    with suppress(PermissionError):  # a folder elsewhere than on POSIX
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _outgoing(name: str, leaf: Array) -> Outgoing:
+    return Outgoing(name=name, dtype=leaf.dtype, shape=leaf.shape, blocks=lambda: [_bytes(np.asarray(leaf))])
 
 
 def read_record(folder: str | os.PathLike[str]) -> StreamRecord:
@@ -198,7 +172,7 @@ def load_state(folder: str | os.PathLike[str], template: StreamState) -> StreamS
 def _checked(file: Any, name: str, like: Any, path: Path) -> Array:
     """One array, once its shape and type are known to be right, and all its numbers."""
     entry = file.get_slice(name)
-    shape, dtype = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype())
+    shape, dtype = tuple(entry.get_shape()), (DTYPES | INTEGERS).get(entry.get_dtype())
     if shape != like.shape or dtype != like.dtype:
         raise CheckpointError(
             f"{path}: {name!r} is {entry.get_dtype()} {list(shape)} in the file, and this model's is {like.dtype.name} "

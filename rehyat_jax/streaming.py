@@ -73,19 +73,27 @@ class Stream(Iterator[np.ndarray]):
         """A saved stream.
 
         Args:
-            check: raises where the settings are not what the models can be run at.
+            check: raises RehyatError where the settings are not what the models can be run at.
 
         Raises:
             CheckpointError: there is no stream in the folder, it is damaged, or other models made it.
         """
         record = read_record(folder)
         if record.model != fingerprint(transformer, vae):
-            raise CheckpointError(f"the stream in {os.fspath(folder)} was made by another model than this one")
-        check(record.settings)
-        template = jax.eval_shape(partial(_template, transformer, vae, record.settings))
+            raise CheckpointError(
+                f"the stream in {os.fspath(folder)} was made by another model, or in another number format"
+            )
+        chunk = chunk_frames(transformer)
+        try:
+            check(record.settings)
+        except RehyatError as error:
+            raise CheckpointError(f"the stream in {os.fspath(folder)} is damaged: {error}") from error
+        state = load_state(folder, jax.eval_shape(partial(_template, transformer, vae, record.settings)))
+        if int(state.first_frame) % chunk:
+            raise CheckpointError(f"the stream in {os.fspath(folder)} is damaged: it stands in the middle of a chunk")
         return cls(
-            transformer=transformer, vae=vae, text=text, settings=record.settings, state=load_state(folder, template),
-            prompt=record.prompt, negative_prompt=record.negative_prompt,
+            transformer=transformer, vae=vae, text=text, settings=record.settings, state=state, prompt=record.prompt,
+            negative_prompt=record.negative_prompt,
         )  # fmt: skip
 
     @property
@@ -124,9 +132,9 @@ class Stream(Iterator[np.ndarray]):
                     frames, decoder = decode_next(vae_weights, latent, decoder, graph=vae_graph, pixels=to_uint8)
                 else:
                     frames, decoder = decode_first(vae_weights, latent, graph=vae_graph, pixels=to_uint8)
-                blocks.append(np.asarray(frames))
+                blocks.append(frames)
         self.state = StreamState(states, decoder, jnp.asarray(first + shape[0], jnp.int32), state.keys, state.text)
-        return np.concatenate(blocks, axis=1)[0]
+        return np.concatenate([np.asarray(frames) for frames in blocks], axis=1)[0]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Keep the stream in a folder, for ``resume_stream`` in this or another process to go on from, bit for bit.

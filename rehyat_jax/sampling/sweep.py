@@ -9,11 +9,12 @@
 Noise belongs to a latent frame: it is drawn from the video's key and the frame's number alone, so that neither the
 length of a video nor its chunks change it, and both sweeps begin with the same.
 
-Everything here is to be called inside jit.
+The sweeps are to be called inside jit.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -45,6 +46,7 @@ def video_keys(seed: int, *, count: int) -> Key[Array, " count"]:
     return jnp.stack([jax.random.key(seed + i, impl=RANDOM) for i in range(count)])
 
 
+@partial(jax.jit, static_argnames="shape")
 def frame_noise(
     keys: Key[Array, " B"], shape: tuple[int, int, int, int], *, first_frame: int | Int[Array, ""] = 0
 ) -> Float[Array, "B T h w z"]:
@@ -156,27 +158,30 @@ def per_chunk(
         keys: of the noise, see `frame_noise`.
         text, states: as for `denoise_chunk`.
         shape: frames, height, width and channels of the latents to make. Where the frames are no multiple of a
-            chunk's, the last chunk is made whole and cut, and the states are those after the whole of it.
+            chunk's, the last chunk is a shorter one, with which the video ends.
         first_frame: the first of them, counted from the video's beginning: a multiple of a chunk's.
 
     Raises:
         RehyatError: the model cannot stream.
     """
-    chunk = (chunk_frames(model), *shape[1:])
-    count = -(-shape[0] // chunk[0])
+    chunk = chunk_frames(model)
+    count, rest = divmod(shape[0], chunk)
     first_frame = jnp.asarray(first_frame, jnp.int32)
 
-    def one(states: States, number: Int[Array, ""]) -> tuple[States, Float[Array, "B T h w z"]]:
-        first = first_frame + number * chunk[0]
-        noise = frame_noise(keys, chunk, first_frame=first)
+    def one(states: States, number: Int[Array, ""], frames: int) -> tuple[States, Float[Array, "B T h w z"]]:
+        first = first_frame + number * chunk
         latents, states = denoise_chunk(
-            model, noise, text, states, first_frame=first, steps=steps, solver=solver, guidance=guidance
-        )
+            model, frame_noise(keys, (frames, *shape[1:]), first_frame=first), text, states, first_frame=first,
+            steps=steps, solver=solver, guidance=guidance,
+        )  # fmt: skip
         return states, latents
 
-    states, latents = jax.lax.scan(one, states, jnp.arange(count, dtype=jnp.int32))
-    whole = jnp.moveaxis(latents, 0, 1).reshape(keys.shape[0], count * chunk[0], *chunk[1:])
-    return whole[:, : shape[0]], states
+    states, latents = jax.lax.scan(partial(one, frames=chunk), states, jnp.arange(count, dtype=jnp.int32))
+    latents = jnp.moveaxis(latents, 0, 1).reshape(keys.shape[0], count * chunk, *shape[1:])
+    if rest:
+        states, end = one(states, jnp.asarray(count, jnp.int32), rest)
+        latents = jnp.concatenate([latents, end], axis=1)
+    return latents, states
 
 
 def per_step(

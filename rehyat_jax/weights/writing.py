@@ -21,6 +21,10 @@ from rehyat_jax.weights.files import DTYPES
 
 #: Bytes of tensors in one file, at most, unless a single tensor is larger (the Hugging Face libraries' own habit).
 MAX_SHARD_BYTES = 5 * 10**9
+#: Counts and random keys, which no checkpoint has but a stream.
+INTEGERS = {"I32": np.dtype(np.int32), "U32": np.dtype(np.uint32)}
+#: Without it transformers refuses a file.
+_FOR_TORCH = {"format": "pt"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +69,12 @@ def write_tensors(folder: Path, stem: str, tensors: Sequence[Outgoing], *, max_s
     """One ``<stem>.safetensors``, or numbered shards and their index, as the Hugging Face libraries name them."""
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _write_file(folder / f"{stem}.safetensors", shards[0])
+        write_file(folder / f"{stem}.safetensors", shards[0])
         return
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard)
+        write_file(folder / file, shard)
         where |= {tensor.name: file for tensor in shard}
     total = sum(tensor.nbytes for tensor in tensors)
     write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -88,11 +92,12 @@ def _shards(tensors: Sequence[Outgoing], limit: int) -> list[list[Outgoing]]:
     return shards
 
 
-def _write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
-    names = {dtype: name for name, dtype in DTYPES.items()}
+def write_file(path: Path, tensors: Sequence[Outgoing], *, metadata: Mapping[str, str] = _FOR_TORCH) -> None:
+    """One safetensors file, on the disk when this returns; the host never holds more of it than a block."""
+    names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
     # Wide types first, so that every tensor lies on a multiple of its item's size.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for tensor in ordered:
         begin, end = end, end + tensor.nbytes
@@ -100,7 +105,7 @@ def _write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
         header[tensor.name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             for block in tensor.blocks():
