@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -22,8 +23,9 @@ _COMFORTABLE = 256
 #: The same for a frame in a contact sheet.
 _THUMBNAIL = 128
 
+Codec = Literal["h264", "rgb"]
 #: Encoder, pixel format and options. "h264" plays everywhere; "rgb" is lossless: x264 in RGB at quantiser 0.
-_CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
+_CODECS: dict[Codec, tuple[str, str, dict[str, str]]] = {
     "h264": ("libx264", "yuv420p", {"crf": "16", "preset": "medium"}),
     "rgb": ("libx264rgb", "rgb24", {"crf": "0", "preset": "medium"}),
 }
@@ -35,7 +37,7 @@ def write_video(
     *,
     fps: int = 16,
     scale: int | None = None,
-    codec: Literal["h264", "rgb"] = "h264",
+    codec: Codec = "h264",
 ) -> None:
     """Write an mp4 under a partial name and rename it when whole.
 
@@ -51,28 +53,53 @@ def write_video(
         RehyatError: there are no frames, blocks differ in size, a side is odd under "h264", or the file cannot be
             written (full disk, read-only folder, …). Nothing is left behind then, nor on an interrupt.
     """
-    if fps < 1 or (scale is not None and scale < 1):
-        raise RehyatError(f"fps and scale must be at least 1, not {fps} and {scale}")
     blocks = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = next((block for block in blocks if len(block)), None)
     if first is None:
         raise RehyatError(f"cannot write {path}: there are no frames")
-    height, width = first.shape[1:3]
-    encoder, pixel_format, options = _CODECS[codec]
-    scale = scale or (1 if codec == "rgb" else _comfortable_scale(height, width))
-    if codec == "h264" and (height * scale % 2 or width * scale % 2):
-        raise RehyatError(f"an h264 video needs even sides, not {width * scale} x {height * scale}")
+    picture = Picture.of(first, fps=fps, scale=scale, codec=codec)
     # FFmpeg's own errors of writing (full disk, …) are OSErrors.
     with whole_file(path) as partial, av.open(os.fspath(partial), "w", format="mp4") as container:
-        stream = container.add_stream(encoder, rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = width * scale, height * scale, pixel_format
+        stream = picture.add_stream(container)
         for block in itertools.chain([first], blocks):
-            if block.shape[1:3] != (height, width):
-                raise RehyatError(f"frames of {block.shape[1:3]} follow frames of {(height, width)} in {path}")
+            if block.shape[1:3] != first.shape[1:3]:
+                raise RehyatError(f"frames of {block.shape[1:3]} follow frames of {first.shape[1:3]} in {path}")
             for frame in block:
-                image = av.VideoFrame.from_ndarray(_enlarged(frame, scale), format="rgb24")
-                container.mux(stream.encode(image))
+                container.mux(stream.encode(picture.image(frame)))
         container.mux(stream.encode())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture:
+    """How frames become a video's pictures. Made by :meth:`of`, which checks."""
+
+    height: int
+    width: int
+    scale: int
+    fps: int
+    codec: Codec
+
+    @classmethod
+    def of(cls, block: UInt8[np.ndarray, "F H W 3"], *, fps: int, scale: int | None, codec: Codec) -> Picture:
+        """For frames like these; arguments and errors as :func:`write_video`."""
+        if fps < 1 or (scale is not None and scale < 1):
+            raise RehyatError(f"fps and scale must be at least 1, not {fps} and {scale}")
+        height, width = block.shape[1:3]
+        scale = scale or (1 if codec == "rgb" else _comfortable_scale(height, width))
+        height, width = height * scale, width * scale
+        if codec == "h264" and (height % 2 or width % 2):
+            raise RehyatError(f"an h264 video needs even sides, not {width} x {height}")
+        return cls(height=height, width=width, scale=scale, fps=fps, codec=codec)
+
+    def add_stream(self, container: av.container.OutputContainer, **options: str) -> av.VideoStream:
+        """The encoder, in a container; ``options`` are more of its own."""
+        encoder, pixel_format, settings = _CODECS[self.codec]
+        stream = container.add_stream(encoder, rate=self.fps, options=settings | options)
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, pixel_format
+        return stream
+
+    def image(self, frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
+        return av.VideoFrame.from_ndarray(_enlarged(frame, self.scale), format="rgb24")
 
 
 def read_video(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "F H W 3"]:
