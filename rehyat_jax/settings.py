@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling import Euler, FlowSchedule, Guidance, Solver, Steps, UniPC, plan_steps
+from rehyat_jax.sampling.schedule import Grid
 
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "num_frames": int, "height": int, "width": int, "num_inference_steps": int, "guidance_scale": (int, float)
@@ -71,7 +72,10 @@ class Settings:
             raise ConfigError(f"there is no solver {str(name)[:80]!r}")
         order: dict[str, type | tuple[type, ...]] = {"order": int} if kind is UniPC else {}
         options = _known({k: v for k, v in solver.items() if k != "name"}, order, f"solver {name}")
-        return cls(**numbers, schedule=FlowSchedule(**_known(schedule, _SCHEDULE, "schedule")), solver=kind(**options))
+        schedule = _known(schedule, _SCHEDULE, "schedule")
+        if schedule["grid"] not in get_args(Grid):
+            raise ConfigError(f"there is no grid of noise levels {schedule['grid'][:80]!r}")
+        return cls(**numbers, schedule=FlowSchedule(**schedule), solver=kind(**options))
 
 
 def _known(source: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], what: str) -> dict[str, Any]:
