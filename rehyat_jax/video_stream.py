@@ -42,46 +42,53 @@ class GrowingVideo:
                 video.append(block)
 
     Args:
-        path: the file; missing folders are made.
-        keep: go on with the file that is there, after this many frames: the rest of it is cut off, a torn end too.
-            0: a new file; one that is there stays as it is until the first block.
+        path: the file; missing folders are made. One that is there stays as it is until the first block, which begins
+            a new video; or :meth:`go_on` with it.
         fps, scale, codec: as :func:`~rehyat_jax.video.write_video`.
 
     Raises:
-        RehyatError: the file cannot be written, another process is writing it, or none of its fragments ends after
-            ``keep`` frames.
+        RehyatError: the file cannot be written, or another process is writing it.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        keep: int = 0,
         fps: int = 16,
         scale: int | None = None,
         codec: Codec = "h264",
     ) -> None:
-        self.path, self.frames = Path(path), keep
+        self.path, self.frames = Path(path), 0
         self._how = {"fps": fps, "scale": scale, "codec": codec}
         self._picture: Picture | None = None
+        self._fragments, self._end = 0, 0
+        self._parameters: bytes | None = None
         try:
-            if keep == 0:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | (0 if keep else os.O_CREAT)
-            self._file = io.FileIO(os.open(self.path, flags, 0o666), "r+")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         except OSError as error:
             raise self._unwritable(error) from error
         try:
             _lock(self._file, self.path)
-            self._fragments, self._end = 0, 0
-            self._parameters: bytes | None = None
-            if keep:
-                self._fragments, self._end = self._find(keep)
-                self._file.truncate(self._end)
-                self._parameters = _parameter_sets(self.path)
         except BaseException:
             self._file.close()
             raise
+
+    def go_on(self, *, after: int) -> None:
+        """Keep this many frames of the file that is there, and append to them: the rest is cut off, a torn end too.
+
+        Raises:
+            RehyatError: none of its fragments ends there.
+        """
+        frames = 0
+        for number, fragment in enumerate(_fragments(self._file), start=1):
+            frames = fragment.frames
+            if frames == after:
+                self._file.truncate(fragment.end)
+                self._parameters = _parameter_sets(self.path)
+                self.frames, self._fragments, self._end = frames, number, fragment.end
+                return
+        raise RehyatError(f"cannot go on with {self.path} after {after} frames: it holds {frames}, or is cut elsewhere")
 
     def append(self, block: UInt8[np.ndarray, "F H W 3"]) -> None:
         """Encode a block of frames and put it on the disk, whole or not at all. A block without frames is nothing.
@@ -126,15 +133,6 @@ class GrowingVideo:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _find(self, keep: int) -> tuple[int, int]:
-        """Number of fragments that hold the first ``keep`` frames, and their end in bytes."""
-        frames = 0
-        for number, fragment in enumerate(_fragments(self._file), start=1):
-            frames = fragment.frames
-            if frames == keep:
-                return number, fragment.end
-        raise RehyatError(f"cannot go on with {self.path} after {keep} frames: it holds {frames}, or is cut elsewhere")
 
     def _encode(self, block: UInt8[np.ndarray, "F H W 3"]) -> tuple[bytes, bytes, bytes | None]:
         """The file's head, the fragment, and the encoder's parameter sets, which the head holds."""

@@ -32,7 +32,9 @@ def numbers(video: np.ndarray) -> list[int]:
 
 
 def grow(path, *, keep: int = 0, until: int = CUTS[-1], **how) -> None:
-    with GrowingVideo(path, keep=keep, **how) as video:
+    with GrowingVideo(path, **how) as video:
+        if keep:
+            video.go_on(after=keep)
         for start, stop in itertools.pairwise(CUTS):
             if keep <= start and stop <= until:
                 video.append(frames(start, stop))
@@ -66,7 +68,7 @@ def test_a_video_gone_on_with_is_the_same_bytes(tmp_path, whole, keep):
         path.write_bytes(whole.read_bytes()[:left])
         if keep == CUTS[-1] and left < whole.stat().st_size:
             with pytest.raises(RehyatError, match=r"after 45 frames: it holds 33"):
-                GrowingVideo(path, keep=keep)
+                grow(path, keep=keep)
             continue
         grow(path, keep=keep)
         assert path.read_bytes() == whole.read_bytes()
@@ -117,7 +119,9 @@ sys.path[:0] = [{tests!r}]
 from test_video_stream import frames
 from rehyat_jax.video_stream import GrowingVideo, whole_frames
 start = [0, *whole_frames({path!r})][-1]
-with GrowingVideo({path!r}, keep=start) as video:
+with GrowingVideo({path!r}) as video:
+    if start:
+        video.go_on(after=start)
     print("ready", flush=True)
     for start in range(start, 60000, 6):
         video.append(frames(start, start + 6))
@@ -174,18 +178,20 @@ def test_a_video_stays_as_it_was_until_the_first_block_of_a_new_one(tmp_path, wh
 
 def test_mistakes_are_sentences(tmp_path, whole):
     path = tmp_path / "a.mp4"
-    with pytest.raises(RehyatError, match=r"cannot write .*a\.mp4: it was removed"):
-        GrowingVideo(path, keep=9)
-    path.write_text("no video")
     with pytest.raises(RehyatError, match=r"cannot go on with .*a\.mp4 after 9 frames: it holds 0"):
-        GrowingVideo(path, keep=9)
+        grow(path, keep=9)
+    assert not path.exists()
+    path.write_text("no video")
+    with pytest.raises(RehyatError, match=r"after 9 frames: it holds 0"):
+        grow(path, keep=9)
     path.write_bytes(whole.read_bytes())
     with pytest.raises(RehyatError, match="after 10 frames: it holds 45"):
-        GrowingVideo(path, keep=10)
+        grow(path, keep=10)
     assert path.read_bytes() == whole.read_bytes()
-    with GrowingVideo(path, keep=9) as video:
+    with GrowingVideo(path) as video:
         with pytest.raises(RehyatError, match="another process is writing it"):
-            GrowingVideo(path, keep=9)
+            GrowingVideo(path)
+        video.go_on(after=9)
         with pytest.raises(RehyatError, match="frames' size"):
             video.append(frames(9, 12, size=32))
     with GrowingVideo(path) as video:
