@@ -59,6 +59,8 @@ class HybridConfig:
     positive: Positive = "softplus"
     #: The state fades by a learned factor a head, 1 at the start.
     decay: bool = False
+    #: The past's weight falls by a learned power a head, 0 at the start, of how many chunks long it is.
+    length_norm: bool = False
     #: How it is computed, not what: not written to files.
     implementation: Implementation = "auto"
 
@@ -71,10 +73,14 @@ class HybridConfig:
             value = getattr(self, name)
             if value not in get_args(choices) or not isinstance(value, str):
                 raise ConfigError(f"HybridConfig.{name} must be one of {get_args(choices)}, not {value!r}")
-        for name in ("causal", "decay"):
+        for name in ("causal", "decay", "length_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"HybridConfig.{name} must be true or false, not {getattr(self, name)!r}")
         self._check_blocks()
+        if self.length_norm and (self.kind != "hybrid" or not self.causal):
+            raise ConfigError(
+                "HybridConfig.length_norm is for causal blocks of kind 'hybrid': others weigh no past against a window"
+            )
         if self.sink_frames and self.kind != "window":
             raise ConfigError(f"HybridConfig.sink_frames is for kind 'window', and the kind is {self.kind!r}")
         if self.kind == "window" and not self.causal:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from test_dit import Case, abstract, by_diffusers, by_us, inputs, ported, reference, relative, scans
+from test_dit import (
+    Case, abstract, by_diffusers, by_us, inputs, ported, quickly_compiled, reference, relative, scans
+)  # fmt: skip
 
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.config import WanConfig
@@ -31,13 +33,17 @@ FRAME = 6
 
 
 def randomised(model: WanTransformer, seed: int = 0) -> WanTransformer:
-    """Hybrid blocks far from their start, so that what is outside the window counts; decays between 0.6 and 1."""
+    """Hybrid blocks far from their start, so that what is outside the window counts; decays between 0.6 and 1,
+    powers of the length between 0 and 1."""
     rng = np.random.default_rng(seed)
     state = nnx.state(model, HYBRID_PARAMETERS)
     noise = jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.standard_normal(p.shape, np.float32)), state)
     if model.hybrid.decay:
         rate = noise["hybrid_blocks"]["decay_rate"]
         rate.set_value(jnp.asarray(rng.uniform(0, 0.5, rate.get_value().shape), jnp.float32))
+    if model.hybrid.length_norm:
+        power = noise["hybrid_blocks"]["length_power"]
+        power.set_value(jnp.asarray(rng.uniform(0, 1, power.get_value().shape), jnp.float32))
     nnx.update(model, noise)
     return model
 
@@ -63,7 +69,8 @@ def phi(x: torch.Tensor, parameters: nnx.State, block: int, hybrid: HybridConfig
 
 
 def equation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, model: WanTransformer, block: int) -> torch.Tensor:
-    """method.md §1 and §2 (with §5's decay) in float64, a chunk at a time; ``block`` counts converted blocks."""
+    """method.md §1 and §2 (with §5's decay, and the past's weight by its length) in float64, a chunk at a time;
+    ``block`` counts converted blocks."""
     hybrid, dtype = model.hybrid, q.dtype
     q, k, v = (x.double() for x in (q, k, v))
     state = nnx.state(model.hybrid_blocks)
@@ -75,6 +82,9 @@ def equation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, model: WanTransf
     gamma = torch.ones(q.shape[2], dtype=torch.float64)
     if hybrid.decay:
         gamma = torch.exp(-torch.from_numpy(np.array(state["decay_rate"][...][block], np.float64)))
+    power = torch.zeros_like(gamma)
+    if hybrid.length_norm:
+        power = torch.from_numpy(np.array(state["length_power"][...][block], np.float64))
     frames, out = q.shape[1] // FRAME, torch.zeros_like(v)
     frame_of = torch.arange(q.shape[1]) // FRAME
 
@@ -95,7 +105,8 @@ def equation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, model: WanTransf
         }[hybrid.stabilizer]  # fmt: skip
         weights = torch.exp(scores - c)
         if hybrid.causal:
-            past_s, past_z = s, z
+            less = (1 + start(t) / hybrid.chunk_frames) ** -power
+            past_s, past_z = s * less[None, :, None, None], z * less[None, :, None]
         else:
             past_s = torch.einsum("bjhf,bjhd->bhfd", features_k[:, ~near], v[:, ~near])
             past_z = features_k[:, ~near].sum(1)
@@ -131,6 +142,7 @@ SETTINGS = {
     "linear_not_causal": HybridConfig(kind="linear", causal=False),
     "linear_decay": HybridConfig(kind="linear", chunk_frames=2, decay=True, blocks=(1,)),
     "decay": HybridConfig(blocks=(1, 2), chunk_frames=1, overlap_frames=0, decay=True, activation="relu", degree=1),
+    "length_norm": HybridConfig(chunk_frames=2, overlap_frames=1, length_norm=True, blocks=(0, 2)),
 }
 
 
@@ -170,7 +182,7 @@ def streamed(model: WanTransformer, latents: np.ndarray, times: np.ndarray, text
     """Velocities of consecutive pieces, and how many programs that took."""
     graph, weights = nnx.split(model)
 
-    @jax.jit
+    @quickly_compiled
     def piece(weights, latents, state, first_frame):
         return nnx.merge(graph, weights).stream(latents, times, text, state, first_frame=first_frame)
 
@@ -189,6 +201,7 @@ STREAMS = {
     "no_overlap": HybridConfig(chunk_frames=2, overlap_frames=0, decay=True, stabilizer="lse"),
     "window": HybridConfig(kind="window", chunk_frames=2, sink_frames=2),
     "linear": HybridConfig(kind="linear", decay=True),
+    "length_norm": HybridConfig(chunk_frames=2, length_norm=True, decay=True),
 }
 
 
@@ -205,7 +218,7 @@ def test_chunk_by_chunk_is_the_whole_call(name, tmp_path):
 def test_patches_in_time_stream(tmp_path):
     """Chunks count frames of the grid: two latent frames each here; 1e-5."""
     case = Case(dataclasses.replace(TINY, patch_size=(2, 2, 2)), (10, 4, 6), 5, (500.0, 31.5))
-    model = student(HybridConfig(chunk_frames=2), case, folder=tmp_path)
+    model = student(HybridConfig(chunk_frames=2, length_norm=True), case, folder=tmp_path)
     arguments = inputs(case)
     parts, _ = streamed(model, *map(jnp.asarray, arguments), [4, 4, 2])
     assert relative(parts, by_us(model, *arguments)) < 1e-5
@@ -240,7 +253,7 @@ def test_positions_far_into_a_stream(tmp_path):
     latents, times, text = map(jnp.asarray, inputs(CASE))
     state = model.init_stream(2, 4, 6)
     graph, weights = nnx.split(model)
-    call = jax.jit(lambda w, first: nnx.merge(graph, w).stream(latents, times, text, state, first_frame=first)[0])
+    call = quickly_compiled(lambda w, first: nnx.merge(graph, w).stream(latents, times, text, state, first_frame=first)[0])
     near = np.asarray(call(weights, 0))
     for first in (5000, 10_000_000):
         assert relative(np.asarray(call(weights, first)), near) < 1e-4
@@ -294,14 +307,20 @@ def test_a_repeating_pattern_is_one_scan(depth, blocks, expected):
 def test_gradients_reach_what_is_asked_for_alone_and_rematerialised_are_the_same(tmp_path):
     """Of the hybrid blocks alone by their filter, of every parameter without; blocks computed anew in the backward pass
     change nothing but rounding: 1e-5 relative."""
-    model = student(HybridConfig(decay=True), folder=tmp_path)
+    model = student(HybridConfig(decay=True, length_norm=True), folder=tmp_path)
     arguments = [jnp.asarray(x) for x in inputs(CASE)]
 
-    def loss(model: WanTransformer, remat: bool = False) -> jax.Array:
-        return jnp.sum(jnp.square(model(*arguments, remat=remat)))
+    def gradient(wanted: nnx.filterlib.Filter, remat: bool) -> dict:
+        graph, own, rest = nnx.split(model, wanted, ...)
 
-    alone = dict(nnx.to_flat_state(nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, HYBRID_PARAMETERS)))(model)))
-    every = dict(nnx.to_flat_state(nnx.jit(nnx.grad(lambda m: loss(m, remat=True)))(model)))
+        @quickly_compiled
+        @jax.grad
+        def slope(own: nnx.State, rest: nnx.State) -> jax.Array:
+            return jnp.sum(jnp.square(nnx.merge(graph, own, rest)(*arguments, remat=remat)))
+
+        return dict(nnx.to_flat_state(slope(own, rest)))
+
+    alone, every = gradient(HYBRID_PARAMETERS, remat=False), gradient(nnx.Param, remat=True)
     own = nnx.to_flat_state(nnx.state(model.hybrid_blocks))
     assert set(alone) == {("hybrid_blocks", *path) for path, _ in own}
     assert every.keys() == dict(nnx.to_flat_state(nnx.state(model))).keys()
@@ -332,6 +351,29 @@ def test_decay_starts_at_one_and_never_passes_it(tmp_path):
     assert slope(-1.0, 0.0) == 0
     assert slope(-1.0, 0.1) == pytest.approx(2 * np.exp(-0.1), rel=1e-6)
     np.testing.assert_array_equal(gamma(-0.3), np.ones(2))
+
+
+def test_the_pasts_weight_falls_by_a_power_of_its_length_that_starts_at_zero(tmp_path):
+    """At its start a model with it is the one without, bit for bit; there descent makes the past weigh less, never
+    more. Frames before a window of two and one: 0 0, 1 1, 3 3, 5 5, …; 2⁻¹ at one chunk's length of them."""
+    teacher = ported(reference(TINY, seed=0), tmp_path)
+    options = {"chunk_frames": 2, "overlap_frames": 1}
+    plain, normed = (
+        teacher.with_hybrid(HybridConfig(length_norm=norm, **options), rngs=nnx.Rngs(0)) for norm in (False, True)
+    )
+    np.testing.assert_array_equal(by_us(normed, *inputs(CASE)), by_us(plain, *inputs(CASE)))
+    graph, params = nnx.split(normed.hybrid_blocks)
+
+    def weight(power: jax.Array) -> jax.Array:
+        block = nnx.merge(graph, jax.tree.map(lambda p: p[0], params))
+        block.length_power.set_value(power)
+        return block.past_weight(8 * FRAME, frame=FRAME, first=2)
+
+    expected = np.outer(1 + np.repeat([1, 3, 5, 7], 2 * FRAME) / 2, np.ones(2)) ** -np.array([1.0, 0.5])
+    np.testing.assert_allclose(weight(jnp.array([1.0, 0.5])), expected, rtol=1e-6)
+    for sign, slope in ((1.0, -np.log(4.5)), (-1.0, 0.0)):
+        gradient = jax.grad(lambda p, sign=sign: sign * weight(p)[-1].sum())(jnp.zeros(2))
+        np.testing.assert_allclose(gradient, slope, rtol=1e-6)
 
 
 def test_a_block_hands_out_what_distillation_needs(tmp_path):

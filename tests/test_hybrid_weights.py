@@ -246,6 +246,7 @@ def test_incomplete_folders_are_refused(saved):
         ({"activation": None}, "activation"), ({"positive": {}}, "positive"), ({"decay": "yes"}, "decay"),
         ({"implementation": "pallas"}, "implementation"), ({"surprise": 1}, "surprise"),
         ({"kind": "window", "decay": False, "causal": False}, "causal"),
+        ({"length_norm": 1}, "length_norm"), ({"kind": "linear", "length_norm": True}, "length_norm"),
     ],
     ids=str,
 )  # fmt: skip

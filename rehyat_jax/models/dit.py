@@ -243,6 +243,7 @@ class WanTransformer(nnx.Module):
         frames, rows, columns = inputs.grid
         if frames > hybrid.chunk_frames and frames % hybrid.chunk_frames:
             raise RehyatError(f"{frames} frames are not a whole number of chunks of {hybrid.chunk_frames}")
+        first = jnp.asarray(first_frame, jnp.int32) // self.config.patch_size[0]
         graph, layers = nnx.split(self.blocks)
         hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
 
@@ -250,7 +251,7 @@ class WanTransformer(nnx.Module):
             attention = nnx.merge(hybrid_graph, layer[1])
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, BlockState]:
-                return attention.stream(q, k, v, layer[2], frame=rows * columns)
+                return attention.stream(q, k, v, layer[2], frame=rows * columns, first=first)
 
             return nnx.merge(graph, layer[0]).attending(x, *inputs[1:4], attend)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.baselines import WindowState, linear_attention, window_attention
@@ -47,6 +47,8 @@ class HybridAttention(nnx.Module):
             )  # fmt: skip
         if hybrid.decay:
             self.decay_rate = nnx.Param(jnp.zeros(config.num_attention_heads, jnp.float32))
+        if hybrid.length_norm:
+            self.length_power = nnx.Param(jnp.zeros(config.num_attention_heads, jnp.float32))
 
     @property
     def decay(self) -> Float[Array, " H"] | None:
@@ -57,11 +59,23 @@ class HybridAttention(nnx.Module):
         """
         return jnp.exp(-_not_below_zero(self.decay_rate[...])) if self.hybrid.decay else None
 
+    def past_weight(self, tokens: int, *, frame: int, first: int | Int[Array, ""]) -> Float[Array, "{tokens} H"]:
+        """What φ_q·φ_k counts for queries of the frames from ``first`` on: (1 + n / T_c)^−p, n the frames before the
+        softmax window and p ≥ 0 the head's power, 0 at the start and with the gradient of `decay`'s λ.
+
+        n_L is a sum over the past and grows with it where the softmax part does not: at p = 0 it drowns the window in
+        the end, at p = 1 it is a mean and keeps its share at every length. Other than by decay, nothing is forgotten.
+        """
+        chunk = self.hybrid.chunk_frames
+        frames = jnp.asarray(first, jnp.int32) + jnp.arange(tokens, dtype=jnp.int32) // frame
+        past = jnp.maximum(frames // chunk * chunk - self.hybrid.overlap_frames, 0).astype(jnp.float32)
+        return jnp.exp(-jnp.log1p(past / chunk)[:, None] * _not_below_zero(self.length_power[...])[None])
+
     def __call__(
         self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], *, frame: int
     ) -> Float[Array, "B N H D"]:
         """A whole video; ``frame`` is its tokens a frame."""
-        return self._of(q, k, v, frame)()
+        return self._of(q, k, v, frame, 0)()
 
     def stream(
         self,
@@ -71,12 +85,18 @@ class HybridAttention(nnx.Module):
         state: BlockState,
         *,
         frame: int,
+        first: int | Int[Array, ""],
     ) -> tuple[Float[Array, "B N H D"], BlockState]:
-        """The next chunks of a video, and the state after them."""
-        return self._of(q, k, v, frame)(initial_state=state, return_state=True)
+        """The next chunks of a video, from its frame ``first`` on, and the state after them."""
+        return self._of(q, k, v, frame, first)(initial_state=state, return_state=True)
 
     def _of(
-        self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], frame: int
+        self,
+        q: Float[Array, "B N H D"],
+        k: Float[Array, "B N H D"],
+        v: Float[Array, "B N H D"],
+        frame: int,
+        first: int | Int[Array, ""],
     ) -> Callable[..., Any]:
         """The attention, ready but for its state."""
         hybrid = self.hybrid
@@ -84,6 +104,9 @@ class HybridAttention(nnx.Module):
         if hybrid.kind == "window":
             return partial(window_attention, q, k, v, chunk=chunk, overlap=overlap, sink=hybrid.sink_frames * frame)
         features = self.phi_q(q), self.phi_k(k)
+        if hybrid.length_norm:
+            weight = self.past_weight(q.shape[1], frame=frame, first=first)[None, :, :, None]
+            features = (features[0].astype(jnp.float32) * weight).astype(features[0].dtype), features[1]
         if hybrid.kind == "linear":
             return partial(linear_attention, *features, v, chunk=chunk, causal=hybrid.causal, decay=self.decay)
         return partial(
