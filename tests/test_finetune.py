@@ -30,6 +30,7 @@ from rehyat_jax.weights import load_transformer, save_text_encoder, save_transfo
 from train.clips import Bucket
 from train.diffusion import complete_folder
 from train.finetune import FinetuneTraining, main, student_of
+from train.flow import Batch
 from train.optimizer import OptimizerConfig
 from train.tokenizer import build_sprite_tokenizer
 
@@ -179,16 +180,26 @@ def _newest(folder: Path) -> object:
         return reader.restore((folder / "checkpoints" / "48" / "default").absolute())
 
 
-def test_a_chunk_of_the_whole_clip_is_the_teacher_at_the_start(teacher, tmp_path):
-    """Its velocity differs by float32's rounding, so that the second term is zero: squares of 1e-6."""
-    training = _training(
-        teacher, tmp_path / "student", hybrid=HybridConfig(chunk_frames=3), steps=8,
-        buckets=(Bucket(kind="plain", frames=5, batch=4),), optimizer=OptimizerConfig(learning_rate=0.0),
-    )  # fmt: skip
-    training.run()
-    (entry,) = _log(training)
-    assert entry["loss"] > 0.1
-    assert entry["teacher"] < 1e-10
+@pytest.mark.parametrize(("chunk", "longest", "expected"), [(3, 3, 0.0), (2, 3, 1e-6), (3, 2, None)])
+def test_the_teachers_term_is_zero_where_a_chunk_is_the_whole_clip(teacher, chunk, longest, expected):
+    """At the start, but for float32's rounding: 1e-6, squared. A smaller chunk differs, and long clips have no term."""
+    training = _training(teacher, Path("unused"))
+    model = load_transformer(teacher)
+    student = model.with_hybrid(HybridConfig(chunk_frames=chunk, overlap_frames=0), rngs=nnx.Rngs(0))
+    (graph, params), (teacher_graph, frozen) = nnx.split(student), nnx.split(model)
+    rng = np.random.default_rng(0)
+    noisy, velocity, text = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 16, 16, 4), (2, 3, 16, 16, 4), (2, 7, 16))
+    )
+    batch = Batch(noisy, jnp.array([900.0, 100.0]), text, velocity)
+    value, metrics = jax.jit(training.loss(graph, teacher_graph, longest=longest))(params, {"teacher": frozen}, batch)
+    assert metrics["loss"] > 1
+    if expected is None:
+        assert "teacher" not in metrics
+        assert value == metrics["loss"]
+        return
+    np.testing.assert_allclose(value, metrics["loss"] + 0.1 * metrics["teacher"], rtol=1e-6)
+    assert metrics["teacher"] < 1e-11 if expected == 0 else metrics["teacher"] > expected
 
 
 def test_a_student_keeps_its_feature_maps_and_gains_what_it_lacks(teacher):

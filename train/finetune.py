@@ -29,7 +29,7 @@ from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, sa
 from rehyat_jax.weights.writing import whole_folder
 from train.clips import Bucket
 from train.command import run_training
-from train.flow import Batch, Captions, FlowTraining, embed, flow_loss, pad_text
+from train.flow import Batch, Captions, FlowTraining, Loss, embed, flow_loss, pad_text
 from train.optimizer import OptimizerConfig
 
 #: What a result has from its source, as it is there.
@@ -109,27 +109,17 @@ class FinetuneTraining(FlowTraining):
         vae, encoder = load_vae(source, dtype=dtype), load_text_encoder(source, dtype=dtype)
         self.check_fits(vae.config, student.config, where=source / "vae")
         text_graph, text_params = nnx.split(encoder)
-        frozen = {"text": text_params}
+        frozen, teacher_graph = {"text": text_params}, None
         if self.teacher is not None:
             teacher = load_transformer(find_model(self.teacher), hybrid=None)
             if teacher.config != student.config:
                 raise ConfigError(f"{self.teacher} is no teacher of {source}: they are of different sizes")
             teacher_graph, frozen["teacher"] = _in_dtype(teacher, dtype)
-        longest = 1 + (self.teacher_frames - 1) // vae.config.temporal_factor
 
         def read(frozen: PyTree, tokens: Captions) -> Array:
             return embed(nnx.merge(text_graph, frozen["text"]), tokens)
 
-        def loss(params: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, dict[str, Array]]:
-            inputs = batch.noisy, batch.timesteps, pad_text(batch.text)
-            velocity = nnx.merge(graph, params)(*inputs, remat=self.remat)
-            flow = flow_loss(velocity, batch.velocity)
-            if self.teacher is None or batch.noisy.shape[1] > longest:
-                return flow, {"loss": flow}
-            target = jax.lax.stop_gradient(nnx.merge(teacher_graph, frozen["teacher"])(*inputs))
-            apart = flow_loss(velocity, target)
-            return flow + self.teacher_weight * apart, {"loss": flow, "teacher": apart}
-
+        loss = self.loss(graph, teacher_graph, longest=1 + (self.teacher_frames - 1) // vae.config.temporal_factor)
         state = self.train(
             params, loss, vae=vae, tokenizer=Tokenizer.from_folder(source), phases=phases, read=read, frozen=frozen,
             shares=_shares(params, self.hybrid_rate),
@@ -141,6 +131,21 @@ class FinetuneTraining(FlowTraining):
                 elif (source / name).is_file():
                     shutil.copyfile(source / name, partial / name)
             save_transformer(nnx.merge(graph, state.ema), partial / "transformer", dtype=jnp.bfloat16)
+
+    def loss(self, graph: Any, teacher_graph: Any, *, longest: int) -> Loss:
+        """Of the student's parameters, ``{"teacher": …}`` and clips; up to ``longest`` latent frames are compared."""
+
+        def loss(params: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, dict[str, Array]]:
+            inputs = batch.noisy, batch.timesteps, pad_text(batch.text)
+            velocity = nnx.merge(graph, params)(*inputs, remat=self.remat)
+            flow = flow_loss(velocity, batch.velocity)
+            if teacher_graph is None or batch.noisy.shape[1] > longest:
+                return flow, {"loss": flow}
+            target = jax.lax.stop_gradient(nnx.merge(teacher_graph, frozen["teacher"])(*inputs))
+            apart = flow_loss(velocity, target)
+            return flow + self.teacher_weight * apart, {"loss": flow, "teacher": apart}
+
+        return loss
 
 
 def student_of(model: WanTransformer, hybrid: HybridConfig | None, *, where: Path) -> WanTransformer:
