@@ -13,8 +13,17 @@ import pytest
 import torch
 from flax import nnx
 from test_dit import (
-    Case, abstract, by_diffusers, by_us, inputs, ported, quickly_compiled, reference, relative, scans
-)  # fmt: skip
+    Case,
+    abstract,
+    by_diffusers,
+    by_us,
+    inputs,
+    ported,
+    quickly_compiled,
+    reference,
+    relative,
+    scans,
+)
 
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.config import WanConfig
@@ -253,7 +262,9 @@ def test_positions_far_into_a_stream(tmp_path):
     latents, times, text = map(jnp.asarray, inputs(CASE))
     state = model.init_stream(2, 4, 6)
     graph, weights = nnx.split(model)
-    call = quickly_compiled(lambda w, first: nnx.merge(graph, w).stream(latents, times, text, state, first_frame=first)[0])
+    call = quickly_compiled(
+        lambda w, first: nnx.merge(graph, w).stream(latents, times, text, state, first_frame=first)[0]
+    )
     near = np.asarray(call(weights, 0))
     for first in (5000, 10_000_000):
         assert relative(np.asarray(call(weights, first)), near) < 1e-4
