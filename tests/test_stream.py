@@ -95,7 +95,7 @@ def test_streams_differ_by_seed_alone(pipe, saved):
     assert (first != next(c)).mean() > 0.5
 
 
-def test_nothing_is_compiled_after_the_first_chunk(pipe, caplog):
+def test_nothing_is_compiled_and_nothing_grows_after_the_first_chunk(pipe, caplog):
     """The transformer once for any length, the decoder once for the first frame and once for all others."""
     jax.clear_caches()
     stream = pipe.open_stream("a cat", **SMALL)
@@ -109,7 +109,9 @@ def test_nothing_is_compiled_after_the_first_chunk(pipe, caplog):
 
     programs = ["jit(denoise_chunk)", "jit(decode_first)", "jit(decode_next)"]
     assert sorted(name for name in compiled(1) if name in programs) == sorted(programs)
+    held = [x.nbytes for x in jax.live_arrays()]
     assert compiled(4) == []
+    assert sum(x.nbytes for x in jax.live_arrays()) == sum(held)
     # Past the 1,024 frames of Wan's tables too.
     stream.state = stream.state._replace(first_frame=jnp.int32(1022))
     assert compiled(3) == []

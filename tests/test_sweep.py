@@ -10,6 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import stream_memory
 from rehyat_jax.config import WanConfig
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
@@ -123,6 +124,19 @@ def test_softmax_sees_differences_of_positions_alone_however_late():
 
     first, late = two_chunks(jnp.int32(0)), two_chunks(jnp.int32(9_999_999))
     assert difference(first, late) <= 1e-4
+
+
+def test_memory_does_not_grow_with_the_length():
+    """By XLA's account, 9 latent frames and 999 need the same beside the weights and the latents they result in."""
+    options = stream_memory.Options(model="tiny", width=48, height=32, lengths=(9, 999))
+    lowered = list(stream_memory.programs(options).values())[-2:]
+    short, long = (program.compile().memory_analysis() for program in lowered)
+    assert short.argument_size_in_bytes == long.argument_size_in_bytes
+    assert abs(long.temp_size_in_bytes / short.temp_size_in_bytes - 1) <= 0.01
+    latents = 990 * 4 * 6 * 16 * 4
+    assert abs(long.output_size_in_bytes - short.output_size_in_bytes - latents) <= 64
+    # The states lie where they lay: all of them are in place.
+    assert long.alias_size_in_bytes == short.alias_size_in_bytes > 0
 
 
 @settings(max_examples=20, deadline=None)
