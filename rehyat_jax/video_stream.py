@@ -2,8 +2,8 @@
 
 The file is a fragmented mp4 (ISO/IEC 14496-12, section 8.8): a head without frames, then fragments that each stand for
 themselves. Every block of frames is encoded by an encoder of its own, begins with a key frame and becomes one fragment,
-appended by one write and flushed to the disk. So nothing is carried from block to block but the count of frames, and a
-file that was cut back and continued is, byte for byte, the file that was never interrupted.
+which is there as a whole or not at all, and is flushed to the disk. So nothing is carried from block to block but the
+count of frames, and a file that was cut back and continued is, byte for byte, the file that was never interrupted.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _FRAGMENTED = {"movflags": "empty_moov+default_base_moof+frag_discont+skip_trail
                "fflags": "+bitexact"}  # fmt: skip
 #: For packets that stand in a file already: a fragment begins with each key frame.
 _FRAGMENTED_AT_KEYS = _FRAGMENTED | {"movflags": "empty_moov+default_base_moof+frag_keyframe+skip_trailer"}
+
+#: Bytes of a box's size and name.
+_BOX = 8
 
 
 class GrowingVideo:
@@ -153,10 +156,12 @@ class GrowingVideo:
         return whole[:start], whole[start:], parameters
 
     def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        self._file.seek(self._end)
-        while view:  # an unbuffered write may take a part
-            view = view[self._file.write(view) :]
+        """What begins a box is written last: until then all that is new is a box without a name, which players skip."""
+        for start, part in ((_BOX, data[_BOX:]), (0, data[:_BOX])):
+            view = memoryview(part)
+            self._file.seek(self._end + start)
+            while view:  # an unbuffered write may take a part
+                view = view[self._file.write(view) :]
 
     def _unwritable(self, error: OSError) -> RehyatError:
         why = "it was removed meanwhile" if error.errno == errno.ENOENT else reason(error)
@@ -264,17 +269,17 @@ class _Fragment:
 
 def _boxes(file: io.IOBase, start: int, end: int) -> Iterator[_Box]:
     """The whole boxes between two places of a file."""
-    while start + 8 <= end:
+    while start + _BOX <= end:
         file.seek(start)
-        size, kind = struct.unpack(">I4s", file.read(8))
-        if size < 8 or start + size > end:
+        size, kind = struct.unpack(">I4s", file.read(_BOX))
+        if size < _BOX or start + size > end:
             return
         yield _Box(kind, start, start + size)
         start += size
 
 
 def _inside(file: io.IOBase, box: _Box, kind: bytes) -> Iterator[_Box]:
-    return (inner for inner in _boxes(file, box.start + 8, box.end) if inner.kind == kind)
+    return (inner for inner in _boxes(file, box.start + _BOX, box.end) if inner.kind == kind)
 
 
 def _fragments(file: io.IOBase) -> Iterator[_Fragment]:

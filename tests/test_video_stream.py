@@ -85,6 +85,29 @@ def test_cut_at_any_byte_it_plays_up_to_the_last_whole_fragment(tmp_path, whole)
     assert list(whole_frames(tmp_path / "missing.mp4")) == []
 
 
+def test_a_write_that_a_kill_cuts_short_is_not_seen(tmp_path, monkeypatch):
+    """At each 97th byte of a fragment: what stands in the file is what stood there before, for every reader."""
+    path = tmp_path / "a.mp4"
+    with GrowingVideo(path) as video:
+        video.append(frames(0, 9))
+        end, write = path.stat().st_size, GrowingVideo._write
+        monkeypatch.setattr(GrowingVideo, "_write", lambda self, data: fragments.append(data) or write(self, data))
+        fragments: list[bytes] = []
+        video.append(frames(9, 21))
+        order = [(8, fragments[0][8:]), (0, fragments[0][:8])]
+        for made in range(0, len(fragments[0]), 97):
+            os.truncate(path, end)
+            with open(path, "r+b") as file:
+                for start, part in order:
+                    file.seek(end + start)
+                    file.write(part[:made])
+                    made -= len(part)
+                    if made <= 0:
+                        break
+            assert numbers(read_video(path)) == list(range(9))
+            assert list(whole_frames(path)) == [9]
+
+
 def test_the_finished_video_is_an_ordinary_one_and_can_be_reopened(tmp_path, whole):
     once, again, open_, last = (tmp_path / name for name in ("once.mp4", "again.mp4", "open.mp4", "last.mp4"))
     finish_video(whole, once)

@@ -6,18 +6,24 @@ import dataclasses
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from rehyat_jax.cli.generate_stream import Outputs, Request, check_outputs, stream_video
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.files import check_writable, whole_file
 
 if TYPE_CHECKING:
+    from rehyat_jax.hybrid_config import HybridConfig
+    from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.record import Phases
     from rehyat_jax.sampling import FlowSchedule, Solver
+    from rehyat_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,20 @@ class Generate:
     """Where the video is to stand."""
 
     frames: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Number of frames, 4k + 1."""
+    """Number of frames: any in a per-chunk sweep, 4k + 1 else."""
+
+    sweep: Annotated[Literal["per-step", "per-chunk"] | None, tyro.conf.arg(metavar="per-step|per-chunk")] = None
+    """per-step: all frames at each step; any model. per-chunk: all steps at each chunk of frames, in memory that does
+    not grow, written while it is made; a model whose blocks are all converted. When not given: per-chunk where the
+    model can, for the video is the same, else per-step."""
+
+    resume: bool = False
+    """Go on with a per-chunk video that was interrupted or killed, from FILE.mp4.state: the same command with
+    --resume. With another prompt, the rest shows that."""
+
+    hybrid: Annotated[str | None, tyro.conf.arg(metavar="CHUNK+OVERLAP")] = None
+    """Convert every block on loading, as 3+1: chunks of 3 latent frames that see 1 before them. The feature maps are
+    untrained: this shows that a model streams, not how well."""
 
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
     """Width and height in pixels, as 832x480."""
@@ -80,63 +99,110 @@ def main(argv: list[str]) -> None:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _note
             _run(options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written") from None
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(*(interrupt.args or ["nothing was written"])) from None
 
 
 def _run(options: Generate) -> None:
     width, height = _parse_size(options.size)
     if options.out.suffix.lower() != ".mp4":
         raise RehyatError(f"--out must end in .mp4, not {options.out.name!r}")
+    if options.resume and options.sweep == "per-step":
+        raise RehyatError("--resume goes on with a per-chunk sweep; a per-step one leaves nothing to go on with")
+    hybrid = _parse_hybrid(options.hybrid)
     # Now, not after minutes of work.
-    paths = [options.out, options.out.with_suffix(".png"), options.out.with_suffix(".json")]
-    for path in paths:
+    outputs = Outputs(video=options.out, sheet=options.out.with_suffix(".png"), record=options.out.with_suffix(".json"))
+    for path in (outputs.video, outputs.sheet, outputs.record):
         check_writable(path)
+    check_outputs(outputs, resume=options.resume)
 
-    with ProgressDisplay() as display, ExitStack() as outputs:
+    with ProgressDisplay() as display:
         display("load", 0, 1)
-        from rehyat_jax.record import Phases, write_record
+        from rehyat_jax.record import Phases
 
         phases = Phases()
         with phases.measure("load"):
             import jax.numpy as jnp
 
             from rehyat_jax.pipeline import TextToVideo
-            from rehyat_jax.video import contact_sheet, write_video
 
             pipe = TextToVideo.from_pretrained(
-                options.model, dtype=jnp.dtype(options.dtype), cache_dir=options.cache_dir
+                options.model, dtype=jnp.dtype(options.dtype), hybrid=hybrid, cache_dir=options.cache_dir
             )
-            settings = pipe.settings(
-                num_frames=options.frames,
-                height=height,
-                width=width,
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance,
-                schedule=_schedule(options, pipe.schedule),
-                solver=_solver(options, pipe.solver),
-            )
+        if options.hybrid is not None:
+            _note(f"all {pipe.transformer.config.num_layers} blocks were converted on loading, with feature maps that "
+                  "are untrained: expect a worse picture than the model's own")  # fmt: skip
         display("load", 1, 1)
-        frames = pipe.run(
-            options.prompt,
-            settings,
+        request = Request(
+            prompt=options.prompt,
             negative_prompt=options.negative,
             seed=options.seed,
-            on_step=display,
-            phases=phases,
+            frames=pipe.defaults.num_frames if options.frames is None else options.frames,
+            sampling={
+                "height": height,
+                "width": width,
+                "num_inference_steps": options.steps,
+                "guidance_scale": options.guidance,
+                "schedule": _schedule(options, pipe.schedule),
+                "solver": _solver(options, pipe.solver),
+            },
         )
-        video, sheet, record = (outputs.enter_context(whole_file(path)) for path in paths)
+        asked = {name: getattr(options, name)
+                 for name in ("prompt", "negative", "model", "hybrid", "seed", "dtype", "out")}  # fmt: skip
+        streams = pipe.transformer.why_not_stream() is None
+        if options.sweep == "per-chunk" or options.resume or (options.sweep is None and streams):
+            settings = stream_video(
+                pipe, request, outputs, resume=options.resume, display=display, phases=phases, record=asked
+            )
+            count = request.frames
+        else:
+            settings = _whole_video(pipe, request, outputs, display=display, phases=phases, record=asked)
+            count = settings.num_frames
+    print(f"{outputs.video}: {count} frames of {settings.width}x{settings.height}, {count / pipe.fps:.1f} s "
+          f"(see also {outputs.sheet.name}, {outputs.record.name})")  # fmt: skip
+
+
+def _whole_video(
+    pipe: TextToVideo, request: Request, outputs: Outputs, *, display: ProgressDisplay, phases: Phases,
+    record: Mapping[str, Any],
+) -> Settings:  # fmt: skip
+    """The per-step sweep: the video is made, then written; nothing is left of one that is not whole."""
+    from rehyat_jax.record import write_record
+    from rehyat_jax.video import contact_sheet, write_video
+
+    settings = pipe.settings(num_frames=request.frames, **request.sampling)
+    frames = pipe.run(
+        request.prompt,
+        settings,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        on_step=display,
+        phases=phases,
+    )
+    with ExitStack() as files:
+        video, sheet, record_file = (
+            files.enter_context(whole_file(path)) for path in (outputs.video, outputs.sheet, outputs.record)
+        )
         display("write", 0, 1)
         with phases.measure("write"):
             write_video(video, frames, fps=pipe.fps)
             contact_sheet(sheet, frames)
-        asked = {name: getattr(options, name) for name in ("prompt", "negative", "model", "seed", "dtype", "out")}
-        resolved = dataclasses.asdict(settings) | {"solver": str(settings.solver)}
-        write_record(record, command="rehyat generate", settings=asked | resolved, phases=phases)
+        made = dataclasses.asdict(settings) | {"solver": str(settings.solver), "sweep": "per-step"}
+        write_record(record_file, command="rehyat generate", settings=dict(record) | made, phases=phases)
         display("write", 1, 1)
-    seconds = len(frames) / pipe.fps
-    print(f"{paths[0]}: {len(frames)} frames of {settings.width}x{settings.height}, {seconds:.1f} s (see also "
-          f"{paths[1].name}, {paths[2].name})")  # fmt: skip
+    return settings
+
+
+def _parse_hybrid(text: str | None) -> HybridConfig | Literal["auto"]:
+    """Of a chunk and an overlap; the folder's own where there is none."""
+    if text is None:
+        return "auto"
+    match = re.fullmatch(r"(\d{1,6})\+(\d{1,6})", text.strip(), flags=re.ASCII)
+    if not match:
+        raise RehyatError(f"--hybrid must be a chunk and an overlap in latent frames as 3+1, not {text!r}")
+    from rehyat_jax.hybrid_config import HybridConfig
+
+    return HybridConfig(chunk_frames=int(match[1]), overlap_frames=int(match[2]))
 
 
 def _parse_size(size: str | None) -> tuple[int | None, int | None]:

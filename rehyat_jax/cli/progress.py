@@ -28,7 +28,8 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         elapsed = task.finished_time or task.elapsed
-        return Text(_rate(task.completed / elapsed if elapsed else None))
+        done = task.completed - task.fields["before"]
+        return Text(_rate(done / elapsed if elapsed else None))
 
 
 class ProgressDisplay:
@@ -45,7 +46,7 @@ class ProgressDisplay:
                        TimeRemainingColumn(elapsed_when_finished=True))  # fmt: skip
             self._bars = Progress(*columns, console=console)
         self._tasks: dict[str, TaskID] = {}
-        self._part, self._start, self._said, self._ended = "", 0.0, 0.0, False
+        self._part, self._start, self._said, self._ended, self._before = "", 0.0, 0.0, False, 0
 
     def __enter__(self) -> ProgressDisplay:
         if self._bars:
@@ -59,21 +60,23 @@ class ProgressDisplay:
             self._bars.stop()
 
     def __call__(self, part: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of ``part`` are done; 0 announces the part."""
+        """``done`` of ``total`` steps of ``part`` are done. The first call announces the part: what was done by then
+        tells nothing of its pace."""
         if self._bars:
             if part not in self._tasks:
-                self._tasks[part] = self._bars.add_task(part, total=total)
+                self._tasks[part] = self._bars.add_task(part, total=total, completed=done, before=done)
             self._bars.update(self._tasks[part], completed=done, total=total)
             return
         now = time.monotonic()
         if part != self._part:
-            self._part, self._start, self._said, self._ended = part, now, now, False
+            self._part, self._start, self._said, self._ended, self._before = part, now, now, False, done
         if (done == total and not self._ended) or now - self._said >= _PAUSE:
             self._said, self._ended, passed = now, done == total, now - self._start
             line = f"{part}: {done}/{total}"
-            if done > 0 and passed > 0:
-                left = f"{passed / done * (total - done):.0f} s left" if done < total else f"{passed:.1f} s in all"
-                line += f", {_rate(done / passed)}, {left}"
+            new = done - self._before
+            if new > 0 and passed > 0:
+                left = f"{passed / new * (total - done):.0f} s left" if done < total else f"{passed:.1f} s in all"
+                line += f", {_rate(new / passed)}, {left}"
             print(line, file=sys.stderr, flush=True)
 
 

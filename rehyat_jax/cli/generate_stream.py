@@ -1,0 +1,237 @@
+"""A video written while it is made: chunk, decoder, encoder; beside it lies the state from which the stream goes on.
+
+What is on disk is sound at every moment. A chunk's frames are appended whole, then the state after them is saved whole;
+a run that goes on cuts the video back to the frames of the state it finds and makes the rest again, the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.files import whole_file
+
+if TYPE_CHECKING:
+    from rehyat_jax.cli.progress import ProgressDisplay
+    from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.record import Phases
+    from rehyat_jax.settings import Settings
+    from rehyat_jax.streaming import Stream
+    from rehyat_jax.video_stream import GrowingVideo
+
+#: The state is saved after every chunk, unless saving it would then take more than a quarter of the time.
+_PATIENCE = 3.0
+_THUMBNAILS = 12
+_LONGEST = 1 << 26
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """The files of a run, and the folder that is there as long as the video is not whole."""
+
+    video: Path
+    sheet: Path
+    record: Path
+
+    @property
+    def state(self) -> Path:
+        return self.video.with_name(f"{self.video.name}.state")
+
+    def saved(self) -> list[Path]:
+        """A saved stream's files, those that a killed process began among them."""
+        with suppress(NotADirectoryError, FileNotFoundError):
+            return [file for file in self.state.iterdir() if "stream.safetensors" in file.name]
+        return []
+
+    def forget(self) -> None:
+        """Remove the state; whatever else lies in its folder stays."""
+        for file in self.saved():
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.state.rmdir()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for; ``sampling`` are the arguments of ``TextToVideo.settings`` that a stream takes."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    frames: int
+    sampling: Mapping[str, Any]
+
+
+def check_outputs(outputs: Outputs, *, resume: bool) -> None:
+    """Learn before the model is read that the run cannot begin.
+
+    Raises:
+        RehyatError: the state has no place, or there is none to go on from and a video stands where a new one would.
+    """
+    if outputs.state.exists() and not outputs.state.is_dir():
+        raise RehyatError(f"the stream's state cannot be kept in {outputs.state}: it is a file, not a folder")
+    if resume and not outputs.saved() and not _is_hardly_begun(outputs.video):
+        raise RehyatError(
+            f"{outputs.video} cannot be gone on with: {outputs.state}, which a video leaves until it is finished, is "
+            "missing"
+        )
+
+
+def _is_hardly_begun(path: Path) -> bool:
+    """No frames, or the first block alone: what a run leaves that was killed before it saved a first state."""
+    from rehyat_jax.video_stream import whole_frames
+
+    if not path.exists():
+        return True
+    with open(path, "rb") as file:
+        empty = not file.read(8).strip(b"\0")  # a block whose writing was cut short begins with zeros
+    frames = list(whole_frames(path))
+    return empty or (len(frames) == 1 and frames[0] > 0)
+
+
+def stream_video(
+    pipe: TextToVideo, request: Request, outputs: Outputs, *, resume: bool, display: ProgressDisplay, phases: Phases,
+    record: Mapping[str, Any],
+) -> Settings:  # fmt: skip
+    """Make the video, or the rest of it; then its contact sheet and its record.
+
+    Args:
+        resume: go on from the state beside the video; where there is none yet, begin.
+        record: further settings for the record.
+
+    Returns:
+        How it was made, every value resolved.
+
+    Raises:
+        RehyatError: the model cannot stream, the state is not one of this request, or a file cannot be written.
+    """
+    from rehyat_jax.sampling.sweep import chunk_frames
+    from rehyat_jax.video_stream import GrowingVideo, reopen_video
+
+    chunk_frames(pipe.transformer)  # raises where the model cannot stream, before any file is made
+    if not 1 <= request.frames <= _LONGEST:
+        raise RehyatError(f"a stream can have 1 to {_LONGEST} frames, not {request.frames}")
+    resume = resume and bool(outputs.saved())
+    if resume and _is_finished(outputs.video):  # it was killed after its last chunk
+        reopen_video(outputs.video, outputs.video)
+    with GrowingVideo(outputs.video, fps=pipe.fps) as video:
+        display("text", 0, 1)
+        with phases.measure("text"):
+            stream = _resumed(pipe, request, outputs) if resume else _begun(pipe, request)
+        display("text", 1, 1)
+        after = stream.frames_done
+        if resume:
+            video.go_on(after=after)
+        try:
+            _fill(video, stream, outputs, frames=request.frames, display=display, phases=phases)
+            display("write", 0, 1)
+            made = dataclasses.asdict(stream.settings) | {
+                "solver": str(stream.settings.solver), "num_frames": video.frames, "sweep": "per-chunk",
+                "resumed_after": after,
+            }  # fmt: skip
+            _finish(outputs, fps=pipe.fps, phases=phases, settings=dict(record) | made)
+            display("write", 1, 1)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_kept(video, outputs)) from None
+        except RehyatError as error:
+            raise RehyatError(f"{error}; {_kept(video, outputs)}") from error
+    return stream.settings
+
+
+def _begun(pipe: TextToVideo, request: Request) -> Stream:
+    return pipe.open_stream(
+        request.prompt, negative_prompt=request.negative_prompt, seed=request.seed, **request.sampling
+    )
+
+
+def _resumed(pipe: TextToVideo, request: Request, outputs: Outputs) -> Stream:
+    """
+    Raises:
+        RehyatError: the stream was begun otherwise than is asked for now, or is longer already.
+    """
+    import jax
+    import numpy as np
+
+    from rehyat_jax.sampling.sweep import video_keys
+
+    stream = pipe.resume_stream(outputs.state)
+    was, asked = stream.settings, pipe.settings(num_frames=stream.settings.num_frames, **request.sampling)
+    for name in vars(was):
+        if getattr(was, name) != getattr(asked, name):
+            raise RehyatError(
+                f"the stream in {outputs.state} was begun with {name} {getattr(was, name)}, not {getattr(asked, name)}"
+            )
+    mine, asked_for = map(jax.random.key_data, (stream.state.keys, video_keys(request.seed, count=1)))
+    if not np.array_equal(mine, asked_for):
+        raise RehyatError(f"the stream in {outputs.state} was begun with another seed than {request.seed}")
+    done = stream.frames_done
+    if done > request.frames:
+        raise RehyatError(f"{outputs.video} has {done} frames already, more than the {request.frames} asked for")
+    if (stream.prompt, stream.negative_prompt) != (request.prompt, request.negative_prompt):
+        print(f"rehyat: other prompts than so far, from frame {done} on", file=sys.stderr)
+        stream.change_prompt(request.prompt, request.negative_prompt)
+    return stream
+
+
+def _fill(
+    video: GrowingVideo, stream: Stream, outputs: Outputs, *, frames: int, display: ProgressDisplay, phases: Phases
+) -> None:
+    """Append chunks until there are so many frames, the last one cut; the state is saved on the way."""
+    saved_at, cost, first = time.monotonic(), 0.0, True
+    while video.frames < frames:
+        if first:  # it waits for the compiler, so that its pace says nothing of the others'
+            display("begin", 0, 1)
+        with phases.measure("chunks"):
+            block = next(stream)
+        if first:
+            display("begin", 1, 1)
+            first = False
+        with phases.measure("encode"):
+            if not video.frames:
+                outputs.forget()  # of the video that is replaced now
+            video.append(block[: frames - video.frames])
+        display("frames", video.frames, frames)
+        now = time.monotonic()
+        if video.frames < frames and now - saved_at >= _PATIENCE * cost:
+            with phases.measure("save"):
+                stream.save(outputs.state)
+            saved_at = time.monotonic()
+            cost = saved_at - now
+
+
+def _finish(outputs: Outputs, *, fps: int, phases: Phases, settings: Mapping[str, Any]) -> None:
+    """The three files appear together, then the state goes."""
+    from rehyat_jax.record import write_record
+    from rehyat_jax.video import contact_sheet
+    from rehyat_jax.video_stream import finish_video, spaced_frames
+
+    with ExitStack() as files:
+        video, sheet, record = (
+            files.enter_context(whole_file(path)) for path in (outputs.video, outputs.sheet, outputs.record)
+        )
+        with phases.measure("write"):
+            finish_video(outputs.video, video)
+            contact_sheet(sheet, spaced_frames(video, count=_THUMBNAILS, fps=fps))
+        write_record(record, command="rehyat generate", settings=settings, phases=phases)
+    outputs.forget()
+
+
+def _is_finished(path: Path) -> bool:
+    """An ordinary video, not a growing one."""
+    from rehyat_jax.video_stream import whole_frames
+
+    return max(whole_frames(path), default=None) == 0
+
+
+def _kept(video: GrowingVideo, outputs: Outputs) -> str:
+    """What a run that ends early leaves, and how it is gone on with."""
+    if not video.frames:
+        return "nothing was written"
+    more = "; the same command with --resume goes on" if outputs.saved() else ""
+    return f"{outputs.video} plays as it is, {video.frames} frames{more}"
