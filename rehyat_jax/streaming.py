@@ -18,6 +18,7 @@ from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, to_uint8
 from rehyat_jax.prompt_encoder import TEXT_LENGTH
+from rehyat_jax.sampling import Steps
 from rehyat_jax.sampling.sweep import chunk_frames, video_keys
 from rehyat_jax.settings import Settings
 from rehyat_jax.stream import MOST_FRAMES, StreamRecord, StreamState, fingerprint, load_state, read_record, save_stream
@@ -186,7 +187,7 @@ class Stream(Iterator[np.ndarray]):
         return nnx.split(self._vae)
 
     @cached_property
-    def _plan(self):
+    def _plan(self) -> Steps:
         return jax.tree.map(jnp.asarray, self.settings.plan())
 
     @cached_property

@@ -1,6 +1,7 @@
 """The two ways to walk a video through its denoising steps are one function; noise and positions go on for ever."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ TINY = WanConfig(
 STEPS = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=20)
 GUIDED = Guidance(scale=4.0, forward="two")
 
+#: ``jax.jit`` for values, not speed: most of the time of these tests goes into compiling.
+quickly_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 def random_model(hybrid: HybridConfig | None, config: WanConfig = TINY) -> WanTransformer:
     """No parameter where training starts, so that velocities are of order one and what lies in the states counts."""
@@ -55,11 +59,11 @@ def swept(model: WanTransformer, shape, *, by, steps=STEPS, guidance=GUIDED, bat
     keys, text = video_keys(3, count=batch), random_text(guidance.branches, batch)
     options = {"shape": shape, "steps": steps, "solver": UniPC(), "guidance": guidance}
     if by is per_step:
-        return jax.jit(lambda: per_step(model, keys, text, **options))()
+        return quickly_compiled(lambda: per_step(model, keys, text, **options))()
     states = init_states(
         model, steps=len(steps.timestep), branches=guidance.branches, batch=batch, height=shape[1], width=shape[2]
     )
-    return jax.jit(lambda s: per_chunk(model, keys, text, s, **options)[0])(states)
+    return quickly_compiled(lambda s: per_chunk(model, keys, text, s, **options)[0])(states)
 
 
 def difference(a: jax.Array, b: jax.Array) -> float:
@@ -109,7 +113,7 @@ def test_softmax_sees_differences_of_positions_alone_however_late():
     keys, text = video_keys(0, count=1), random_text(1, 1)
     steps = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=3)
 
-    @jax.jit
+    @quickly_compiled
     def two_chunks(first_frame):
         states = init_states(model, steps=3, branches=1, batch=1, height=4, width=6)
         made = []
