@@ -46,7 +46,12 @@ def randomised(model: WanTransformer, seed: int = 0) -> WanTransformer:
     powers of the length between 0 and 1."""
     rng = np.random.default_rng(seed)
     state = nnx.state(model, HYBRID_PARAMETERS)
-    noise = jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.standard_normal(p.shape, np.float32)), state)
+
+    def far(p: jax.Array) -> jax.Array:
+        # Biases [L, H, O] anew: those at the start are for a past that is hardly heard.
+        return jnp.asarray((p if p.ndim == 4 else -2) + 0.3 * rng.standard_normal(p.shape, np.float32))
+
+    noise = jax.tree.map(far, state)
     if model.hybrid.decay:
         rate = noise["hybrid_blocks"]["decay_rate"]
         rate.set_value(jnp.asarray(rng.uniform(0, 0.5, rate.get_value().shape), jnp.float32))
