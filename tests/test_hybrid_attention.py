@@ -189,11 +189,12 @@ def test_one_chunk_is_softmax():
 
 def test_update_as_printed_is_wrong():
     """The papers' recurrence adds the whole softmax set to the state, the overlap twice and again before it has left
-    the window: off by a tenth and more of outputs of order one. Without overlap it is right."""
+    the window. At four tokens of overlap of chunks of six it is off by 1.35 at worst and by 63 % of the root mean
+    square, of outputs of order one. Without overlap it is right."""
     data = inputs(60, head_dim=4, features=16)
     arrays = [*data.arrays[:3], *(4 * a for a in data.arrays[3:])]
     data = Inputs(tuple(arrays), np.ones(2))
-    for overlap, least, most in [(4, 0.1, 10.0), (0, 0.0, 1e-12)]:
+    for overlap, least, most in [(4, 1.0, 2.0), (0, 0.0, 1e-12)]:
         with jax.enable_x64(True):
             ours = np.asarray(jitted(*data.jax(), chunk=6, overlap=overlap))
         printed = equation(data, 6, overlap, True, "row_max", data.decay, printed_update=True)
