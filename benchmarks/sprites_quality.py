@@ -1,4 +1,6 @@
-"""How well a model makes the sprites of its captions: sample latents (quick on a GPU), then decode and measure them.
+"""Sprites by several guidances, latents kept: sample them (quick on a GPU), then decode and measure them.
+
+``rehyat eval sprites`` is the measure of a model; this one sweeps guidance and parts the prompts.
 
     python -m benchmarks.sprites_quality sample  --model mini-sprites --out latents/      # GPU: about a minute
     python -m benchmarks.sprites_quality measure --model mini-sprites --latents latents/  # two CPU cores: ten minutes
@@ -25,9 +27,12 @@ from flax import nnx
 from rich.console import Console
 
 from rehyat_jax.config import VAEConfig
+from rehyat_jax.programs import to_uint8
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sample
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
+from rehyat_jax.sprites.clips import quantized, through_vae
+from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
 from rehyat_jax.text import Tokenizer, embed_prompts
 from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae
 
@@ -38,20 +43,6 @@ _WAITS = {0: 81, 16: 97, 48: 129}
 def _folder(model: str) -> Path:
     path = Path(model)
     return path if path.is_dir() else Path(world.__file__).parents[1] / "assets" / model
-
-
-def plain_scenes(prompts: int, seed: int) -> world.Scenes:
-    """Half with a held-out pair, half with a reserved caption."""
-    keys = jax.random.split(jax.random.key(seed), 2)
-    halves = (
-        world.sample_scenes(keys[0], prompts // 2, split="heldout"),
-        world.sample_scenes(keys[1], prompts // 2, split="unseen"),
-    )
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves)
-
-
-def occlusion_scenes(clips: int, wait: int, seed: int) -> world.Occlusions:
-    return world.sample_occlusions(jax.random.key(seed + wait), clips, waits=(wait, wait))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,12 +93,12 @@ class Sample:
         self.out.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         for scale in self.guidance:
-            latents = clips(plain_scenes(self.prompts, self.seed), self.frames, world.WIDTH, scale)
+            latents = clips(unseen_scenes(self.prompts, seed=self.seed), self.frames, world.WIDTH, scale)
             np.savez(self.out / f"plain-g{scale:g}.npz", latents=latents)
             console.print(f"plain, guidance {scale:g}: {len(latents)} clips at {time.monotonic() - begun:.1f} s")
         if self.occlusions:
             for wait, frames in _WAITS.items():
-                scenes = occlusion_scenes(self.occlusions, wait, self.seed)
+                scenes = occlusion_scenes(self.occlusions, wait=wait, seed=self.seed)
                 np.savez(
                     self.out / f"occlusion-{wait}.npz",
                     latents=clips(scenes, frames, world.OCCLUSION_WIDTH, self.guidance[0]),
@@ -138,13 +129,7 @@ class Measure:
         def decode(params: Any, latents: jax.Array) -> jax.Array:
             vae = nnx.merge(graph, params)
             video = vae.decode(vae.denormalize(latents), frames_per_step=4)
-            return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
-
-        @jax.jit
-        def reconstruct(params: Any, video: jax.Array) -> jax.Array:
-            vae = nnx.merge(graph, params)
-            video = vae.decode(vae.encode(video, frames_per_step=4), frames_per_step=4)
-            return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
+            return to_uint8(video)
 
         def batches(array: Any, size: int = 8) -> Iterator[jax.Array]:
             for begin in range(0, len(array), size):
@@ -153,12 +138,12 @@ class Measure:
         def decoded(latents: np.ndarray) -> np.ndarray:
             return np.concatenate([np.asarray(decode(params, x.astype(jnp.float32))) for x in batches(latents)])
 
-        scenes = plain_scenes(settings["prompts"], settings["seed"])
+        scenes = unseen_scenes(settings["prompts"], seed=settings["seed"])
         half, keep = settings["prompts"] // 2, (self.limit or settings["prompts"]) // 2
         chosen = np.r_[0:keep, half : half + keep]
         scenes = jax.tree.map(lambda x: x[chosen], scenes)
         frames = settings["frames"]
-        truth = np.asarray(world.render(scenes, num_frames=frames))
+        truth = world.render(scenes, num_frames=frames)
         reports = {}
         for scale in settings["guidance"]:
             latents = np.load(self.latents / f"plain-g{scale:g}.npz")["latents"][chosen]
@@ -167,7 +152,7 @@ class Measure:
             for name, part in (("held-out", slice(0, keep)), ("reserved", slice(keep, None))):
                 reports[f"… {name}"] = report(video[part], jax.tree.map(lambda x, p=part: x[p], scenes))
             console.print(table(reports))
-        through = np.concatenate([np.asarray(reconstruct(params, x)) for x in batches(truth)])
+        through = through_vae(vae, quantized(truth), batch=8)
         reports["true clips, VAE"] = report(through, scenes)
         reports["frozen"] = report(frozen(through), scenes)
         mixed = np.asarray(swapped(scenes, num_frames=frames))
@@ -180,7 +165,7 @@ class Measure:
             file = self.latents / f"occlusion-{wait}.npz"
             if file.is_file():
                 latents = np.load(file)["latents"][: self.limit or None]
-                hidden = occlusion_scenes(settings["occlusions"], wait, settings["seed"])
+                hidden = occlusion_scenes(settings["occlusions"], wait=wait, seed=settings["seed"])
                 hidden = jax.tree.map(lambda x: x[: self.limit or None], hidden)
                 found = report_occlusions(decoded(latents), hidden)
                 result[f"occlusion {wait}"] = dataclasses.asdict(found)

@@ -48,7 +48,7 @@ class Generate:
     sweep: Annotated[Literal["per-step", "per-chunk"] | None, tyro.conf.arg(metavar="per-step|per-chunk")] = None
     """per-step: all frames at each step; any model. per-chunk: all steps at each chunk of frames, in memory that does
     not grow, written while it is made; a model whose blocks are all converted. When not given: per-chunk where the
-    model can, for the video is the same, else per-step."""
+    model can (the video is the same, but for a last chunk that is cut), else per-step."""
 
     resume: bool = False
     """Go on with a per-chunk video that was interrupted or killed, from FILE.mp4.state: the same command with

@@ -12,10 +12,19 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from rehyat_jax.sprites.verifier import detect, nearest_ground
-from rehyat_jax.sprites.world import NAMES, PILLAR, SPRITE, Occlusions
+from rehyat_jax.sprites.world import (
+    NAMES,
+    OCCLUSION_REST,
+    OCCLUSION_WIDTH,
+    PILLAR,
+    SPRITE,
+    UNITS,
+    Occlusions,
+    render,
+)
 
 #: Frames that must vote on a side for a name to count.
 MIN_VOTES = 3
@@ -72,6 +81,17 @@ def report_occlusions(
         recall_of_scene=float((last == np.asarray(scenes.objects)).mean()),
         hidden=float(np.mean(hidden)) if hidden else math.nan,
         grounds=float(ground_right.mean()),
+    )
+
+
+def swapped_occlusions(scenes: Occlusions, *, num_frames: int) -> Float[Array, "B F H W 3"]:
+    """A control: from the middle of its wait on, the object is another one. All comes out, nothing is recalled."""
+    others = scenes._replace(objects=(scenes.objects + 31) % len(NAMES))
+    way = (OCCLUSION_WIDTH - SPRITE) / 2 - scenes.starts[:, 1].astype(jnp.float32) / UNITS
+    middle = OCCLUSION_REST + way + scenes.waits.astype(jnp.float32) / 2
+    late = jnp.arange(num_frames, dtype=jnp.float32)[None, :] >= middle[:, None]
+    return jnp.where(
+        late[:, :, None, None, None], render(others, num_frames=num_frames), render(scenes, num_frames=num_frames)
     )
 
 

@@ -1,0 +1,173 @@
+"""Measure a model of MovingSprites: prompts never seen, with controls and ceilings."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from rehyat_jax.cli.progress import ProgressDisplay
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.files import check_writable
+
+if TYPE_CHECKING:
+    from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.sprites.evaluation import Sample
+
+#: Clips by default: what two CPU cores do in ten minutes, and what makes the figures firm.
+_ON_CPU, _ON_ACCELERATOR = 4, 256
+_FIRST_SEED = 2026
+#: Clips side by side: a CPU gains nothing, an accelerator much.
+_BATCH_ON_CPU, _BATCH = 4, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sprites:
+    """Measure a model of MovingSprites by the prompts that no training sees, print the tables, and write all figures
+    as JSON.
+
+    At training length by the per-step sweep and, where the model streams, by the per-chunk one; at eight times the
+    longest training length, streamed; and what comes out from behind a pillar. Beside the model stand its ceiling (true
+    clips through its autoencoder) and controls (the first frame for the whole clip; identities swapped on the way).
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR")] = "mini-sprites"
+    """A bundled model's name or a checkpoint's folder."""
+
+    teacher: Annotated[str | None, tyro.conf.arg(metavar="NAME|DIR")] = None
+    """The model it was converted from, to measure beside it (its softmax part, per step)."""
+
+    clips: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Clips of training length for each seed; a quarter as many (4 at least) for each wait, an eighth as many long
+    ones. When not given: 4 on a CPU, a sample that takes ten minutes on two cores, and 256 on an accelerator."""
+
+    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """So many times with other prompts and other noise: the tables then show the spread."""
+
+    frames: Annotated[int, tyro.conf.arg(metavar="N")] = 65
+    """The training length."""
+
+    long: Annotated[int, tyro.conf.arg(metavar="N")] = 1053
+    """Frames of the long clips; 0: none."""
+
+    waits: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N …")] = (0, 16, 48, 96)
+    """Frames that the object waits behind the pillar."""
+
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Number of denoising steps; the model's own when not given."""
+
+    guidance: Annotated[float | None, tyro.conf.arg(metavar="G")] = None
+    """Guidance; the model's own when not given."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")] = Path("sprites.json")
+    """Where every figure and the record of the run are to stand."""
+
+    cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of compiled programs and prompt embeddings (else $REHYAT_CACHE_DIR, else the user's cache folder)."""
+
+
+def main(argv: list[str]) -> None:
+    """``rehyat eval WORLD …``; there is one world."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: rehyat eval sprites [--model NAME|DIR] …\n\nrehyat eval sprites --help tells its arguments.",
+              file=sys.stdout if argv else sys.stderr)  # fmt: skip
+        raise SystemExit(0 if argv else 2)
+    if argv[0] != "sprites":
+        raise RehyatError(f"a model can be measured on sprites, not on {argv[0][:80]!r}")
+    options = tyro.cli(Sprites, args=argv[1:], prog="rehyat eval sprites")
+    if options.out.suffix.lower() != ".json":
+        raise RehyatError(f"--out must end in .json, not {options.out.name!r}")
+    check_writable(options.out)
+    _run(options)
+
+
+def _run(options: Sprites) -> None:
+    with ProgressDisplay() as display:
+        display("load", 0, 1)
+        from rich.console import Console
+
+        from rehyat_jax.pipeline import TextToVideo
+        from rehyat_jax.record import Phases, write_record
+        from rehyat_jax.sprites.evaluation import evaluate, to_dict
+        from rehyat_jax.sprites.headline import headline
+
+        phases = Phases()
+        sample = _sample(options)
+        with phases.measure("load"):
+            pipe = TextToVideo.from_pretrained(options.model, cache_dir=options.cache_dir)
+            teacher = None
+            if options.teacher is not None:
+                teacher = TextToVideo.from_pretrained(options.teacher, hybrid=None, cache_dir=options.cache_dir)
+        for each in (pipe, teacher):
+            _check_world(each)
+        why = pipe.transformer.why_not_stream()
+        if why is not None:
+            print(f"rehyat: {why}; the figures of streams are left out", file=sys.stderr)
+        display("load", 1, 1)
+        sampling = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+        with phases.measure("evaluate"):
+            found = evaluate(pipe, sample, sampling=sampling, teacher=teacher, on_step=display)
+    settings = pipe.settings(num_frames=sample.frames, height=64, width=64, **sampling)  # type: ignore[arg-type]
+    resolved = dataclasses.asdict(options) | dataclasses.asdict(sample) | {
+        "num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale,
+        "schedule": dataclasses.asdict(settings.schedule), "solver": str(settings.solver),
+    }  # fmt: skip
+    write_record(
+        options.out, command="rehyat eval sprites", settings=resolved, phases=phases,
+        measurements=[to_dict(each) for each in found],
+    )  # fmt: skip
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    for table in headline(found):
+        console.print(table)
+    print(f"{options.model}: {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, seeds "
+          f"{', '.join(map(str, sample.seeds))}; all figures are in {options.out}")  # fmt: skip
+
+
+def _sample(options: Sprites) -> Sample:
+    """
+    Raises:
+        RehyatError: an impossible number.
+    """
+    import jax
+
+    from rehyat_jax.sprites.evaluation import Sample
+
+    on_cpu = jax.default_backend() == "cpu"
+    clips = (_ON_CPU if on_cpu else _ON_ACCELERATOR) if options.clips is None else options.clips
+    for name, value, least in (("clips", clips, 2), ("seeds", options.seeds, 1), ("frames", options.frames, 5),
+                               ("long", options.long, 0), *(("waits", wait, 0) for wait in options.waits)):  # fmt: skip
+        if not least <= value <= 1 << 16:
+            raise RehyatError(f"--{name} must be {least} to {1 << 16}, not {value}")
+    for name, value in (("frames", options.frames), ("long", options.long)):
+        if value and value % 4 != 1:
+            raise RehyatError(f"--{name} must be 4k + 1, not {value}")
+    return Sample(
+        clips=clips,
+        long_clips=max(1, clips // 8) if options.long else 0,
+        occlusions=max(min(4, clips), clips // 4) if options.waits else 0,
+        frames=options.frames,
+        long_frames=options.long,
+        waits=options.waits,
+        seeds=tuple(range(_FIRST_SEED, _FIRST_SEED + options.seeds)),
+        batch=_BATCH_ON_CPU if on_cpu else _BATCH,
+    )
+
+
+def _check_world(pipe: TextToVideo | None) -> None:
+    """
+    Raises:
+        RehyatError: the model's frames or sizes cannot be the world's.
+    """
+    if pipe is None:
+        return
+    config, patch = pipe.vae.config, pipe.transformer.config.patch_size
+    side = config.spatial_factor * patch[1], config.spatial_factor * patch[2]
+    if config.temporal_factor != 4 or 64 % side[0] or 64 % side[1] or 96 % side[1]:
+        raise RehyatError(
+            "this model cannot make clips of 64x64 and 96x64 pixels with 4 frames to a latent frame, as sprites are"
+        )

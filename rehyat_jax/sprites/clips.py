@@ -1,0 +1,107 @@
+"""Clips to be measured: a model's, by either sweep, and true ones through its autoencoder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Shaped, UInt8
+
+from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.pipeline import TextToVideo
+from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, to_uint8
+from rehyat_jax.sampling.sweep import chunk_frames, video_keys
+from rehyat_jax.settings import Settings
+from rehyat_jax.stream import StreamState
+
+Sweep = Literal["per-step", "per-chunk"]
+#: Called as (steps done, steps in all).
+Progress = Callable[[int, int], None]
+
+
+def generated(
+    pipe: TextToVideo, texts: Sequence[str], settings: Settings, *, sweep: Sweep, seed: int, batch: int,
+    progress: Progress,
+) -> UInt8[np.ndarray, "B F H W 3"]:  # fmt: skip
+    """A clip for each text, the i-th with the noise of ``seed + i``; ``batch`` of them side by side.
+
+    Raises:
+        RehyatError: the model cannot do this sweep.
+    """
+    parts, groups = [], range(0, len(texts), batch)
+    for number, begin in enumerate(groups):
+
+        def advanced(done: int, total: int, number: int = number) -> None:
+            progress(number * total + done, len(groups) * total)
+
+        some = list(texts[begin : begin + batch])
+        if sweep == "per-step":
+            parts.append(
+                pipe.run(some, settings, seed=seed + begin, on_step=functools.partial(_denoise_only, advanced))
+            )
+        else:
+            parts.append(_streamed(pipe, some, settings, seed=seed + begin, progress=advanced))
+    return np.concatenate(parts)
+
+
+def _denoise_only(progress: Progress, phase: str, done: int, total: int) -> None:
+    if phase == "denoise":
+        progress(done, total)
+
+
+def _streamed(
+    pipe: TextToVideo, texts: list[str], settings: Settings, *, seed: int, progress: Progress
+) -> UInt8[np.ndarray, "B F H W 3"]:
+    """Several streams side by side; frames beyond ``settings.num_frames`` are cut off."""
+    graph, weights = nnx.split(pipe.transformer)
+    vae_graph, vae_weights = nnx.split(pipe.vae)
+    chunk, plan = chunk_frames(pipe.transformer), jax.tree.map(jnp.asarray, settings.plan())
+    space, time = pipe.vae.config.spatial_factor, pipe.vae.config.temporal_factor
+    shape = (chunk, settings.height // space, settings.width // space, pipe.vae.config.z_dim)
+    keys = video_keys(seed, count=len(texts))
+    total = -(-((settings.num_frames - 1) // time + 1) // chunk)
+    blocks: list[np.ndarray] = []
+    with precision(pipe.transformer.dtype):
+        branches = [jnp.concatenate([pipe.text(text) for text in texts])]
+        if settings.guidance.needs_negative:
+            branches.append(jnp.repeat(pipe.text(""), len(texts), axis=0))
+        state = StreamState.zeros(pipe.transformer, pipe.vae, settings, keys=keys, text=jnp.stack(branches))
+        states, decoder = state.states, state.decoder
+        for number in range(total):
+            latents, states = denoise_chunk(
+                weights, states, keys, state.text, jnp.asarray(number * chunk, jnp.int32), plan, graph=graph,
+                shape=shape, solver=settings.solver, guidance=settings.guidance,
+            )  # fmt: skip
+            for i in range(chunk):
+                latent = latents[:, i : i + 1]
+                if number or i:
+                    frames, decoder = decode_next(vae_weights, latent, decoder, graph=vae_graph, pixels=to_uint8)
+                else:
+                    frames, decoder = decode_first(vae_weights, latent, graph=vae_graph, pixels=to_uint8)
+                blocks.append(np.asarray(frames))
+            progress(number + 1, total)
+    return np.concatenate(blocks, axis=1)[:, : settings.num_frames]
+
+
+def quantized(video: Float[Array, "B F H W 3"]) -> UInt8[np.ndarray, "B F H W 3"]:
+    """From -1..1 to 8 bits."""
+    return np.asarray(to_uint8(video))
+
+
+def through_vae(vae: WanVAE, video: Shaped[np.ndarray, "B F H W 3"], *, batch: int) -> UInt8[np.ndarray, "B F H W 3"]:
+    """Clips (8 bits) encoded and decoded: as good as the model's can be."""
+    graph, weights = nnx.split(vae)
+    parts = (video[begin : begin + batch] for begin in range(0, len(video), batch))
+    return np.concatenate([np.asarray(_reconstructed(weights, jnp.asarray(part), graph=graph)) for part in parts])
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _reconstructed(weights: Any, video: UInt8[Array, "B F H W 3"], *, graph: Any) -> UInt8[Array, "B F H W 3"]:
+    vae = nnx.merge(graph, weights)
+    floats = video.astype(jnp.float32) / 127.5 - 1
+    return to_uint8(vae.decode(vae.encode(floats, frames_per_step=4), frames_per_step=4))

@@ -1,0 +1,192 @@
+"""What a model of MovingSprites can do, against its teacher, its ceiling and the controls.
+
+Three subjects: clips of a training length, clips many times as long (streamed), and what comes out from behind a pillar
+after a wait. Every model, ceiling and control of a subject gets the same prompts and seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rehyat_jax.pipeline import TextToVideo
+from rehyat_jax.sampling.sweep import chunk_frames
+from rehyat_jax.sprites.captions import captions
+from rehyat_jax.sprites.clips import Sweep, generated, quantized, through_vae
+from rehyat_jax.sprites.occlusion import OcclusionReport, report_occlusions, swapped_occlusions
+from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
+from rehyat_jax.sprites.report import Report, frozen, report, swapped
+from rehyat_jax.sprites.world import HEIGHT, OCCLUSION_WIDTH, WIDTH, Occlusions, Scenes, occlusion_frames, render
+
+#: Names of the sources that are models.
+MODELS, TEACHER = ("per step", "streamed"), "teacher"
+#: Called as (part, steps done, steps in all).
+OnStep = Callable[[str, int, int], None]
+#: Frames of a chunk where the model has none: three latent frames.
+_FRAMES_OF_A_CHUNK = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """How much is measured. All but ``seeds`` are for each seed, which draws prompts and noise anew."""
+
+    clips: int
+    long_clips: int
+    occlusions: int
+    #: The bundled model trains on clips of 33 to 129 frames, mostly 65; 1053 frames are eight times its longest.
+    frames: int = 65
+    long_frames: int = 1053
+    waits: tuple[int, ...] = (0, 16, 48, 96)
+    seeds: tuple[int, ...] = (2026,)
+    #: Clips side by side.
+    batch: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One report on the clips of one seed."""
+
+    subject: str
+    source: str
+    seed: int
+    report: Report | OcclusionReport
+
+
+def evaluate(
+    pipe: TextToVideo,
+    sample: Sample,
+    *,
+    sampling: Mapping[str, Any],
+    teacher: TextToVideo | None = None,
+    on_step: OnStep = lambda part, done, total: None,
+) -> list[Measurement]:
+    """All measurements of a model; those that need a stream are left out of a model that cannot.
+
+    Args:
+        sampling: arguments of ``TextToVideo.settings`` other than sizes.
+        teacher: another model to put beside it, by its per-step sweep.
+    """
+    streams = pipe.transformer.why_not_stream() is None
+    whole: list[_Source] = [_Source(MODELS[0], pipe, "per-step")]
+    streamed = [_Source(MODELS[1], pipe, "per-chunk")] if streams else []
+    beside = [_Source(TEACHER, teacher, "per-step")] if teacher else []
+    run = _Run(sample=sample, sampling=sampling, vae=pipe, on_step=on_step, chunk=_chunk(pipe))
+    found: list[Measurement] = []
+    for seed in sample.seeds:
+        if sample.clips:
+            found += run.plain(
+                "training length", whole + streamed + beside, clips=sample.clips, frames=sample.frames, seed=seed
+            )
+        if sample.long_clips and streams:
+            found += run.plain("long", streamed, clips=sample.long_clips, frames=sample.long_frames, seed=seed + _APART)
+        for wait in sample.waits if sample.occlusions else ():
+            found += run.behind(wait, (streamed or whole) + beside, seed=seed)
+    return found
+
+
+#: Keeps the prompts and noise of long clips apart from those of short ones.
+_APART = 1_000_003
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    name: str
+    pipe: TextToVideo
+    sweep: Sweep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    sample: Sample
+    sampling: Mapping[str, Any]
+    #: The model whose autoencoder sets the ceiling.
+    vae: TextToVideo
+    on_step: OnStep
+    chunk: int
+
+    def plain(
+        self, subject: str, sources: Sequence[_Source], *, clips: int, frames: int, seed: int, apart: int = 0
+    ) -> Iterator[Measurement]:
+        """Models, then the ceiling, then the controls."""
+        scenes = unseen_scenes(clips, seed=seed + apart)
+
+        def found(source: str, video: np.ndarray) -> Measurement:
+            return Measurement(
+                subject=subject, source=source, seed=seed, report=report(video, scenes, chunk=self.chunk)
+            )
+
+        for source in sources:
+            clip = self._clips(source, subject, scenes, frames=frames, width=WIDTH, seed=seed + apart)
+            yield found(source.name, clip)
+        part = f"{subject}, controls"
+        self.on_step(part, 0, 3)
+        through = through_vae(self.vae.vae, self._drawn(render, scenes, frames), batch=self._batch(frames))
+        yield found("true clips, VAE", through)
+        self.on_step(part, 1, 3)
+        yield found("… frozen", frozen(through))
+        self.on_step(part, 2, 3)
+        yield found("swapped", self._drawn(swapped, scenes, frames))
+        self.on_step(part, 3, 3)
+
+    def behind(self, wait: int, sources: Sequence[_Source], *, seed: int) -> Iterator[Measurement]:
+        """The same of clips with a pillar."""
+        subject, frames = f"hidden wait {wait}", occlusion_frames(wait)
+        scenes = occlusion_scenes(self.sample.occlusions, wait=wait, seed=seed)
+
+        def found(source: str, video: np.ndarray) -> Measurement:
+            return Measurement(subject=subject, source=source, seed=seed, report=report_occlusions(video, scenes))
+
+        for source in sources:
+            clips = self._clips(source, subject, scenes, frames=frames, width=OCCLUSION_WIDTH, seed=seed + wait)
+            yield found(source.name, clips)
+        part = f"{subject}, controls"
+        self.on_step(part, 0, 2)
+        truth = self._drawn(render, scenes, frames)
+        yield found("true clips, VAE", through_vae(self.vae.vae, truth, batch=self._batch(frames)))
+        self.on_step(part, 1, 2)
+        yield found("swapped", self._drawn(swapped_occlusions, scenes, frames))
+        self.on_step(part, 2, 2)
+
+    def _clips(
+        self, source: _Source, subject: str, scenes: Scenes | Occlusions, *, frames: int, width: int, seed: int
+    ) -> np.ndarray:
+        settings = source.pipe.settings(num_frames=frames, height=HEIGHT, width=width, **self.sampling)
+        part = f"{subject}, {source.name}"
+        texts = captions(scenes)
+        self.on_step(part, 0, 1)
+        return generated(
+            source.pipe, texts, settings, sweep=source.sweep, seed=seed, batch=self.sample.batch,
+            progress=lambda done, total: self.on_step(part, done, total),
+        )  # fmt: skip
+
+    def _drawn(self, draw: Callable[..., Any], scenes: Any, frames: int) -> np.ndarray:
+        """A few clips at a time: a true clip in float32 is four times what is kept of it."""
+        size, count = self._batch(frames), len(scenes.grounds)
+        parts = (jax.tree.map(lambda x, b=b: x[b : b + size], scenes) for b in range(0, count, size))
+        return np.concatenate([quantized(draw(some, num_frames=frames)) for some in parts])
+
+    def _batch(self, frames: int) -> int:
+        return max(1, min(self.sample.batch, 512 // frames))
+
+
+def _chunk(pipe: TextToVideo) -> int:
+    if pipe.transformer.why_not_stream() is not None:
+        return _FRAMES_OF_A_CHUNK
+    return chunk_frames(pipe.transformer) * pipe.vae.config.temporal_factor
+
+
+def to_dict(measurement: Measurement) -> dict[str, Any]:
+    """As JSON has it: what is not finite (nothing to judge; a half-life without end) is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    content = dataclasses.asdict(measurement)
+    return content | {"report": {name: plain(value) for name, value in content["report"].items()}}
