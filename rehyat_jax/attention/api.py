@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rehyat_jax.attention.pallas import lacking, pallas, whole_on_each_device
 from rehyat_jax.attention.reference import Stabilizer, reference
 from rehyat_jax.attention.scan import empty_sums, scan
 from rehyat_jax.attention.state import HybridState, empty_places
@@ -66,7 +67,9 @@ def hybrid_attention(
         causal: the linear set is every token before the window; else every token outside it.
         stabilizer: the c of ``exp(q·k/√D − c)``, which the linear part is not divided by: ``"row_max"`` (as printed),
             ``"lse"`` (the softmax part's sum is 1) or ``"none"`` (0: φ_q·φ_k stands for ``exp(q·k/√D)`` itself).
-        implementation: ``"reference"`` is the dense equation, ``"scan"`` walks over the chunks.
+        implementation: ``"reference"`` is the dense equation, ``"scan"`` walks over the chunks, ``"pallas"`` is TPU's
+            kernels (interpreted on a CPU, slowly), which arrays divided among devices reach inside ``jax.shard_map``.
+            ``"auto"`` is pallas on a TPU where it can be, else scan.
         decay: γ of each head: every chunk, what is in the state is multiplied by it before more is added. None is 1.
         initial_state: what an earlier call over the tokens before these returned; its length must have been a
             multiple of ``chunk`` for the two calls to equal one. None: nothing came before.
@@ -88,12 +91,12 @@ def hybrid_attention(
     _check_state(state, q, v, features_k, overlap)
     if decay is None:
         decay = jnp.ones(q.shape[2], state.s.dtype)
-    if implementation == "pallas":
-        raise NotImplementedError("hybrid attention has no Pallas kernel yet")
-    chosen = reference if implementation == "reference" else scan
+    named = {"reference": reference, "scan": scan, "pallas": pallas}
     if implementation == "auto":
-        _log.debug("hybrid_attention of q %s %s: %s", q.dtype, q.shape, chosen.__name__)
-    out, state = chosen(
+        fits = jax.default_backend() == "tpu" and not lacking(q, v, features_q) and whole_on_each_device()
+        implementation = "pallas" if fits else "scan"
+        _log.debug("hybrid_attention of q %s %s: %s", q.dtype, q.shape, implementation)
+    out, state = named[implementation](
         q, k, v, features_q, features_k, chunk=chunk, overlap=overlap, causal=causal, stabilizer=stabilizer,
         decay=decay.astype(state.s.dtype), state=state,
     )  # fmt: skip

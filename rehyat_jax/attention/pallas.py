@@ -1,0 +1,74 @@
+"""Attention by the Pallas kernels: what they can do, and the state carried in and out of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import tpu
+from rehyat_jax.attention.reference import Stabilizer
+from rehyat_jax.attention.state import HybridState
+
+
+def lacking(*arrays: jax.Array) -> str | None:
+    """What the kernels lack for arrays like these on this machine; None where they can be used."""
+    if any(a.dtype not in (jnp.float32, jnp.bfloat16) for a in arrays):
+        return f"arrays other than float32 and bfloat16, as {', '.join(sorted({str(a.dtype) for a in arrays}))}"
+    if jax.default_backend() not in ("tpu", "cpu"):
+        return f"the platform {jax.default_backend()}: there are kernels for TPU, interpreted on a CPU"
+    return None
+
+
+def whole_on_each_device() -> bool:
+    """Whether what is traced now is one device's own part: XLA cannot divide the kernels among devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 if mesh.empty else mesh.are_all_axes_manual
+
+
+def pallas(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    features_q: Float[Array, "B N H F"],
+    features_k: Float[Array, "B N H F"],
+    *,
+    chunk: int,
+    overlap: int,
+    causal: bool,
+    stabilizer: Stabilizer,
+    decay: Float[Array, " H"],
+    state: HybridState,
+) -> tuple[Float[Array, "B N H D"], HybridState]:
+    """Arguments and results of ``reference``. Compiled on TPU; interpreted, for tests, on a CPU.
+
+    Raises:
+        NotImplementedError: the kernels lack something, which is named.
+    """
+    if lack := lacking(q, v, features_q):
+        raise NotImplementedError(f"hybrid attention's Pallas kernels lack {lack}")
+    blocks = tpu.tuned(jax.devices()[0].device_kind, head_dim=q.shape[3], features=features_q.shape[3])
+
+    def run(interpret: bool, *arrays: Any) -> tuple[Array, Array, Array]:
+        q, k, v, features_q, features_k, state, decay = arrays
+        return tpu.hybrid(
+            q, k, v, features_q, features_k, s=state.s, z=state.z, past_k=state.k, past_v=state.v,
+            past_features_k=state.features_k, seen=state.seen, decay=decay, chunk=chunk, causal=causal,
+            stabilizer=stabilizer, blocks=blocks, interpret=interpret,
+        )  # fmt: skip
+
+    # By the platform compiled for, which need not be this machine's.
+    out, s, z = jax.lax.platform_dependent(
+        q, k, v, features_q, features_k, state, decay,
+        tpu=functools.partial(run, False), cpu=functools.partial(run, True),
+    )  # fmt: skip
+    new = q.shape[1]
+    last_k, last_v, last_features = (
+        jnp.concatenate([past, now], axis=1)[:, new:]
+        for past, now in [(state.k, k), (state.v, v), (state.features_k, features_k)]
+    )
+    seen = jnp.minimum(state.seen + new, overlap)
+    return out, HybridState(s, z, last_k, last_v, last_features, seen)
