@@ -28,6 +28,7 @@ from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_transformer, save_text_encoder, save_transformer, save_vae
 from train.clips import Bucket
+from train.config_files import load_config
 from train.diffusion import complete_folder
 from train.finetune import FinetuneTraining, main, student_of
 from train.flow import Batch
@@ -270,3 +271,11 @@ def test_fields_of_the_hybrid_are_options_of_the_command(teacher, tmp_path, caps
         assert field in said
     with pytest.raises(ConfigError, match="block 9"):
         main([str(file), "--hybrid.blocks", "9"])
+
+
+def test_the_configuration_that_ships():
+    config, about = load_config("sprites_finetune", kinds=(FinetuneTraining,))
+    assert config.out == Path("out/sprites-student")
+    assert max(bucket.frames for bucket in config.buckets) == 257
+    for word in ("rehyat finetune sprites_finetune", "Cost:"):
+        assert word in about
