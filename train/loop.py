@@ -11,19 +11,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int
 from rich.console import Console
 
 from rehyat_jax.errors import RehyatError
 from train.checkpoint import Checkpoints
-from train.optimizer import TrainState
 from train.progress import TrainingDisplay
 
+
+@runtime_checkable
+class Stepping(Protocol):
+    """What a run carries: a pytree with a count of its steps, as `train.optimizer.TrainState`."""
+
+    @property
+    def step(self) -> Int[Array, ""]: ...
+
+
+State = TypeVar("State", bound=Stepping)
 #: From the state and its step: the state some optimiser steps later, and device values to log.
-Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
+Advance = Callable[[State, int], tuple[State, dict[str, Any]]]
 
 
 class Stopped(Exception):
@@ -41,8 +51,8 @@ def compile_all(lowerings: Sequence[Callable[[], jax.stages.Lowered]]) -> list[j
 
 
 def run(
-    state: TrainState,
-    advance: Advance,
+    state: State,
+    advance: Advance[State],
     *,
     steps: int,
     steps_per_advance: int,
@@ -50,7 +60,7 @@ def run(
     checkpoint_seconds: float = 60.0,
     log_seconds: float = 5.0,
     console: Console | None = None,
-) -> TrainState:
+) -> State:
     """Advance ``state`` to ``steps`` steps or just beyond; continue from ``folder``'s newest checkpoint if it has one.
 
     The host prepares the next round while the device works on this one. Values to log go, with the step, the rate, the

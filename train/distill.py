@@ -1,0 +1,352 @@
+"""Attention distillation: a teacher's blocks learn, each by itself, to do without most of their softmax.
+
+The first stage of a conversion after ReHyAt (arXiv 2601.04342): the teacher samples from prompts alone; at each step a
+forward pass of it gives every block's q, k, v and softmax output, and each block's feature maps φ learn to reproduce
+that output as a hybrid. The file defines ``config``, a `train.distill.DistillTraining`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int, Key, PyTree
+
+from rehyat_jax.compilation import cache_folder
+from rehyat_jax.config import VAEConfig
+from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
+from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.model_folder import find_model, read_scheduler
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.hybrid import hybrid_blocks
+from rehyat_jax.prompt_encoder import PromptEncoder
+from rehyat_jax.record import Phases
+from rehyat_jax.sampling import Guidance
+from rehyat_jax.text import Tokenizer, embed_prompts
+from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae
+from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.hybrid import outgoing, write_hybrid
+from rehyat_jax.weights.plan import parameters
+from rehyat_jax.weights.writing import whole_folder
+from train.block_choice import choose_blocks
+from train.blockwise import Figures, Seen, draw_order, learn, measure, observe
+from train.command import run_training
+from train.loop import compile_all, run
+from train.optimizer import OptimizerConfig, TrainState
+from train.sources import Embed, Inputs, NoisyClips, OwnTrajectories, Source
+from train.trajectories import Sampling
+
+#: What a result has from its teacher, as it is there; the transformer's folder gets a ``rehyat`` part.
+_KEPT = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "rehyat_defaults.json")
+
+
+class DistillState(NamedTuple):
+    """All that a run carries from round to round."""
+
+    step: Int[Array, ""]
+    #: Each converted block's feature maps and optimiser, over a leading axis of these.
+    blocks: TrainState
+    #: What each source carries.
+    carried: tuple[PyTree, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillTraining:
+    """One run. ``out`` becomes the teacher's folder with a ``rehyat`` part, whole or not there."""
+
+    out: Path
+    #: A bundled model's name, or a model's folder in the diffusers layout. Its own weights stay as they are.
+    teacher: Path = Path("mini-sprites")
+    hybrid: HybridConfig = HybridConfig()
+    #: Only so many of the converted blocks stay converted in the result: those with the smallest held-out error.
+    best: int | None = None
+    sources: tuple[Source, ...] = (Source(frames=65, batch=32),)
+    #: Of the teacher's sampling; at a guidance of 1 or less there is no branch of the empty prompt.
+    num_inference_steps: int = 20
+    guidance_scale: float = 4.0
+    #: Flow shifts that the trajectories take in turn, for a wider mix of noise levels; none: the model's own.
+    shifts: tuple[float, ...] = ()
+    #: "l1": the error of the output, as published. "score": of the weights; see `train.attention_loss.score_loss`.
+    loss: Literal["l1", "score"] = "l1"
+    #: The points of one forward pass of the teacher serve so often, and in so many parts, an optimiser step each.
+    updates_per_point: int = 1
+    minibatches: int = 1
+    #: Of the optimiser, every block's.
+    steps: int = 2000
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=50, weight_decay=0.0)
+    #: Prompts of each source that measure, and the rounds from one measurement to the next; 0: at the end alone.
+    held_out: int = 8
+    measure_rounds: int = 250
+    #: Of the computation, and of the teacher's weights; φ and its optimiser are in float32.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    seed: int = 0
+    #: Between two checkpoints; 0 saves after every round.
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, least in {"steps": 1, "updates_per_point": 1, "minibatches": 1, "held_out": 1, "measure_rounds": 0,
+                            "num_inference_steps": 1}.items():  # fmt: skip
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not sum(source.share for source in self.sources) > 0:
+            raise ConfigError("at least one source must have a share above 0")
+        for source in self.sources:
+            if self._rows(source) % self.minibatches:
+                raise ConfigError(
+                    f"{self._rows(source)} points ({source.batch} x {self._rows(source) // source.batch} branches of "
+                    f"guidance) cannot be cut into {self.minibatches} minibatches"
+                )
+        if self.hybrid.kind == "window":
+            raise ConfigError("blocks of kind 'window' have no feature maps to learn")
+        if self.loss == "score" and self.hybrid.kind != "hybrid":
+            raise ConfigError(
+                "the score loss is for blocks of kind 'hybrid', whose linear part stands beside a softmax"
+            )
+
+    @property
+    def result(self) -> Path:
+        """The folder that stands when the run is done, and not before."""
+        return self.out
+
+    @property
+    def train_folder(self) -> Path:
+        """Checkpoints and metrics, beside the result."""
+        return self.out.with_name(f"{self.out.name}-train")
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps on one forward pass of the teacher."""
+        return self.updates_per_point * self.minibatches
+
+    def _rows(self, source: Source) -> int:
+        return source.batch * (1 if source.videos else Guidance(scale=self.guidance_scale).branches)
+
+    def run(self, phases: Phases | None = None) -> None:
+        """Train, or continue a run that was stopped; ``phases`` takes times and memory.
+
+        What is measured on held-out prompts goes, block by block, to ``blocks.jsonl`` beside ``metrics.jsonl``.
+
+        Raises:
+            RehyatError: ``out`` is there already, or training diverged.
+            CheckpointError: the teacher is no such model; checkpoints of another model; a full disk.
+            ConfigError: blocks or clips do not fit the teacher; prompts cannot be read.
+            Stopped: by a signal; see `train.loop.run`.
+        """
+        if self.result.exists():
+            raise RehyatError(f"{self.out} is there already; choose another --out")
+        phases, folder = phases or Phases(), find_model(self.teacher)
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
+        distillation = Distillation(self, load_transformer(folder, dtype=jnp.dtype(self.dtype), hybrid=None), folder)
+        with phases.measure("compile"):
+            distillation.compile()
+        with phases.measure("train"):
+            state = run(
+                distillation.state,
+                distillation.advance,
+                steps=self.steps,
+                steps_per_advance=self.steps_per_round,
+                folder=self.train_folder,
+                checkpoint_seconds=self.checkpoint_seconds,
+            )
+        with phases.measure("measure"):
+            error = distillation.measure(state).error
+        with phases.measure("save"):
+            blocks, hybrid = nnx.merge(distillation.graph, state.blocks.ema), self.hybrid
+            if self.best is not None:
+                chosen = choose_blocks(error.tolist(), self.best)
+                hybrid = dataclasses.replace(hybrid, blocks=tuple(distillation.numbers[i] for i in chosen))
+                nnx.update(blocks, jax.tree.map(lambda x: x[np.array(chosen)], nnx.state(blocks)))
+            with whole_folder(self.result) as partial:
+                for name in _KEPT:
+                    if (folder / name).is_dir():
+                        shutil.copytree(folder / name, partial / name, ignore=shutil.ignore_patterns("rehyat"))
+                    elif (folder / name).is_file():
+                        shutil.copyfile(folder / name, partial / name)
+                variables = parameters(nnx.state(blocks))
+                write_hybrid(
+                    partial / "transformer", hybrid, outgoing(distillation.teacher.config, hybrid, variables, None)
+                )
+
+
+class Distillation:
+    """A run at work: its programs, and what they are given."""
+
+    def __init__(self, training: DistillTraining, teacher: WanTransformer, folder: Path) -> None:
+        self.training, self.teacher = training, teacher
+        config, dtype = teacher.config, jnp.dtype(training.dtype)
+        self._converted = training.hybrid.converted(config.num_layers)
+        #: The converted blocks' numbers among all.
+        self.numbers = [i for i, converted in enumerate(self._converted) if converted]
+        if training.best is not None and not 1 <= training.best <= len(self.numbers):
+            raise ConfigError(f"the best {training.best} of {len(self.numbers)} converted blocks cannot be chosen")
+        blocks = hybrid_blocks(
+            config, training.hybrid, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(training.seed)
+        )
+        self.graph, params = nnx.split(blocks)
+        self._teacher_graph, self._teacher = nnx.split(teacher)
+
+        schedule, solver = read_scheduler(folder)
+        self._sampling = Sampling(
+            schedules=tuple(
+                dataclasses.replace(schedule, shift=shift) for shift in training.shifts or (schedule.shift,)
+            ),
+            solver=solver,
+            num_steps=training.num_inference_steps,
+            guidance=Guidance(scale=training.guidance_scale),
+        )
+        vae = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
+        if not vae.z_dim == config.in_channels == config.out_channels:
+            raise CheckpointError(
+                f"{folder / 'vae'} makes latents of {vae.z_dim} channels, and the transformer has "
+                f"{config.in_channels} in and {config.out_channels} out"
+            )
+        self._shapes = [source.latent_shape(vae, config) for source in training.sources]
+        # All that a user may have got wrong is known before the text encoder is read.
+        texts = [source.texts(seed=training.seed, reserved=training.held_out) for source in training.sources]
+        held_out = [source.held_out(training.held_out) for source in training.sources]
+        embed = _embeddings(folder, training.sources, dtype)
+        self._held_out = [embed(prompts) for prompts in held_out]
+        self._nothing = embed([""])
+        self._inputs: list[Inputs] = []
+        for index, (source, text, shape) in enumerate(zip(training.sources, texts, self._shapes, strict=True)):
+            common = {"sampling": self._sampling, "embed": embed, "key": _key(training.seed, 1 + index)}
+            if source.videos:
+                self._inputs.append(NoisyClips(source, vae=load_vae(folder, dtype=dtype), **common))
+            else:
+                self._inputs.append(OwnTrajectories(source, texts=text, shape=shape, **common))
+        self._latest: dict[str, Any] = {}
+        # Which source each round draws from, and which round of that source it is.
+        share = np.array([source.share for source in training.sources])
+        rounds = -(-training.steps // training.steps_per_round)
+        self._plan = np.random.default_rng(training.seed).choice(len(share), size=rounds, p=share / share.sum())
+        self.state = DistillState(
+            jnp.zeros((), jnp.int32),
+            jax.jit(jax.vmap(training.optimizer.init))(params),
+            tuple(inputs.begin() for inputs in self._inputs),
+        )
+
+    def compile(self) -> None:
+        """Every program of the run, side by side."""
+        count = len(self._inputs)
+        makers = [functools.partial(make, index) for make in (self._learner, self._measurer) for index in range(count)]
+        programs = compile_all(makers)
+        self._learners, self._measurers = programs[:count], programs[count:]
+
+    def advance(self, state: DistillState, step: int) -> tuple[DistillState, dict[str, Any]]:
+        """A round: one forward pass of the teacher, and the blocks' optimiser steps on it."""
+        training = self.training
+        index = step // training.steps_per_round
+        if training.measure_rounds and index % training.measure_rounds == 0:
+            found = self.measure(state)
+            self._latest = {"held_out": found.error.mean(), "share": found.share.mean()}
+        which = self._plan[index]
+        turn = self._inputs[which].turn(int((self._plan[:index] == which).sum()))
+        rate = jnp.float32(training.optimizer.rate(step, training.steps))
+        blocks, carried, errors = self._learners[which](
+            state.blocks, state.carried[which], self._teacher, self._inputs[which].frozen, turn,
+            _key(training.seed, 0, index), rate,
+        )  # fmt: skip
+        everything = (*state.carried[:which], carried, *state.carried[which + 1 :])
+        return DistillState(state.step + training.steps_per_round, blocks, everything), {"loss": errors} | self._latest
+
+    def measure(self, state: DistillState) -> Figures:
+        """The averaged blocks on prompts held out, over whole trajectories of every source; goes to a file too.
+
+        The same noise and prompts in every run.
+        """
+        found = [
+            measurer(state.blocks.ema, self._teacher, text, self._nothing)
+            for measurer, text in zip(self._measurers, self._held_out, strict=True)
+        ]
+        everything: Figures = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(found))  # [source, step, block]
+        figures = Figures(
+            everything.error.mean((0, 1)), everything.share.mean((0, 1)), everything.normaliser.min((0, 1))
+        )
+        entry = {"step": int(state.step), "block": self.numbers} | {k: v.tolist() for k, v in figures._asdict().items()}
+        entry |= {
+            "error_by_source": everything.error.mean((1, 2)).tolist(),
+            "error_by_sampling_step": everything.error.mean((0, 2)).tolist(),
+        }
+        self.training.train_folder.mkdir(parents=True, exist_ok=True)
+        with (self.training.train_folder / "blocks.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        return figures
+
+    def _learner(self, which: int) -> jax.stages.Lowered:
+        training, inputs = self.training, self._inputs[which]
+        frames, rows, columns, _ = self._shapes[which]
+        patch = self.teacher.config.patch_size
+        tokens = (frames // patch[0]) * (rows // patch[1]) * (columns // patch[2])
+
+        def learner(
+            blocks: TrainState, carried: PyTree, teacher: PyTree, frozen: PyTree, turn: PyTree, key: Array, rate: Array
+        ) -> tuple[TrainState, PyTree, Array]:
+            carried, points = inputs.points(carried, turn, frozen)
+            order = draw_order(
+                key, rows=points.latents.shape[0], tokens=tokens, passes=training.updates_per_point,
+                parts=training.minibatches,
+            )  # fmt: skip
+
+            def visit(block: TrainState, seen: Seen, frame: int) -> tuple[TrainState, Array]:
+                return learn(
+                    block, seen, order, rate, graph=self.graph, frame=frame, loss=training.loss,
+                    optimizer=training.optimizer,
+                )  # fmt: skip
+
+            model = nnx.merge(self._teacher_graph, teacher)
+            velocity, (blocks, errors) = observe(model, points, visit, blocks, converted=self._converted)
+            return blocks, inputs.after(carried, turn, frozen, velocity), errors
+
+        return jax.jit(learner, donate_argnums=(0, 1)).lower(
+            self.state.blocks, self.state.carried[which], self._teacher, inputs.frozen, inputs.turn(0),
+            _key(0, 0), jnp.float32(0),
+        )  # fmt: skip
+
+    def _measurer(self, which: int) -> jax.stages.Lowered:
+        sampling, table = self._sampling, self._sampling.table
+
+        def measurer(params: PyTree, teacher: PyTree, text: Array, negative: Array) -> Figures:
+            model = nnx.merge(self._teacher_graph, teacher)
+            count = len(text)
+            begun = sampling.begin(_key(0, 0), jnp.arange(count, dtype=jnp.int32), text, shape=self._shapes[which])
+
+            def visit(params: PyTree, seen: Seen, frame: int) -> Figures:
+                return measure(params, seen, graph=self.graph, frame=frame)
+
+            def step(rollouts: PyTree, place: Array) -> tuple[PyTree, Figures]:
+                steps = table.at(jnp.full(count, place))
+                points = sampling.points(rollouts, steps, negative)
+                velocity, figures = observe(model, points, visit, params, converted=self._converted)
+                return sampling.advance(rollouts, steps, velocity), figures
+
+            return jax.lax.scan(step, begun, jnp.arange(sampling.num_steps, dtype=jnp.int32))[1]
+
+        return jax.jit(measurer).lower(self.state.blocks.ema, self._teacher, self._held_out[which], self._nothing)
+
+
+def _key(seed: int, *numbers: int) -> Key[Array, ""]:
+    return functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
+
+
+def _embeddings(folder: Path, sources: tuple[Source, ...], dtype: jnp.dtype) -> Embed:
+    """A teacher's prompt embeddings. Those of a file are kept on disk, for they come again and again."""
+    if all(source.of_sprites for source in sources):
+        encoder, tokenizer = load_text_encoder(folder, dtype=dtype), Tokenizer.from_folder(folder)
+        return lambda texts: embed_prompts(encoder, tokenizer, texts).astype(dtype)
+    cache = cache_folder()
+    kept = PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts")
+    return lambda texts: jnp.concatenate([kept(text) for text in texts]).astype(dtype)
+
+
+def main(argv: list[str]) -> int:
+    """``rehyat distill CONFIG [--field value …]``; see `run_training`."""
+    return run_training("distill", argv, about=__doc__ or "", kinds=lambda: (DistillTraining,))

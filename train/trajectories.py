@@ -1,0 +1,120 @@
+"""The teacher's own sampling, cut into turns: many trajectories side by side, each at a step of its own.
+
+A batch holds B trajectories. Turn after turn each goes one step on, and begins anew, with another prompt and other
+noise, when it has ended. Row r is ⌊r·S/B⌋ steps ahead of row 0 (S steps in all), so that every batch has every level of
+noise; to get there its first trajectory is cut short. Which trajectory a row is at, and at which step of it, follows
+from the turn's number alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, Steps, plan_steps
+
+
+class Points(NamedTuple):
+    """Inputs of a forward pass of the teacher."""
+
+    latents: Float[Array, "R T h w z"]
+    #: 0 to 1000.
+    timesteps: Float[Array, " R"]
+    text: Float[Array, "R L D"]
+
+
+class Rollouts(NamedTuple):
+    """Trajectories under way."""
+
+    #: The solver's state; every leaf has a leading axis of rows.
+    solver: Any
+    text: Float[Array, "B L D"]
+
+
+class Turn(NamedTuple):
+    """What one turn needs to know."""
+
+    #: Each row's place in `Sampling.table`.
+    places: Int[Array, " B"]
+    #: Rows that begin anew, padded with B, and the numbers and prompts of their new trajectories.
+    fresh: Int[Array, " R"]
+    numbers: Int[Array, " R"]
+    text: Float[Array, "R L D"]
+
+
+#: Embeddings of the prompts of trajectories with these numbers.
+Prompts = Callable[[Int[np.ndarray, " R"]], Float[Array, "R L D"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the teacher samples. With several schedules a row's trajectories take them in turn."""
+
+    schedules: tuple[FlowSchedule, ...]
+    solver: Solver
+    num_steps: int
+    guidance: Guidance
+
+    @property
+    def table(self) -> Steps:
+        """The steps of every schedule, one schedule after the other.
+
+        Raises:
+            ConfigError: a schedule has no such number of steps, or the solver does not accept its levels.
+        """
+        plans = [plan_steps(schedule, self.solver, num_steps=self.num_steps) for schedule in self.schedules]
+        return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts), jnp.float32), *plans)
+
+    def turn(self, index: int, batch: int, prompts: Prompts) -> Turn:
+        """Turn ``index`` of a batch; before turn 0 stands `begin`."""
+        steps = self.num_steps
+        rows = np.arange(batch)
+        ahead = rows * steps // batch
+        begun = (index + ahead) // steps  # trajectories that each row began after its first
+        step = np.where(begun == 0, index, (index + ahead) % steps)
+        places = (rows + begun) % len(self.schedules) * steps + step
+        fresh = rows[(step == 0) & (begun > 0)]
+        padding = np.full(-(-batch // steps) - len(fresh), batch)
+        numbers = np.append(begun[fresh] * batch + fresh, np.zeros_like(padding))
+        return Turn(
+            jnp.asarray(places, jnp.int32),
+            jnp.asarray(np.append(fresh, padding), jnp.int32),
+            jnp.asarray(numbers, jnp.int32),
+            prompts(numbers),
+        )
+
+    def begin(
+        self, key: Key[Array, ""], numbers: Int[Array, " R"], text: Float[Array, "R L D"], *, shape: tuple[int, ...]
+    ) -> Rollouts:
+        """The trajectories of these numbers before their first step; ``shape`` is their latents' [T, h, w, z]."""
+        noise = jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n), shape))(numbers)
+        return Rollouts(jax.vmap(self.solver.init)(noise), text)
+
+    def restart(self, rollouts: Rollouts, turn: Turn, key: Key[Array, ""]) -> Rollouts:
+        """The turn's fresh rows at their beginning, the others as they are."""
+        fresh = self.begin(key, turn.numbers, turn.text, shape=rollouts.solver.latents.shape[1:])
+        return jax.tree.map(lambda old, new: old.at[turn.fresh].set(new, mode="drop"), rollouts, fresh)
+
+    def points(self, rollouts: Rollouts, steps: Steps, negative: Float[Array, "1 L D"]) -> Points:
+        """Where the trajectories stand: of the prompt's branch, and of the negative prompt's where that counts."""
+        latents, timesteps, text = rollouts.solver.latents, jnp.asarray(steps.timestep), rollouts.text
+        if self.guidance.needs_negative:
+            latents, timesteps = jnp.concatenate([latents, latents]), jnp.concatenate([timesteps, timesteps])
+            text = jnp.concatenate([text, jnp.broadcast_to(negative, text.shape)])
+        return Points(latents, timesteps, text)
+
+    def advance(self, rollouts: Rollouts, steps: Steps, velocity: Float[Array, "R T h w z"]) -> Rollouts:
+        """One step on, from the velocities at `points`."""
+        parts = jnp.split(velocity.astype(rollouts.solver.latents.dtype), self.guidance.branches)
+
+        def step(state: Any, velocity: Array, coefficients: Any) -> Any:
+            return self.solver.step(state, velocity, coefficients=coefficients)
+
+        solver = jax.vmap(step)(rollouts.solver, self.guidance.combine(parts), steps.coefficients)
+        return Rollouts(solver, rollouts.text)
