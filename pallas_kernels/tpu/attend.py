@@ -18,20 +18,35 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.tpu.call import COLUMNS_COLUMNS, ROWS_ROWS, call, product
+from pallas_kernels.tpu.call import COLUMNS_COLUMNS, ROWS_ROWS, TILE, call, inside, product
 
 Stabilizer = Literal["row_max", "lse", "none"]
+#: Keys and values.
+Segment = tuple[Float[Array, "B H T _ D"], Float[Array, "B H T _ D"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of the blocks of one direction."""
+
+    #: Queries; the last block may overhang the chunk.
+    queries: int
+    #: Keys whose scores are held at once.
+    keys: int
+    #: Keys that are in VMEM while all queries pass: a multiple of ``keys``.
+    resident: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes of blocks that divide the arrays, and the function computed."""
+    """The function computed, and how."""
 
     stabilizer: Stabilizer
-    queries: int
-    queries_backward: int
-    keys: int
-    resident: int
+    forward: Sizes
+    backward: Sizes
+    #: Where the segments begin in a window that is put together in VMEM and resident as a whole. Empty: there is one
+    #: segment, which is in blocks.
+    starts: tuple[int, ...]
     vmem: int
     interpret: bool
 
@@ -40,64 +55,67 @@ class Plan:
 def attend(
     plan: Plan,
     q: Float[Array, "B H T C D"],
-    k: Float[Array, "B H T W D"],
-    v: Float[Array, "B H T W D"],
+    segments: tuple[Segment, ...],
     features_q: Float[Array, "B H T C F"],
     s: Float[Array, "B H T D F"],
     z: Float[Array, "B H T 1 F"],
-    bounds: Int[Array, "T 2"],
+    seen: Int[Array, "T 4"],
 ) -> Float[Array, "B H T C D"]:
     """(Σ exp(q·k/√D − c) v + s φ_q) / (Σ exp(q·k/√D − c) + z·φ_q) of each chunk's queries.
 
-    ``bounds`` are the first of the window's keys that is seen, and the first after it that is not. Queries and keys
-    are cut into blocks that divide their number: ``plan``. A query that is padding has zeros for its values.
+    A chunk's window is its segments, one after the other or, at ``plan.starts``, with gaps. Of it are seen the keys
+    from ``seen[t, 0]`` to before ``seen[t, 1]``, and from ``seen[t, 2]`` to before ``seen[t, 3]``.
     """
-    return _forward(plan, q, k, v, features_q, s, z, bounds)[0]
+    return _forward(plan, q, segments, features_q, s, z, seen)[0]
 
 
-def _forward(plan: Plan, *arrays: Array) -> tuple[Array, Any]:
-    q, k, v, features_q, s, z, bounds = arrays
+def _forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
+    q, segments, features_q, s, z, seen = arguments
     batch, heads, chunks, count, width = q.shape
-    window, features = k.shape[3], features_q.shape[4]
-    grid = (batch, heads, chunks, count // plan.queries, window // plan.resident)
-    by_query, by_key, by_chunk = _specs(query=3, key=4)
+    window, features, sizes = _length(segments), features_q.shape[4], plan.forward
+    by_query, by_chunk = _spec(3), _spec(None)
+    keys, blocks, scratch = _window(plan, sizes, segments, dimension=4)
     out, rows = call(
-        functools.partial(_forward_kernel, plan=plan, factor=_factor(width)),
-        bounds, q, k, v, features_q, s, z,
-        grid=grid, prefetched=1, sequential=2,
+        functools.partial(_forward_kernel, plan=plan, factor=_factor(width)), seen, q, segments, features_q, s, z,
+        grid=(batch, heads, chunks, pl.cdiv(count, sizes.queries), blocks), prefetched=1, sequential=2,
         in_specs=[
-            by_query(plan.queries, width), by_key(plan.resident, width), by_key(plan.resident, width),
-            by_query(plan.queries, features), by_chunk(width, features), by_chunk(1, features),
+            by_query(sizes.queries, width), keys, by_query(sizes.queries, features), by_chunk(width, features),
+            by_chunk(1, features),
         ],
-        out_specs=[by_query(plan.queries, width), _row_spec(3, plan.queries, query=3)],
-        out_shapes=[(q.shape, v.dtype), ((batch, heads, chunks, 3, count), jnp.float32)],
-        scratch=[pltpu.VMEM((rows, plan.queries), jnp.float32) for rows in (1, 1, width)],
+        out_specs=[by_query(sizes.queries, width), _row_spec(3, sizes.queries, query=3)],
+        out_shapes=[
+            jax.ShapeDtypeStruct(q.shape, segments[0][1].dtype),
+            jax.ShapeDtypeStruct((batch, heads, chunks, 3, count), jnp.float32),
+        ],
+        scratch=[*(pltpu.VMEM((rows, sizes.queries), jnp.float32) for rows in (1, 1, width)), scratch],
         flops=batch * heads * chunks * count * (4 * window * width + 2 * features * (width + 1)),
         exponentials=batch * heads * chunks * count * window,
         vmem=plan.vmem, interpret=plan.interpret, name="hybrid_forward",
     )  # fmt: skip
-    return out, (*arrays, out, rows)
+    return out, (*arguments, out, rows)
 
 
-def _forward_kernel(bounds, q, k, v, features_q, s, z, out, rows, maximum, total, sums, *, plan, factor):
+def _forward_kernel(seen, q, segments, features_q, s, z, out, rows, maximum, total, sums, window, *, plan, factor):
+    k, v = _put_together(plan, segments, window, at=pl.program_id(3))
+
     @pl.when(pl.program_id(4) == 0)
     def _():
         maximum[...] = jnp.full_like(maximum, -jnp.inf)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    def step(begin, visible):
-        here = pl.ds(begin, plan.keys)
-        scores = visible(product(k[here, :], q[...], ROWS_ROWS) * factor, -jnp.inf)
+    def step(here, visible):
+        scores = jnp.where(visible, product(k[here, :], q[...], ROWS_ROWS) * factor, -jnp.inf)
         before = maximum[...]
         m = jnp.maximum(before, scores.max(axis=0, keepdims=True))
         weights = jnp.exp2(scores - m)
         rescale = jnp.exp2(before - m)
         maximum[...] = m
         total[...] = rescale * total[...] + weights.sum(axis=0, keepdims=True)
-        sums[...] = rescale * sums[...] + product(v[here, :], weights.astype(v.dtype), COLUMNS_COLUMNS)
+        values = _cleared(plan, v[here, :], visible)
+        sums[...] = rescale * sums[...] + product(values, weights.astype(v.dtype), COLUMNS_COLUMNS)
 
-    _over_keys(bounds, pl.program_id(4), plan, step)
+    _over_keys(seen, pl.program_id(4), plan.forward, step)
 
     @pl.when(pl.program_id(4) == pl.num_programs(4) - 1)
     def _():
@@ -117,109 +135,113 @@ def _forward_kernel(bounds, q, k, v, features_q, s, z, out, rows, maximum, total
         rows[2:3, :] = past
 
 
-def _backward(plan: Plan, kept: Any, d_out: Array) -> tuple[Array | None, ...]:
-    q, k, v, features_q, s, z, bounds, out, rows = kept
+def _backward(plan: Plan, kept: Any, d_out: Array) -> tuple[Any, ...]:
+    q, segments, features_q, s, z, seen, out, rows = kept
     common, inverse, past = (rows[:, :, :, i] for i in range(3))
     d_ratio = d_out.astype(jnp.float32) * inverse[..., None]
     # Of the joint sum of weights, whose cotangent every weight's has in common.
     d_total = (d_ratio * out.astype(jnp.float32)).sum(axis=-1)
-    d_softmax = d_ratio.astype(v.dtype)
-    d_linear = d_softmax if plan.stabilizer == "row_max" else (d_ratio * past[..., None]).astype(v.dtype)
-    dq, dk, dv = _softmax_backward(plan, q, k, v, d_softmax, jnp.stack([common, d_total], axis=3), bounds)
+    d_softmax = d_ratio.astype(out.dtype)
+    d_linear = d_softmax if plan.stabilizer == "row_max" else (d_ratio * past[..., None]).astype(out.dtype)
+    dq, d_segments = _softmax_backward(plan, q, segments, d_softmax, jnp.stack([common, d_total], axis=3), seen)
     d_features, ds, dz = _linear_backward(plan, features_q, s, z, d_linear, out)
-    return dq, dk, dv, d_features, ds, dz, None
+    return dq, d_segments, d_features, ds, dz, None
 
 
-def _softmax_backward(
-    plan: Plan, q: Array, k: Array, v: Array, d_softmax: Array, rows: Array, bounds: Array
-) -> tuple[Array, Array, Array]:
+def _softmax_backward(plan: Plan, q: Array, segments: Any, d_softmax: Array, rows: Array, seen: Array) -> Any:
     batch, heads, chunks, count, width = q.shape
-    window, size = k.shape[3], plan.queries_backward
-    resident = window // plan.resident
-    by_query, by_key, _ = _specs(query=4, key=3)
-    dq, dk, dv = call(
-        functools.partial(_softmax_backward_kernel, plan=plan, factor=_factor(width), scale=width**-0.5),
-        bounds, q, d_softmax, rows, k, v,
-        grid=(batch, heads, chunks, resident, count // size), prefetched=1, sequential=2,
+    window, sizes = _length(segments), plan.backward
+    by_query = _spec(4)
+    keys, blocks, scratch = _window(plan, sizes, segments, dimension=3)
+    dq, d_segments = call(
+        functools.partial(
+            _softmax_backward_kernel, plan=plan, count=count, factor=_factor(width), scale=width**-0.5
+        ),
+        seen, q, d_softmax, rows, segments,
+        grid=(batch, heads, chunks, blocks, pl.cdiv(count, sizes.queries)), prefetched=1, sequential=2,
         in_specs=[
-            by_query(size, width), by_query(size, width), _row_spec(2, size, query=4),
-            by_key(plan.resident, width), by_key(plan.resident, width),
+            by_query(sizes.queries, width), by_query(sizes.queries, width), _row_spec(2, sizes.queries, query=4), keys
         ],
         out_specs=[
-            pl.BlockSpec((None, None, None, None, size, width), lambda b, h, t, j, i, _: (j, b, h, t, i, 0)),
-            by_key(plan.resident, width), by_key(plan.resident, width),
+            pl.BlockSpec((None, None, None, None, sizes.queries, width), lambda b, h, t, j, i, _: (j, b, h, t, i, 0)),
+            keys,
         ],
+        # Part of dq from each of the resident blocks.
         out_shapes=[
-            ((resident, *q.shape), q.dtype if resident == 1 else jnp.float32), (k.shape, k.dtype), (v.shape, v.dtype)
+            jax.ShapeDtypeStruct((blocks, *q.shape), q.dtype if blocks == 1 else jnp.float32),
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), segments),
         ],
         scratch=[
-            pltpu.VMEM((width, size), jnp.float32), *[pltpu.VMEM((plan.resident, width), jnp.float32) for _ in range(2)]
+            pltpu.VMEM((width, sizes.queries), jnp.float32),
+            *(pltpu.VMEM((sizes.resident, width), jnp.float32) for _ in range(2)), scratch,
         ],
         flops=10 * batch * heads * chunks * count * window * width,
         exponentials=batch * heads * chunks * count * window,
         vmem=plan.vmem, interpret=plan.interpret, name="hybrid_backward_softmax",
     )  # fmt: skip
-    return dq[0] if resident == 1 else dq.sum(axis=0).astype(q.dtype), dk, dv
+    return dq[0] if blocks == 1 else dq.sum(axis=0).astype(q.dtype), d_segments
 
 
 def _softmax_backward_kernel(
-    bounds, q, d_softmax, rows, k, v, dq, dk, dv, dq_sum, dk_sum, dv_sum, *, plan, factor, scale
+    seen, q, d_softmax, rows, segments, dq, d_segments, dq_sum, dk_sum, dv_sum, window, *, plan, count, factor, scale
 ):
+    k, v = _put_together(plan, segments, window, at=pl.program_id(4))
+
     @pl.when(pl.program_id(4) == 0)
     def _():
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
     dq_sum[...] = jnp.zeros_like(dq_sum)
+    queries, d_a = (inside(x[...], pl.program_id(4), count) for x in (q, d_softmax))
+    common, d_n = (inside(rows[i : i + 1, :], pl.program_id(4), count, axis=1) for i in range(2))
 
-    def step(begin, visible):
-        here = pl.ds(begin, plan.keys)
-        scores = visible(product(k[here, :], q[...], ROWS_ROWS) * factor, -jnp.inf)
-        weights = jnp.exp2(scores - rows[0:1, :])
-        d_scores = weights * (product(v[here, :], d_softmax[...], ROWS_ROWS) - rows[1:2, :])
-        d_scores = d_scores.astype(q.dtype)
-        dv_sum[here, :] += product(weights.astype(v.dtype), d_softmax[...])
-        dk_sum[here, :] += product(d_scores, q[...])
-        dq_sum[...] += product(k[here, :], d_scores, COLUMNS_COLUMNS)
+    def step(here, visible):
+        keys, values = (_cleared(plan, x[here, :], visible) for x in (k, v))
+        scores = jnp.where(visible, product(keys, queries, ROWS_ROWS) * factor, -jnp.inf)
+        weights = jnp.exp2(scores - common)
+        d_scores = (weights * (product(values, d_a, ROWS_ROWS) - d_n)).astype(q.dtype)
+        dv_sum[here, :] += product(weights.astype(v.dtype), d_a)
+        dk_sum[here, :] += product(d_scores, queries)
+        dq_sum[...] += product(keys, d_scores, COLUMNS_COLUMNS)
 
-    _over_keys(bounds, pl.program_id(3), plan, step)
+    _over_keys(seen, pl.program_id(3), plan.backward, step)
     dq[...] = (dq_sum[...] * scale).T.astype(dq.dtype)
 
     @pl.when(pl.program_id(4) == pl.num_programs(4) - 1)
     def _():
-        dk[...] = (dk_sum[...] * scale).astype(dk.dtype)
-        dv[...] = dv_sum[...].astype(dv.dtype)
+        for (dk, dv), start in zip(d_segments, plan.starts or (0,), strict=True):
+            own = pl.ds(start, dk.shape[0])
+            dk[...] = (dk_sum[own, :] * scale).astype(dk.dtype)
+            dv[...] = dv_sum[own, :].astype(dv.dtype)
 
 
-def _linear_backward(
-    plan: Plan, features_q: Array, s: Array, z: Array, d_linear: Array, out: Array
-) -> tuple[Array, Array, Array]:
+def _linear_backward(plan: Plan, features_q: Array, s: Array, z: Array, d_linear: Array, out: Array) -> Any:
     batch, heads, chunks, count, features = features_q.shape
-    width, size = out.shape[4], plan.queries_backward
-    by_query, _, by_chunk = _specs(query=3, key=3)
-    d_features, ds, dz = call(
-        _linear_backward_kernel, features_q, s, z, d_linear, out,
-        grid=(batch, heads, chunks, count // size),
+    width, size = out.shape[4], plan.backward.queries
+    by_query, by_chunk = _spec(3), _spec(None)
+    return call(
+        functools.partial(_linear_backward_kernel, count=count), features_q, s, z, d_linear, out,
+        grid=(batch, heads, chunks, pl.cdiv(count, size)),
         in_specs=[
             by_query(size, features), by_chunk(width, features), by_chunk(1, features), by_query(size, width),
             by_query(size, width),
         ],
         out_specs=[by_query(size, features), by_chunk(width, features), by_chunk(1, features)],
-        out_shapes=[(features_q.shape, features_q.dtype), (s.shape, s.dtype), (z.shape, z.dtype)],
+        out_shapes=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (features_q, s, z)],
         flops=4 * batch * heads * chunks * count * features * width,
         vmem=plan.vmem, interpret=plan.interpret, name="hybrid_backward_linear",
     )  # fmt: skip
-    return d_features, ds, dz
 
 
-def _linear_backward_kernel(features_q, s, z, d_linear, out, d_features, ds, dz):
+def _linear_backward_kernel(features_q, s, z, d_linear, out, d_features, ds, dz, *, count):
     @pl.when(pl.program_id(3) == 0)
     def _():
         ds[...] = jnp.zeros_like(ds)
         dz[...] = jnp.zeros_like(dz)
 
-    phi, d_a = features_q[...], d_linear[...]
-    d_n = -(d_a.astype(jnp.float32) * out[...].astype(jnp.float32)).sum(axis=1, keepdims=True)
+    phi, d_a, ratio = (inside(x[...], pl.program_id(3), count) for x in (features_q, d_linear, out))
+    d_n = -(d_a.astype(jnp.float32) * ratio.astype(jnp.float32)).sum(axis=1, keepdims=True)
     d_features[...] = (product(d_a, s[...].astype(d_a.dtype)) + d_n * z[...]).astype(d_features.dtype)
     ds[...] += product(d_a, phi, COLUMNS_COLUMNS)
     dz[...] += (d_n * phi.astype(jnp.float32)).sum(axis=0, keepdims=True)
@@ -232,40 +254,73 @@ def _factor(width: int) -> float:
     return width**-0.5 * math.log2(math.e)
 
 
-def _over_keys(bounds: Any, block: Any, plan: Plan, step: Callable[..., None]) -> None:
-    """``step`` over the keys of a block of the window that are seen; masked only where some are and some are not."""
-    chunk, offset = pl.program_id(2), block * plan.resident
-    begin, end = (jnp.clip(bounds[chunk, i] - offset, 0, plan.resident) for i in range(2))
-
-    def masked(j, _):
-        def visible(x, hidden):
-            key = j * plan.keys + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-            return jnp.where((key >= begin) & (key < end), x, hidden)
-
-        step(j * plan.keys, visible)
-
-    def whole(j, _):
-        step(j * plan.keys, lambda x, hidden: x)
-
-    # Of what is not negative; `//` would also compare signs.
-    first, last_whole = (jax.lax.div(at, plan.keys) for at in (begin, end))
-    first_whole, last = (jax.lax.div(at + (plan.keys - 1), plan.keys) for at in (begin, end))
-    middle = jnp.maximum(first_whole, last_whole)
-    jax.lax.fori_loop(first, jnp.minimum(first_whole, last), masked, None)
-    jax.lax.fori_loop(first_whole, middle, whole, None)
-    jax.lax.fori_loop(middle, last, masked, None)
+def _length(segments: tuple[Segment, ...]) -> int:
+    return sum(k.shape[3] for k, _ in segments)
 
 
-def _specs(*, query: int, key: int) -> tuple[Callable[..., pl.BlockSpec], ...]:
-    """Blocks of arrays [B, H, T, …] along the grid's dimensions for queries, for keys, and one for each chunk."""
+def _window(plan: Plan, sizes: Sizes, segments: tuple[Segment, ...], *, dimension: int) -> tuple[Any, int, Any]:
+    """The segments' specs, the number of resident blocks, and memory for a window that is put together."""
+    width = segments[0][0].shape[4]
+    if not plan.starts:
+        spec = _spec(dimension)(sizes.resident, width)
+        return ((spec, spec),), pl.cdiv(_length(segments), sizes.resident), ()
+    specs = tuple((_spec(None)(k.shape[3], width),) * 2 for k, _ in segments)
+    return specs, 1, tuple(pltpu.VMEM((sizes.resident, width), x.dtype) for x in segments[0])
 
-    def spec(rows: int, columns: int, dimension: int | None) -> pl.BlockSpec:
-        def index(*at: Any) -> tuple[Any, ...]:
-            return (*at[:3], 0 if dimension is None else at[dimension], 0)
 
-        return pl.BlockSpec((None, None, None, rows, columns), index)
+def _put_together(plan: Plan, segments: Any, window: Any, *, at: Any) -> Any:
+    """Keys and values of the window: at the first of its blocks of queries copied there, with zeros in between."""
+    if not plan.starts:
+        return segments[0]
 
-    return tuple(functools.partial(spec, dimension=d) for d in (query, key, None))
+    @pl.when(at == 0)
+    def _():
+        for whole, parts in zip(window, zip(*segments, strict=True), strict=True):
+            ends = (*plan.starts[1:], whole.shape[0])
+            for part, start, end in zip(parts, plan.starts, ends, strict=True):
+                # From the tile where the segment ends.
+                last = start + part.shape[0] // TILE * TILE
+                if last < end:
+                    whole[pl.ds(last, end - last), :] = jnp.zeros((end - last, whole.shape[1]), whole.dtype)
+                whole[pl.ds(start, part.shape[0]), :] = part[...]
+
+    return window
+
+
+def _cleared(plan: Plan, x: Any, visible: Any) -> Any:
+    """Without what is not visible, which in a block that overhangs its array may be anything."""
+    return x if plan.starts else jnp.where(visible, x.astype(jnp.float32), 0).astype(x.dtype)
+
+
+def _over_keys(seen: Any, block: Any, sizes: Sizes, step: Callable[..., None]) -> None:
+    """``step`` over those keys of a resident block of which some are seen."""
+    first_begin, first_end, second_begin, second_end = (seen[pl.program_id(2), i] for i in range(4))
+
+    def some(j: Any, carry: None) -> None:
+        begin = block * sizes.resident + j * sizes.keys
+        end = begin + sizes.keys
+
+        @pl.when(((first_begin < end) & (begin < first_end)) | ((second_begin < end) & (begin < second_end)))
+        def _():
+            key = begin + jax.lax.broadcasted_iota(jnp.int32, (sizes.keys, 1), 0)
+            step(
+                pl.ds(pl.multiple_of(j * sizes.keys, TILE), sizes.keys),
+                ((first_begin <= key) & (key < first_end)) | ((second_begin <= key) & (key < second_end)),
+            )
+
+    jax.lax.fori_loop(0, sizes.resident // sizes.keys, some, None)
+
+
+def _spec(dimension: int | None) -> Callable[[int, int], pl.BlockSpec]:
+    """Blocks of arrays [B, H, T, …] along a dimension of the grid; None: one block for each chunk."""
+
+    def spec(rows: int, columns: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, None, None, rows, columns),
+            lambda *at: (*at[:3], 0 if dimension is None else at[dimension], 0),
+        )
+
+    return spec
 
 
 def _row_spec(rows: int, columns: int, *, query: int) -> pl.BlockSpec:

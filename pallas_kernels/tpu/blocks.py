@@ -39,14 +39,9 @@ def tuned(device_kind: str, *, head_dim: int, features: int) -> Blocks:
     return Blocks()
 
 
-def divided(length: int, largest: int, multiple: int) -> tuple[int, int]:
-    """Number and size of equal blocks that cover ``length``: of the sizes up to ``largest``, one in ``multiple``, the
-    one with the least padding among those of at least half the largest."""
-    largest = max(largest // multiple * multiple, multiple)
-    fewest = -(-length // largest)
-
-    def size(count: int) -> int:
-        return -(-length // (count * multiple)) * multiple
-
-    count = min(range(fewest, 2 * fewest + 1), key=lambda count: (count * size(count), count))
-    return count, size(count)
+def divided(length: int, largest: int, multiple: int) -> int:
+    """A size of blocks, one in ``multiple`` of at least half the largest and no more than is needed: that which covers
+    the length with the least overhang."""
+    largest = max(min(largest // multiple, -(-length // multiple)), 1)
+    sizes = range(max(largest // 2, 1), largest + 1)
+    return multiple * min(sizes, key=lambda size: (-(-length // (size * multiple)) * size, -size))
