@@ -45,8 +45,6 @@ def choose_candidates(
     Raises:
         ConfigError: no choice is within the budget, or an entry is no number.
     """
-    if errors.ndim != 2 or errors.shape != milliseconds.shape or 0 in errors.shape:
-        raise ConfigError(f"errors are of {errors.shape} blocks and candidates, milliseconds of {milliseconds.shape}")
     _check(errors, "errors")
     _check(milliseconds, "milliseconds")
     # The tiny allowance: 0.3 ms times 1000 is 300.00000000000006 in binary.

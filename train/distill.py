@@ -218,11 +218,16 @@ class Distillation:
         self._nothing = embed([""])
         self._inputs: list[Inputs] = []
         for index, (source, text, shape) in enumerate(zip(training.sources, texts, self._shapes, strict=True)):
-            common = {"sampling": self._sampling, "embed": embed, "key": _key(training.seed, 1 + index)}
+            key = _key(training.seed, 1 + index)
             if source.videos:
-                self._inputs.append(NoisyClips(source, vae=load_vae(folder, dtype=dtype), **common))
+                clips = NoisyClips(
+                    source, sampling=self._sampling, embed=embed, vae=load_vae(folder, dtype=dtype), key=key
+                )
+                self._inputs.append(clips)
             else:
-                self._inputs.append(OwnTrajectories(source, texts=text, shape=shape, **common))
+                self._inputs.append(
+                    OwnTrajectories(source, sampling=self._sampling, texts=text, embed=embed, shape=shape, key=key)
+                )
         self._latest: dict[str, Any] = {}
         # Which source each round draws from, and which round of that source it is.
         share = np.array([source.share for source in training.sources])
