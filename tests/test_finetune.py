@@ -40,16 +40,18 @@ WAN = WanConfig(
     freq_dim=16, patch_size=(1, 8, 8),
 )  # fmt: skip
 #: Frames of 16 tokens: three in the short clips, so that one leaves the window, and five in the long.
-HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1, decay=True)
+HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1, decay=True, length_norm=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Programs compiled once, in whichever process."""
+    """Programs compiled once, in whichever process, and for their values, not their speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         keep_compiled(cache_folder())
+        jax.config.update("jax_disable_most_optimizations", True)
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _random(make, seed: int):
@@ -93,7 +95,8 @@ def _training(model: Path, out: Path, **options) -> FinetuneTraining:
         "teacher_frames": 5,
         "buckets": (Bucket(kind="plain", frames=5, batch=4), Bucket(kind="plain", frames=9, batch=2)),
         "steps": 48, "steps_per_round": 8, "dtype": "float32", "checkpoint_seconds": 0.0,
-        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5), "hybrid_rate": 2.0,
+        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5),
+        "hybrid_rate": 2.0, "gate_rate": 5.0,
     } | options)  # fmt: skip
 
 
@@ -147,7 +150,7 @@ def test_stopped_and_continued_is_uninterrupted_bit_for_bit(whole, teacher, tmp_
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-import conftest, test_finetune
+import conftest, jax, test_finetune
 from rehyat_jax.compilation import cache_folder, keep_compiled
 from train.checkpoint import Checkpoints
 
@@ -160,6 +163,7 @@ def save_and_die(self, step, state):
 
 Checkpoints.save = save_and_die
 keep_compiled(cache_folder())
+jax.config.update("jax_disable_most_optimizations", True)
 test_finetune._training(Path({str(teacher)!r}), Path({str(tmp_path / "student")!r})).run()
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
@@ -204,11 +208,12 @@ def test_the_teachers_term_is_zero_where_a_chunk_is_the_whole_clip(teacher, chun
 
 
 def test_a_student_keeps_its_feature_maps_and_gains_what_it_lacks(teacher):
-    plain = dataclasses.replace(HYBRID, decay=False)
+    plain = dataclasses.replace(HYBRID, decay=False, length_norm=False)
     source = load_transformer(teacher).with_hybrid(plain, rngs=nnx.Rngs(5))
     student = student_of(source, dataclasses.replace(HYBRID, chunk_frames=2), where=Path("there"))
     ours, theirs = nnx.state(student.hybrid_blocks), nnx.state(source.hybrid_blocks)
-    np.testing.assert_array_equal(ours.pop("decay_rate").get_value(), np.zeros((2, 2)))
+    for added in ("decay_rate", "length_power"):
+        np.testing.assert_array_equal(ours.pop(added).get_value(), np.zeros((2, 2)))
     chex.assert_trees_all_equal(ours, theirs)
     assert student.hybrid.chunk_frames == 2
     for other in (dataclasses.replace(plain, degree=3), dataclasses.replace(plain, blocks=(1,))):
@@ -223,6 +228,7 @@ def test_a_student_keeps_its_feature_maps_and_gains_what_it_lacks(teacher):
     [
         ({"teacher_weight": -1.0}, "teacher_weight"),
         ({"hybrid_rate": float("nan")}, "hybrid_rate"),
+        ({"gate_rate": -1.0}, "gate_rate"),
         ({"teacher": None}, "teacher_weight needs a teacher"),
         ({"teacher_weight": 0.0}, "above 0"),
         ({"teacher_frames": 4}, r"teacher_frames \(4\)"),

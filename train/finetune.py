@@ -64,14 +64,16 @@ class FinetuneTraining(FlowTraining):
     )
     steps: int = 1000
     optimizer: OptimizerConfig = OptimizerConfig(method="muon", learning_rate=2e-3, warmup_steps=50, ema_decay=0.99)
-    #: Learning rate of what the hybrid blocks have beside the teacher's, as a multiple of the rest's.
+    #: Learning rate of the feature maps, as a multiple of the rest's.
     hybrid_rate: float = 1.0
+    #: The same of a head's decay and power of length, numbers that have far to go from 0.
+    gate_rate: float = 50.0
     #: Keep each block's input alone for the backward pass, and compute the block anew there.
     remat: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("teacher_weight", "hybrid_rate"):
+        for name in ("teacher_weight", "hybrid_rate", "gate_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if (self.teacher is None) != (self.teacher_weight == 0):
@@ -122,7 +124,7 @@ class FinetuneTraining(FlowTraining):
         loss = self.loss(graph, teacher_graph, longest=1 + (self.teacher_frames - 1) // vae.config.temporal_factor)
         state = self.train(
             params, loss, vae=vae, tokenizer=Tokenizer.from_folder(source), phases=phases, read=read, frozen=frozen,
-            shares=_shares(params, self.hybrid_rate),
+            shares=self._shares(params),
         )  # fmt: skip
         with phases.measure("save"), whole_folder(self.result) as partial:
             for name in _KEPT:
@@ -131,6 +133,17 @@ class FinetuneTraining(FlowTraining):
                 elif (source / name).is_file():
                     shutil.copyfile(source / name, partial / name)
             save_transformer(nnx.merge(graph, state.ema), partial / "transformer", dtype=jnp.bfloat16)
+
+    def _shares(self, params: PyTree) -> PyTree:
+        """Of the learning rate, a leaf each."""
+
+        def share(path: tuple, _: Array) -> float:
+            names = {getattr(key, "key", None) for key in path}
+            if names & {"decay_rate", "length_power"}:
+                return self.gate_rate
+            return self.hybrid_rate if "hybrid_blocks" in names else 1.0
+
+        return jax.tree_util.tree_map_with_path(share, params)
 
     def loss(self, graph: Any, teacher_graph: Any, *, longest: int) -> Loss:
         """Of the student's parameters, ``{"teacher": …}`` and clips; up to ``longest`` latent frames are compared."""
@@ -177,12 +190,3 @@ def _in_dtype(model: WanTransformer, dtype: jnp.dtype) -> Any:
     """Graph and parameters of a model that computes in ``dtype`` and keeps its parameters as they are."""
     computing = nnx.eval_shape(lambda: WanTransformer(model.config, hybrid=model.hybrid, dtype=dtype, rngs=nnx.Rngs(0)))
     return nnx.split(computing, nnx.Param)[0], nnx.state(model, nnx.Param)
-
-
-def _shares(params: PyTree, hybrid_rate: float) -> PyTree:
-    """Of the learning rate, a leaf each."""
-
-    def share(path: tuple, _: Array) -> float:
-        return hybrid_rate if any(getattr(key, "key", None) == "hybrid_blocks" for key in path) else 1.0
-
-    return jax.tree_util.tree_map_with_path(share, params)
