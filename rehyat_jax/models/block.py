@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from rehyat_jax.attention.softmax import softmax_attention
+from rehyat_jax.attention.context import softmax_over_devices, softmax_to_text
 from rehyat_jax.config import WanConfig
 from rehyat_jax.models.positions import CosSin, rotate
 
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B N C"], context: Float[Array, "B M C"], rotary: CosSin | None = None
     ) -> Float[Array, "B N C"]:
-        return self.out(softmax_attention(*self.qkv(x, context, rotary)))
+        return self.out(softmax_to_text(*self.qkv(x, context, rotary)))
 
 
 class FeedForward(nnx.Module):
@@ -155,7 +155,7 @@ class Block(nnx.Module):
 
 
 def _softmax(q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"]) -> tuple[Array, None]:
-    return softmax_attention(q, k, v), None
+    return softmax_over_devices(q, k, v), None
 
 
 def modulation_table(rngs: nnx.Rngs, rows: int, dim: int) -> Float[Array, "rows dim"]:

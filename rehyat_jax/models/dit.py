@@ -17,9 +17,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from rehyat_jax.attention.context import softmax_over_devices
 from rehyat_jax.config import WanConfig
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.mesh import frames_on_devices, laid_out
 from rehyat_jax.models.block import Block, modulate, modulation_table
 from rehyat_jax.models.hybrid import (
     BlockState,
@@ -172,6 +174,9 @@ class WanTransformer(nnx.Module):
     ) -> Float[Array, "B T H W {self.config.out_channels}"]:
         """The velocity (noise − video) in the compute dtype.
 
+        On a mesh in force (`rehyat_jax.mesh`) the batch, time and heads are cut over its devices; a video is padded at
+        its end where its chunks do not divide by the devices, which changes nothing.
+
         Args:
             latents: normalised latents, channels last; T, H, W multiples of the patch.
             timesteps: diffusion time in 0…1000, whole or fractional.
@@ -179,16 +184,25 @@ class WanTransformer(nnx.Module):
             remat: for training: keep each block's input alone and compute the block anew in the backward pass.
 
         Raises:
-            RehyatError: T, H or W is not a multiple of the patch.
+            RehyatError: T, H or W is not a multiple of the patch, or T of the chunk where time is cut.
         """
-        inputs = self.embed(latents, timesteps, text)
+        frames = latents.shape[1]
+        chunk = self.config.patch_size[0] * (self.hybrid.chunk_frames if self.hybrid is not None else 1)
+        padding = frames_on_devices(frames, chunk) - frames
+        inputs = self.embed(jnp.pad(latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), timesteps, text)
+        tokens = inputs.x.shape[1] * frames // (frames + padding)
         graph, layers = nnx.split(self.blocks)
         hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
 
+        def softmax(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            return softmax_over_devices(q, k, v, tokens=tokens), None
+
         def teacher(x: Array, layer: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x, *inputs[1:4]), None
+            x = laid_out(x, "batch", "time", None)
+            return nnx.merge(graph, layer).attending(x, *inputs[1:4], softmax)
 
         def student(x: Array, both: tuple[Any, Any]) -> tuple[Array, None]:
+            x = laid_out(x, "batch", "time", None)
             attention = nnx.merge(hybrid_graph, both[1])
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -199,7 +213,7 @@ class WanTransformer(nnx.Module):
         if remat:
             teacher, student = jax.checkpoint(teacher), jax.checkpoint(student)
         x = scan_layers(teacher, student, inputs.x, layers, hybrids, self.converted)
-        return self.unembed(x, inputs)
+        return self.unembed(x, inputs)[:, :frames]
 
     def init_stream(self, batch: int, height: int, width: int) -> BlockState:
         """The state before a video's first chunk: every block's, stacked over a leading axis of layers.

@@ -15,12 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.baselines import WindowState, linear_attention, window_attention
+from rehyat_jax.attention.context import hybrid_over_devices
 from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.attention.scan import Sums
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.config import WanConfig
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.mesh import devices_along
 
 #: For ``nnx.state`` and ``nnx.DiffState``: what the hybrid blocks of a model have beside the teacher's.
 HYBRID_PARAMETERS = nnx.All(nnx.Param, nnx.PathContains("hybrid_blocks"))
@@ -74,8 +76,14 @@ class HybridAttention(nnx.Module):
     def __call__(
         self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], *, frame: int
     ) -> Float[Array, "B N H D"]:
-        """A whole video; ``frame`` is its tokens a frame."""
-        return self._of(q, k, v, frame, 0)()
+        """A whole video; ``frame`` is its tokens a frame. On a mesh in force, its time is cut over the devices.
+
+        Raises:
+            ConfigError: time is cut, and these blocks have no form for that.
+        """
+        if self.hybrid.kind != "hybrid" and devices_along("time") > 1:
+            raise ConfigError(f"blocks of kind {self.hybrid.kind!r} need a mesh that does not cut time (context 1)")
+        return self._of(q, k, v, frame, 0, hybrid_over_devices)()
 
     def stream(
         self,
@@ -88,7 +96,7 @@ class HybridAttention(nnx.Module):
         first: int | Int[Array, ""],
     ) -> tuple[Float[Array, "B N H D"], BlockState]:
         """The next chunks of a video, from its frame ``first`` on, and the state after them."""
-        return self._of(q, k, v, frame, first)(initial_state=state, return_state=True)
+        return self._of(q, k, v, frame, first, hybrid_attention)(initial_state=state, return_state=True)
 
     def _of(
         self,
@@ -97,6 +105,7 @@ class HybridAttention(nnx.Module):
         v: Float[Array, "B N H D"],
         frame: int,
         first: int | Int[Array, ""],
+        hybrid_attention: Callable[..., Any],
     ) -> Callable[..., Any]:
         """The attention, ready but for its state."""
         hybrid = self.hybrid
