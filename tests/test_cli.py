@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -162,10 +161,8 @@ def test_paths_that_cannot_be_written_are_known_before_the_work(rehyat, checkpoi
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.mp4").mkdir()
     for out, words in [("file/a.mp4", ["is a file, not a folder"]), ("folder.mp4", ["is a folder"])]:
-        start = time.monotonic()
         # The model does not exist either: the output is looked at first.
         assert_sentence(rehyat("generate", "a", "--model", "none", "--out", tmp_path / out), *words)
-        assert time.monotonic() - start < 1
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_no_file(rehyat, checkpoint, tmp_path, monkeypatch):
@@ -205,10 +202,11 @@ def test_convert_makes_a_folder_that_runs(rehyat, checkpoint, tmp_path):
 
 
 def test_help_is_quick_and_lists_the_commands():
-    """Without JAX: under 1.5 s also on a busy machine (0.2 s on an idle one)."""
-    start = time.monotonic()
-    told = subprocess.run(program("--help"), capture_output=True, text=True, check=True).stdout
-    assert time.monotonic() - start < 1.5
+    """It imports none of the packages that take long (0.2 s on two idle cores)."""
+    script = "import sys, runpy, atexit; atexit.register(lambda: print('jax' in sys.modules))"
+    script += "; sys.argv[1:] = ['--help']; runpy.run_module('rehyat_jax', run_name='__main__')"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert told.endswith("\nFalse\n")
     for name in ("generate", "info", "convert", "pretrain"):
         assert f"\n  {name}" in told
 
@@ -273,7 +271,7 @@ def test_an_interrupt_leaves_no_broken_file(checkpoint, tmp_path, line):
             if said.startswith(line):
                 break
         process.send_signal(signal.SIGINT)
-        output, error = process.communicate(timeout=60)
+        output, error = process.communicate()
     assert process.returncode == 130, error
     assert "rehyat: interrupted; nothing was written" in error
     assert "Traceback" not in error

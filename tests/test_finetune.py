@@ -104,11 +104,40 @@ def _log(training: FinetuneTraining) -> list[dict[str, float]]:
     return [json.loads(line) for line in (training.train_folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def _run_alone(model: Path, out: Path, *, die_at: int | None = None) -> subprocess.CompletedProcess[str]:
+    """A training in a process of its own, killed by SIGKILL as soon as the checkpoint of step ``die_at`` is written.
+
+    Bits are compared between such processes alone: what a test before has compiled decides about the last one.
+    """
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import conftest, jax, test_finetune
+from rehyat_jax.compilation import cache_folder, keep_compiled
+from train.checkpoint import Checkpoints
+
+save = Checkpoints.save
+
+def save_and_die(self, step, state):
+    save(self, step, state)
+    if step == {die_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoints.save = save_and_die
+keep_compiled(cache_folder())
+jax.config.update("jax_disable_most_optimizations", True)
+test_finetune._training(Path({str(model)!r}), Path({str(out)!r})).run()
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def whole(teacher, tmp_path_factory) -> FinetuneTraining:
     """A run without a stop."""
     training = _training(teacher, tmp_path_factory.mktemp("whole") / "student")
-    training.run()
+    done = _run_alone(teacher, training.out)
+    assert done.returncode == 0, done.stderr
     return training
 
 
@@ -145,36 +174,16 @@ def test_the_result_is_a_whole_model_that_streams(whole, teacher):
 
 
 def test_stopped_and_continued_is_uninterrupted_bit_for_bit(whole, teacher, tmp_path):
-    """Three rounds, SIGKILL in another process, and three more: parameters, optimiser, order of the data, result."""
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-import conftest, jax, test_finetune
-from rehyat_jax.compilation import cache_folder, keep_compiled
-from train.checkpoint import Checkpoints
-
-save = Checkpoints.save
-
-def save_and_die(self, step, state):
-    save(self, step, state)
-    if step == 24:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Checkpoints.save = save_and_die
-keep_compiled(cache_folder())
-jax.config.update("jax_disable_most_optimizations", True)
-test_finetune._training(Path({str(teacher)!r}), Path({str(tmp_path / "student")!r})).run()
-"""
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    """Three rounds, SIGKILL, and three more: parameters, optimiser, order of the data, result."""
     training = _training(teacher, tmp_path / "student")
+    killed = _run_alone(teacher, training.out, die_at=24)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(os.listdir(tmp_path)) == ["student-train"]
-    training.run()
+    resumed = _run_alone(teacher, training.out)
+    assert resumed.returncode == 0, resumed.stderr
     assert [entry["from_step"] for entry in _log(training)] == [0, 0, 0, 24, 24, 24]
     assert [entry["loss"] for entry in _log(training)[3:]] == [entry["loss"] for entry in _log(whole)[3:]]
-    resumed, uninterrupted = (_newest(run.train_folder) for run in (training, whole))
-    chex.assert_trees_all_equal(resumed, uninterrupted)
+    chex.assert_trees_all_equal(_newest(training.train_folder), _newest(whole.train_folder))
     for path in whole.out.rglob("*"):
         if path.is_file():
             assert (training.out / path.relative_to(whole.out)).read_bytes() == path.read_bytes(), path

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from virtual_devices import environment
 
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention.state import HybridState
@@ -389,9 +389,8 @@ def test_sharded_over_batch_and_heads():
             for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
                 np.testing.assert_allclose(x, y, atol=2e-6)
     """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=environment(8)
     )
     assert done.returncode == 0, done.stderr
 

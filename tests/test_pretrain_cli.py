@@ -124,12 +124,19 @@ def tiny(tmp_path_factory) -> Path:
     return path
 
 
+def pretrain_alone(config: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: bits are compared between such alone, which have compiled the same."""
+    command = [sys.executable, "-m", "rehyat_jax", "pretrain", str(config), "--out", str(out)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny) -> Path:
     """Four rounds without a stop."""
     out = tmp_path_factory.mktemp("whole")
     write_vae(out)
-    assert cli.main(["pretrain", str(tiny), "--out", str(out)]) == 0
+    done = pretrain_alone(tiny, out)
+    assert done.returncode == 0, done.stderr
     return out
 
 
@@ -180,13 +187,10 @@ def test_the_record_says_how_the_model_was_made(trained, tiny):
     assert (record["last"]["step"], record["last"]["from_step"]) == (64, 0)
 
 
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(trained, tiny, tmp_path, rehyat):
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(trained, tiny, tmp_path):
     """Two rounds, SIGKILL, then another process's two: parameters, optimiser and written model are those of four."""
     write_vae(tmp_path)
-    command = [sys.executable, "-m", "rehyat_jax", "pretrain", str(tiny), "--out", str(tmp_path)]
-    # What decides about bits must be the same in both processes.
-    settings = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "DIE_AFTER": "32"}
-    killed = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    killed = pretrain_alone(tiny, tmp_path, DIE_AFTER="32")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoints = tmp_path / "train-dit" / "checkpoints"
     assert sorted(os.listdir(checkpoints)) == ["16", "32"]
@@ -194,18 +198,18 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(trained, tiny, tmp_path
     # And the newest was torn: the one before it serves.
     largest = max((checkpoints / "32").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
-    code, output, error = rehyat("pretrain", tiny, "--out", tmp_path)
-    assert code == 0, error
-    assert output.strip() == str(tmp_path / "transformer")
-    assert "checkpoints/32 is damaged" in error
-    assert "resumed from step 16" in error
+    resumed = pretrain_alone(tiny, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.strip() == str(tmp_path / "transformer")
+    assert "checkpoints/32 is damaged" in resumed.stderr
+    assert "resumed from step 16" in resumed.stderr
     for part in ("transformer", "text_encoder", "tokenizer", "scheduler"):
         assert files(tmp_path / part) == files(trained / part)
-    resumed, whole = (_newest(folder / "train-dit") for folder in (tmp_path, trained))
+    mine, whole = (_newest(folder / "train-dit") for folder in (tmp_path, trained))
     assert {"['step']", "['params']", "['ema']", "['optimizer']"} == {name.split("]")[0] + "]" for name in whole}
-    assert resumed.keys() == whole.keys()
+    assert mine.keys() == whole.keys()
     for name, array in whole.items():
-        assert resumed[name].tobytes() == array.tobytes(), name
+        assert mine[name].tobytes() == array.tobytes(), name
 
 
 def _newest(folder: Path) -> dict[str, np.ndarray]:

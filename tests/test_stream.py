@@ -452,7 +452,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_stream(tmp_path):
     template = StreamState(states, decoder, jax.ShapeDtypeStruct((), jnp.int32), video_keys(0, count=1), text)
     rng = np.random.default_rng(0)
     torn = 0
-    for _ in range(3):
+    for kills in range(50):
         command = [sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "0\n"
@@ -468,4 +468,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_stream(tmp_path):
         # The next process to save takes away what a killed one left.
         assert left <= 1
         torn += left
-    assert torn  # at least one was killed while it wrote
+        if kills >= 2 and torn:  # at least one was killed while it wrote
+            break
+    assert torn

@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 
-def on_devices(module: str, function: str, *, devices: int = 8) -> Any:
-    """What a function of a test file returns, as JSON; types checked and promotion strict as in every test."""
+def environment(devices: int) -> dict[str, str]:
+    """This one's, for a process of so many virtual CPU devices."""
     folder = Path(__file__).parent
-    program = f"import conftest, json, {module}; print(json.dumps({module}.{function}()))"
-    environment = {
+    return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # A collective holds a thread until the last device has arrived; fewer threads than that wait for ever.
+        "NPROC": "64",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}",
     }
+
+
+def on_devices(module: str, function: str, *, devices: int = 8) -> Any:
+    """What a function of a test file returns, as JSON; types checked and promotion strict as in every test."""
+    program = f"import conftest, json, {module}; print(json.dumps({module}.{function}()))"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(devices)
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
