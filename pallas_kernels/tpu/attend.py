@@ -76,7 +76,7 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
     by_query, by_chunk = _spec(3), _spec(None)
     keys, blocks, scratch = _window(plan, sizes, segments, dimension=4)
     out, rows = call(
-        functools.partial(_forward_kernel, plan=plan, factor=_factor(width)), seen, q, segments, features_q, s, z,
+        functools.partial(_forward_kernel, plan=plan), seen, q, _scaled(plan, segments), features_q, s, z,
         grid=(batch, heads, chunks, pl.cdiv(count, sizes.queries), blocks), prefetched=1, sequential=2,
         in_specs=[
             by_query(sizes.queries, width), keys, by_query(sizes.queries, features), by_chunk(width, features),
@@ -95,7 +95,7 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
     return out, (*arguments, out, rows)
 
 
-def _forward_kernel(seen, q, segments, features_q, s, z, out, rows, maximum, total, sums, window, *, plan, factor):
+def _forward_kernel(seen, q, segments, features_q, s, z, out, rows, maximum, total, sums, window, *, plan):
     k, v = _put_together(plan, segments, window, at=pl.program_id(3))
 
     @pl.when(pl.program_id(4) == 0)
@@ -104,15 +104,15 @@ def _forward_kernel(seen, q, segments, features_q, s, z, out, rows, maximum, tot
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    def step(here, visible):
-        scores = jnp.where(visible, product(k[here, :], q[...], ROWS_ROWS) * factor, -jnp.inf)
+    def step(here, only):
+        scores = only(product(k[here, :], q[...], ROWS_ROWS), -jnp.inf)
         before = maximum[...]
         m = jnp.maximum(before, scores.max(axis=0, keepdims=True))
         weights = jnp.exp2(scores - m)
         rescale = jnp.exp2(before - m)
         maximum[...] = m
         total[...] = rescale * total[...] + weights.sum(axis=0, keepdims=True)
-        values = _cleared(plan, v[here, :], visible)
+        values = v[here, :] if plan.starts else only(v[here, :], 0.0)
         sums[...] = rescale * sums[...] + product(values, weights.astype(v.dtype), COLUMNS_COLUMNS)
 
     _over_keys(seen, pl.program_id(4), plan.forward, step)
@@ -154,10 +154,8 @@ def _softmax_backward(plan: Plan, q: Array, segments: Any, d_softmax: Array, row
     by_query = _spec(4)
     keys, blocks, scratch = _window(plan, sizes, segments, dimension=3)
     dq, d_segments = call(
-        functools.partial(
-            _softmax_backward_kernel, plan=plan, count=count, factor=_factor(width), scale=width**-0.5
-        ),
-        seen, q, d_softmax, rows, segments,
+        functools.partial(_softmax_backward_kernel, plan=plan, count=count),
+        seen, q, d_softmax, rows, _scaled(plan, segments),
         grid=(batch, heads, chunks, blocks, pl.cdiv(count, sizes.queries)), prefetched=1, sequential=2,
         in_specs=[
             by_query(sizes.queries, width), by_query(sizes.queries, width), _row_spec(2, sizes.queries, query=4), keys
@@ -183,7 +181,7 @@ def _softmax_backward(plan: Plan, q: Array, segments: Any, d_softmax: Array, row
 
 
 def _softmax_backward_kernel(
-    seen, q, d_softmax, rows, segments, dq, d_segments, dq_sum, dk_sum, dv_sum, window, *, plan, count, factor, scale
+    seen, q, d_softmax, rows, segments, dq, d_segments, dq_sum, dk_sum, dv_sum, window, *, plan, count
 ):
     k, v = _put_together(plan, segments, window, at=pl.program_id(4))
 
@@ -196,23 +194,23 @@ def _softmax_backward_kernel(
     queries, d_a = (inside(x[...], pl.program_id(4), count) for x in (q, d_softmax))
     common, d_n = (inside(rows[i : i + 1, :], pl.program_id(4), count, axis=1) for i in range(2))
 
-    def step(here, visible):
-        keys, values = (_cleared(plan, x[here, :], visible) for x in (k, v))
-        scores = jnp.where(visible, product(keys, queries, ROWS_ROWS) * factor, -jnp.inf)
-        weights = jnp.exp2(scores - common)
+    def step(here, only):
+        # A block that overhangs its array may hold anything there.
+        keys, values = (x[here, :] if plan.starts else only(x[here, :], 0.0) for x in (k, v))
+        weights = jnp.exp2(only(product(keys, queries, ROWS_ROWS), -jnp.inf) - common)
         d_scores = (weights * (product(values, d_a, ROWS_ROWS) - d_n)).astype(q.dtype)
         dv_sum[here, :] += product(weights.astype(v.dtype), d_a)
         dk_sum[here, :] += product(d_scores, queries)
         dq_sum[...] += product(keys, d_scores, COLUMNS_COLUMNS)
 
     _over_keys(seen, pl.program_id(3), plan.backward, step)
-    dq[...] = (dq_sum[...] * scale).T.astype(dq.dtype)
+    dq[...] = (dq_sum[...] * math.log(2)).T.astype(dq.dtype)
 
     @pl.when(pl.program_id(4) == pl.num_programs(4) - 1)
     def _():
         for (dk, dv), start in zip(d_segments, plan.starts or (0,), strict=True):
             own = pl.ds(start, dk.shape[0])
-            dk[...] = (dk_sum[own, :] * scale).astype(dk.dtype)
+            dk[...] = (dk_sum[own, :] * q.shape[1] ** -0.5).astype(dk.dtype)
             dv[...] = dv_sum[own, :].astype(dv.dtype)
 
 
@@ -254,6 +252,13 @@ def _factor(width: int) -> float:
     return width**-0.5 * math.log2(math.e)
 
 
+def _scaled(plan: Plan, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """With keys times what makes them give the exponents, unless that is done where the window is put together."""
+    if plan.starts:
+        return segments
+    return tuple(((k.astype(jnp.float32) * _factor(k.shape[4])).astype(k.dtype), v) for k, v in segments)
+
+
 def _length(segments: tuple[Segment, ...]) -> int:
     return sum(k.shape[3] for k, _ in segments)
 
@@ -269,44 +274,47 @@ def _window(plan: Plan, sizes: Sizes, segments: tuple[Segment, ...], *, dimensio
 
 
 def _put_together(plan: Plan, segments: Any, window: Any, *, at: Any) -> Any:
-    """Keys and values of the window: at the first of its blocks of queries copied there, with zeros in between."""
+    """Keys, times what makes them give the exponents, and values of the window: at the first of its blocks of queries
+    copied there, with zeros in between."""
     if not plan.starts:
         return segments[0]
 
     @pl.when(at == 0)
     def _():
-        for whole, parts in zip(window, zip(*segments, strict=True), strict=True):
+        for scale, whole, parts in zip(
+            (_factor(window[0].shape[1]), 1.0), window, zip(*segments, strict=True), strict=True
+        ):
             ends = (*plan.starts[1:], whole.shape[0])
             for part, start, end in zip(parts, plan.starts, ends, strict=True):
                 # From the tile where the segment ends.
                 last = start + part.shape[0] // TILE * TILE
                 if last < end:
                     whole[pl.ds(last, end - last), :] = jnp.zeros((end - last, whole.shape[1]), whole.dtype)
-                whole[pl.ds(start, part.shape[0]), :] = part[...]
+                whole[pl.ds(start, part.shape[0]), :] = (part[...].astype(jnp.float32) * scale).astype(whole.dtype)
 
     return window
 
 
-def _cleared(plan: Plan, x: Any, visible: Any) -> Any:
-    """Without what is not visible, which in a block that overhangs its array may be anything."""
-    return x if plan.starts else jnp.where(visible, x.astype(jnp.float32), 0).astype(x.dtype)
-
-
 def _over_keys(seen: Any, block: Any, sizes: Sizes, step: Callable[..., None]) -> None:
-    """``step`` over those keys of a resident block of which some are seen."""
-    first_begin, first_end, second_begin, second_end = (seen[pl.program_id(2), i] for i in range(4))
+    """``step`` over those keys of a resident block of which some are seen, given what replaces all else in an array."""
+    seen = [(seen[pl.program_id(2), i], seen[pl.program_id(2), i + 1]) for i in (0, 2)]
+
+    def either(compare: Callable[[Any, Any], Any]) -> Any:
+        return functools.reduce(jnp.logical_or, (compare(*ends) for ends in seen))
 
     def some(j: Any, carry: None) -> None:
-        begin = block * sizes.resident + j * sizes.keys
-        end = begin + sizes.keys
+        at = block * sizes.resident + j * sizes.keys
+        here = pl.ds(pl.multiple_of(j * sizes.keys, TILE), sizes.keys)
+        whole = either(lambda begin, end: (begin <= at) & (at + sizes.keys <= end))
+        partly = either(lambda begin, end: (begin < at + sizes.keys) & (at < end))
 
-        @pl.when(((first_begin < end) & (begin < first_end)) | ((second_begin < end) & (begin < second_end)))
-        def _():
-            key = begin + jax.lax.broadcasted_iota(jnp.int32, (sizes.keys, 1), 0)
-            step(
-                pl.ds(pl.multiple_of(j * sizes.keys, TILE), sizes.keys),
-                ((first_begin <= key) & (key < first_end)) | ((second_begin <= key) & (key < second_end)),
-            )
+        def only(x: Array, other: float) -> Array:
+            key = at + jax.lax.broadcasted_iota(jnp.int32, (sizes.keys, 1), 0)
+            visible = either(lambda begin, end: (begin <= key) & (key < end))
+            return jnp.where(visible, x.astype(jnp.float32), other).astype(x.dtype)
+
+        pl.when(whole)(lambda: step(here, lambda x, other: x))
+        pl.when(partly & jnp.logical_not(whole))(lambda: step(here, only))
 
     jax.lax.fori_loop(0, sizes.resident // sizes.keys, some, None)
 

@@ -83,7 +83,7 @@ def hybrid(
 
 
 def _sizes(chunk: int, window: int, queries: int, keys: int, resident: int) -> attend.Sizes:
-    keys = divided(window, min(keys, resident), _LANES if keys >= _LANES else TILE)
+    keys = min(keys, -(-window // TILE) * TILE, resident)
     blocks = -(-window // keys)
     return attend.Sizes(
         queries=divided(chunk, queries, _LANES), keys=keys, resident=keys * min(blocks, max(resident // keys, 1))
