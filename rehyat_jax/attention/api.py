@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal, get_args, overload
 
 import jax
@@ -67,9 +68,9 @@ def hybrid_attention(
         causal: the linear set is every token before the window; else every token outside it.
         stabilizer: the c of ``exp(q·k/√D − c)``, which the linear part is not divided by: ``"row_max"`` (as printed),
             ``"lse"`` (the softmax part's sum is 1) or ``"none"`` (0: φ_q·φ_k stands for ``exp(q·k/√D)`` itself).
-        implementation: ``"reference"`` is the dense equation, ``"scan"`` walks over the chunks, ``"pallas"`` is TPU's
-            kernels (interpreted on a CPU, slowly), which arrays divided among devices reach inside ``jax.shard_map``.
-            ``"auto"`` is pallas on a TPU where it can be, else scan.
+        implementation: ``"reference"`` is the dense equation, ``"scan"`` walks over the chunks, ``"pallas"`` is the
+            kernels for TPU (interpreted on a CPU, slowly) and CUDA, which arrays divided among devices reach inside
+            ``jax.shard_map``. ``"auto"`` is pallas on these two where it can be, else scan.
         decay: γ of each head: every chunk, what is in the state is multiplied by it before more is added. None is 1.
         initial_state: what an earlier call over the tokens before these returned; its length must have been a
             multiple of ``chunk`` for the two calls to equal one. None: nothing came before.
@@ -91,9 +92,12 @@ def hybrid_attention(
     _check_state(state, q, v, features_k, overlap)
     if decay is None:
         decay = jnp.ones(q.shape[2], state.s.dtype)
-    named = {"reference": reference, "scan": scan, "pallas": pallas}
+    by_kernels = functools.partial(pallas, begins=initial_state is None)
+    named: dict[str, Callable[..., tuple[jax.Array, HybridState]]] = {
+        "reference": reference, "scan": scan, "pallas": by_kernels
+    }  # fmt: skip
     if implementation == "auto":
-        fits = jax.default_backend() == "tpu" and not lacking(q, v, features_q) and whole_on_each_device()
+        fits = jax.default_backend() in ("tpu", "gpu") and not lacking(q, v, features_q) and whole_on_each_device()
         implementation = "pallas" if fits else "scan"
         _log.debug("hybrid_attention of q %s %s: %s", q.dtype, q.shape, implementation)
     out, state = named[implementation](

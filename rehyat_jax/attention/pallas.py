@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 from rehyat_jax.attention.reference import Stabilizer
 from rehyat_jax.attention.state import HybridState
 
@@ -18,8 +19,8 @@ def lacking(*arrays: jax.Array) -> str | None:
     """What the kernels lack for arrays like these on this machine; None where they can be used."""
     if any(a.dtype not in (jnp.float32, jnp.bfloat16) for a in arrays):
         return f"arrays other than float32 and bfloat16, as {', '.join(sorted({str(a.dtype) for a in arrays}))}"
-    if jax.default_backend() not in ("tpu", "cpu"):
-        return f"the platform {jax.default_backend()}: there are kernels for TPU, interpreted on a CPU"
+    if jax.default_backend() not in ("tpu", "gpu", "cpu"):
+        return f"the platform {jax.default_backend()}: there are kernels for TPU, interpreted on a CPU, and for CUDA"
     return None
 
 
@@ -42,28 +43,35 @@ def pallas(
     stabilizer: Stabilizer,
     decay: Float[Array, " H"],
     state: HybridState,
+    begins: bool = False,
 ) -> tuple[Float[Array, "B N H D"], HybridState]:
-    """Arguments and results of ``reference``. Compiled on TPU; interpreted, for tests, on a CPU.
+    """Arguments and results of ``reference``. Compiled on TPU and CUDA; TPU's interpreted, for tests, on a CPU.
+
+    ``begins``: the state is known to be empty.
 
     Raises:
         NotImplementedError: the kernels lack something, which is named.
     """
     if lack := lacking(q, v, features_q):
         raise NotImplementedError(f"hybrid attention's Pallas kernels lack {lack}")
-    blocks = tpu.tuned(jax.devices()[0].device_kind, head_dim=q.shape[3], features=features_q.shape[3])
+    device = jax.devices()[0].device_kind
 
-    def run(interpret: bool, *arrays: Any) -> tuple[Array, Array, Array]:
+    def run(hybrid: Callable[..., tuple[Array, Array, Array]], *arrays: Any) -> tuple[Array, Array, Array]:
         q, k, v, features_q, features_k, state, decay = arrays
-        return tpu.hybrid(
+        return hybrid(
             q, k, v, features_q, features_k, s=state.s, z=state.z, past_k=state.k, past_v=state.v,
             past_features_k=state.features_k, seen=state.seen, decay=decay, chunk=chunk, causal=causal,
-            stabilizer=stabilizer, blocks=blocks, interpret=interpret,
+            stabilizer=stabilizer,
         )  # fmt: skip
+
+    blocks = tpu.tuned(device, head_dim=q.shape[3], features=features_q.shape[3])
+    on_tpu, on_cpu = (functools.partial(tpu.hybrid, blocks=blocks, interpret=here) for here in (False, True))
+    on_gpu = functools.partial(gpu.hybrid, kernels=gpu.kernels(device, q, chunk=chunk), begins=begins)
 
     # By the platform compiled for, which need not be this machine's.
     out, s, z = jax.lax.platform_dependent(
         q, k, v, features_q, features_k, state, decay,
-        tpu=functools.partial(run, False), cpu=functools.partial(run, True),
+        tpu=functools.partial(run, on_tpu), cuda=functools.partial(run, on_gpu), cpu=functools.partial(run, on_cpu),
     )  # fmt: skip
     new = q.shape[1]
     last_k, last_v, last_features = (

@@ -1,0 +1,146 @@
+"""Hybrid attention on GPU: softmax windows by kernels, the sums and their reading by XLA's matrix products."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.gpu.windows import Kernels, Windows, attend
+
+Stabilizer = Literal["row_max", "lse", "none"]
+
+#: Σ φ vᵀ [B, T, H, F, D] and Σ φ [B, T, H, F] of chunks; of one, without T.
+Sums = tuple[Array, Array]
+
+
+def hybrid(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    features_q: Float[Array, "B N H F"],
+    features_k: Float[Array, "B N H F"],
+    *,
+    s: Float[Array, "B H F D"],
+    z: Float[Array, "B H F"],
+    past_k: Float[Array, "B O H D"],
+    past_v: Float[Array, "B O H D"],
+    past_features_k: Float[Array, "B O H F"],
+    seen: Int[Array, ""],
+    decay: Float[Array, " H"],
+    chunk: int,
+    causal: bool,
+    stabilizer: Stabilizer,
+    kernels: Kernels,
+    begins: bool = False,
+) -> tuple[Float[Array, "B N H D"], Float[Array, "B H F D"], Float[Array, "B H F"]]:
+    """Outputs of v's shape and dtype, and the sums after the last token, float32 as ``s`` and ``z`` are.
+
+    Softmax over the query's ``chunk`` tokens and the O before them, φ_q·φ_k over the tokens before those (and after
+    the chunk, without ``causal``), one normaliser. The O tokens before the first are given: the last ``seen`` of their
+    places hold one. ``s`` and ``z`` hold what came before them, and fade by ``decay`` with every chunk.
+    ``begins``: there is nothing before the first token, whatever is given; no key is then copied.
+    Gradients reach every floating argument; the stabiliser has none.
+
+    ReHyAt (arXiv 2601.04342), with the recurrence as it has to be: what leaves the window enters the state.
+    """
+    overlap, length = past_k.shape[1], q.shape[1]
+    windows = Windows(chunk=chunk, overlap=overlap, past=0 if begins else overlap, length=length)
+    keys, values = (k, v) if begins else (jnp.concatenate(x, axis=1) for x in ((past_k, k), (past_v, v)))
+    softmax, total, largest = attend(kernels, windows, q, keys, values, jnp.zeros_like(seen) if begins else seen)
+
+    # Features of empty places are nothing, and have no gradient.
+    held = jnp.arange(overlap, dtype=jnp.int32) >= (overlap if begins else overlap - seen)
+    past_features_k = jnp.where(held[None, :, None, None], past_features_k, jnp.zeros_like(past_features_k))
+    entering = [
+        _by_chunk(jnp.concatenate(x, axis=1)[:, :length], chunk) for x in ((past_features_k, features_k), (past_v, v))
+    ]
+    states, last = _states((s, z), _sums(*entering), decay)
+    if not causal:
+        states = _added(states, _after(_sums(_by_chunk(features_k, chunk), _by_chunk(v, chunk))))
+    asked = _by_chunk(features_q, chunk)
+    # In the features' dtype, and so backward: else the products there would be of float32.
+    a = jnp.einsum("btchf,bthfd->btchd", asked, states[0].astype(asked.dtype), precision=_exact(asked))
+    n = (asked.astype(jnp.float32) * states[1][:, :, None]).sum(axis=4)
+    a, n = (x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length].astype(jnp.float32) for x in (a, n))
+
+    total, largest = (x.swapaxes(1, 2) for x in (total, largest))
+    match stabilizer:
+        case "row_max":
+            c = largest
+        case "lse":
+            c = total
+        case "none":
+            c = jnp.zeros_like(total)
+    total_only, c = jax.lax.stop_gradient((total, c))
+    # An empty linear part has no say in the common factor, beside which small scores could vanish: 0 / 0.
+    common = jnp.where(n == 0, total_only, jnp.maximum(total_only, c))
+    local = jnp.exp(total - common)
+    # With an empty linear part the difference is not bounded by 0, and e to it is multiplied by 0.
+    past = jnp.exp(jnp.minimum(c - common, 80.0))
+    y = (softmax.astype(jnp.float32) * local[..., None] + a * past[..., None]) / (local + n * past)[..., None]
+    return y.astype(v.dtype), *last
+
+
+def _states(first: Sums, entering: Sums, decay: Array) -> tuple[Sums, Sums]:
+    """The sums that each chunk reads, and those after the last: after a chunk they fade, and what left enters."""
+    each = [jnp.concatenate([x[:, None], y], axis=1) for x, y in zip(first, entering, strict=True)]
+    fades = jnp.broadcast_to(decay[None, None], (1, each[0].shape[1], decay.shape[0]))
+
+    def step(x: Any, y: Any) -> Any:
+        (fade_x, s_x, z_x), (fade_y, s_y, z_y) = x, y
+        return fade_x * fade_y, s_x * fade_y[..., None, None] + s_y, z_x * fade_y[..., None] + z_y
+
+    _, s, z = jax.lax.associative_scan(step, (fades, *each), axis=1)
+    return (s[:, :-1], z[:, :-1]), (s[:, -1], z[:, -1])
+
+
+def _after(own: Sums) -> Sums:
+    """Of each chunk, the sums of all after it: summed from the end, for "total minus window" would cancel."""
+
+    def after(x: Array) -> Array:
+        return jnp.concatenate([jax.lax.cumsum(x, axis=1, reverse=True)[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
+
+    return after(own[0]), after(own[1])
+
+
+@jax.custom_vjp
+def _sums(features: Float[Array, "B T C H F"], v: Float[Array, "B T C H D"]) -> Sums:
+    """Of each chunk, in float32."""
+    return _sums_forward(features, v)[0]
+
+
+def _sums_forward(features: Array, v: Array) -> tuple[Sums, Any]:
+    return (_product("btchf,btchd->bthfd", features, v), features.sum(axis=2, dtype=jnp.float32)), (features, v)
+
+
+def _sums_backward(kept: tuple[Array, Array], cotangents: Sums) -> tuple[Array, Array]:
+    # With the sums' gradient as coarse as the inputs: else the products would be of float32.
+    features, v = kept
+    ds, dz = cotangents
+    d_features = _product("btchd,bthfd->btchf", v, ds.astype(v.dtype)) + dz[:, :, None]
+    dv = _product("btchf,bthfd->btchd", features, ds.astype(features.dtype))
+    return d_features.astype(features.dtype), dv.astype(v.dtype)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, precision=_exact(a), preferred_element_type=jnp.float32)
+
+
+def _exact(x: Array) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _added(x: Sums, y: Sums) -> Sums:
+    return x[0] + y[0], x[1] + y[1]
+
+
+def _by_chunk(x: Array, chunk: int) -> Array:
+    """[B, N, …] to [B, chunks, chunk, …], with zeros at the end."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), (0, 0), (0, 0)))
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
