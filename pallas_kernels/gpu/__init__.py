@@ -8,7 +8,7 @@ from pallas_kernels.gpu.hybrid import hybrid
 from pallas_kernels.gpu.triton import TritonKernels
 from pallas_kernels.gpu.windows import Kernels
 
-__all__ = ["TritonKernels", "hybrid", "kernels"]
+__all__ = ["Kernels", "TritonKernels", "hybrid", "kernels"]
 
 
 def kernels(device_kind: str, q: Float[Array, "B N H D"], *, chunk: int) -> Kernels:
