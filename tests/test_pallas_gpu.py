@@ -1,4 +1,4 @@
-"""The GPU path: its Triton kernels, interpreted on the CPU, against the dense reference in float64."""
+"""The GPU path: with Triton's kernels, interpreted on the CPU, against the dense reference in float64; its lowering."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import gpu
 from pallas_kernels.gpu import TritonKernels, hybrid
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention.state import HybridState
@@ -63,12 +64,12 @@ def inputs(case: Case, dtype) -> tuple[list[jax.Array], HybridState, jax.Array]:
     return [a[:, earlier:] for a in arrays], state, decay
 
 
-def by_kernels(case: Case, arrays, state, decay):
+def by_kernels(case: Case, arrays, state, decay, kernels=SMALL):
     q, k, v, features_q, features_k = arrays
     return hybrid(
         q, k, v, features_q, features_k, s=state[0], z=state[1], past_k=state[2], past_v=state[3],
         past_features_k=state[4], seen=jnp.asarray(min(case.earlier or 0, case.overlap), jnp.int32), decay=decay,
-        chunk=case.chunk, causal=case.causal, stabilizer=case.stabilizer, kernels=SMALL, begins=case.earlier is None,
+        chunk=case.chunk, causal=case.causal, stabilizer=case.stabilizer, kernels=kernels, begins=case.earlier is None,
     )  # fmt: skip
 
 
@@ -131,3 +132,34 @@ def test_output_state_and_gradients(case, dtype, tolerance):
     for x, y in zip(jax.tree.leaves((outputs, gradients)), jax.tree.leaves(exact), strict=True):
         error = np.linalg.norm(np.asarray(x, np.float64) - y)
         assert error <= tolerance * np.linalg.norm(y), x.shape
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("begins", [True, False])
+def test_lowers_for_an_h200_without_one(head_dim, begins):
+    """Forward by Mosaic GPU, backward by Triton's two kernels: past the checks of layouts and types of both."""
+    case = Case(1440, 480, 160, head_dim, 64, "row_max", earlier=None if begins else 0)
+    arrays, state, _ = jax.eval_shape(lambda: inputs(case, jnp.bfloat16))
+    kernels = gpu.kernels("NVIDIA H200", arrays[0], chunk=case.chunk, overlap=case.overlap)
+    assert isinstance(kernels, gpu.HopperKernels)
+
+    def loss(arrays, state):
+        return by_kernels(case, arrays, state, decay=jnp.ones(2), kernels=kernels)[0].astype(jnp.float32).sum()
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        lowered = jax.jit(jax.grad(loss)).trace(arrays, state[:5]).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert [text.count(f"@{target}(") for target in ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "overlap", "dtype"),
+    [(1440, 480, 160, "float32"), (1440, 200, 80, "bfloat16"), (1444, 480, 160, "bfloat16"), (1500, 480, 0, "bfloat16"),
+     (1440, 480, 164, "bfloat16")],
+)  # fmt: skip
+def test_what_hopper_kernels_lack_goes_to_triton(tokens, chunk, overlap, dtype):
+    """Other dtypes, chunks under 256 tokens, also the last, and what is not a multiple of 8."""
+    q = jax.ShapeDtypeStruct((1, tokens, 2, 128), dtype)
+    assert gpu.HopperKernels().lacking(q, chunk=chunk, overlap=overlap)
+    assert isinstance(gpu.kernels("NVIDIA H200", q, chunk=chunk, overlap=overlap), TritonKernels)

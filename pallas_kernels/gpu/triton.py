@@ -33,7 +33,7 @@ class TritonKernels:
         rows = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
         out, total, largest = call(
             _forward, (*call.padded(q, k, v), seen[None]), [call.like(q, v.dtype), rows, rows],
-            grid=call.by_queries, warps=4 if wide else 8, stages=2 if wide else 3, interpret=self.interpret,
+            grid=call.by_queries, warps=8, stages=2 if wide else 3, interpret=self.interpret,
         )  # fmt: skip
         return out[..., : q.shape[3]], total, largest
 
@@ -44,7 +44,7 @@ class TritonKernels:
         size = self.queries_backward or (32 if wide else 64), self.keys_backward or (32 if wide else 64)
         call = _Call(windows, q, *size)
         arrays = (*call.padded(q, k, v, d_out), rows, delta, seen[None])
-        options: dict[str, Any] = {"warps": 4, "stages": 2, "interpret": self.interpret}
+        options: dict[str, Any] = {"warps": 8 if wide else 4, "stages": 2, "interpret": self.interpret}
         (dq,) = call(_backward_queries, arrays, [call.like(q, q.dtype)], grid=call.by_queries, **options)
         dk, dv = call(
             _backward_keys, arrays, [call.like(k, k.dtype), call.like(v, v.dtype)], grid=call.by_keys, **options

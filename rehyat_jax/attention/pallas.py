@@ -66,7 +66,8 @@ def pallas(
 
     blocks = tpu.tuned(device, head_dim=q.shape[3], features=features_q.shape[3])
     on_tpu, on_cpu = (functools.partial(tpu.hybrid, blocks=blocks, interpret=here) for here in (False, True))
-    on_gpu = functools.partial(gpu.hybrid, kernels=gpu.kernels(device, q, chunk=chunk), begins=begins)
+    kernels = gpu.kernels(device, q, chunk=chunk, overlap=overlap)
+    on_gpu = functools.partial(gpu.hybrid, kernels=kernels, begins=begins)
 
     # By the platform compiled for, which need not be this machine's.
     out, s, z = jax.lax.platform_dependent(
