@@ -39,6 +39,26 @@ def relative_position_buckets(length: int, *, num_buckets: int, max_distance: in
     return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
+def first_position_biases(config: TextEncoderConfig) -> Float[np.ndarray, "buckets heads"]:
+    """A fresh table: heads in pairs, one that looks back and one ahead, each less the farther a token is.
+
+    ALiBi's slopes (arXiv:2108.12409), in both directions. With T5's random table a small encoder trained along with a
+    diffusion model stays a bag of words (docs/decisions.md).
+    """
+    half, heads = config.relative_attention_num_buckets // 2, config.num_heads
+    distance = np.arange(2 * config.relative_attention_max_distance)
+    length = len(distance)
+    row = relative_position_buckets(
+        length, num_buckets=config.relative_attention_num_buckets, max_distance=config.relative_attention_max_distance
+    )[-1]  # of the last query: all keys are before it
+    back = np.array([distance[::-1][row == b].mean() if (row == b).any() else float(length) for b in range(half)])
+    offset = np.concatenate([-back, back])
+    pair = np.arange(heads) // 2
+    slope = 0.5 ** (1 + pair * min(1.0, 7 / max(1, pair[-1])))
+    sign = 1 - 2 * (np.arange(heads) % 2)
+    return -slope * np.abs(offset)[:, None] - 2.0 * (offset[:, None] * sign < 0)
+
+
 class T5LayerNorm(nnx.Module):
     """Root mean square norm: no mean, no bias; computed in float32 whatever the input."""
 
@@ -65,7 +85,7 @@ class SelfAttention(nnx.Module):
         self.o = _linear(inner, width, inner**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.relative_attention_bias = nnx.Embed(
             config.relative_attention_num_buckets, config.num_heads, dtype=jnp.float32, param_dtype=param_dtype,
-            embedding_init=nnx.initializers.normal(width**-0.5), rngs=rngs,
+            embedding_init=lambda *_: jnp.asarray(first_position_biases(config), param_dtype), rngs=rngs,
         )  # fmt: skip
         self.num_heads, self.d_kv = config.num_heads, config.d_kv
 

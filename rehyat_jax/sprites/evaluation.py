@@ -168,7 +168,8 @@ class _Run:
         """A few clips at a time: a true clip in float32 is four times what is kept of it."""
         size, count = self._batch(frames), len(scenes.grounds)
         parts = (jax.tree.map(lambda x, b=b: x[b : b + size], scenes) for b in range(0, count, size))
-        return np.concatenate([quantized(draw(some, num_frames=frames)) for some in parts])
+        compiled = jax.jit(draw, static_argnames="num_frames")
+        return np.concatenate([quantized(compiled(some, num_frames=frames)) for some in parts])
 
     def _batch(self, frames: int) -> int:
         return max(1, min(self.sample.batch, 512 // frames))
