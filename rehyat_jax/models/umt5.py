@@ -46,12 +46,10 @@ def first_position_biases(config: TextEncoderConfig) -> Float[np.ndarray, "bucke
     diffusion model stays a bag of words (docs/decisions.md).
     """
     half, heads = config.relative_attention_num_buckets // 2, config.num_heads
-    distance = np.arange(2 * config.relative_attention_max_distance)
-    length = len(distance)
-    row = relative_position_buckets(
-        length, num_buckets=config.relative_attention_num_buckets, max_distance=config.relative_attention_max_distance
-    )[-1]  # of the last query: all keys are before it
-    back = np.array([distance[::-1][row == b].mean() if (row == b).any() else float(length) for b in range(half)])
+    exact = half // 2  # the buckets of one distance each; beyond, a bucket's lower end grows geometrically
+    bucket = np.arange(half)
+    ratio = (config.relative_attention_max_distance / exact) ** (np.maximum(bucket - exact, 0) / (half - exact))
+    back = np.where(bucket < exact, bucket, exact * ratio)
     offset = np.concatenate([-back, back])
     pair = np.arange(heads) // 2
     slope = 0.5 ** (1 + pair * min(1.0, 7 / max(1, pair[-1])))
