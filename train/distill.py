@@ -40,7 +40,7 @@ from train.block_choice import choose_blocks
 from train.blockwise import Figures, Seen, draw_order, learn, measure, observe
 from train.command import run_training
 from train.loop import compile_all, run
-from train.optimizer import OptimizerConfig, TrainState
+from train.optimizer import OptimizerConfig, Skipped, TrainState
 from train.sources import Embed, Inputs, NoisyClips, OwnTrajectories, Source
 from train.trajectories import Sampling
 
@@ -56,6 +56,11 @@ class DistillState(NamedTuple):
     blocks: TrainState
     #: What each source carries.
     carried: tuple[PyTree, ...]
+
+    @property
+    def skipped(self) -> Skipped:
+        """Of each block."""
+        return self.blocks.skipped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import signal
 import threading
 import time
@@ -14,26 +12,33 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
-import numpy as np
 from jaxtyping import Array, Int
 from rich.console import Console
 
 from rehyat_jax.errors import RehyatError
+from train.arithmetic import PEAK_TFLOPS
 from train.checkpoint import Checkpoints
+from train.metrics import Metrics, all_finite, mean_of_finite
+from train.optimizer import Skipped
 from train.progress import TrainingDisplay
 
 
 @runtime_checkable
 class Stepping(Protocol):
-    """What a run carries: a pytree with a count of its steps, as `train.optimizer.TrainState`."""
+    """What a run carries: a pytree that counts its steps, as `train.optimizer.TrainState`."""
 
     @property
     def step(self) -> Int[Array, ""]: ...
+
+    @property
+    def skipped(self) -> Skipped: ...
 
 
 State = TypeVar("State", bound=Stepping)
 #: From the state and its step: the state some optimiser steps later, and device values to log.
 Advance = Callable[[State, int], tuple[State, dict[str, Any]]]
+#: Values to log that are measured now and then, from the state and its step.
+Validate = Callable[[State, int], dict[str, float]]
 
 
 class Stopped(Exception):
@@ -59,16 +64,26 @@ def run(
     folder: Path,
     checkpoint_seconds: float = 60.0,
     log_seconds: float = 5.0,
+    most_skipped: int = 20,
+    validate: Validate[State] | None = None,
+    validate_steps: int = 0,
+    flops: Callable[[int], float] | None = None,
     console: Console | None = None,
 ) -> State:
     """Advance ``state`` to ``steps`` steps or just beyond; continue from ``folder``'s newest checkpoint if it has one.
 
     The host prepares the next round while the device works on this one. Values to log go, with the step, the rate, the
-    seconds of this process so far and the step it began at, to ``metrics.jsonl`` in ``folder``, and with the time left
-    to the console.
+    seconds of this process so far and the step it began at, to ``metrics.jsonl`` and TensorBoard in ``folder``, and
+    with the time left to the console.
+
+    Args:
+        most_skipped: so many steps in a row may have no finite gradients, which changes nothing but their count.
+        validate: called after the round that reaches a multiple of ``validate_steps``, and after the last.
+        flops: floating-point operations of the round that begins at a step; shown as a rate, and as a share of the
+            devices' peak where that is known (`train.arithmetic.PEAK_TFLOPS`).
 
     Raises:
-        RehyatError: a logged value is no longer finite. No checkpoint has such a state.
+        RehyatError: too many steps in a row were skipped, or a value is not finite although gradients are.
         CheckpointError: the folder's checkpoints are of another model, or one cannot be written.
         Stopped: SIGINT (Ctrl-C) or SIGTERM came; the round under way was finished and saved. A second one interrupts.
     """
@@ -76,43 +91,71 @@ def run(
     with (
         TrainingDisplay(steps, console=console) as display,
         Checkpoints(folder / "checkpoints") as checkpoints,
-        (folder / "metrics.jsonl").open("a", encoding="utf-8") as log,
         _stop_signals() as signals,
     ):
         if (restored := checkpoints.restore(state, report=display.note)) is not None:
             state = restored
             display.note(f"resumed from step {int(state.step)}")
         step = first = logged = int(state.step)
-        begun = last_log = last_save = time.monotonic()
-        previous: dict[str, Any] = {}
-        while step < steps:
-            state, metrics = advance(state, step)
-            step += steps_per_advance
-            # At most one round waits on the device, so that the clock below is the device's.
-            jax.block_until_ready(previous)
-            now, stop = time.monotonic(), signals[:1]
-            saves = stop or step >= steps or now - last_save >= checkpoint_seconds
-            if saves or now - last_log >= log_seconds:
-                values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
-                if not all(math.isfinite(value) for value in values.values()):
-                    raise RehyatError(
-                        f"training diverged: a loss is not finite at step {step}; lower the learning rate"
-                    )
-                now = time.monotonic()
-                rate = (step - logged) / (now - last_log)
-                entry = {"step": step, **values, "steps_per_s": rate, "seconds": now - begun, "from_step": first}
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-                left = (steps - step) * (now - begun) / (step - first)
-                display.step(step, values, per_second=rate, seconds_left=left)
-                last_log, logged = now, step
-            if saves:
-                checkpoints.save(step, state)
-                last_save = time.monotonic()
-            if stop:
-                raise Stopped(stop[0], step)
-            previous = metrics
+        peak = _peak_flops(display.note) if flops and step < steps else None
+        with Metrics(folder, first_step=first) as log:
+            begun = last_log = last_save = time.monotonic()
+            previous: dict[str, Any] = {}
+            skipped, done = int(jax.device_get(state.skipped.total).sum()), 0.0
+            while step < steps:
+                done += flops(step) if flops else 0.0
+                state, metrics = advance(state, step)
+                step += steps_per_advance
+                # At most one round waits on the device, so that the clock below is the device's.
+                jax.block_until_ready(previous)
+                now, stop = time.monotonic(), signals[:1]
+                saves = stop or step >= steps or now - last_save >= checkpoint_seconds
+                validates = validate and validate_steps and (step % validate_steps < steps_per_advance or step >= steps)
+                if saves or validates or now - last_log >= log_seconds:
+                    measured, counts = jax.device_get((metrics, state.skipped))
+                    values = {name: mean_of_finite(value) for name, value in measured.items()}
+                    total, in_a_row = int(counts.total.sum()), int(counts.in_a_row.max())
+                    if in_a_row >= most_skipped:
+                        raise RehyatError(
+                            f"training diverged: the last {in_a_row} steps before step {step} had no finite gradients; "
+                            "lower the learning rate"
+                        )
+                    if total == skipped and not all(map(all_finite, measured.values())):
+                        raise RehyatError(
+                            f"training diverged: a loss is not finite at step {step}; lower the learning rate"
+                        )
+                    if total > skipped:
+                        display.note(f"steps skipped so far, for gradients that are not finite: {total}")
+                        skipped = total
+                    now = time.monotonic()
+                    rate = (step - logged) / (now - last_log)
+                    if flops:
+                        values["tflops_per_s"] = done / (now - last_log) / 1e12
+                    if peak:
+                        values["utilisation"] = done / (now - last_log) / peak
+                    left = (steps - step) * (now - begun) / (step - first)
+                    if validates and validate:
+                        values |= validate(state, step)
+                    entry = values | {"skipped": total, "steps_per_s": rate}
+                    log.write(step, entry | {"seconds": now - begun, "from_step": first})
+                    display.step(step, values, per_second=rate, seconds_left=left)
+                    last_log, logged, done = time.monotonic(), step, 0.0
+                if saves:
+                    checkpoints.save(step, state)
+                    last_save = time.monotonic()
+                if stop:
+                    raise Stopped(stop[0], step)
+                previous = metrics
     return state
+
+
+def _peak_flops(note: Callable[[str], None]) -> float | None:
+    """Of all devices together; None, and said, where it is not known."""
+    kind = jax.devices()[0].device_kind
+    if kind not in PEAK_TFLOPS:
+        note(f"the peak arithmetic of a device {kind!r} is not known here: its utilisation is not shown")
+        return None
+    return PEAK_TFLOPS[kind] * 1e12 * jax.device_count()
 
 
 @contextmanager

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+#: How values are told that are not told as "name value".
+_SHOWN = {"tflops_per_s": "{:.4g} TFLOP/s", "utilisation": "{:.1%} of peak"}
+
 
 class TrainingDisplay:
     """Writes to the standard error, so that a command's result can be piped; a context manager."""
@@ -25,7 +28,7 @@ class TrainingDisplay:
 
     def step(self, step: int, metrics: Mapping[str, float], *, per_second: float, seconds_left: float) -> None:
         """``step`` steps are done, and the last of them measured ``metrics``."""
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        shown = "  ".join(_SHOWN.get(name, f"{name} {{:.4g}}").format(value) for name, value in metrics.items())
         text = f"step {step}/{self._steps}  {shown}  {per_second:.2f} steps/s  {_clock(seconds_left)} left"
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
