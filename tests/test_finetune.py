@@ -26,12 +26,13 @@ from rehyat_jax.models.umt5 import UMT5Encoder
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer
+from rehyat_jax.video import read_video
 from rehyat_jax.weights import load_transformer, save_text_encoder, save_transformer, save_vae
 from train.clips import Bucket
 from train.config_files import load_config
 from train.diffusion import complete_folder
 from train.finetune import FinetuneTraining, main, student_of
-from train.flow import Batch
+from train.flow import Batch, Validation, gradients_of
 from train.optimizer import OptimizerConfig
 from train.tokenizer import build_sprite_tokenizer
 
@@ -243,6 +244,8 @@ def test_a_student_keeps_its_feature_maps_and_gains_what_it_lacks(teacher):
         ({"teacher_frames": 4}, r"teacher_frames \(4\)"),
         ({"steps": 0}, "steps"),
         ({"reuse": 3}, "multiple"),
+        ({"accumulate": 3}, "accumulate = 3"),
+        ({"most_skipped": 0}, "most_skipped"),
     ],
 )
 def test_impossible_settings_are_named(change, words):
@@ -294,3 +297,34 @@ def test_the_configuration_that_ships():
     assert max(bucket.frames for bucket in config.buckets) == 257
     for word in ("rehyat finetune sprites_finetune", "Cost:"):
         assert word in about
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_batch(teacher):
+    """Float32: sums in another order, of a gradient whose largest numbers are of order one."""
+    training = _training(teacher, Path("unused"), teacher=None, teacher_weight=0.0)
+    (graph, params), rng = nnx.split(load_transformer(teacher)), np.random.default_rng(0)
+    shapes = ((8, 2, 16, 16, 4), (8,), (8, 7, 16), (8, 2, 16, 16, 4))
+    noisy, time, text, velocity = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    batch = Batch(noisy, 500.0 + 100.0 * time, text, velocity)
+    loss = training.loss(graph, None, longest=9)
+    gradients = [
+        jax.jit(lambda params, parts=parts: gradients_of(loss, params, None, batch, parts=parts))(params)
+        for parts in (1, 4)
+    ]
+    chex.assert_trees_all_close(*gradients, atol=1e-5, rtol=1e-4)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(gradients)} == {"float32"}
+
+
+def test_validation_measures_and_shows_the_average(teacher, tmp_path):
+    training = _training(
+        teacher, tmp_path / "student", steps=16, teacher=None, teacher_weight=0.0, accumulate=2,
+        buckets=(Bucket(kind="plain", frames=5, batch=4),),
+        validation=Validation(every=8, clips=3, prompts=("a lemon moving down",)),
+    )  # fmt: skip
+    training.run()
+    first, last = (entry["validation/loss"] for entry in _log(training))
+    assert last < first
+    videos = [read_video(training.train_folder / "videos" / f"step-0000{step}" / "0.mp4") for step in ("08", "16")]
+    assert [video.shape[0] for video in videos] == [5, 5]
+    assert not np.array_equal(*videos)
+    assert all(entry["tflops_per_s"] > 0 for entry in _log(training))

@@ -45,6 +45,11 @@ class Bucket:
         """Of its clips, in pixels."""
         return self.columns or _WIDTHS[self.kind]
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of its clips in whole, in pixels."""
+        return world.HEIGHT, _WIDTHS[self.kind]
+
     def sample(self, key: Key[Array, ""], count: int) -> Any:
         """``count`` training scenes, inside jit; occlusions' waits are drawn evenly from 0 to ``longest_wait``."""
         if self.kind == "plain":

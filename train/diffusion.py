@@ -22,7 +22,8 @@ from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_vae, save_text_encoder, save_transformer
 from rehyat_jax.weights.writing import write_json
 from train.clips import Bucket
-from train.flow import Batch, Captions, FlowTraining, embed, flow_loss, pad_text
+from train.flow import Batch, FlowTraining, embed, flow_loss, pad_text
+from train.pools import Captions
 from train.tokenizer import build_sprite_tokenizer
 
 

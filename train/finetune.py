@@ -27,10 +27,13 @@ from rehyat_jax.record import Phases
 from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_transformer
 from rehyat_jax.weights.writing import whole_folder
+from train.arithmetic import forward_flops
 from train.clips import Bucket
 from train.command import run_training
-from train.flow import Batch, Captions, FlowTraining, Loss, embed, flow_loss, pad_text
+from train.flow import Batch, FlowTraining, Loss, embed, flow_loss, pad_text
 from train.optimizer import OptimizerConfig
+from train.pools import Captions
+from train.videos import showing
 
 #: What a result has from its source, as it is there.
 _KEPT = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "rehyat_defaults.json")
@@ -121,10 +124,20 @@ class FinetuneTraining(FlowTraining):
         def read(frozen: PyTree, tokens: Captions) -> Array:
             return embed(nnx.merge(text_graph, frozen["text"]), tokens)
 
+        def flops(index: int) -> int:
+            bucket, time, space = self.buckets[index], vae.config.temporal_factor, vae.config.spatial_factor
+            height, width = bucket.sides
+            shape = 1 + (bucket.frames - 1) // time, height // space, width // space
+            compared = self.teacher is not None and bucket.frames <= self.teacher_frames
+            student_flops = forward_flops(student.config, student.hybrid, shape=shape)
+            return 3 * student_flops + (forward_flops(student.config, None, shape=shape) if compared else 0)
+
         loss = self.loss(graph, teacher_graph, longest=1 + (self.teacher_frames - 1) // vae.config.temporal_factor)
+        prompts = self.validation.prompts if self.validation.every else ()
         state = self.train(
             params, loss, vae=vae, tokenizer=Tokenizer.from_folder(source), phases=phases, read=read, frozen=frozen,
-            shares=self._shares(params),
+            shares=self._shares(params), flops=flops,
+            show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None,
         )  # fmt: skip
         with phases.measure("save"), whole_folder(self.result) as partial:
             for name in _KEPT:

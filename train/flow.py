@@ -9,38 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.config import VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.umt5 import UMT5Encoder
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.record import Phases
-from rehyat_jax.sprites.captions import captions
 from rehyat_jax.text import Tokenizer
 from train.clips import Bucket, check_rounds, choose, round_key
 from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, TrainState
+from train.pools import ENCODE_CLIPS, Captions, Feed, Pool, Read, SpriteFeed
 
 #: Wan pads its text to this many tokens.
 TEXT_TOKENS = 512
-#: Clips, and latent frames of each, that the VAE encodes at a time: one shape for all lengths.
-_ENCODE_CLIPS, _ENCODE_FRAMES = 32, 8
-
-
-class Pool(NamedTuple):
-    """Clips of a round: normalised latents, and their captions as the loss reads them, a row a clip."""
-
-    latents: Float[Array, "M T h w z"]
-    text: PyTree
+#: Added to a run's seed for the clips that it is validated on.
+_HELD_OUT = 1 << 20
 
 
 class Batch(NamedTuple):
@@ -54,17 +46,27 @@ class Batch(NamedTuple):
     velocity: Float[Array, "B T h w z"]
 
 
-class Captions(NamedTuple):
-    """Captions in tokens; for the mask see `rehyat_jax.text.Tokens`."""
-
-    ids: Int[Array, "B L"]
-    mask: Int[Array, "B L"]
-
-
 #: From parameters that learn, others that do not, and a batch: what is minimised, and values to log.
 Loss = Callable[[PyTree, PyTree, Batch], tuple[Array, dict[str, Array]]]
-#: Captions as the pool keeps them, from the parameters that do not learn.
-Read = Callable[[PyTree, Captions], PyTree]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is measured, and shown, now and then during a run; always with the averaged weights."""
+
+    #: Steps from one time to the next; 0: never.
+    every: int = 0
+    #: Clips of each bucket that training does not see, for the loss; the same with the same noise each time.
+    clips: int = 32
+    #: Each a video, by the model's own defaults and the same noise each time: ``videos/`` beside the checkpoints.
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.clips < 1:
+            raise ConfigError("validation needs every to be at least 0, and clips at least 1")
+
+
+#: Makes the videos of a validation in a folder, from averaged parameters.
+Show = Callable[[PyTree, Path], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,12 @@ class FlowTraining:
     #: Optimiser steps a round, and how often each clip of its pool serves.
     steps_per_round: int = 16
     reuse: int = 4
+    #: Parts that a step's batch is cut into, one after the other: less memory, the same gradient, summed in float32.
+    accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
+    #: So many steps in a row without finite gradients end the run; fewer are skipped.
+    most_skipped: int = 20
+    validation: Validation = Validation()
     #: Flow shift of training: the share of high noise.
     shift: float = 3.0
     #: Share of clips trained with the empty prompt, for guidance.
@@ -96,12 +103,17 @@ class FlowTraining:
             raise ConfigError(f"reuse must be at least 1, and caption_tokens 1 to {TEXT_TOKENS}")
         if not (0 <= self.caption_dropout <= 1 and 0 < self.shift < float("inf")):
             raise ConfigError("caption_dropout must be 0 to 1, and shift above 0")
+        for name in ("accumulate", "most_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         for bucket in self.buckets:
+            if bucket.batch % self.accumulate:
+                raise ConfigError(f"a batch of {bucket.batch} clips cannot be cut into accumulate = {self.accumulate}")
             clips = self._pool(bucket)
-            if clips * self.reuse != bucket.batch * self.steps_per_round or clips % min(_ENCODE_CLIPS, clips or 1):
+            if clips * self.reuse != bucket.batch * self.steps_per_round or clips % min(ENCODE_CLIPS, clips or 1):
                 raise ConfigError(
                     f"batch {bucket.batch} x {self.steps_per_round} steps a round / reuse {self.reuse} must be a "
-                    f"multiple of {_ENCODE_CLIPS} clips"
+                    f"multiple of {ENCODE_CLIPS} clips"
                 )
 
     @property
@@ -127,16 +139,16 @@ class FlowTraining:
             if (bucket.frames - 1) % vae.temporal_factor:
                 raise ConfigError(f"{bucket.frames} frames are not {vae.temporal_factor}k + 1")
 
-    def captions(self, tokenizer: Tokenizer, texts: list[str]) -> Captions:
+    def captions(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Captions:
         """Every text in ``caption_tokens`` tokens."""
         tokens = tokenizer.encode(texts, max_length=self.caption_tokens)
         return Captions(*(jnp.asarray(_padded(x, self.caption_tokens)) for x in tokens))
 
-    def batch(self, pool: Pool, empty: PyTree, key: Key[Array, ""]) -> Batch:
+    def batch(self, pool: Pool, empty: PyTree, key: Key[Array, ""], *, dropout: float | None = None) -> Batch:
         """These clips with noise, some without their caption: ``empty``'s only row stands for it."""
         drop_key, time_key, noise_key = jax.random.split(key, 3)
         size = pool.latents.shape[0]
-        dropped = jax.random.bernoulli(drop_key, self.caption_dropout, (size,))
+        dropped = jax.random.bernoulli(drop_key, self.caption_dropout if dropout is None else dropout, (size,))
 
         def mixed(rows: Array, nothing: Array) -> Array:
             return jnp.where(dropped.reshape(-1, *[1] * (rows.ndim - 1)), nothing, rows)
@@ -164,6 +176,8 @@ class FlowTraining:
         read: Read = lambda _, tokens: tokens,
         frozen: PyTree = None,
         shares: PyTree = None,
+        show: Show | None = None,
+        flops: Callable[[int], int] | None = None,
     ) -> TrainState:
         """All steps, from the newest checkpoint on where there is one.
 
@@ -171,63 +185,66 @@ class FlowTraining:
             read: applied to a round's captions, and to the empty one, once a round.
             frozen: parameters for ``read`` and ``loss`` that do not learn.
             shares: of the learning rate, a leaf of ``params`` each; see `OptimizerConfig.apply`.
+            show: makes the videos of a validation.
+            flops: floating-point operations of a step on one clip of a bucket, by its number.
 
         Raises:
             RehyatError, CheckpointError, Stopped: see `train.loop.run`.
         """
-        vae_graph, vae_params = nnx.split(vae)
-        empty = self.captions(tokenizer, [""])
 
-        def encode(bucket: Bucket, vae_params: PyTree, scenes: Any) -> Array:
-            vae = nnx.merge(vae_graph, vae_params)
-            return vae.normalize(vae.encode(bucket.render(scenes), frames_per_step=_ENCODE_FRAMES).astype(jnp.float32))
+        def feed(bucket: Bucket, *, count: int, seed: int) -> Feed:
+            return SpriteFeed(
+                bucket, count=count, seed=seed, vae=vae, tokens=functools.partial(self.captions, tokenizer), read=read
+            )
 
-        def program(bucket: Bucket) -> jax.stages.Lowered:
+        feeds = [feed(bucket, count=self._pool(bucket), seed=self.seed) for bucket in self.buckets]
+
+        def program(index: int) -> jax.stages.Lowered:
+            bucket, feed = self.buckets[index], feeds[index]
             count = self._pool(bucket)
 
             def advance(
-                state: TrainState,
-                vae_params: PyTree,
-                frozen: PyTree,
-                scenes: Any,
-                tokens: Captions,
-                key: Array,
-                rate: Array,
+                state: TrainState, feed_frozen: PyTree, frozen: PyTree, turn: PyTree, key: Array, rate: Array
             ) -> tuple[TrainState, dict[str, Array]]:
-                parts = jax.tree.map(lambda x: x.reshape(-1, min(_ENCODE_CLIPS, count), *x.shape[1:]), scenes)
-                latents = jax.lax.map(lambda part: encode(bucket, vae_params, part), parts)
-                pool = Pool(latents.reshape(count, *latents.shape[2:]), read(frozen, tokens))
-                nothing = read(frozen, empty)
+                pool, nothing = feed.pool(turn, feed_frozen, frozen), feed.nothing(feed_frozen, frozen)
                 order_key, key = jax.random.split(key)
                 order = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, self.reuse))
 
                 def step(state: TrainState, x: tuple[Array, Array]) -> tuple[TrainState, dict[str, Array]]:
                     batch = self.batch(jax.tree.map(lambda a: a[x[0]], pool), nothing, x[1])
-                    gradients, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, batch)
+                    gradients, metrics = gradients_of(loss, state.params, frozen, batch, parts=self.accumulate)
                     return self.optimizer.apply(state, gradients, rate, shares=shares), metrics
 
                 order = order.reshape(self.steps_per_round, bucket.batch)
                 return jax.lax.scan(step, state, (order, jax.random.split(key, self.steps_per_round)))
 
-            scenes = jax.eval_shape(functools.partial(bucket.sample, count=count), round_key(0, 0))
-            tokens = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), empty))
             return jax.jit(advance, donate_argnums=0).lower(
-                state, vae_params, frozen, scenes, tokens, round_key(0, 0), jnp.float32(0)
+                state, feed.frozen, frozen, feed.turn_shapes(), round_key(0, 0), jnp.float32(0)
             )
 
         with phases.measure("compile"):
             state = self.optimizer.init(params)
-            samplers = [jax.jit(functools.partial(bucket.sample, count=self._pool(bucket))) for bucket in self.buckets]
-            programs = compile_all([functools.partial(program, bucket) for bucket in self.buckets])
+            programs = compile_all([functools.partial(program, index) for index in range(len(feeds))])
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
             index = step // self.steps_per_round
             bucket = choose(self.buckets, self.seed, index, progress=step / self.steps)
-            scene_key, key = jax.random.split(round_key(self.seed, index))
-            scenes = samplers[bucket](scene_key)
-            tokens = self.captions(tokenizer, captions(scenes))
+            turn, key = feeds[bucket].turn(index), jax.random.split(round_key(self.seed, index))[1]
             rate = jnp.float32(self.optimizer.rate(step, self.steps))
-            return programs[bucket](state, vae_params, frozen, scenes, tokens, key, rate)
+            return programs[bucket](state, feeds[bucket].frozen, frozen, turn, key, rate)
+
+        def round_flops(step: int) -> int:
+            bucket = choose(self.buckets, self.seed, step // self.steps_per_round, progress=step / self.steps)
+            return flops(bucket) * self.buckets[bucket].batch * self.steps_per_round if flops else 0
+
+        held_out = [self._measurer(bucket, feed, loss, frozen) for bucket in self.buckets if self.validation.every]
+
+        def validate(state: TrainState, step: int) -> dict[str, float]:
+            losses = [measure(state.ema) for measure in held_out]
+            if show:
+                show(state.ema, self.train_folder / "videos" / f"step-{step:06d}")
+            names = [f"validation/{index}-{bucket.kind}-{bucket.frames}" for index, bucket in enumerate(self.buckets)]
+            return dict(zip(names, losses, strict=True)) | {"validation/loss": float(np.mean(losses))}
 
         with phases.measure("train"):
             return run(
@@ -237,7 +254,52 @@ class FlowTraining:
                 steps_per_advance=self.steps_per_round,
                 folder=self.train_folder,
                 checkpoint_seconds=self.checkpoint_seconds,
+                most_skipped=self.most_skipped,
+                validate=validate if self.validation.every else None,
+                validate_steps=self.validation.every,
+                flops=round_flops if flops else None,
             )
+
+    def _measurer(
+        self, bucket: Bucket, make_feed: Callable[..., Feed], loss: Loss, frozen: PyTree
+    ) -> Callable[[PyTree], float]:
+        """From parameters: the loss on clips that are held out, a part of a step's batch at a time."""
+        part = bucket.batch // self.accumulate
+        parts = -(-self.validation.clips // part)
+        feed = make_feed(bucket, count=part * parts, seed=self.seed + _HELD_OUT)
+
+        def measure(params: PyTree, feed_frozen: PyTree, frozen: PyTree, turn: PyTree) -> Array:
+            pool, nothing = feed.pool(turn, feed_frozen, frozen), feed.nothing(feed_frozen, frozen)
+            batch = self.batch(pool, nothing, round_key(0, 0), dropout=0.0)
+            return jnp.mean(jax.lax.map(lambda part: loss(params, frozen, part)[1]["loss"], _cut(batch, parts)))
+
+        turn, program = feed.turn(0), jax.jit(measure)
+        return lambda params: float(program(params, feed.frozen, frozen, turn))
+
+
+def gradients_of(
+    loss: Loss, params: PyTree, frozen: PyTree, batch: Batch, *, parts: int
+) -> tuple[PyTree, dict[str, Array]]:
+    """Of the mean over a batch that goes through in so many parts, summed in float32; and the means to log.
+
+    Every part has clips of all levels of noise and, on a mesh, as many on each device.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        return gradient(params, frozen, batch)
+
+    def add(total: PyTree, part: Batch) -> tuple[PyTree, dict[str, Array]]:
+        gradients, metrics = gradient(params, frozen, part)
+        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32) / parts, total, gradients), metrics
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    total, metrics = jax.lax.scan(add, zeros, _cut(batch, parts))
+    return total, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
+
+
+def _cut(batch: Batch, parts: int) -> Batch:
+    """Part i has rows i, i + parts, …: neighbours, which a mesh keeps on one device, go to different parts."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def embed(encoder: UMT5Encoder, tokens: Captions) -> Float[Array, "B L D"]:
