@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rehyat_jax.errors import CheckpointError
+from rehyat_jax.files import sample_digest
 from rehyat_jax.models.umt5 import UMT5Encoder
 from rehyat_jax.text import PromptCache, Tokenizer, embed_tokens
 from rehyat_jax.weights import load_text_encoder
@@ -77,17 +78,5 @@ class PromptEncoder:
         digest = hashlib.sha256(f"{self._config} {jnp.dtype(self._dtype).name}".encode())
         for path in sorted(self._weights.parent.iterdir()):
             if path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-                digest.update(_sample(path))
+                digest.update(sample_digest(path))
         return digest.hexdigest()
-
-
-def _sample(path: Path) -> bytes:
-    """A file's size and enough of its bytes to tell it from another: all of a small one, samples of a large one."""
-    size, block, count = path.stat().st_size, 1 << 20, 64
-    starts = range(0, size, block) if size <= block * count else np.linspace(0, size - block, count, dtype=np.int64)
-    digest = hashlib.sha256(f"{path.name} {size}".encode())
-    with path.open("rb") as file:
-        for start in starts:
-            file.seek(int(start))
-            digest.update(file.read(block))
-    return digest.digest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,26 +18,37 @@ _WIDTHS = {"plain": world.WIDTH, "occlusion": world.OCCLUSION_WIDTH}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bucket:
+class AnyBucket:
     """Clips of one shape. ``share`` is the part of the rounds that draw from it; ``batch`` is an optimiser step's."""
 
-    kind: Literal["plain", "occlusion"]
     frames: int
     batch: int
     share: float = 1.0
     #: Drawn from only in this part of the run, as shares of its steps: short clips first, long ones later.
     during: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 1), ("batch", 1), ("share", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ConfigError(f"a bucket's {name} must be {least} or more, not {getattr(self, name)}")
+        if not 0 <= self.during[0] < self.during[1] <= 1:
+            raise ConfigError(f"a bucket's during must be two shares of the run in order, not {self.during}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bucket(AnyBucket):
+    """Clips of MovingSprites, drawn for each round anew."""
+
+    kind: Literal["plain", "occlusion"]
     #: Occlusion: hidden-wait frames are drawn from 0 to this.
     longest_wait: int = 0
     #: Of each clip only so many neighbouring columns, from a place drawn for it; none: all of them.
     columns: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("batch", 1), ("share", 0), ("longest_wait", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ConfigError(f"a bucket's {name} must be {least} or more, not {getattr(self, name)}")
-        if not 0 <= self.during[0] < self.during[1] <= 1:
-            raise ConfigError(f"a bucket's during must be two shares of the run in order, not {self.during}")
+        super().__post_init__()
+        if self.longest_wait < 0:
+            raise ConfigError(f"a bucket's longest_wait must be 0 or more, not {self.longest_wait}")
         if self.columns is not None and not 1 <= self.columns <= _WIDTHS[self.kind]:
             raise ConfigError(f"a bucket's columns must be 1 to {_WIDTHS[self.kind]}, not {self.columns}")
 
@@ -44,11 +56,6 @@ class Bucket:
     def width(self) -> int:
         """Of its clips, in pixels."""
         return self.columns or _WIDTHS[self.kind]
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Height and width of its clips in whole, in pixels."""
-        return world.HEIGHT, _WIDTHS[self.kind]
 
     def sample(self, key: Key[Array, ""], count: int) -> Any:
         """``count`` training scenes, inside jit; occlusions' waits are drawn evenly from 0 to ``longest_wait``."""
@@ -71,7 +78,7 @@ class Bucket:
         return jax.vmap(lambda clip, x: jax.lax.dynamic_slice_in_dim(clip, x, self.width, axis=2))(video, left)
 
 
-def check_rounds(buckets: tuple[Bucket, ...], *, steps: int, steps_per_round: int) -> None:
+def check_rounds(buckets: Sequence[AnyBucket], *, steps: int, steps_per_round: int) -> None:
     """
     Raises:
         ConfigError: there is nothing to do, or a time with nothing to draw from.
@@ -86,11 +93,11 @@ def check_rounds(buckets: tuple[Bucket, ...], *, steps: int, steps_per_round: in
             )
 
 
-def _shares(buckets: tuple[Bucket, ...], progress: float) -> list[float]:
+def _shares(buckets: Sequence[AnyBucket], progress: float) -> list[float]:
     return [b.share if b.during[0] <= progress < b.during[1] else 0.0 for b in buckets]
 
 
-def choose(buckets: tuple[Bucket, ...], seed: int, index: int, *, progress: float = 0.0) -> int:
+def choose(buckets: Sequence[AnyBucket], seed: int, index: int, *, progress: float = 0.0) -> int:
     """Which bucket round ``index`` draws from, ``progress`` (0 to 1, 1 aside) through the run."""
     share = np.array(_shares(buckets, progress))
     return int(np.random.default_rng((seed, index)).choice(len(buckets), p=share / share.sum()))

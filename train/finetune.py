@@ -33,6 +33,7 @@ from train.command import run_training
 from train.flow import Batch, FlowTraining, Loss, embed, flow_loss, pad_text
 from train.optimizer import OptimizerConfig
 from train.pools import Captions
+from train.prepared import PreparedClips, open_prepared
 from train.videos import showing
 
 #: What a result has from its source, as it is there.
@@ -58,7 +59,7 @@ class FinetuneTraining(FlowTraining):
     teacher_weight: float = 0.0
     #: Longer clips are not compared: a teacher knows no more than it was trained on.
     teacher_frames: int = 129
-    buckets: tuple[Bucket, ...] = (
+    buckets: tyro.conf.AvoidSubcommands[tuple[Bucket | PreparedClips, ...]] = (
         Bucket(kind="plain", frames=65, batch=64, share=0.3),
         Bucket(kind="plain", frames=129, batch=32, share=0.2),
         Bucket(kind="plain", frames=257, batch=16, share=0.2),
@@ -100,7 +101,8 @@ class FinetuneTraining(FlowTraining):
         Raises:
             RehyatError: ``out`` is there already, or training diverged.
             CheckpointError: the source or the teacher is no such model; checkpoints of another model; a full disk.
-            ConfigError: the source's blocks cannot become ``hybrid``'s, or clips do not fit its VAE.
+            ConfigError: the source's blocks cannot become ``hybrid``'s, or clips do not fit its VAE; a prepared folder
+                is not finished, damaged, or of another model.
             Stopped: by a signal; see `train.loop.run`.
         """
         if self.result.exists():
@@ -109,12 +111,14 @@ class FinetuneTraining(FlowTraining):
         source = find_model(self.source)
         if not (source / "model_index.json").is_file():
             raise CheckpointError(f"{source} is no whole model in the diffusers layout; rehyat convert can make one")
+        prepared = open_prepared(self.buckets, source)
         student = student_of(load_transformer(source), self.hybrid, where=source)
         graph, params = _in_dtype(student, dtype)
-        vae, encoder = load_vae(source, dtype=dtype), load_text_encoder(source, dtype=dtype)
+        vae = load_vae(source, dtype=dtype)
         self.check_fits(vae.config, student.config, where=source / "vae")
-        text_graph, text_params = nnx.split(encoder)
-        frozen, teacher_graph = {"text": text_params}, None
+        frozen, teacher_graph = {}, None
+        if any(isinstance(bucket, Bucket) for bucket in self.buckets):  # captions of prepared clips are embedded
+            text_graph, frozen["text"] = nnx.split(load_text_encoder(source, dtype=dtype))
         if self.teacher is not None:
             teacher = load_transformer(find_model(self.teacher), hybrid=None)
             if teacher.config != student.config:
@@ -124,19 +128,18 @@ class FinetuneTraining(FlowTraining):
         def read(frozen: PyTree, tokens: Captions) -> Array:
             return embed(nnx.merge(text_graph, frozen["text"]), tokens)
 
-        def flops(index: int) -> int:
-            bucket, time, space = self.buckets[index], vae.config.temporal_factor, vae.config.spatial_factor
-            height, width = bucket.sides
-            shape = 1 + (bucket.frames - 1) // time, height // space, width // space
-            compared = self.teacher is not None and bucket.frames <= self.teacher_frames
-            student_flops = forward_flops(student.config, student.hybrid, shape=shape)
-            return 3 * student_flops + (forward_flops(student.config, None, shape=shape) if compared else 0)
+        longest = 1 + (self.teacher_frames - 1) // vae.config.temporal_factor
 
-        loss = self.loss(graph, teacher_graph, longest=1 + (self.teacher_frames - 1) // vae.config.temporal_factor)
+        def flops(shape: tuple[int, int, int]) -> int:
+            compared = self.teacher is not None and shape[0] <= longest
+            learning = 3 * forward_flops(student.config, student.hybrid, shape=shape)
+            return learning + (forward_flops(student.config, None, shape=shape) if compared else 0)
+
+        loss = self.loss(graph, teacher_graph, longest=longest)
         prompts = self.validation.prompts if self.validation.every else ()
         state = self.train(
             params, loss, vae=vae, tokenizer=Tokenizer.from_folder(source), phases=phases, read=read, frozen=frozen,
-            shares=self._shares(params), flops=flops,
+            shares=self._shares(params), flops=flops, prepared=prepared,
             show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None,
         )  # fmt: skip
         with phases.measure("save"), whole_folder(self.result) as partial:

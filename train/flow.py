@@ -7,15 +7,18 @@ batch)`` and its gradient, without anything else in hand.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.config import VAEConfig, WanConfig
@@ -24,10 +27,11 @@ from rehyat_jax.models.umt5 import UMT5Encoder
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.record import Phases
 from rehyat_jax.text import Tokenizer
-from train.clips import Bucket, check_rounds, choose, round_key
+from train.clips import AnyBucket, Bucket, check_rounds, choose, round_key
 from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, TrainState
 from train.pools import ENCODE_CLIPS, Captions, Feed, Pool, Read, SpriteFeed
+from train.prepared import Prepared, PreparedClips, PreparedFeed
 
 #: Wan pads its text to this many tokens.
 TEXT_TOKENS = 512
@@ -74,7 +78,7 @@ class FlowTraining:
     """The settings of either stage, and its rounds."""
 
     out: Path
-    buckets: tuple[Bucket, ...]
+    buckets: tyro.conf.AvoidSubcommands[tuple[Bucket | PreparedClips, ...]]
     steps: int
     #: Optimiser steps a round, and how often each clip of its pool serves.
     steps_per_round: int = 16
@@ -110,10 +114,11 @@ class FlowTraining:
             if bucket.batch % self.accumulate:
                 raise ConfigError(f"a batch of {bucket.batch} clips cannot be cut into accumulate = {self.accumulate}")
             clips = self._pool(bucket)
-            if clips * self.reuse != bucket.batch * self.steps_per_round or clips % min(ENCODE_CLIPS, clips or 1):
+            encoded = min(ENCODE_CLIPS, clips or 1) if isinstance(bucket, Bucket) else 1
+            if clips * self.reuse != bucket.batch * self.steps_per_round or clips % encoded:
                 raise ConfigError(
                     f"batch {bucket.batch} x {self.steps_per_round} steps a round / reuse {self.reuse} must be a "
-                    f"multiple of {ENCODE_CLIPS} clips"
+                    f"multiple of {encoded} clips"
                 )
 
     @property
@@ -121,8 +126,8 @@ class FlowTraining:
         """Checkpoints and metrics."""
         raise NotImplementedError
 
-    def _pool(self, bucket: Bucket) -> int:
-        """Fresh clips a round."""
+    def _pool(self, bucket: AnyBucket) -> int:
+        """Clips that a round draws."""
         return bucket.batch * self.steps_per_round // self.reuse
 
     def check_fits(self, vae: VAEConfig, model: WanConfig, *, where: Path) -> None:
@@ -177,7 +182,8 @@ class FlowTraining:
         frozen: PyTree = None,
         shares: PyTree = None,
         show: Show | None = None,
-        flops: Callable[[int], int] | None = None,
+        flops: Callable[[tuple[int, int, int]], int] | None = None,
+        prepared: Mapping[Path, Prepared] = MappingProxyType({}),
     ) -> TrainState:
         """All steps, from the newest checkpoint on where there is one.
 
@@ -186,18 +192,30 @@ class FlowTraining:
             frozen: parameters for ``read`` and ``loss`` that do not learn.
             shares: of the learning rate, a leaf of ``params`` each; see `OptimizerConfig.apply`.
             show: makes the videos of a validation.
-            flops: floating-point operations of a step on one clip of a bucket, by its number.
+            flops: floating-point operations of a step on one clip of so many latent frames, rows and columns.
+            prepared: the opened folders of buckets of `PreparedClips`.
 
         Raises:
             RehyatError, CheckpointError, Stopped: see `train.loop.run`.
         """
+        turns = self._turns()
+        held_out = self.validation.clips if self.validation.every else 0
 
-        def feed(bucket: Bucket, *, count: int, seed: int) -> Feed:
+        def feed(number: int, *, count: int | None = None) -> Feed:
+            """Of a bucket: what it trains on or, with a count, so many clips that are held out."""
+            bucket = self.buckets[number]
+            if isinstance(bucket, PreparedClips):
+                return PreparedFeed(
+                    prepared[bucket.folder], count=count or self._pool(bucket), seed=self.seed,
+                    dtype=jnp.dtype(self.dtype), place=functools.partial(bisect.bisect_left, turns[number]),
+                    first=0 if count else held_out, last=held_out if count else None,
+                )  # fmt: skip
             return SpriteFeed(
-                bucket, count=count, seed=seed, vae=vae, tokens=functools.partial(self.captions, tokenizer), read=read
-            )
+                bucket, count=count or self._pool(bucket), seed=self.seed + (_HELD_OUT if count else 0), vae=vae,
+                tokens=functools.partial(self.captions, tokenizer), read=read,
+            )  # fmt: skip
 
-        feeds = [feed(bucket, count=self._pool(bucket), seed=self.seed) for bucket in self.buckets]
+        feeds = [feed(number) for number in range(len(self.buckets))]
 
         def program(index: int) -> jax.stages.Lowered:
             bucket, feed = self.buckets[index], feeds[index]
@@ -233,17 +251,26 @@ class FlowTraining:
             rate = jnp.float32(self.optimizer.rate(step, self.steps))
             return programs[bucket](state, feeds[bucket].frozen, frozen, turn, key, rate)
 
+        def clip_flops(feed: Feed) -> int:
+            shape = jax.eval_shape(feed.pool, feed.turn_shapes(), feed.frozen, frozen).latents.shape
+            return flops(shape[1:4]) if flops else 0
+
+        work = [clip_flops(feed) * self.steps_per_round for feed in feeds]
+
         def round_flops(step: int) -> int:
             bucket = choose(self.buckets, self.seed, step // self.steps_per_round, progress=step / self.steps)
-            return flops(bucket) * self.buckets[bucket].batch * self.steps_per_round if flops else 0
+            return work[bucket] * self.buckets[bucket].batch
 
-        held_out = [self._measurer(bucket, feed, loss, frozen) for bucket in self.buckets if self.validation.every]
+        measures = [
+            self._measurer(bucket, functools.partial(feed, number), loss, frozen)
+            for number, bucket in enumerate(self.buckets) if held_out
+        ]  # fmt: skip
 
         def validate(state: TrainState, step: int) -> dict[str, float]:
-            losses = [measure(state.ema) for measure in held_out]
+            losses = [measure(state.ema) for measure in measures]
             if show:
                 show(state.ema, self.train_folder / "videos" / f"step-{step:06d}")
-            names = [f"validation/{index}-{bucket.kind}-{bucket.frames}" for index, bucket in enumerate(self.buckets)]
+            names = [f"validation/{index}-{bucket.frames}-frames" for index, bucket in enumerate(self.buckets)]
             return dict(zip(names, losses, strict=True)) | {"validation/loss": float(np.mean(losses))}
 
         with phases.measure("train"):
@@ -260,13 +287,20 @@ class FlowTraining:
                 flops=round_flops if flops else None,
             )
 
+    def _turns(self) -> list[list[int]]:
+        """For each bucket, the rounds that draw from it."""
+        turns: list[list[int]] = [[] for _ in self.buckets]
+        for index, step in enumerate(range(0, self.steps, self.steps_per_round)):
+            turns[choose(self.buckets, self.seed, index, progress=step / self.steps)].append(index)
+        return turns
+
     def _measurer(
-        self, bucket: Bucket, make_feed: Callable[..., Feed], loss: Loss, frozen: PyTree
+        self, bucket: AnyBucket, make_feed: Callable[..., Feed], loss: Loss, frozen: PyTree
     ) -> Callable[[PyTree], float]:
         """From parameters: the loss on clips that are held out, a part of a step's batch at a time."""
         part = bucket.batch // self.accumulate
         parts = -(-self.validation.clips // part)
-        feed = make_feed(bucket, count=part * parts, seed=self.seed + _HELD_OUT)
+        feed = make_feed(count=part * parts)
 
         def measure(params: PyTree, feed_frozen: PyTree, frozen: PyTree, turn: PyTree) -> Array:
             pool, nothing = feed.pool(turn, feed_frozen, frozen), feed.nothing(feed_frozen, frozen)
