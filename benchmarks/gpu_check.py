@@ -48,7 +48,8 @@ class Report:
         line = {"case": case, **figures, "at_s": round(time.perf_counter() - self.start, 1)}
         self.lines.append(line)
         print(json.dumps(line), flush=True)
-        self.path.write_text(json.dumps(self.lines, indent=1))
+        body = ",\n".join(json.dumps(line, ensure_ascii=False) for line in self.lines)
+        self.path.write_text(f"[\n{body}\n]\n", encoding="utf-8")
 
     def run(self, case: str, measure: Callable[[], dict[str, Any]]) -> None:
         if time.perf_counter() - self.start > self.seconds:
