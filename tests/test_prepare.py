@@ -1,7 +1,9 @@
 """Videos with captions into shards, and training that reads them: exact numbers, kills, bad folders."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +17,20 @@ from test_finetune import _log, _training, _write_teacher
 
 from rehyat_jax import cli
 from rehyat_jax.compilation import cache_folder, keep_compiled
-from rehyat_jax.errors import ConfigError
+from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.sampling import Euler, FlowSchedule, Guidance
 from rehyat_jax.text import Tokenizer, embed_prompts
 from rehyat_jax.video import write_video
-from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae
+from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_vae
 from train.clips import Bucket
+from train.distill import DistillTraining
+from train.flow import Validation
 from train.footage import clips, find_footage
-from train.prepared import Prepared, PreparedClips
+from train.optimizer import OptimizerConfig
+from train.prepared import File, Prepared, PreparedClips
+from train.sources import PreparedInputs, Source
+from train.trajectories import Sampling
 
 CAPTIONS = ("a lemon moving down", "a mushroom on a blue background", "a koala", "a red lemon moving up", "a lemon")
 
@@ -267,3 +276,73 @@ def test_finetuning_on_prepared_clips_resumes_exactly(model, data, tmp_path):
         assert (cut.out / path.relative_to(whole.out)).read_bytes() == path.read_bytes()
     before, after = (load_transformer(folder) for folder in (model, whole.out))
     assert float(jnp.abs(before.proj_out.kernel[...] - after.proj_out.kernel[...]).max()) > 0
+
+
+def test_what_is_wrong_with_a_prepared_folder_is_one_sentence(model, data, tmp_path):
+    def said(folder: Path, error: type = ConfigError, **options: object) -> str:
+        with pytest.raises(error) as raised:
+            _tuned(model, folder, tmp_path / "out", **options).run()
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    nine = (PreparedClips(folder=data, frames=9, batch=4),)
+    assert "has clips of 5 frames, and the bucket says 9" in said(data, buckets=nine)
+    assert "is no folder that rehyat prepare made" in said(tmp_path)
+    validation = Validation(every=8, clips=6)
+    assert "6 clips, of which 6 are held out: none are left" in said(data, validation=validation)
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    shard = copy / "clips-00001-of-00003.array_record"
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard} is missing or damaged: the same rehyat prepare makes it anew" in said(copy)
+    # Damage that no sample saw, in a large file, is met when the record is read.
+    records = Prepared(
+        folder=copy, plan=Prepared.open(data).plan, empty=Prepared.open(data).empty,
+        shards=(File.of(shard, clips=2),),
+    )  # fmt: skip
+    for damage in (range(5000, 5010), range(len(content) - 9, len(content))):  # in a record, at the end of the file
+        torn = bytearray(content)
+        for place in damage:
+            torn[place] ^= 255
+        shard.write_bytes(torn)
+        with pytest.raises(RehyatError, match=r"00001-of-00003.array_record is damaged"):
+            [records.clips(0)[index] for index in range(2)]
+    shutil.copytree(model, tmp_path / "other")
+    vae = load_vae(model)
+    vae.quant_conv.bias.set_value(vae.quant_conv.bias.get_value() + 1)
+    shutil.rmtree(tmp_path / "other" / "vae")
+    save_vae(vae, tmp_path / "other" / "vae")
+    with pytest.raises(ConfigError, match="was prepared with another VAE than that of"):
+        _tuned(tmp_path / "other", data, tmp_path / "out").run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_distillation_reads_prepared_clips(model, data, tmp_path):
+    training = DistillTraining(
+        out=tmp_path / "student", teacher=model, hybrid=HybridConfig(chunk_frames=1, overlap_frames=1),
+        sources=(Source(prepared=data, frames=5, height=32, width=32, batch=4),), num_inference_steps=2,
+        guidance_scale=1.0, steps=4, held_out=2, measure_rounds=0, dtype="float32", checkpoint_seconds=0.0,
+        optimizer=OptimizerConfig(learning_rate=5e-2, warmup_steps=4, weight_decay=0.0),
+    )  # fmt: skip
+    assert training.sources[0].held_out(2) == list(CAPTIONS[:2])
+    training.run()
+    assert [entry["step"] for entry in _log(training)] == [1, 2, 3, 4]
+    assert load_transformer(training.out).hybrid == training.hybrid
+    # The four clips that are not held out, each with its text and at a level of noise of its own.
+    sampling = Sampling(schedules=(FlowSchedule(shift=3.0),), solver=Euler(), num_steps=2, guidance=Guidance(scale=1.0))
+    prepared = Prepared.open(data)
+    inputs = PreparedInputs(training.sources[0], prepared, sampling=sampling, dtype=jnp.dtype("float32"),
+                            key=jax.random.key(0), seed=0, held_out=2)  # fmt: skip
+    _, points = jax.jit(inputs.points)(None, inputs.turn(0), inputs.frozen)
+    rest = [prepared.clips(2)[index]["text"] for index in range(4)]
+    given = np.asarray(points.text)[:, :7]
+    assert {row.tobytes() for row in given} == {row.tobytes() for row in rest}
+    assert points.text.shape == (4, 512, 16)
+    levels = np.asarray(points.timesteps) / 1000
+    # One in each quarter, before the shift of 3 is taken back.
+    assert np.floor(4 * levels / (3 - 2 * levels)).tolist() == [0, 1, 2, 3]
+    small = dataclasses.replace(training.sources[0], width=64)
+    with pytest.raises(ConfigError, match="has clips of 32x32, and the source says 64x32"):
+        dataclasses.replace(training, out=tmp_path / "other", sources=(small,)).run()

@@ -41,7 +41,8 @@ from train.blockwise import Figures, Seen, draw_order, learn, measure, observe
 from train.command import run_training
 from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, Skipped, TrainState
-from train.sources import Embed, Inputs, NoisyClips, OwnTrajectories, Source
+from train.prepared import Prepared
+from train.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, check_prepared
 from train.trajectories import Sampling
 
 #: What a result has from its teacher, as it is there; the transformer's folder gets a ``rehyat`` part.
@@ -132,7 +133,7 @@ class DistillTraining:
         return self.updates_per_point * self.minibatches
 
     def _rows(self, source: Source) -> int:
-        return source.batch * (1 if source.videos else Guidance(scale=self.guidance_scale).branches)
+        return source.batch * (Guidance(scale=self.guidance_scale).branches if source.samples else 1)
 
     def run(self, phases: Phases | None = None) -> None:
         """Train, or continue a run that was stopped; ``phases`` takes times and memory.
@@ -215,23 +216,38 @@ class Distillation:
                 f"{config.in_channels} in and {config.out_channels} out"
             )
         self._shapes = [source.latent_shape(vae, config) for source in training.sources]
+        for source in training.sources:
+            if source.prepared is not None:
+                check_prepared(source, folder)
         # All that a user may have got wrong is known before the text encoder is read.
-        texts = [source.texts(seed=training.seed, reserved=training.held_out) for source in training.sources]
+        texts = {
+            index: source.texts(seed=training.seed, reserved=training.held_out)
+            for index, source in enumerate(training.sources) if source.samples
+        }  # fmt: skip
         held_out = [source.held_out(training.held_out) for source in training.sources]
         embed = _embeddings(folder, training.sources, dtype)
         self._held_out = [embed(prompts) for prompts in held_out]
         self._nothing = embed([""])
         self._inputs: list[Inputs] = []
-        for index, (source, text, shape) in enumerate(zip(training.sources, texts, self._shapes, strict=True)):
+        for index, (source, shape) in enumerate(zip(training.sources, self._shapes, strict=True)):
             key = _key(training.seed, 1 + index)
             if source.videos:
                 clips = NoisyClips(
                     source, sampling=self._sampling, embed=embed, vae=load_vae(folder, dtype=dtype), key=key
                 )
                 self._inputs.append(clips)
+            elif source.prepared is not None:
+                self._inputs.append(
+                    PreparedInputs(
+                        source, Prepared.open(source.prepared), sampling=self._sampling, dtype=dtype, key=key,
+                        seed=training.seed, held_out=training.held_out,
+                    )
+                )  # fmt: skip
             else:
                 self._inputs.append(
-                    OwnTrajectories(source, sampling=self._sampling, texts=text, embed=embed, shape=shape, key=key)
+                    OwnTrajectories(
+                        source, sampling=self._sampling, texts=texts[index], embed=embed, shape=shape, key=key
+                    )
                 )
         self._latest: dict[str, Any] = {}
         # Which source each round draws from, and which round of that source it is.

@@ -53,6 +53,7 @@ class Batch(NamedTuple):
 #: From parameters that learn, others that do not, and a batch: what is minimised, and values to log.
 Loss = Callable[[PyTree, PyTree, Batch], tuple[Array, dict[str, Array]]]
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Validation:
     """What is measured, and shown, now and then during a run; always with the averaged weights."""

@@ -187,6 +187,11 @@ class Prepared:
         """The empty prompt's embedding."""
         return self._padded(unpack((self.folder / EMPTY).read_bytes())["text"])[None]
 
+    def captions(self, count: int) -> list[str]:
+        """Of the first clips."""
+        records = _Records(self.folder, self.shards)
+        return [records[index]["caption"] for index in range(min(count, len(records)))]
+
     def clips(self, first: int, last: int | None = None) -> grain.MapDataset:
         """Clips ``first`` to ``last`` in the order of the files: latents, and text padded with zeros."""
 
@@ -238,6 +243,11 @@ class _Records:
     def __init__(self, folder: Path, shards: Sequence[File]) -> None:
         self._paths = [str(folder / shard.name) for shard in shards if shard.clips]
         self._ends = np.cumsum([shard.clips for shard in shards if shard.clips])
+        for path in self._paths:  # all at once, an error would not say which
+            try:
+                grain.sources.ArrayRecordDataSource([path])
+            except RuntimeError as error:
+                raise _damaged(path) from error
         self._source = grain.sources.ArrayRecordDataSource(self._paths)
 
     def __len__(self) -> int:
@@ -247,8 +257,11 @@ class _Records:
         try:
             return unpack(self._source[index])
         except Exception as error:  # ArrayRecord's checksums raise RuntimeError; msgpack has kinds of its own
-            path = self._paths[int(np.searchsorted(self._ends, index, side="right"))]
-            raise RehyatError(f"{path} is damaged: the same rehyat prepare makes it anew") from error
+            raise _damaged(self._paths[int(np.searchsorted(self._ends, index, side="right"))]) from error
+
+
+def _damaged(path: str) -> RehyatError:
+    return RehyatError(f"{path} is damaged: the same rehyat prepare makes it anew")
 
 
 class PreparedFeed:

@@ -1,4 +1,4 @@
-"""Where distillation's inputs come from: the teacher's own trajectories, or clips of MovingSprites with noise."""
+"""Where distillation's inputs come from: the teacher's own trajectories, or clips with noise."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
 from train.clips import Bucket
+from train.flow import pad_text
+from train.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
 from train.trajectories import Points, Prompts, Sampling, Turn
 
 #: Captions are drawn so many at a time.
@@ -45,6 +47,8 @@ class Source:
     share: float = 1.0
     #: Clips of MovingSprites with noise in place of the teacher's own trajectories.
     videos: bool = False
+    #: A folder that `rehyat prepare` made: its clips with noise in their place. Its first clips' captions are held out.
+    prepared: Path | None = None
     #: Of clips with a pillar: hidden-wait frames are drawn from 0 to this.
     longest_wait: int = 48
 
@@ -52,6 +56,8 @@ class Source:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("batch", 1), ("share", 0)):
             if not least <= getattr(self, name) < math.inf:
                 raise ConfigError(f"a source's {name} must be {least} or more, not {getattr(self, name)}")
+        if self.videos and self.prepared is not None:
+            raise ConfigError("a source has videos or a prepared folder, not both")
         if self.videos and (self.height, self.width) != (world.HEIGHT, _KINDS.get(self.prompts)):
             raise ConfigError(
                 f"a source with videos has prompts 'plain' (64x64) or 'occlusion' (96x64), not {self.prompts!r} "
@@ -61,7 +67,12 @@ class Source:
     @property
     def of_sprites(self) -> bool:
         """Whether the prompts are captions of the world, and not a file's."""
-        return self.prompts in _KINDS
+        return self.prepared is None and self.prompts in _KINDS
+
+    @property
+    def samples(self) -> bool:
+        """Whether its inputs are the teacher's own trajectories."""
+        return self.prepared is None and not self.videos
 
     def latent_shape(self, vae: VAEConfig, model: WanConfig) -> tuple[int, int, int, int]:
         """[T, h, w, z] of its latents.
@@ -105,6 +116,8 @@ class Source:
         Raises:
             ConfigError: as `texts`.
         """
+        if self.prepared is not None:
+            return Prepared.open(self.prepared).captions(count)
         if self.of_sprites:
             return self._captions(0, "unseen", 0)[:count]
         return self._lines(count)[:count]
@@ -128,6 +141,20 @@ class Source:
         if len(lines) <= reserved:
             raise ConfigError(f"{self.prompts} has {len(lines)} prompts, of which {reserved} are to be held out")
         return lines
+
+
+def check_prepared(source: Source, model: Path) -> None:
+    """
+    Raises:
+        ConfigError: the source's folder is not finished, damaged, of another size, or of another model.
+    """
+    bucket = PreparedClips(folder=source.prepared or Path(), frames=source.frames, batch=source.batch)
+    plan = open_prepared([bucket], model)[bucket.folder].plan
+    if (plan.width, plan.height) != (source.width, source.height):
+        raise ConfigError(
+            f"{bucket.folder} has clips of {plan.width}x{plan.height}, and the source says "
+            f"{source.width}x{source.height}"
+        )
 
 
 #: Embeddings [R, L, D] of texts.
@@ -210,15 +237,50 @@ class NoisyClips:
         vae = nnx.merge(self._vae, frozen)
         video = self._bucket.render(scenes)
         latents = vae.normalize(vae.encode(video, frames_per_step=_ENCODE_FRAMES).astype(jnp.float32))
-        time_key, noise_key = jax.random.split(key)
-        rows: Int[Array, " B"] = jnp.arange(latents.shape[0], dtype=jnp.int32)
-        even = (rows.astype(jnp.float32) + jax.random.uniform(time_key, rows.shape)) / len(rows)
-        # Rows next to each other have nearly the same level: each shift gets all levels.
-        shift = jnp.asarray(self._shifts)[rows % len(self._shifts)]
-        sigma = shift * even / (1 + (shift - 1) * even)
-        wide = sigma[:, None, None, None, None]
-        noisy = (1 - wide) * latents + wide * jax.random.normal(noise_key, latents.shape)
-        return None, Points(noisy, sigma * 1000, text)
+        return None, _noisy(latents, text, key, self._shifts)
 
     def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         return None
+
+
+class PreparedInputs:
+    """Clips of a prepared folder, at every level of noise; as exact to resume as its reader is."""
+
+    def __init__(
+        self, source: Source, data: Prepared, *, sampling: Sampling, dtype: jnp.dtype, key: Key[Array, ""], seed: int,
+        held_out: int,
+    ) -> None:  # fmt: skip
+        self._feed = PreparedFeed(
+            data, count=source.batch, seed=seed, dtype=dtype, place=lambda index: index, first=held_out
+        )
+        self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)
+        self._key = key
+        self.frozen = self._feed.frozen
+
+    def begin(self) -> PyTree:
+        return None
+
+    def turn(self, index: int) -> PyTree:
+        return self._feed.turn(index), jax.random.fold_in(self._key, index)
+
+    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
+        pool = self._feed.pool(turn[0], frozen, None)
+        return None, _noisy(pool.latents, pad_text(pool.text), turn[1], self._shifts)
+
+    def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
+        return None
+
+
+def _noisy(
+    latents: Float[Array, "B T h w z"], text: Float[Array, "B L D"], key: Key[Array, ""], shifts: np.ndarray
+) -> Points:
+    """Each clip at a level of noise of its own."""
+    time_key, noise_key = jax.random.split(key)
+    rows: Int[Array, " B"] = jnp.arange(latents.shape[0], dtype=jnp.int32)
+    even = (rows.astype(jnp.float32) + jax.random.uniform(time_key, rows.shape)) / len(rows)
+    # Rows next to each other have nearly the same level: each shift gets all levels.
+    shift = jnp.asarray(shifts)[rows % len(shifts)]
+    sigma = shift * even / (1 + (shift - 1) * even)
+    wide = sigma[:, None, None, None, None]
+    noisy = (1 - wide) * latents + wide * jax.random.normal(noise_key, latents.shape)
+    return Points(noisy, sigma * 1000, text)
