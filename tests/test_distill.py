@@ -221,3 +221,10 @@ def test_the_configuration_that_ships():
     assert (config.out, config.teacher) == (Path("out/sprites-distilled"), Path("mini-sprites"))
     for word in ("rehyat distill sprites_distill", "Cost:", "Result:"):
         assert word in about
+
+
+def test_the_last_checkpoint_exports_the_model_of_the_run(whole, tmp_path):
+    whole.export(tmp_path / "exported")
+    for path in whole.out.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "exported" / path.relative_to(whole.out)).read_bytes() == path.read_bytes(), path

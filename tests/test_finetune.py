@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from rehyat_jax import TextToVideo
+from rehyat_jax import TextToVideo, cli
 from rehyat_jax.compilation import cache_folder, keep_compiled
 from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
@@ -328,3 +328,32 @@ def test_validation_measures_and_shows_the_average(teacher, tmp_path):
     assert [video.shape[0] for video in videos] == [5, 5]
     assert not np.array_equal(*videos)
     assert all(entry["tflops_per_s"] > 0 for entry in _log(training))
+
+
+def test_the_last_checkpoint_exports_the_model_of_the_run(whole, teacher, tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport test_finetune\n"
+        f"config = test_finetune._training(Path({str(teacher)!r}), Path('elsewhere'))"
+    )
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(file), str(out), "--", "--out", str(whole.out)]) == 0
+    for path in whole.out.rglob("*"):
+        if path.is_file():
+            assert (out / path.relative_to(whole.out)).read_bytes() == path.read_bytes(), path
+    earlier = tmp_path / "earlier"
+    assert cli.main(["export", str(file), str(earlier), "--step", "40", "--", "--out", str(whole.out)]) == 0
+    before, after = (load_transformer(folder).proj_out.kernel[...] for folder in (earlier, out))
+    assert float(jnp.abs(before - after).max()) > 0
+    capsys.readouterr()
+    for more, words in [
+        (["--", "--out", str(tmp_path / "none")], "there are no checkpoints in"),
+        (["--step", "7", "--", "--out", str(whole.out)], "has no checkpoint of step 7 (there are 40, 48)"),
+        (["--", "--out", str(whole.out), "--hybrid.no-decay"], "is of another model"),
+    ]:
+        assert cli.main(["export", str(file), str(tmp_path / "more"), *more]) == 2
+        said = capsys.readouterr().err.strip().split("\n")[-1]
+        assert said.startswith("rehyat: ")
+        assert words in said
+    assert not (tmp_path / "more").exists()

@@ -54,6 +54,26 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         return None
 
+    def read(self, template: PyTree, *, step: int | None = None) -> PyTree:
+        """A whole checkpoint, of ``step`` or the newest; nothing is removed. As `restore`, but for what is raised.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another model.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            held = f" (there are {', '.join(map(str, steps))})" if steps else ""
+            raise CheckpointError(f"{self._manager.directory} has {what}{held}")
+        step = steps[-1] if step is None else step
+        seal = _read_seal(self._path(step))
+        if seal is None:
+            raise CheckpointError(f"the checkpoint {self._path(step)} is damaged or was not finished")
+        if (difference := _difference(seal["arrays"], _arrays(template))) is not None:
+            raise CheckpointError(f"the checkpoint {self._path(step)} is of another model than this ({difference})")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
     def save(self, step: int, state: PyTree) -> None:
         """Write the checkpoint of ``step``, whole or not at all, and remove the oldest beyond those to keep.
 

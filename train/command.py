@@ -61,7 +61,7 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
     name, *fields = argv
     if name.startswith("-"):
         raise ConfigError(f"the configuration comes before its fields: rehyat {command} CONFIG {name[:80]} …")
-    training = _parse(command, name, fields, kinds=kinds())
+    training = parse(command, name, fields, kinds=kinds())
     record = training.result.with_name(f"{training.result.name}.json")
     check_writable(record)  # now, not after the training
 
@@ -90,7 +90,7 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
     return 0
 
 
-def _parse(command: str, name: str, fields: list[str], *, kinds: tuple[type, ...]) -> Training:
+def parse(command: str, name: str, fields: list[str], *, kinds: tuple[type, ...]) -> Training:
     """The file's configuration with fields replaced."""
     config, about = load_config(name, kinds=kinds)
     training, unknown = tyro.cli(

@@ -38,6 +38,7 @@ from rehyat_jax.weights.plan import parameters
 from rehyat_jax.weights.writing import whole_folder
 from train.block_choice import choose_blocks
 from train.blockwise import Figures, Seen, draw_order, learn, measure, observe
+from train.checkpoint import Checkpoints
 from train.command import run_training
 from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, Skipped, TrainState
@@ -166,21 +167,45 @@ class DistillTraining:
         with phases.measure("measure"):
             error = distillation.measure(state).error
         with phases.measure("save"):
-            blocks, hybrid = nnx.merge(distillation.graph, state.blocks.ema), self.hybrid
-            if self.best is not None:
-                chosen = choose_blocks(error.tolist(), self.best)
-                hybrid = dataclasses.replace(hybrid, blocks=tuple(distillation.numbers[i] for i in chosen))
-                nnx.update(blocks, jax.tree.map(lambda x: x[np.array(chosen)], nnx.state(blocks)))
-            with whole_folder(self.result) as partial:
-                for name in _KEPT:
-                    if (folder / name).is_dir():
-                        shutil.copytree(folder / name, partial / name, ignore=shutil.ignore_patterns("rehyat"))
-                    elif (folder / name).is_file():
-                        shutil.copyfile(folder / name, partial / name)
-                variables = parameters(nnx.state(blocks))
-                write_hybrid(
-                    partial / "transformer", hybrid, outgoing(distillation.teacher.config, hybrid, variables, None)
-                )
+            self._write(self.result, folder, distillation, state, error)
+
+    def export(self, folder: Path, *, step: int | None = None) -> None:
+        """The model of a checkpoint of this run, of ``step`` or the newest: its averaged maps, as `run` writes them.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
+        """
+        teacher = find_model(self.teacher)
+        model = load_transformer(teacher, dtype=jnp.dtype(self.dtype), hybrid=None)
+        distillation = Distillation(self, model, teacher)
+        with Checkpoints(self.train_folder / "checkpoints") as checkpoints:
+            state = checkpoints.read(distillation.state, step=step)
+        error = None
+        if self.best is not None:
+            distillation.compile()
+            error = distillation.measure(state).error
+        self._write(folder, teacher, distillation, state, error)
+
+    def _write(
+        self, folder: Path, teacher: Path, distillation: Distillation, state: DistillState,
+        error: Array | np.ndarray | None,
+    ) -> None:  # fmt: skip
+        """The teacher's folder with a ``rehyat`` part, of the blocks with the smallest error where some are chosen."""
+        blocks, hybrid = nnx.merge(distillation.graph, state.blocks.ema), self.hybrid
+        if self.best is not None and error is not None:
+            chosen = choose_blocks(error.tolist(), self.best)
+            hybrid = dataclasses.replace(hybrid, blocks=tuple(distillation.numbers[i] for i in chosen))
+            nnx.update(blocks, jax.tree.map(lambda x: x[np.array(chosen)], nnx.state(blocks)))
+        with whole_folder(folder) as partial:
+            for name in _KEPT:
+                if (teacher / name).is_dir():
+                    shutil.copytree(teacher / name, partial / name, ignore=shutil.ignore_patterns("rehyat"))
+                elif (teacher / name).is_file():
+                    shutil.copyfile(teacher / name, partial / name)
+            variables = parameters(nnx.state(blocks))
+            write_hybrid(
+                partial / "transformer", hybrid, outgoing(distillation.teacher.config, hybrid, variables, None)
+            )
 
 
 class Distillation:

@@ -28,6 +28,7 @@ from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_transformer
 from rehyat_jax.weights.writing import whole_folder
 from train.arithmetic import forward_flops
+from train.checkpoint import Checkpoints
 from train.clips import Bucket
 from train.command import run_training
 from train.flow import Batch, FlowTraining, Loss, embed, flow_loss, pad_text
@@ -107,10 +108,7 @@ class FinetuneTraining(FlowTraining):
         """
         if self.result.exists():
             raise RehyatError(f"{self.out} is there already; choose another --out")
-        phases, dtype = phases or Phases(), jnp.dtype(self.dtype)
-        source = find_model(self.source)
-        if not (source / "model_index.json").is_file():
-            raise CheckpointError(f"{source} is no whole model in the diffusers layout; rehyat convert can make one")
+        phases, dtype, source = phases or Phases(), jnp.dtype(self.dtype), whole_model(self.source)
         prepared = open_prepared(self.buckets, source)
         student = student_of(load_transformer(source), self.hybrid, where=source)
         graph, params = _in_dtype(student, dtype)
@@ -142,13 +140,21 @@ class FinetuneTraining(FlowTraining):
             shares=self._shares(params), flops=flops, prepared=prepared,
             show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None,
         )  # fmt: skip
-        with phases.measure("save"), whole_folder(self.result) as partial:
-            for name in _KEPT:
-                if (source / name).is_dir():
-                    shutil.copytree(source / name, partial / name)
-                elif (source / name).is_file():
-                    shutil.copyfile(source / name, partial / name)
-            save_transformer(nnx.merge(graph, state.ema), partial / "transformer", dtype=jnp.bfloat16)
+        with phases.measure("save"):
+            _write(self.result, source, nnx.merge(graph, state.ema))
+
+    def export(self, folder: Path, *, step: int | None = None) -> None:
+        """The model of a checkpoint of this run, of ``step`` or the newest: its averaged weights, as `run` writes them.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
+        """
+        source = whole_model(self.source)
+        student = student_of(load_transformer(source), self.hybrid, where=source)
+        graph, params = _in_dtype(student, jnp.dtype(self.dtype))
+        with Checkpoints(self.train_folder / "checkpoints") as checkpoints:
+            state = checkpoints.read(self.optimizer.init(params), step=step)
+        _write(folder, source, nnx.merge(graph, state.ema))
 
     def _shares(self, params: PyTree) -> PyTree:
         """Of the learning rate, a leaf each."""
@@ -175,6 +181,28 @@ class FinetuneTraining(FlowTraining):
             return flow + self.teacher_weight * apart, {"loss": flow, "teacher": apart}
 
         return loss
+
+
+def whole_model(name: Path) -> Path:
+    """The folder of a bundled model's name or a path.
+
+    Raises:
+        CheckpointError: it is no whole model.
+    """
+    folder = find_model(name)
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
+    return folder
+
+
+def _write(folder: Path, source: Path, student: WanTransformer) -> None:
+    with whole_folder(folder) as partial:
+        for name in _KEPT:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, partial / name)
+            elif (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
 
 
 def student_of(model: WanTransformer, hybrid: HybridConfig | None, *, where: Path) -> WanTransformer:
