@@ -447,3 +447,27 @@ def test_mistakes_are_named(wrong, message, monkeypatch):
 jitted = jax.jit(
     hybrid_attention, static_argnames=("chunk", "overlap", "stabilizer", "causal", "implementation", "return_state")
 )
+
+
+def test_an_empty_state_is_no_constant_to_the_compiler():
+    # XLA's CPU backend read beyond a product's operand that it knew to be zero everywhere: another result, or NaN, in
+    # every process. Each implementation here had it: a walk of one whole chunk is unrolled, so that its state is known.
+    program = """
+        import jax, jax.numpy as jnp
+        from rehyat_jax import hybrid_attention
+        keys = jax.random.split(jax.random.key(0), 5)
+        q, k, v = (jax.random.normal(key, (2, 384, 4, 32)) for key in keys[:3])
+        features = [jax.random.uniform(key, (2, 384, 4, 64)) for key in keys[3:]]
+        def attend(implementation):
+            return jax.jit(lambda *x: hybrid_attention(*x, chunk=288, overlap=96, implementation=implementation))
+        results = [attend(name)(q, k, v, *features) for name in ("reference", "scan")]
+        # Values are normal, and so are weighted means of 288 of them or more: far below 4.
+        print(max(float(abs(x).max()) for x in results), float(abs(results[0] - results[1]).max()))
+    """
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], env=environment(1), capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        largest, apart = map(float, done.stdout.split())
+        assert largest < 4 and apart < 1e-5

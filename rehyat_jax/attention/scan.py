@@ -161,8 +161,10 @@ def enter(sums: Sums, features_k: Float[Array, "B C H F"], v: Float[Array, "B C 
 def empty_sums(features_k: Float[Array, "B N H F"], v: Float[Array, "B N H D"]) -> Sums:
     """Sums over no token, sharded as these are."""
     wide = accumulator(features_k.dtype, v.dtype)
-    none = features_k[:, :0].astype(wide)
-    return Sums(jnp.einsum("bnhf,bnhd->bhfd", none, v[:, :0].astype(wide)), none.sum(axis=1))
+    # No number is beyond infinity: zeros, but not to the compiler. XLA's CPU backend reads beyond a product's operand
+    # that it knows to be one constant everywhere (docs/decisions.md).
+    z, values = ((x[:, 0] > jnp.inf).astype(wide) for x in (features_k, v))
+    return Sums(z[..., None] + values[:, :, None, :], z)
 
 
 def decayed(sums: Sums, decay: Float[Array, " H"]) -> Sums:
