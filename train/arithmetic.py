@@ -59,6 +59,17 @@ def forward_flops(
     return 2 * (ends + text + time + model.num_layers * block + attention)
 
 
+def distillation_flops(
+    model: WanConfig, hybrid: HybridConfig, *, shape: tuple[int, int, int], updates: int, text_tokens: int = 512
+) -> int:
+    """Floating-point operations of a round on one point: the teacher's forward pass, and so many updates of every
+    converted block's maps on it."""
+    frames, rows, columns = (side // patch for side, patch in zip(shape, model.patch_size, strict=True))
+    attention = _hybrid_products(model, hybrid, frames=frames, frame=rows * columns)
+    blocks = sum(hybrid.converted(model.num_layers))
+    return forward_flops(model, None, shape=shape, text_tokens=text_tokens) + 6 * updates * blocks * attention
+
+
 def _hybrid_products(model: WanConfig, hybrid: HybridConfig, *, frames: int, frame: int) -> int:
     """Products of a converted block's attention: the window's, the feature maps', the state's."""
     width, head_dim, tokens = model.dim, model.attention_head_dim, frames * frame

@@ -16,8 +16,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from rehyat_jax.attention.softmax import softmax_attention
+from rehyat_jax.attention.context import softmax_over_devices
+from rehyat_jax.mesh import frames_on_devices, laid_out
 from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.hybrid import HybridAttention
 from train.attention_loss import Health, health, relative_error, score_loss, weights
 from train.optimizer import OptimizerConfig, TrainState
 from train.trajectories import Points
@@ -27,7 +29,10 @@ _QUERIES = 256
 
 
 class Seen(NamedTuple):
-    """A block's self-attention: what goes in, after norm and positions, and what the teacher makes of it."""
+    """A block's self-attention: what goes in, after norm and positions, and what the teacher makes of it.
+
+    On a mesh that cuts time the video may be padded at its end, where y is 0.
+    """
 
     q: Float[Array, "R N H D"]
     k: Float[Array, "R N H D"]
@@ -40,14 +45,18 @@ Visit = Callable[[PyTree, Seen, int], PyTree]
 
 
 def observe(
-    teacher: WanTransformer, points: Points, visit: Visit, own: PyTree, *, converted: tuple[bool, ...]
+    teacher: WanTransformer, points: Points, visit: Visit, own: PyTree, *, converted: tuple[bool, ...], chunk: int = 1
 ) -> tuple[Float[Array, "R T h w z"], PyTree]:
     """The teacher's velocity, and what the visits to the converted blocks gave, over a leading axis of these.
 
     Args:
         own: what belongs to each converted block, over the same axis.
+        chunk: latent frames that stay together where time is cut.
     """
-    inputs = teacher.embed(*points)
+    frames = points.latents.shape[1]
+    padding = frames_on_devices(frames, chunk) - frames
+    inputs = teacher.embed(jnp.pad(points.latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), *points[1:])
+    tokens = inputs.x.shape[1] * frames // (frames + padding)
     frame = inputs.grid[1] * inputs.grid[2]
     graph, layers = nnx.split(teacher.blocks)
     numbers = np.flatnonzero(converted)
@@ -56,8 +65,10 @@ def observe(
         own = jax.tree.map(lambda x: x[np.maximum(np.cumsum(converted) - 1, 0)], own)
 
     def layer(x: Array, params: tuple[Any, Any, Array]) -> tuple[Array, Any]:
+        x = laid_out(x, "batch", "time", None)
+
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            y = softmax_attention(q, k, v)
+            y = softmax_over_devices(q, k, v, tokens=tokens)
             seen = Seen(q, k, v, y)
             if all(converted):
                 return y, visit(params[1], seen, frame)
@@ -71,7 +82,7 @@ def observe(
     x, given = jax.lax.scan(layer, inputs.x, (layers, own, jnp.array(converted)))
     if not all(converted):
         given = jax.tree.map(lambda z: z[numbers], given)
-    return teacher.unembed(x, inputs), given
+    return teacher.unembed(x, inputs)[:, :frames], given
 
 
 class Order(NamedTuple):
@@ -99,19 +110,21 @@ def learn(
     frame: int,
     loss: Literal["l1", "score"],
     optimizer: OptimizerConfig,
+    tokens: int | None = None,
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One block after an optimiser step for each of ``order``'s, and the loss that the first of them saw.
 
     Args:
         graph: of the block's `HybridAttention`, whose parameters ``block`` has.
+        tokens: how many there are; those after them are padding.
     """
     rows = seen.q.shape[0]
 
     def objective(params: PyTree, part: Seen, queries: Array) -> Array:
         attention = nnx.merge(graph, params)
         if loss == "score":
-            return score_loss(weights(attention, part.q, part.k, queries=queries, frame=frame))
-        return relative_error(attention(part.q, part.k, part.v, frame=frame), part.y)
+            return score_loss(weights(attention, part.q[:, :tokens], part.k[:, :tokens], queries=queries, frame=frame))
+        return _error(attention, part, frame=frame, tokens=tokens)
 
     def step(block: TrainState, x: Order) -> tuple[TrainState, Array]:
         # The whole needs no copy.
@@ -134,11 +147,21 @@ class Figures(NamedTuple):
     normaliser: Float[Array | np.ndarray, "*shape"]
 
 
-def measure(params: PyTree, seen: Seen, *, graph: Any, frame: int) -> Figures:
-    """One block as it is."""
-    attention, tokens = nnx.merge(graph, params), seen.q.shape[1]
-    error = relative_error(attention(seen.q, seen.k, seen.v, frame=frame), seen.y)
+def measure(params: PyTree, seen: Seen, *, graph: Any, frame: int, tokens: int | None = None) -> Figures:
+    """One block as it is; ``tokens`` as in `learn`."""
+    attention = nnx.merge(graph, params)
+    tokens = seen.q.shape[1] if tokens is None else tokens
+    error = _error(attention, seen, frame=frame, tokens=tokens)
     # Evenly spread, the last token among them.
     queries = jnp.asarray(np.linspace(0, tokens - 1, min(_QUERIES, tokens)).astype(np.int32))
-    found: Health = health(weights(attention, seen.q, seen.k, queries=queries, frame=frame))
+    q, k = seen.q[:, :tokens], seen.k[:, :tokens]
+    found: Health = health(weights(attention, q, k, queries=queries, frame=frame))
     return Figures(error, found.share, found.normaliser)
+
+
+def _error(attention: HybridAttention, seen: Seen, *, frame: int, tokens: int | None) -> Float[Array, ""]:
+    guess = attention(seen.q, seen.k, seen.v, frame=frame)
+    if tokens is not None and tokens < guess.shape[1]:
+        real = jnp.arange(guess.shape[1], dtype=jnp.int32) < tokens
+        guess = jnp.where(real[None, :, None, None], guess, jnp.zeros((), guess.dtype))
+    return relative_error(guess, seen.y)

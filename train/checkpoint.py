@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.files import whole_file
+from train.devices import first_process, wait_for_all
 
 _SEAL = "seal.json"
 
@@ -40,8 +45,12 @@ class Checkpoints:
         Raises:
             CheckpointError: the checkpoint is of another model.
         """
+        for path in sorted(Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*")):
+            report(f"the checkpoint {path} was not finished: passed over and removed")
+            if first_process():
+                shutil.rmtree(path, ignore_errors=True)
         for step in sorted(self._manager.all_steps(), reverse=True):
-            seal = _read_seal(self._path(step))
+            seal = self._seal(step)
             if seal is None:
                 report(f"the checkpoint {self._path(step)} is damaged or was not finished: passed over and removed")
                 self._manager.delete(step)
@@ -66,7 +75,7 @@ class Checkpoints:
             held = f" (there are {', '.join(map(str, steps))})" if steps else ""
             raise CheckpointError(f"{self._manager.directory} has {what}{held}")
         step = steps[-1] if step is None else step
-        seal = _read_seal(self._path(step))
+        seal = self._seal(step)
         if seal is None:
             raise CheckpointError(f"the checkpoint {self._path(step)} is damaged or was not finished")
         if (difference := _difference(seal["arrays"], _arrays(template))) is not None:
@@ -86,9 +95,20 @@ class Checkpoints:
             why = str(error).strip().split("\n")[0][:200]
             raise CheckpointError(f"cannot write a checkpoint in {self._manager.directory}: {why}") from error
         folder = self._path(step)
-        seal = {"arrays": _arrays(state), "files": _checksums(folder)}
-        with whole_file(folder / _SEAL) as partial:
-            partial.write_text(json.dumps(seal, indent=1), encoding="utf-8")
+        if first_process():
+            seal = {"arrays": _arrays(state), "files": _checksums(folder)}
+            with whole_file(folder / _SEAL) as partial:
+                partial.write_text(json.dumps(seal, indent=1), encoding="utf-8")
+        wait_for_all("seal")
+
+    def _seal(self, step: int) -> dict[str, Any] | None:
+        """The seal of a checkpoint that is as it was written; of several processes the first looks for all."""
+        whole = _read_seal(self._path(step)) if first_process() else None
+        if jax.process_count() == 1:
+            return whole
+        if not multihost_utils.broadcast_one_to_all(np.array(whole is not None)):
+            return None
+        return whole or json.loads((self._path(step) / _SEAL).read_text(encoding="utf-8"))
 
     def _path(self, step: int) -> Path:
         return Path(self._manager.directory) / str(step)
@@ -110,12 +130,17 @@ def _read_seal(folder: Path) -> dict[str, Any] | None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != _SEAL and not path.name.endswith(".partial"):
-            with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    def checksum(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    paths = [
+        path for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _SEAL and not path.name.endswith(".partial")
+    ]  # fmt: skip
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing is outside Python's lock
+        sums = list(pool.map(checksum, paths))
+    return dict(zip((path.relative_to(folder).as_posix() for path in paths), sums, strict=True))
 
 
 def _arrays(tree: PyTree) -> dict[str, str]:

@@ -16,11 +16,17 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.files import check_writable
 from rehyat_jax.record import Phases
 from train.config_files import bundled_configs, load_config
+from train.devices import Processes, first_process
 
 
 @runtime_checkable
 class Training(Protocol):
     """A stage of training: a frozen dataclass whose fields are what a user may set."""
+
+    @property
+    def processes(self) -> Processes:
+        """What it runs in."""
+        ...
 
     @property
     def result(self) -> Path:
@@ -62,6 +68,7 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
     if name.startswith("-"):
         raise ConfigError(f"the configuration comes before its fields: rehyat {command} CONFIG {name[:80]} …")
     training = parse(command, name, fields, kinds=kinds())
+    training.processes.join()
     record = training.result.with_name(f"{training.result.name}.json")
     check_writable(record)  # now, not after the training
 
@@ -77,7 +84,10 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
         said = f"step {stop.step} is saved, and the same command continues from there"
         if stop.signal_number == signal.SIGINT:
             raise KeyboardInterrupt(said) from None
-        print(f"rehyat: stopped; {said}", file=sys.stderr)
+        if first_process():
+            print(f"rehyat: stopped; {said}", file=sys.stderr)
+        return 0
+    if not first_process():
         return 0
     write_record(
         record,

@@ -22,6 +22,7 @@ from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_vae, save_text_encoder, save_transformer
 from rehyat_jax.weights.writing import write_json
 from train.clips import Bucket
+from train.devices import first_process, wait_for_all
 from train.flow import Batch, FlowTraining, embed, flow_loss, pad_text
 from train.pools import Captions
 from train.tokenizer import build_sprite_tokenizer
@@ -87,7 +88,10 @@ class DiffusionTraining(FlowTraining):
         phases = phases or Phases()
         vae = load_vae(self.out / "vae", dtype=jnp.dtype(self.dtype))
         self.check_fits(vae.config, self.model, where=self.out / "vae")
-        build_sprite_tokenizer(self.out / "tokenizer", list(NAMES))
+        devices = self.devices(vae.config, self.model, None)
+        if first_process():
+            build_sprite_tokenizer(self.out / "tokenizer", list(NAMES))
+        wait_for_all("tokenizer")
         tokenizer = Tokenizer.from_folder(self.out / "tokenizer")
         text_config = dataclasses.replace(self.text_encoder, vocab_size=tokenizer.vocab_size)
         models = Models(
@@ -100,14 +104,19 @@ class DiffusionTraining(FlowTraining):
             value = flow_loss(nnx.merge(graph, params)(batch.noisy, batch.timesteps, *batch.text), batch.velocity)
             return value, {"loss": value}
 
-        state = self.train(params, loss, vae=vae, tokenizer=tokenizer, phases=phases)
+        state = self.train(params, loss, vae=vae, tokenizer=tokenizer, phases=phases, devices=devices)
         with phases.measure("save"):
-            models = nnx.merge(graph, state.ema)
-            complete_folder(self.out, shift=self.shift, defaults=self.defaults)
-            # One that is there was left by a process killed between this line and the last.
-            shutil.rmtree(self.out / "text_encoder", ignore_errors=True)
-            save_text_encoder(models.text_encoder, self.out / "text_encoder", dtype=jnp.bfloat16)
-            save_transformer(models.transformer, self.result, dtype=jnp.bfloat16)
+            averaged = devices.on_host(state.ema)
+            if first_process():
+                self._write(nnx.merge(graph, averaged))
+            wait_for_all("result")
+
+    def _write(self, models: Models) -> None:
+        complete_folder(self.out, shift=self.shift, defaults=self.defaults)
+        # One that is there was left by a process killed between this line and the last.
+        shutil.rmtree(self.out / "text_encoder", ignore_errors=True)
+        save_text_encoder(models.text_encoder, self.out / "text_encoder", dtype=jnp.bfloat16)
+        save_transformer(models.transformer, self.result, dtype=jnp.bfloat16)
 
 
 def complete_folder(folder: Path, *, shift: float, defaults: Mapping[str, int | float]) -> None:

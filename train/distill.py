@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,28 +23,32 @@ from flax import nnx
 from jaxtyping import Array, Int, Key, PyTree
 
 from rehyat_jax.compilation import cache_folder
-from rehyat_jax.config import VAEConfig
+from rehyat_jax.config import VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.model_folder import find_model, read_scheduler
 from rehyat_jax.models.dit import WanTransformer
-from rehyat_jax.models.hybrid import hybrid_blocks
+from rehyat_jax.models.hybrid import HybridAttention, hybrid_blocks
 from rehyat_jax.prompt_encoder import PromptEncoder
 from rehyat_jax.record import Phases
-from rehyat_jax.sampling import Guidance
+from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
 from rehyat_jax.text import Tokenizer, embed_prompts
 from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.hybrid import outgoing, write_hybrid
 from rehyat_jax.weights.plan import parameters
 from rehyat_jax.weights.writing import whole_folder
+from train.arithmetic import distillation_flops
 from train.block_choice import choose_blocks
-from train.blockwise import Figures, Seen, draw_order, learn, measure, observe
+from train.blockwise import Figures
 from train.checkpoint import Checkpoints
 from train.command import run_training
+from train.devices import Devices, Processes, first_process, loading, wait_for_all
+from train.learner import Learner
 from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, Skipped, TrainState
 from train.prepared import Prepared
+from train.sharding import MeshConfig, check_mesh
 from train.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, check_prepared
 from train.trajectories import Sampling
 
@@ -97,6 +103,9 @@ class DistillTraining:
     seed: int = 0
     #: Between two checkpoints; 0 saves after every round.
     checkpoint_seconds: float = 60.0
+    #: Devices along each axis; by default one device is used.
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    processes: Processes = Processes()
 
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "updates_per_point": 1, "minibatches": 1, "held_out": 1, "measure_rounds": 0,
@@ -152,7 +161,9 @@ class DistillTraining:
         phases, folder = phases or Phases(), find_model(self.teacher)
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
-        distillation = Distillation(self, load_transformer(folder, dtype=jnp.dtype(self.dtype), hybrid=None), folder)
+        with loading(self.mesh):
+            teacher = load_transformer(folder, dtype=jnp.dtype(self.dtype), hybrid=None)
+        distillation = Distillation(self, teacher, folder)
         with phases.measure("compile"):
             distillation.compile()
         with phases.measure("train"):
@@ -163,11 +174,67 @@ class DistillTraining:
                 steps_per_advance=self.steps_per_round,
                 folder=self.train_folder,
                 checkpoint_seconds=self.checkpoint_seconds,
+                flops=distillation.flops,
+                devices=distillation.devices.count,
             )
         with phases.measure("measure"):
             error = distillation.measure(state).error
         with phases.measure("save"):
-            self._write(self.result, folder, distillation, state, error)
+            averaged = distillation.devices.on_host(state.blocks.ema)
+            if first_process():
+                self._write(self.result, folder, distillation, averaged, error)
+            wait_for_all("result")
+
+    def devices(
+        self, model: WanConfig, shapes: Sequence[tuple[int, ...]], *, among: Sequence[jax.Device] | None = None
+    ) -> Devices:
+        """What the run is on: the mesh's devices, or of those ``among`` which it is planned.
+
+        Args:
+            shapes: of every source's latents.
+
+        Raises:
+            ConfigError: the mesh does not divide the devices, the model, the trajectories or the held-out prompts.
+        """
+        chunk = model.patch_size[0] * self.hybrid.chunk_frames
+        batch = math.gcd(self.held_out, *(source.batch for source in self.sources))
+        chunks = max(min(shape[0] for shape in shapes) // chunk, 1)
+        devices = Devices.of(self.mesh, chunks=chunks, batch=batch, among=among)
+        if devices.mesh is not None:
+            for source, shape in zip(self.sources, shapes, strict=True):
+                for clips in (source.batch, self.held_out):
+                    check_mesh(devices.shape, model, hybrid=self.hybrid, batch=clips, latent_frames=shape[0])
+        return devices
+
+    def learner(self, model: WanConfig, teacher: Any, *, sampling: Sampling, devices: Devices) -> Learner:
+        """What makes the programs; ``teacher``: its graph."""
+        blocks = nnx.eval_shape(lambda: self.blocks(model))
+        return Learner(
+            config=model, hybrid=self.hybrid, teacher=teacher, graph=nnx.split(blocks)[0], sampling=sampling,
+            optimizer=self.optimizer, loss=self.loss, updates_per_point=self.updates_per_point,
+            minibatches=self.minibatches, devices=devices,
+        )  # fmt: skip
+
+    def flops(self, model: WanConfig, source: Source, shape: tuple[int, ...]) -> int:
+        """Floating-point operations of a round."""
+        return self._rows(source) * distillation_flops(
+            model, self.hybrid, shape=(shape[0], shape[1], shape[2]), updates=self.updates_per_point
+        )
+
+    def blocks(self, model: WanConfig) -> HybridAttention:
+        """The converted blocks before they have learned."""
+        return hybrid_blocks(
+            model, self.hybrid, dtype=jnp.dtype(self.dtype), param_dtype=jnp.float32, rngs=nnx.Rngs(self.seed)
+        )
+
+    def sampling(self, schedule: FlowSchedule, solver: Solver) -> Sampling:
+        """The teacher's, of a model with this schedule and solver."""
+        return Sampling(
+            schedules=tuple(dataclasses.replace(schedule, shift=shift) for shift in self.shifts or (schedule.shift,)),
+            solver=solver,
+            num_steps=self.num_inference_steps,
+            guidance=Guidance(scale=self.guidance_scale),
+        )
 
     def export(self, folder: Path, *, step: int | None = None) -> None:
         """The model of a checkpoint of this run, of ``step`` or the newest: its averaged maps, as `run` writes them.
@@ -184,14 +251,14 @@ class DistillTraining:
         if self.best is not None:
             distillation.compile()
             error = distillation.measure(state).error
-        self._write(folder, teacher, distillation, state, error)
+        self._write(folder, teacher, distillation, state.blocks.ema, error)
 
     def _write(
-        self, folder: Path, teacher: Path, distillation: Distillation, state: DistillState,
+        self, folder: Path, teacher: Path, distillation: Distillation, averaged: PyTree,
         error: Array | np.ndarray | None,
     ) -> None:  # fmt: skip
         """The teacher's folder with a ``rehyat`` part, of the blocks with the smallest error where some are chosen."""
-        blocks, hybrid = nnx.merge(distillation.graph, state.blocks.ema), self.hybrid
+        blocks, hybrid = nnx.merge(distillation.graph, averaged), self.hybrid
         if self.best is not None and error is not None:
             chosen = choose_blocks(error.tolist(), self.best)
             hybrid = dataclasses.replace(hybrid, blocks=tuple(distillation.numbers[i] for i in chosen))
@@ -214,26 +281,12 @@ class Distillation:
     def __init__(self, training: DistillTraining, teacher: WanTransformer, folder: Path) -> None:
         self.training, self.teacher = training, teacher
         config, dtype = teacher.config, jnp.dtype(training.dtype)
-        self._converted = training.hybrid.converted(config.num_layers)
+        converted = training.hybrid.converted(config.num_layers)
         #: The converted blocks' numbers among all.
-        self.numbers = [i for i, converted in enumerate(self._converted) if converted]
+        self.numbers = [i for i, chosen in enumerate(converted) if chosen]
         if training.best is not None and not 1 <= training.best <= len(self.numbers):
             raise ConfigError(f"the best {training.best} of {len(self.numbers)} converted blocks cannot be chosen")
-        blocks = hybrid_blocks(
-            config, training.hybrid, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(training.seed)
-        )
-        self.graph, params = nnx.split(blocks)
-        self._teacher_graph, self._teacher = nnx.split(teacher)
-
-        schedule, solver = read_scheduler(folder)
-        self._sampling = Sampling(
-            schedules=tuple(
-                dataclasses.replace(schedule, shift=shift) for shift in training.shifts or (schedule.shift,)
-            ),
-            solver=solver,
-            num_steps=training.num_inference_steps,
-            guidance=Guidance(scale=training.guidance_scale),
-        )
+        self._sampling = training.sampling(*read_scheduler(folder))
         vae = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
         if not vae.z_dim == config.in_channels == config.out_channels:
             raise CheckpointError(
@@ -241,6 +294,11 @@ class Distillation:
                 f"{config.in_channels} in and {config.out_channels} out"
             )
         self._shapes = [source.latent_shape(vae, config) for source in training.sources]
+        self.devices = devices = training.devices(config, self._shapes)
+        graph, params = nnx.split(teacher)
+        self._teacher = devices.parameters(params)
+        self._learner = training.learner(config, graph, sampling=self._sampling, devices=devices)
+        self.graph, params = nnx.split(training.blocks(config))
         for source in training.sources:
             if source.prepared is not None:
                 check_prepared(source, folder)
@@ -251,8 +309,8 @@ class Distillation:
         }  # fmt: skip
         held_out = [source.held_out(training.held_out) for source in training.sources]
         embed = _embeddings(folder, training.sources, dtype)
-        self._held_out = [embed(prompts) for prompts in held_out]
-        self._nothing = embed([""])
+        self._held_out = [devices.everywhere(embed(prompts)) for prompts in held_out]
+        self._nothing = devices.everywhere(embed([""]))
         self._inputs: list[Inputs] = []
         for index, (source, shape) in enumerate(zip(training.sources, self._shapes, strict=True)):
             key = _key(training.seed, 1 + index)
@@ -265,7 +323,7 @@ class Distillation:
                 self._inputs.append(
                     PreparedInputs(
                         source, Prepared.open(source.prepared), sampling=self._sampling, dtype=dtype, key=key,
-                        seed=training.seed, held_out=training.held_out,
+                        seed=training.seed, held_out=training.held_out, rows=devices.rows(),
                     )
                 )  # fmt: skip
             else:
@@ -279,16 +337,19 @@ class Distillation:
         share = np.array([source.share for source in training.sources])
         rounds = -(-training.steps // training.steps_per_round)
         self._plan = np.random.default_rng(training.seed).choice(len(share), size=rounds, p=share / share.sum())
+        for inputs in self._inputs:
+            inputs.frozen = devices.everywhere(inputs.frozen)
         self.state = DistillState(
-            jnp.zeros((), jnp.int32),
-            jax.jit(jax.vmap(training.optimizer.init))(params),
-            tuple(inputs.begin() for inputs in self._inputs),
+            devices.everywhere(jnp.zeros((), jnp.int32)),
+            devices.made(jax.jit(jax.vmap(training.optimizer.init)), devices.parameters(params)),
+            tuple(inputs.begin(devices) for inputs in self._inputs),
         )
 
     def compile(self) -> None:
         """Every program of the run, side by side."""
         count = len(self._inputs)
-        makers = [functools.partial(make, index) for make in (self._learner, self._measurer) for index in range(count)]
+        kinds = self._lower, self._lower_measurer
+        makers = [functools.partial(make, index) for make in kinds for index in range(count)]
         programs = compile_all(makers)
         self._learners, self._measurers = programs[:count], programs[count:]
 
@@ -300,14 +361,20 @@ class Distillation:
             found = self.measure(state)
             self._latest = {"held_out": found.error.mean(), "share": found.share.mean()}
         which = self._plan[index]
-        turn = self._inputs[which].turn(int((self._plan[:index] == which).sum()))
+        inputs, devices = self._inputs[which], self.devices
+        turn = devices.batch(inputs.turn(int((self._plan[:index] == which).sum())), inputs.turn_shapes())
         rate = jnp.float32(training.optimizer.rate(step, training.steps))
+        key, rate = devices.everywhere((_key(training.seed, 0, index), rate))
         blocks, carried, errors = self._learners[which](
-            state.blocks, state.carried[which], self._teacher, self._inputs[which].frozen, turn,
-            _key(training.seed, 0, index), rate,
-        )  # fmt: skip
+            state.blocks, state.carried[which], self._teacher, inputs.frozen, turn, key, rate
+        )
         everything = (*state.carried[:which], carried, *state.carried[which + 1 :])
         return DistillState(state.step + training.steps_per_round, blocks, everything), {"loss": errors} | self._latest
+
+    def flops(self, step: int) -> float:
+        """Of the round that begins at a step."""
+        which = self._plan[step // self.training.steps_per_round]
+        return float(self.training.flops(self.teacher.config, self.training.sources[which], self._shapes[which]))
 
     def measure(self, state: DistillState) -> Figures:
         """The averaged blocks on prompts held out, over whole trajectories of every source; goes to a file too.
@@ -327,61 +394,21 @@ class Distillation:
             "error_by_source": everything.error.mean((1, 2)).tolist(),
             "error_by_sampling_step": everything.error.mean((0, 2)).tolist(),
         }
+        if not first_process():
+            return figures
         self.training.train_folder.mkdir(parents=True, exist_ok=True)
         with (self.training.train_folder / "blocks.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         return figures
 
-    def _learner(self, which: int) -> jax.stages.Lowered:
-        training, inputs = self.training, self._inputs[which]
-        frames, rows, columns, _ = self._shapes[which]
-        patch = self.teacher.config.patch_size
-        tokens = (frames // patch[0]) * (rows // patch[1]) * (columns // patch[2])
+    def _lower(self, which: int) -> jax.stages.Lowered:
+        return self._learner.lower(
+            self._inputs[which], self.state.blocks, self.state.carried[which], self._teacher, shape=self._shapes[which]
+        )
 
-        def learner(
-            blocks: TrainState, carried: PyTree, teacher: PyTree, frozen: PyTree, turn: PyTree, key: Array, rate: Array
-        ) -> tuple[TrainState, PyTree, Array]:
-            carried, points = inputs.points(carried, turn, frozen)
-            order = draw_order(
-                key, rows=points.latents.shape[0], tokens=tokens, passes=training.updates_per_point,
-                parts=training.minibatches,
-            )  # fmt: skip
-
-            def visit(block: TrainState, seen: Seen, frame: int) -> tuple[TrainState, Array]:
-                return learn(
-                    block, seen, order, rate, graph=self.graph, frame=frame, loss=training.loss,
-                    optimizer=training.optimizer,
-                )  # fmt: skip
-
-            model = nnx.merge(self._teacher_graph, teacher)
-            velocity, (blocks, errors) = observe(model, points, visit, blocks, converted=self._converted)
-            return blocks, inputs.after(carried, turn, frozen, velocity), errors
-
-        return jax.jit(learner, donate_argnums=(0, 1)).lower(
-            self.state.blocks, self.state.carried[which], self._teacher, inputs.frozen, inputs.turn(0),
-            _key(0, 0), jnp.float32(0),
-        )  # fmt: skip
-
-    def _measurer(self, which: int) -> jax.stages.Lowered:
-        sampling, table = self._sampling, self._sampling.table
-
-        def measurer(params: PyTree, teacher: PyTree, text: Array, negative: Array) -> Figures:
-            model = nnx.merge(self._teacher_graph, teacher)
-            count = len(text)
-            begun = sampling.begin(_key(0, 0), jnp.arange(count, dtype=jnp.int32), text, shape=self._shapes[which])
-
-            def visit(params: PyTree, seen: Seen, frame: int) -> Figures:
-                return measure(params, seen, graph=self.graph, frame=frame)
-
-            def step(rollouts: PyTree, place: Array) -> tuple[PyTree, Figures]:
-                steps = table.at(jnp.full(count, place))
-                points = sampling.points(rollouts, steps, negative)
-                velocity, figures = observe(model, points, visit, params, converted=self._converted)
-                return sampling.advance(rollouts, steps, velocity), figures
-
-            return jax.lax.scan(step, begun, jnp.arange(sampling.num_steps, dtype=jnp.int32))[1]
-
-        return jax.jit(measurer).lower(self.state.blocks.ema, self._teacher, self._held_out[which], self._nothing)
+    def _lower_measurer(self, which: int) -> jax.stages.Lowered:
+        arrays = self.state.blocks.ema, self._teacher, self._held_out[which], self._nothing
+        return self._learner.lower_measurer(*arrays, shape=self._shapes[which])
 
 
 def _key(seed: int, *numbers: int) -> Key[Array, ""]:

@@ -9,6 +9,7 @@ The file defines ``config``, a `train.finetune.FinetuneTraining`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from rehyat_jax.config import VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.model_folder import find_model
@@ -31,6 +33,7 @@ from train.arithmetic import forward_flops
 from train.checkpoint import Checkpoints
 from train.clips import Bucket
 from train.command import run_training
+from train.devices import first_process, loading, wait_for_all
 from train.flow import Batch, FlowTraining, Loss, embed, flow_loss, pad_text
 from train.optimizer import OptimizerConfig
 from train.pools import Captions
@@ -110,15 +113,18 @@ class FinetuneTraining(FlowTraining):
             raise RehyatError(f"{self.out} is there already; choose another --out")
         phases, dtype, source = phases or Phases(), jnp.dtype(self.dtype), whole_model(self.source)
         prepared = open_prepared(self.buckets, source)
-        student = student_of(load_transformer(source), self.hybrid, where=source)
+        with loading(self.mesh):
+            student = student_of(load_transformer(source), self.hybrid, where=source)
         graph, params = _in_dtype(student, dtype)
         vae = load_vae(source, dtype=dtype)
         self.check_fits(vae.config, student.config, where=source / "vae")
+        devices = self.devices(vae.config, student.config, student.hybrid)
         frozen, teacher_graph = {}, None
         if any(isinstance(bucket, Bucket) for bucket in self.buckets):  # captions of prepared clips are embedded
             text_graph, frozen["text"] = nnx.split(load_text_encoder(source, dtype=dtype))
         if self.teacher is not None:
-            teacher = load_transformer(find_model(self.teacher), hybrid=None)
+            with loading(self.mesh):
+                teacher = load_transformer(find_model(self.teacher), hybrid=None)
             if teacher.config != student.config:
                 raise ConfigError(f"{self.teacher} is no teacher of {source}: they are of different sizes")
             teacher_graph, frozen["teacher"] = _in_dtype(teacher, dtype)
@@ -126,22 +132,32 @@ class FinetuneTraining(FlowTraining):
         def read(frozen: PyTree, tokens: Captions) -> Array:
             return embed(nnx.merge(text_graph, frozen["text"]), tokens)
 
-        longest = 1 + (self.teacher_frames - 1) // vae.config.temporal_factor
-
-        def flops(shape: tuple[int, int, int]) -> int:
-            compared = self.teacher is not None and shape[0] <= longest
-            learning = 3 * forward_flops(student.config, student.hybrid, shape=shape)
-            return learning + (forward_flops(student.config, None, shape=shape) if compared else 0)
-
+        longest = self.longest(vae.config)
+        flops = functools.partial(self.flops, student.config, student.hybrid, longest=longest)
         loss = self.loss(graph, teacher_graph, longest=longest)
         prompts = self.validation.prompts if self.validation.every else ()
         state = self.train(
             params, loss, vae=vae, tokenizer=Tokenizer.from_folder(source), phases=phases, read=read, frozen=frozen,
             shares=self._shares(params), flops=flops, prepared=prepared,
-            show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None,
+            show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None, devices=devices,
         )  # fmt: skip
         with phases.measure("save"):
-            _write(self.result, source, nnx.merge(graph, state.ema))
+            averaged = devices.on_host(state.ema)
+            if first_process():
+                _write(self.result, source, nnx.merge(graph, averaged))
+            wait_for_all("result")
+
+    def longest(self, vae: VAEConfig) -> int:
+        """Latent frames of the longest clip that is compared with the teacher."""
+        return 1 + (self.teacher_frames - 1) // vae.temporal_factor
+
+    def flops(
+        self, model: WanConfig, hybrid: HybridConfig | None, shape: tuple[int, int, int], *, longest: int
+    ) -> int:
+        """Floating-point operations of a step on one clip of these latent frames, rows and columns."""
+        compared = self.teacher is not None and shape[0] <= longest
+        learning = 3 * forward_flops(model, hybrid, shape=shape)
+        return learning + (forward_flops(model, None, shape=shape) if compared else 0)
 
     def export(self, folder: Path, *, step: int | None = None) -> None:
         """The model of a checkpoint of this run, of ``step`` or the newest: its averaged weights, as `run` writes them.

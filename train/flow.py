@@ -10,10 +10,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,35 +24,25 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.config import VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError, ConfigError
+from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.mesh import laid_out
 from rehyat_jax.models.umt5 import UMT5Encoder
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.record import Phases
 from rehyat_jax.text import Tokenizer
 from train.clips import AnyBucket, Bucket, check_rounds, choose, round_key
+from train.devices import Devices, Processes, first_process
+from train.gradients import Batch, Loss, cut, gradients_of
 from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, TrainState
 from train.pools import ENCODE_CLIPS, Captions, Feed, Pool, Read, SpriteFeed
 from train.prepared import Prepared, PreparedClips, PreparedFeed
+from train.sharding import MeshConfig, check_mesh
 
 #: Wan pads its text to this many tokens.
 TEXT_TOKENS = 512
 #: Added to a run's seed for the clips that it is validated on.
 _HELD_OUT = 1 << 20
-
-
-class Batch(NamedTuple):
-    """Clips of a step, each at a noise level of its own."""
-
-    noisy: Float[Array, "B T h w z"]
-    #: 1000 times the noise level.
-    timesteps: Float[Array, " B"]
-    text: PyTree
-    #: What is to be learned: noise − video.
-    velocity: Float[Array, "B T h w z"]
-
-
-#: From parameters that learn, others that do not, and a batch: what is minimised, and values to log.
-Loss = Callable[[PyTree, PyTree, Batch], tuple[Array, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +92,9 @@ class FlowTraining:
     seed: int = 0
     #: Between two checkpoints; 0 saves after every round.
     checkpoint_seconds: float = 60.0
+    #: Devices along each axis; by default one device is used.
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    processes: Processes = Processes()
 
     def __post_init__(self) -> None:
         check_rounds(self.buckets, steps=self.steps, steps_per_round=self.steps_per_round)
@@ -145,6 +139,26 @@ class FlowTraining:
             if (bucket.frames - 1) % vae.temporal_factor:
                 raise ConfigError(f"{bucket.frames} frames are not {vae.temporal_factor}k + 1")
 
+    def devices(
+        self, vae: VAEConfig, model: WanConfig, hybrid: HybridConfig | None, *,
+        among: Sequence[jax.Device] | None = None,
+    ) -> Devices:  # fmt: skip
+        """What the run is on: the mesh's devices, or of those ``among`` which it is planned.
+
+        Raises:
+            ConfigError: the mesh does not divide the devices, the model or the clips.
+        """
+        frames = [(bucket.frames - 1) // vae.temporal_factor + 1 for bucket in self.buckets]
+        clips = [bucket.batch // self.accumulate for bucket in self.buckets]
+        chunk = model.patch_size[0] * (1 if hybrid is None else hybrid.chunk_frames)
+        devices = Devices.of(self.mesh, chunks=max(min(frames) // chunk, 1), batch=math.gcd(*clips), among=among)
+        if devices.mesh is not None:
+            for bucket, length, batch in zip(self.buckets, frames, clips, strict=True):
+                check_mesh(devices.shape, model, hybrid=hybrid, batch=batch, latent_frames=length)
+                if self._pool(bucket) % (pieces := devices.batch_pieces):
+                    raise ConfigError(f"{self._pool(bucket)} clips a round do not divide by data x fsdp = {pieces}")
+        return devices
+
     def captions(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Captions:
         """Every text in ``caption_tokens`` tokens."""
         tokens = tokenizer.encode(texts, max_length=self.caption_tokens)
@@ -185,6 +199,7 @@ class FlowTraining:
         show: Show | None = None,
         flops: Callable[[tuple[int, int, int]], int] | None = None,
         prepared: Mapping[Path, Prepared] = MappingProxyType({}),
+        devices: Devices | None = None,
     ) -> TrainState:
         """All steps, from the newest checkpoint on where there is one.
 
@@ -195,11 +210,13 @@ class FlowTraining:
             show: makes the videos of a validation.
             flops: floating-point operations of a step on one clip of so many latent frames, rows and columns.
             prepared: the opened folders of buckets of `PreparedClips`.
+            devices: on which all of it happens; none: the first.
 
         Raises:
             RehyatError, CheckpointError, Stopped: see `train.loop.run`.
         """
-        turns = self._turns()
+        devices, turns = devices or Devices(None), self._turns()
+        params, frozen = devices.parameters(params), devices.parameters(frozen)
         held_out = self.validation.clips if self.validation.every else 0
 
         def feed(number: int, *, count: int | None = None) -> Feed:
@@ -209,7 +226,7 @@ class FlowTraining:
                 return PreparedFeed(
                     prepared[bucket.folder], count=count or self._pool(bucket), seed=self.seed,
                     dtype=jnp.dtype(self.dtype), place=functools.partial(bisect.bisect_left, turns[number]),
-                    first=0 if count else held_out, last=held_out if count else None,
+                    first=0 if count else held_out, last=held_out if count else None, rows=devices.rows(),
                 )  # fmt: skip
             return SpriteFeed(
                 bucket, count=count or self._pool(bucket), seed=self.seed + (_HELD_OUT if count else 0), vae=vae,
@@ -219,37 +236,20 @@ class FlowTraining:
         feeds = [feed(number) for number in range(len(self.buckets))]
 
         def program(index: int) -> jax.stages.Lowered:
-            bucket, feed = self.buckets[index], feeds[index]
-            count = self._pool(bucket)
-
-            def advance(
-                state: TrainState, feed_frozen: PyTree, frozen: PyTree, turn: PyTree, key: Array, rate: Array
-            ) -> tuple[TrainState, dict[str, Array]]:
-                pool, nothing = feed.pool(turn, feed_frozen, frozen), feed.nothing(feed_frozen, frozen)
-                order_key, key = jax.random.split(key)
-                order = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, self.reuse))
-
-                def step(state: TrainState, x: tuple[Array, Array]) -> tuple[TrainState, dict[str, Array]]:
-                    batch = self.batch(jax.tree.map(lambda a: a[x[0]], pool), nothing, x[1])
-                    gradients, metrics = gradients_of(loss, state.params, frozen, batch, parts=self.accumulate)
-                    return self.optimizer.apply(state, gradients, rate, shares=shares), metrics
-
-                order = order.reshape(self.steps_per_round, bucket.batch)
-                return jax.lax.scan(step, state, (order, jax.random.split(key, self.steps_per_round)))
-
-            return jax.jit(advance, donate_argnums=0).lower(
-                state, feed.frozen, frozen, feed.turn_shapes(), round_key(0, 0), jnp.float32(0)
-            )
+            return self.lower(self.buckets[index], feeds[index], loss, state, frozen, shares=shares, devices=devices)
 
         with phases.measure("compile"):
-            state = self.optimizer.init(params)
+            state = devices.made(self.optimizer.init, params)
+            for each in feeds:
+                each.frozen = devices.everywhere(each.frozen)
             programs = compile_all([functools.partial(program, index) for index in range(len(feeds))])
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
             index = step // self.steps_per_round
             bucket = choose(self.buckets, self.seed, index, progress=step / self.steps)
             turn, key = feeds[bucket].turn(index), jax.random.split(round_key(self.seed, index))[1]
-            rate = jnp.float32(self.optimizer.rate(step, self.steps))
+            turn = devices.batch(turn, feeds[bucket].turn_shapes())
+            key, rate = devices.everywhere((key, jnp.float32(self.optimizer.rate(step, self.steps))))
             return programs[bucket](state, feeds[bucket].frozen, frozen, turn, key, rate)
 
         def clip_flops(feed: Feed) -> int:
@@ -263,14 +263,15 @@ class FlowTraining:
             return work[bucket] * self.buckets[bucket].batch
 
         measures = [
-            self._measurer(bucket, functools.partial(feed, number), loss, frozen)
+            self._measurer(bucket, functools.partial(feed, number), loss, frozen, devices=devices)
             for number, bucket in enumerate(self.buckets) if held_out
         ]  # fmt: skip
 
         def validate(state: TrainState, step: int) -> dict[str, float]:
             losses = [measure(state.ema) for measure in measures]
-            if show:
-                show(state.ema, self.train_folder / "videos" / f"step-{step:06d}")
+            averaged = devices.on_host(state.ema) if show else None
+            if show and first_process():
+                show(averaged, self.train_folder / "videos" / f"step-{step:06d}")
             names = [f"validation/{index}-{bucket.frames}-frames" for index, bucket in enumerate(self.buckets)]
             return dict(zip(names, losses, strict=True)) | {"validation/loss": float(np.mean(losses))}
 
@@ -286,7 +287,48 @@ class FlowTraining:
                 validate=validate if self.validation.every else None,
                 validate_steps=self.validation.every,
                 flops=round_flops if flops else None,
+                devices=devices.count,
             )
+
+    def lower(
+        self, bucket: AnyBucket, feed: Feed, loss: Loss, state: TrainState, frozen: PyTree, *, shares: PyTree,
+        devices: Devices,
+    ) -> jax.stages.Lowered:  # fmt: skip
+        """The program of a round, of shapes as well as of arrays: from the state, what does not learn of the feed and
+        of the stage, a turn, a key and the learning rate, to the state after it and the metrics of its steps.
+        """
+        count, as_it_is = self._pool(bucket), self.steps_per_round == self.reuse == 1
+
+        def advance(
+            state: TrainState, feed_frozen: PyTree, frozen: PyTree, turn: PyTree, key: Array, rate: Array
+        ) -> tuple[TrainState, dict[str, Array]]:
+            pool, nothing = feed.pool(turn, feed_frozen, frozen), feed.nothing(feed_frozen, frozen)
+            order_key, key = jax.random.split(key)
+            order = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, self.reuse))
+
+            def of_batch(x: Array) -> Array:
+                return laid_out(x, "batch", *[None] * (x.ndim - 1))
+
+            def step(state: TrainState, x: tuple[Array, Array]) -> tuple[TrainState, dict[str, Array]]:
+                # A pool that is one batch stays where it is: to shuffle it would send every clip to every device.
+                clips = pool if as_it_is else jax.tree.map(lambda a: a[x[0]], pool)
+                batch = self.batch(jax.tree.map(of_batch, clips), nothing, x[1])
+                gradients, metrics = gradients_of(loss, state.params, frozen, batch, parts=self.accumulate)
+                return self.optimizer.apply(state, gradients, rate, shares=shares), metrics
+
+            order = order.reshape(self.steps_per_round, bucket.batch)
+            return jax.lax.scan(step, state, (order, jax.random.split(key, self.steps_per_round)))
+
+        cut, turn = devices.parameter_shardings(state), feed.turn_shapes()
+        return devices.lower(
+            advance,
+            devices.described(state, cut),
+            devices.described(feed.frozen, devices.whole),
+            devices.described(frozen, devices.parameter_shardings(frozen)),
+            devices.described(turn, devices.batch_shardings(turn)),
+            *devices.described((round_key(0, 0), jnp.float32(0)), devices.whole),
+            donate=(0,), out=(cut, devices.whole),
+        )  # fmt: skip
 
     def _turns(self) -> list[list[int]]:
         """For each bucket, the rounds that draw from it."""
@@ -296,7 +338,7 @@ class FlowTraining:
         return turns
 
     def _measurer(
-        self, bucket: AnyBucket, make_feed: Callable[..., Feed], loss: Loss, frozen: PyTree
+        self, bucket: AnyBucket, make_feed: Callable[..., Feed], loss: Loss, frozen: PyTree, *, devices: Devices
     ) -> Callable[[PyTree], float]:
         """From parameters: the loss on clips that are held out, a part of a step's batch at a time."""
         part = bucket.batch // self.accumulate
@@ -306,35 +348,19 @@ class FlowTraining:
         def measure(params: PyTree, feed_frozen: PyTree, frozen: PyTree, turn: PyTree) -> Array:
             pool, nothing = feed.pool(turn, feed_frozen, frozen), feed.nothing(feed_frozen, frozen)
             batch = self.batch(pool, nothing, round_key(0, 0), dropout=0.0)
-            return jnp.mean(jax.lax.map(lambda part: loss(params, frozen, part)[1]["loss"], _cut(batch, parts)))
+            return jnp.mean(jax.lax.map(lambda part: loss(params, frozen, part)[1]["loss"], cut(batch, parts)))
 
-        turn, program = feed.turn(0), jax.jit(measure)
-        return lambda params: float(program(params, feed.frozen, frozen, turn))
+        turn, feed_frozen = devices.batch(feed.turn(0), feed.turn_shapes()), devices.everywhere(feed.frozen)
 
+        program: jax.stages.Compiled | None = None
 
-def gradients_of(
-    loss: Loss, params: PyTree, frozen: PyTree, batch: Batch, *, parts: int
-) -> tuple[PyTree, dict[str, Array]]:
-    """Of the mean over a batch that goes through in so many parts, summed in float32; and the means to log.
+        def measured(params: PyTree) -> float:
+            nonlocal program
+            arrays = params, feed_frozen, frozen, turn
+            program = program or devices.lower(measure, *arrays, out=devices.whole).compile()
+            return float(program(*arrays))
 
-    Every part has clips of all levels of noise and, on a mesh, as many on each device.
-    """
-    gradient = jax.grad(loss, has_aux=True)
-    if parts == 1:
-        return gradient(params, frozen, batch)
-
-    def add(total: PyTree, part: Batch) -> tuple[PyTree, dict[str, Array]]:
-        gradients, metrics = gradient(params, frozen, part)
-        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32) / parts, total, gradients), metrics
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    total, metrics = jax.lax.scan(add, zeros, _cut(batch, parts))
-    return total, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
-
-
-def _cut(batch: Batch, parts: int) -> Batch:
-    """Part i has rows i, i + parts, …: neighbours, which a mesh keeps on one device, go to different parts."""
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        return measured
 
 
 def embed(encoder: UMT5Encoder, tokens: Captions) -> Float[Array, "B L D"]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rehyat_jax.errors import RehyatError
 from train.arithmetic import PEAK_TFLOPS
 from train.checkpoint import Checkpoints
+from train.devices import Agreement, first_process
 from train.metrics import Metrics, all_finite, mean_of_finite
 from train.optimizer import Skipped
 from train.progress import TrainingDisplay
@@ -68,11 +69,13 @@ def run(
     validate: Validate[State] | None = None,
     validate_steps: int = 0,
     flops: Callable[[int], float] | None = None,
+    devices: int | None = None,
     console: Console | None = None,
 ) -> State:
     """Advance ``state`` to ``steps`` steps or just beyond; continue from ``folder``'s newest checkpoint if it has one.
 
-    The host prepares the next round while the device works on this one. Values to log go, with the step, the rate, the
+    The host prepares the next round while the device works on this one. Several processes save, log and stop after the
+    same round, which a signal to one of them decides for all. Values to log go, with the step, the rate, the
     seconds of this process so far and the step it began at, to ``metrics.jsonl`` and TensorBoard in ``folder``, and
     with the time left to the console.
 
@@ -81,6 +84,7 @@ def run(
         validate: called after the round that reaches a multiple of ``validate_steps``, and after the last.
         flops: floating-point operations of the round that begins at a step; shown as a rate, and as a share of the
             devices' peak where that is known (`train.arithmetic.PEAK_TFLOPS`).
+        devices: how many are at work; none: all.
 
     Raises:
         RehyatError: too many steps in a row were skipped, or a value is not finite although gradients are.
@@ -89,7 +93,7 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        TrainingDisplay(steps, console=console) as display,
+        TrainingDisplay(steps, console=console if first_process() else Console(quiet=True)) as display,
         Checkpoints(folder / "checkpoints") as checkpoints,
         _stop_signals() as signals,
     ):
@@ -97,7 +101,8 @@ def run(
             state = restored
             display.note(f"resumed from step {int(state.step)}")
         step = first = logged = int(state.step)
-        peak = _peak_flops(display.note) if flops and step < steps else None
+        agreement = Agreement()
+        peak = _peak_flops(devices, display.note) if flops and step < steps else None
         with Metrics(folder, first_step=first) as log:
             begun = last_log = last_save = time.monotonic()
             previous: dict[str, Any] = {}
@@ -108,10 +113,13 @@ def run(
                 step += steps_per_advance
                 # At most one round waits on the device, so that the clock below is the device's.
                 jax.block_until_ready(previous)
-                now, stop = time.monotonic(), signals[:1]
-                saves = stop or step >= steps or now - last_save >= checkpoint_seconds
+                now = time.monotonic()
+                stop, due, logs = agreement.of(
+                    max(signals[:1], default=0), now - last_save >= checkpoint_seconds, now - last_log >= log_seconds
+                )
+                saves = stop or step >= steps or due
                 validates = validate and validate_steps and (step % validate_steps < steps_per_advance or step >= steps)
-                if saves or validates or now - last_log >= log_seconds:
+                if saves or validates or logs:
                     measured, counts = jax.device_get((metrics, state.skipped))
                     values = {name: mean_of_finite(value) for name, value in measured.items()}
                     total, in_a_row = int(counts.total.sum()), int(counts.in_a_row.max())
@@ -144,18 +152,18 @@ def run(
                     checkpoints.save(step, state)
                     last_save = time.monotonic()
                 if stop:
-                    raise Stopped(stop[0], step)
+                    raise Stopped(stop, step)
                 previous = metrics
     return state
 
 
-def _peak_flops(note: Callable[[str], None]) -> float | None:
+def _peak_flops(devices: int | None, note: Callable[[str], None]) -> float | None:
     """Of all devices together; None, and said, where it is not known."""
     kind = jax.devices()[0].device_kind
     if kind not in PEAK_TFLOPS:
         note(f"the peak arithmetic of a device {kind!r} is not known here: its utilisation is not shown")
         return None
-    return PEAK_TFLOPS[kind] * 1e12 * jax.device_count()
+    return PEAK_TFLOPS[kind] * 1e12 * (devices or jax.device_count())
 
 
 @contextmanager

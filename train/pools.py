@@ -46,11 +46,11 @@ class Feed(Protocol):
     frozen: PyTree
 
     def turn(self, index: int) -> PyTree:
-        """For round ``index`` of the run, from the host."""
+        """For round ``index`` of the run, from the host: all of it, or this process's rows."""
         ...
 
     def turn_shapes(self) -> PyTree:
-        """Shapes and dtypes of a turn."""
+        """Shapes and dtypes of a whole turn."""
         ...
 
     def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:

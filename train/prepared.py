@@ -26,6 +26,7 @@ from rehyat_jax.weights.component import ComponentName
 from rehyat_jax.weights.layout import locate
 from rehyat_jax.weights.plan import open_component
 from train.clips import AnyBucket
+from train.devices import WHOLE, Rows
 from train.pools import Pool
 
 INDEX = "data.json"
@@ -269,13 +270,14 @@ class PreparedFeed:
 
     def __init__(
         self, data: Prepared, *, count: int, seed: int, dtype: jnp.dtype, place: Callable[[int], int],
-        first: int = 0, last: int | None = None,
+        first: int = 0, last: int | None = None, rows: Rows = WHOLE,
     ) -> None:  # fmt: skip
         """
         Args:
             count: clips a round, over all processes.
             place: of a round of the run among those that draw from here.
             first, last: the clips that serve.
+            rows: this process's share of a round.
 
         Raises:
             ConfigError: none are left.
@@ -283,8 +285,9 @@ class PreparedFeed:
         clips = data.clips(first, last)
         if not len(clips):
             raise ConfigError(f"{data.folder} has {len(data)} clips, of which {first} are held out: none are left")
-        self._count, self._place, self._plan, self._dtype = count // jax.process_count(), place, data.plan, dtype
-        mine = clips.seed(seed).shuffle().repeat()[jax.process_index() :: jax.process_count()]
+        self._count, self._place, self._plan, self._dtype = count // rows.parts, place, data.plan, dtype
+        self._whole = count
+        mine = clips.seed(seed).shuffle().repeat()[rows.part :: rows.parts]
         options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=2 * self._count)
         self._rows = iter(mine.to_iter_dataset(options).batch(self._count))
         self._next = 0
@@ -299,8 +302,8 @@ class PreparedFeed:
     def turn_shapes(self) -> PyTree:
         stored = jnp.dtype(self._plan.dtype)
         return {
-            "latents": jax.ShapeDtypeStruct((self._count, *self._plan.latents), stored),
-            "text": jax.ShapeDtypeStruct((self._count, *self._plan.text), stored),
+            "latents": jax.ShapeDtypeStruct((self._whole, *self._plan.latents), stored),
+            "text": jax.ShapeDtypeStruct((self._whole, *self._plan.text), stored),
         }
 
     def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:

@@ -37,8 +37,8 @@ RULES: tuple[tuple[str, tuple[Dimension | None, ...]], ...] = (
     (r"blocks/attn[12]/to_out/kernel", (None, "heads", "width")),
     (r"blocks/ffn/up/kernel", (None, "width", "hidden")),
     (r"blocks/ffn/down/kernel", (None, "hidden", "width")),
-    (r"hybrid_blocks/phi_[qk]/layers/\d+/kernel", (None, "heads", "channels", "features")),
-    (r"hybrid_blocks/phi_[qk]/layers/\d+/bias", (None, "heads", None)),
+    (r"phi_[qk]/layers/\d+/kernel", (None, "heads", "channels", "features")),
+    (r"phi_[qk]/layers/\d+/bias", (None, "heads", None)),
     (r"patch_embedding/kernel", (None, None, None, None, "width")),
     (r"condition_embedder/\w+_embedder/linear_1/kernel", (None, "width")),
     (r"condition_embedder/\w+_embedder/linear_2/kernel", ("width", None)),
@@ -57,12 +57,19 @@ class MeshConfig:
     fsdp: int | None = None
     context: int = 1
     tensor: int = 1
+    #: As `for_devices` has it for the devices that there are, in place of the sizes above.
+    automatic: bool = False
 
     def __post_init__(self) -> None:
         for axis in AXES:
             size = getattr(self, axis)
             if size is not None and size < 1:
                 raise ConfigError(f"the mesh's {axis} must be at least 1, not {size}")
+
+    @property
+    def single(self) -> bool:
+        """Whether this is one device."""
+        return not self.automatic and (self.data, self.fsdp, self.context, self.tensor) == (1, 1, 1, 1)
 
     @classmethod
     def for_devices(cls, devices: int, *, chunks: int = 1, batch: int | None = None) -> MeshConfig:
@@ -104,14 +111,20 @@ class MeshConfig:
             )
         return self.data, fsdp, self.context, self.tensor
 
-    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def make(
+        self, devices: Sequence[jax.Device] | None = None, *, chunks: int = 1, batch: int | None = None
+    ) -> Mesh:
         """The mesh over these devices, or all there are; ``jax.set_mesh`` puts it in force.
 
+        Args:
+            chunks, batch: as `for_devices` takes them, for an automatic mesh.
+
         Raises:
-            ConfigError: see `sizes`.
+            ConfigError: see `sizes` and `for_devices`.
         """
         devices = jax.devices() if devices is None else devices
-        sizes = self.sizes(len(devices))
+        config = self.for_devices(len(devices), chunks=chunks, batch=batch) if self.automatic else self
+        sizes = config.sizes(len(devices))
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
 
 

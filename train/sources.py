@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
 from train.clips import Bucket
+from train.devices import WHOLE, Devices, Rows
 from train.flow import pad_text
 from train.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
 from train.trajectories import Points, Prompts, Sampling, Turn
@@ -161,18 +162,23 @@ def check_prepared(source: Source, model: Path) -> None:
 Embed = Callable[[Sequence[str]], Float[Array, "R L D"]]
 
 
+@runtime_checkable
 class Inputs(Protocol):
     """One source at work: what it carries from round to round on the device, and what a round needs from the host."""
 
     #: Arrays that its programs read.
     frozen: PyTree
 
-    def begin(self) -> PyTree:
+    def begin(self, devices: Devices) -> PyTree:
         """What is carried, before the first round."""
         ...
 
     def turn(self, index: int) -> PyTree:
-        """For its round ``index``, from the host."""
+        """For its round ``index``, from the host: all of it, or this process's rows."""
+        ...
+
+    def turn_shapes(self) -> PyTree:
+        """Shapes and dtypes of a whole turn."""
         ...
 
     def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
@@ -195,13 +201,16 @@ class OwnTrajectories:
         self._prompts: Prompts = lambda numbers: embed([texts(int(number)) for number in numbers])
         self.frozen = {"table": sampling.table, "negative": embed([""])}
 
-    def begin(self) -> PyTree:
+    def begin(self, devices: Devices) -> PyTree:
         numbers = np.arange(self._batch, dtype=np.int32)
-        begin = jax.jit(functools.partial(self._sampling.begin, shape=self._shape))
-        return begin(self._key, numbers, self._prompts(numbers))
+        begin = functools.partial(self._sampling.begin, shape=self._shape)
+        return devices.made_batch(begin, self._key, numbers, self._prompts(numbers))
 
     def turn(self, index: int) -> Turn:
         return self._sampling.turn(index, self._batch, self._prompts)
+
+    def turn_shapes(self) -> Turn:
+        return _shapes(self.turn(0))
 
     def points(self, carried: PyTree, turn: Turn, frozen: PyTree) -> tuple[PyTree, Points]:
         rollouts = self._sampling.restart(carried, turn, self._key)
@@ -224,8 +233,11 @@ class NoisyClips:
         self._draw = jax.jit(functools.partial(self._bucket.sample, count=source.batch))
         self._vae, self.frozen = nnx.split(vae)
 
-    def begin(self) -> PyTree:
+    def begin(self, devices: Devices) -> PyTree:
         return None
+
+    def turn_shapes(self) -> PyTree:
+        return _shapes(self.turn(0))
 
     def turn(self, index: int) -> PyTree:
         draw, noise = jax.random.split(jax.random.fold_in(self._key, index))
@@ -248,17 +260,21 @@ class PreparedInputs:
 
     def __init__(
         self, source: Source, data: Prepared, *, sampling: Sampling, dtype: jnp.dtype, key: Key[Array, ""], seed: int,
-        held_out: int,
+        held_out: int, rows: Rows = WHOLE,
     ) -> None:  # fmt: skip
         self._feed = PreparedFeed(
-            data, count=source.batch, seed=seed, dtype=dtype, place=lambda index: index, first=held_out
-        )
+            data, count=source.batch, seed=seed, dtype=dtype, place=lambda index: index, first=held_out,
+            rows=rows,
+        )  # fmt: skip
         self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)
         self._key = key
         self.frozen = self._feed.frozen
 
-    def begin(self) -> PyTree:
+    def begin(self, devices: Devices) -> PyTree:
         return None
+
+    def turn_shapes(self) -> PyTree:
+        return self._feed.turn_shapes(), _shapes(self._key)
 
     def turn(self, index: int) -> PyTree:
         return self._feed.turn(index), jax.random.fold_in(self._key, index)
@@ -269,6 +285,10 @@ class PreparedInputs:
 
     def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         return None
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _noisy(

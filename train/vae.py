@@ -13,12 +13,15 @@ from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.config import VAEConfig
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.mesh import laid_out
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.record import Phases
 from rehyat_jax.weights import save_vae
 from train.clips import Bucket, check_rounds, round_key
+from train.devices import Devices, Processes, first_process, wait_for_all
 from train.loop import run
 from train.optimizer import OptimizerConfig, TrainState
+from train.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,9 @@ class VAETraining:
     seed: int = 0
     #: Between two checkpoints; 0 saves after every round.
     checkpoint_seconds: float = 60.0
+    #: Devices along each axis, of which data and fsdp share the clips; by default one device is used.
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    processes: Processes = Processes()
 
     def __post_init__(self) -> None:
         check_rounds(self.buckets, steps=self.steps, steps_per_round=self.steps_per_round)
@@ -82,12 +88,13 @@ class VAETraining:
 
         Raises:
             RehyatError: ``out`` holds a finished VAE, or training diverged.
+            ConfigError: the mesh does not divide the devices or the clips.
             CheckpointError: ``out`` has checkpoints of another model, or cannot be written.
             Stopped: by a signal; see `train.loop.run`.
         """
         if self.result.exists():
             raise RehyatError(f"{self.out} holds a trained VAE already; choose another --out")
-        phases = phases or Phases()
+        phases, devices = phases or Phases(), self._devices()
         model = WanVAE(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed))
         bias = model.quant_conv.bias
         bias.set_value(bias.get_value().at[self.model.z_dim :].set(self.initial_logvar))
@@ -109,18 +116,20 @@ class VAETraining:
                 noise_key, *keys = jax.random.split(key, 1 + len(self.buckets))
                 clips = zip(self.buckets, keys, strict=True)
                 video = jnp.concatenate([bucket.draw(key, latest_start=self.latest_start) for bucket, key in clips])
+                video = laid_out(video, "batch", *[None] * 4)
                 gradients, metrics = jax.grad(loss, has_aux=True)(state.params, video, noise_key)
                 return self.optimizer.apply(state, gradients, rate), metrics
 
             return jax.lax.scan(step, state, jax.random.split(key, self.steps_per_round))
 
         with phases.measure("compile"):
-            state = self.optimizer.init(params)
-            program = jax.jit(advance, donate_argnums=0).lower(state, round_key(0, 0), jnp.float32(0)).compile()
+            state = devices.made(self.optimizer.init, devices.parameters(params))
+            cut, nothing = devices.parameter_shardings(state), devices.everywhere((round_key(0, 0), jnp.float32(0)))
+            program = devices.lower(advance, state, *nothing, donate=(0,), out=(cut, devices.whole)).compile()
 
         def advance_round(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
             rate = jnp.float32(self.optimizer.rate(step, self.steps))
-            return program(state, round_key(self.seed, step // self.steps_per_round), rate)
+            return program(state, *devices.everywhere((round_key(self.seed, step // self.steps_per_round), rate)))
 
         with phases.measure("train"):
             state = run(
@@ -130,12 +139,23 @@ class VAETraining:
                 steps_per_advance=self.steps_per_round,
                 folder=self.train_folder,
                 checkpoint_seconds=self.checkpoint_seconds,
+                devices=devices.count,
             )
         with phases.measure("save"):
-            vae = nnx.merge(graph, state.ema)
-            mean, std = self._statistics(vae)
-            vae.config = dataclasses.replace(self.model, latents_mean=mean, latents_std=std)
-            save_vae(vae, self.result, dtype=jnp.bfloat16)
+            averaged = devices.on_host(state.ema)
+            if first_process():
+                vae = nnx.merge(graph, averaged)
+                mean, std = self._statistics(vae)
+                vae.config = dataclasses.replace(self.model, latents_mean=mean, latents_std=std)
+                save_vae(vae, self.result, dtype=jnp.bfloat16)
+            wait_for_all("result")
+
+    def _devices(self) -> Devices:
+        clips = sum(bucket.batch for bucket in self.buckets)
+        devices = Devices.of(self.mesh, batch=clips)
+        if clips % (pieces := devices.batch_pieces):
+            raise ConfigError(f"{clips} clips of a batch do not divide by data x fsdp = {pieces} of the mesh")
+        return devices
 
     def _statistics(self, vae: WanVAE) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation a channel of the posterior's samples over clips of training.
