@@ -1,0 +1,123 @@
+"""Training on eight virtual devices: a step of one device; a checkpoint on other numbers of them; impossible meshes."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_distill import _training as _distillation
+from test_finetune import HYBRID, WAN, _random, _training
+from virtual_devices import on_devices
+
+from rehyat_jax.config import VAEConfig
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.dit import WanTransformer
+from train.checkpoint import Checkpoints
+from train.clips import Bucket
+from train.devices import Devices
+from train.flow import Batch
+from train.gradients import gradients_of
+from train.sharding import MeshConfig
+
+#: data, fsdp, context, tensor.
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1)]
+VAE = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1,
+                latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
+
+
+def _mesh(sizes) -> MeshConfig:
+    return MeshConfig(**dict(zip(("data", "fsdp", "context", "tensor"), sizes, strict=True)))
+
+
+def _finetuning(**options):
+    return _training(
+        Path("unused"), Path("unused"), teacher_frames=9, buckets=(Bucket(kind="plain", frames=9, batch=16),),
+        accumulate=2, **options,
+    )  # fmt: skip
+
+
+def _differences():
+    """Of a finetune step with a teacher, in two parts, on each mesh: the loss's and the gradients' largest from those
+    of one device, as a share of an array's largest number."""
+    student, teacher = (
+        _random(lambda hybrid=hybrid: WanTransformer(WAN, hybrid=hybrid, rngs=nnx.Rngs(0)), seed)
+        for seed, hybrid in ((0, HYBRID), (1, None))
+    )
+    (graph, params), (teacher_graph, frozen) = nnx.split(student, nnx.Param), nnx.split(teacher, nnx.Param)
+    frozen, rng = {"teacher": frozen}, np.random.default_rng(0)
+    noisy, velocity, text = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 5, 16, 16, 4), (16, 5, 16, 16, 4), (16, 7, 16))
+    )
+    batch = Batch(noisy, jnp.linspace(50.0, 950.0, 16), text, velocity)
+    training = _finetuning()
+    loss = training.loss(graph, teacher_graph, longest=5)
+
+    def step(params, frozen, batch):
+        return gradients_of(loss, params, frozen, batch, parts=training.accumulate)
+
+    def on(devices):
+        arrays = devices.parameters(params), devices.parameters(frozen), devices.batch(batch, batch)
+        out = None if devices.mesh is None else (devices.parameter_shardings(params), devices.whole)
+        program = devices.lower(step, *arrays, out=out).compile({"xla_backend_optimization_level": 0})
+        return jax.device_get(program(*arrays))
+
+    one, found = on(Devices(None)), []
+    for sizes in MESHES:
+        devices = dataclasses.replace(training, mesh=_mesh(sizes)).devices(VAE, WAN, HYBRID)
+        found.append(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y)) / np.max(np.abs(x))), one, on(devices)))
+    return [max(jax.tree.leaves(x)) for x in found]
+
+
+def _restored():
+    """A checkpoint of a state on eight devices, on one, two and eight: whether it is the same, and how many hold it."""
+    params = nnx.state(_random(lambda: WanTransformer(WAN, hybrid=HYBRID, rngs=nnx.Rngs(0)), 0), nnx.Param)
+    optimizer, found = _finetuning().optimizer, []
+    eight = Devices(_mesh((1, 4, 2, 1)).make())
+    state = eight.made(optimizer.init, eight.parameters(params))
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
+        checkpoints.save(8, state)
+        for devices in (Devices(None), Devices(MeshConfig(fsdp=2).make(jax.devices()[:2])), eight):
+            template = devices.made(optimizer.init, devices.parameters(jax.tree.map(jnp.zeros_like, params)))
+            got = checkpoints.restore(template)
+            same = jax.tree.map(lambda x, y: bool(np.array_equal(np.asarray(x), np.asarray(y))), got, state)
+            placed = max(len(x.sharding.device_set) for x in jax.tree.leaves(got))
+            found.append([all(jax.tree.leaves(same)), placed])
+    return found
+
+
+def measure():
+    return {"differences": _differences(), "restored": _restored()}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return on_devices("test_mesh_training", "measure")
+
+
+@pytest.mark.parametrize("case", range(len(MESHES)), ids=[" x ".join(map(str, sizes)) for sizes in MESHES])
+def test_a_finetune_step_is_that_of_one_device(measured, case):
+    """Sums in another order: a few float32 roundings."""
+    assert measured["differences"][case] <= 1e-5
+
+
+def test_a_checkpoint_is_restored_on_one_two_and_eight_devices(measured):
+    assert measured["restored"] == [[True, 1], [True, 2], [True, 8]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((3, 1, 1, 1), "a mesh of data 3, fsdp 1, context 1 and tensor 1 does not divide 1 devices"),
+        ((1, 2, 1, 1), "fsdp 2, context 1 and tensor 1 does not divide 1 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_devices(sizes, said):
+    with pytest.raises(ConfigError, match=said) as raised:
+        _finetuning(mesh=_mesh(sizes)).devices(VAE, WAN, HYBRID)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError, match=said):
+        _distillation(Path("unused"), Path("unused"), mesh=_mesh(sizes)).devices(WAN, [(5, 16, 16, 4)])
