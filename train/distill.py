@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from flax import nnx
 from jaxtyping import Array, Int, Key, PyTree
 
@@ -49,6 +50,7 @@ from train.loop import compile_all, run
 from train.optimizer import OptimizerConfig, Skipped, TrainState
 from train.prepared import Prepared
 from train.sharding import MeshConfig, check_mesh
+from train.sizes import check_sizes
 from train.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, check_prepared
 from train.trajectories import Sampling
 
@@ -78,6 +80,8 @@ class DistillTraining:
     out: Path
     #: A bundled model's name, or a model's folder in the diffusers layout. Its own weights stay as they are.
     teacher: Path = Path("mini-sprites")
+    #: Its sizes, which `rehyat plan` needs before there is such a folder; none: whatever it has.
+    model: tyro.conf.AvoidSubcommands[WanConfig | None] = None
     hybrid: HybridConfig = HybridConfig()
     #: Only so many of the converted blocks stay converted in the result: those with the smallest held-out error.
     best: int | None = None
@@ -281,6 +285,7 @@ class Distillation:
     def __init__(self, training: DistillTraining, teacher: WanTransformer, folder: Path) -> None:
         self.training, self.teacher = training, teacher
         config, dtype = teacher.config, jnp.dtype(training.dtype)
+        check_sizes(training.model, config, where=folder)
         converted = training.hybrid.converted(config.num_layers)
         #: The converted blocks' numbers among all.
         self.numbers = [i for i, chosen in enumerate(converted) if chosen]

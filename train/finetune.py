@@ -38,6 +38,7 @@ from train.flow import Batch, FlowTraining, Loss, embed, flow_loss, pad_text
 from train.optimizer import OptimizerConfig
 from train.pools import Captions
 from train.prepared import PreparedClips, open_prepared
+from train.sizes import check_sizes
 from train.videos import showing
 
 #: What a result has from its source, as it is there.
@@ -55,6 +56,8 @@ class FinetuneTraining(FlowTraining):
 
     #: A bundled model's name or a model's folder in the diffusers layout: a student, or a teacher to be converted.
     source: Path
+    #: Its sizes, which `rehyat plan` needs before there is such a folder; none: whatever it has.
+    model: tyro.conf.AvoidSubcommands[WanConfig | None] = None
     #: How blocks are converted; none: as the source's are. A student keeps its feature maps, and what it lacks of
     #: this (decay, length) starts as if it were not there.
     hybrid: tyro.conf.AvoidSubcommands[HybridConfig | None] = None
@@ -117,6 +120,7 @@ class FinetuneTraining(FlowTraining):
             student = student_of(load_transformer(source), self.hybrid, where=source)
         graph, params = _in_dtype(student, dtype)
         vae = load_vae(source, dtype=dtype)
+        check_sizes(self.model, student.config, where=source)
         self.check_fits(vae.config, student.config, where=source / "vae")
         devices = self.devices(vae.config, student.config, student.hybrid)
         frozen, teacher_graph = {}, None
@@ -138,7 +142,7 @@ class FinetuneTraining(FlowTraining):
         prompts = self.validation.prompts if self.validation.every else ()
         state = self.train(
             params, loss, vae=vae, tokenizer=Tokenizer.from_folder(source), phases=phases, read=read, frozen=frozen,
-            shares=self._shares(params), flops=flops, prepared=prepared,
+            shares=self.shares(params), flops=flops, prepared=prepared,
             show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None, devices=devices,
         )  # fmt: skip
         with phases.measure("save"):
@@ -172,10 +176,10 @@ class FinetuneTraining(FlowTraining):
             state = checkpoints.read(self.optimizer.init(params), step=step)
         _write(folder, source, nnx.merge(graph, state.ema))
 
-    def _shares(self, params: PyTree) -> PyTree:
+    def shares(self, params: PyTree) -> PyTree:
         """Of the learning rate, a leaf each."""
 
-        def share(path: tuple, _: Array) -> float:
+        def share(path: tuple, _: Any) -> float:
             names = {getattr(key, "key", None) for key in path}
             if names & {"decay_rate", "length_power"}:
                 return self.gate_rate

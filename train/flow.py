@@ -108,7 +108,7 @@ class FlowTraining:
         for bucket in self.buckets:
             if bucket.batch % self.accumulate:
                 raise ConfigError(f"a batch of {bucket.batch} clips cannot be cut into accumulate = {self.accumulate}")
-            clips = self._pool(bucket)
+            clips = self.pool(bucket)
             encoded = min(ENCODE_CLIPS, clips or 1) if isinstance(bucket, Bucket) else 1
             if clips * self.reuse != bucket.batch * self.steps_per_round or clips % encoded:
                 raise ConfigError(
@@ -121,7 +121,7 @@ class FlowTraining:
         """Checkpoints and metrics."""
         raise NotImplementedError
 
-    def _pool(self, bucket: AnyBucket) -> int:
+    def pool(self, bucket: AnyBucket) -> int:
         """Clips that a round draws."""
         return bucket.batch * self.steps_per_round // self.reuse
 
@@ -155,8 +155,8 @@ class FlowTraining:
         if devices.mesh is not None:
             for bucket, length, batch in zip(self.buckets, frames, clips, strict=True):
                 check_mesh(devices.shape, model, hybrid=hybrid, batch=batch, latent_frames=length)
-                if self._pool(bucket) % (pieces := devices.batch_pieces):
-                    raise ConfigError(f"{self._pool(bucket)} clips a round do not divide by data x fsdp = {pieces}")
+                if self.pool(bucket) % (pieces := devices.batch_pieces):
+                    raise ConfigError(f"{self.pool(bucket)} clips a round do not divide by data x fsdp = {pieces}")
         return devices
 
     def captions(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Captions:
@@ -224,12 +224,12 @@ class FlowTraining:
             bucket = self.buckets[number]
             if isinstance(bucket, PreparedClips):
                 return PreparedFeed(
-                    prepared[bucket.folder], count=count or self._pool(bucket), seed=self.seed,
+                    prepared[bucket.folder], count=count or self.pool(bucket), seed=self.seed,
                     dtype=jnp.dtype(self.dtype), place=functools.partial(bisect.bisect_left, turns[number]),
                     first=0 if count else held_out, last=held_out if count else None, rows=devices.rows(),
                 )  # fmt: skip
             return SpriteFeed(
-                bucket, count=count or self._pool(bucket), seed=self.seed + (_HELD_OUT if count else 0), vae=vae,
+                bucket, count=count or self.pool(bucket), seed=self.seed + (_HELD_OUT if count else 0), vae=vae,
                 tokens=functools.partial(self.captions, tokenizer), read=read,
             )  # fmt: skip
 
@@ -297,7 +297,7 @@ class FlowTraining:
         """The program of a round, of shapes as well as of arrays: from the state, what does not learn of the feed and
         of the stage, a turn, a key and the learning rate, to the state after it and the metrics of its steps.
         """
-        count, as_it_is = self._pool(bucket), self.steps_per_round == self.reuse == 1
+        count, as_it_is = self.pool(bucket), self.steps_per_round == self.reuse == 1
 
         def advance(
             state: TrainState, feed_frozen: PyTree, frozen: PyTree, turn: PyTree, key: Array, rate: Array

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -125,7 +126,9 @@ class MeshConfig:
         devices = jax.devices() if devices is None else devices
         config = self.for_devices(len(devices), chunks=chunks, batch=batch) if self.automatic else self
         sizes = config.sizes(len(devices))
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
+        # Neighbours in the mesh are neighbours in the machine, also where an axis is a part of one of the machine's.
+        grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_mesh(

@@ -1,0 +1,39 @@
+"""The feature maps of all blocks of Wan2.1 1.3B, distilled from its own trajectories at 832x480: ReHyAt, first stage.
+
+    rehyat distill wan_1_3b_distill                               # the same command on every host
+    rehyat distill wan_1_3b_distill --sources.0.batch 8 --held-out 8                # 8 chips
+    rehyat plan wan_1_3b_distill --topology v5e:16x16      # what it takes, without a chip
+
+It reads prompts from prompts.txt, a prompt a line, and no videos. A chip has one trajectory, with guidance two points
+of the teacher, and each serves four updates. The mesh follows from the chips that there are, as for finetuning.
+
+Cost: see docs/scale.md; not run on chips yet.
+
+Result: the folder out/wan-1.3b-distilled, the teacher's with a rehyat part. No figures yet.
+"""
+
+from pathlib import Path
+
+from rehyat_jax.config import WanConfig
+from rehyat_jax.hybrid_config import HybridConfig
+from train.distill import DistillTraining
+from train.optimizer import OptimizerConfig
+from train.sharding import MeshConfig
+from train.sources import Source
+
+config = DistillTraining(
+    out=Path("out/wan-1.3b-distilled"),
+    teacher=Path("Wan2.1-T2V-1.3B-Diffusers"),
+    model=WanConfig.t2v_1_3b(),
+    hybrid=HybridConfig(),
+    sources=(Source(prompts="prompts.txt", frames=81, height=480, width=832, batch=64),),
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    updates_per_point=4,
+    steps=2000,
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, weight_decay=0.0),
+    held_out=64,
+    measure_rounds=0,
+    checkpoint_seconds=600.0,
+    mesh=MeshConfig(automatic=True),
+)

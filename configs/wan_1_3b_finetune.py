@@ -1,0 +1,41 @@
+"""Wan2.1 1.3B, distilled before, finetuned whole on prepared clips of 81 frames at 832x480: ReHyAt's second stage.
+
+    rehyat prepare VIDEOS wan-1.3b-clips --model Wan2.1-T2V-1.3B-Diffusers --frames 81 --size 832x480   # once
+    rehyat finetune wan_1_3b_finetune                                   # the same command on every host
+    rehyat finetune wan_1_3b_finetune --source MODEL --accumulate 8     # 8 chips
+    rehyat plan wan_1_3b_finetune --topology v5e:16x16           # what it takes, without a chip
+
+The mesh follows from the chips that there are: 64 clips a step are one a chip on 64; on 256 a clip's time is cut in
+four; 512 take --buckets.0.batch 128, and time in four. docs/scale.md has the plans.
+
+Cost: see docs/scale.md; not run on chips yet.
+
+Result: the folder out/wan-1.3b-student, in the diffusers layout with its rehyat part. No figures yet.
+"""
+
+from pathlib import Path
+
+from rehyat_jax.config import WanConfig
+from rehyat_jax.hybrid_config import HybridConfig
+from train.finetune import FinetuneTraining
+from train.optimizer import OptimizerConfig
+from train.prepared import PreparedClips
+from train.sharding import MeshConfig
+
+config = FinetuneTraining(
+    out=Path("out/wan-1.3b-student"),
+    source=Path("out/wan-1.3b-distilled"),
+    model=WanConfig.t2v_1_3b(),
+    hybrid=HybridConfig(),
+    buckets=(PreparedClips(folder=Path("wan-1.3b-clips"), frames=81, batch=64),),
+    steps=1000,
+    steps_per_round=1,
+    reuse=1,
+    shift=5.0,
+    optimizer=OptimizerConfig(
+        method="adamw", learning_rate=1e-5, warmup_steps=50, beta2=0.999, weight_decay=0.01, ema_decay=0.99
+    ),
+    remat=True,
+    checkpoint_seconds=600.0,
+    mesh=MeshConfig(automatic=True),
+)
