@@ -1,7 +1,7 @@
-"""What a compiled TPU program does, read from its text: cycles, kernels, and what its collectives move.
+"""What a compiled program does, read from its text: cycles, kernels, and what its collectives move.
 
-XLA writes beside every instruction how many cycles it expects; a loop's body is there once, and its condition says how
-often it runs. Of a branch the costlier arm counts.
+For a TPU, XLA writes beside every instruction how many cycles it expects. A loop's body is there once, and its
+condition says how often it runs. Of a branch the costlier arm counts.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def work(program: str, *, devices: int) -> Work:
             condition, body = (re.search(rf"{name}=%?([\w.\-]+)", line) for name in ("condition", "body"))
             if condition is None or body is None:
                 return Work()
-            return of(body[1]).times(_trips(computations, condition[1]))
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            return of(body[1]).times(int(known[1]) if known else _trips(computations, condition[1]))
         if operation == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)
             names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []

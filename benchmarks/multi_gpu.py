@@ -1,0 +1,322 @@
+"""Several accelerators of one host: the sharded forward pass, finetune step and distillation beside one device's.
+
+    python -m benchmarks.multi_gpu                               # on 1, 2, 4, … of all devices there are
+    python -m benchmarks.multi_gpu --devices 1 8 --only forward --plot scaling.png
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=64 python -m benchmarks.multi_gpu --tiny   # anywhere
+
+Wan-1.3B shapes at 480x832, random weights, all blocks converted. One JSON line a case:
+
+- ``forward``: the DiT on one clip of 81 or 321 frames, its time cut over the devices (strong scaling: ``of_ideal`` is
+  the first line's time over n times this one's);
+- ``finetune``: a step with its gradient and AdamW, a clip a device by fsdp, and by fsdp x context (weak scaling:
+  ``of_ideal`` is the first line's time for each clip a device over this one's);
+- ``distill``: a round of the teacher and the blocks' updates, two points a device;
+- ``past``: what a block's overlap and prefix sum of states cost: its attention on all devices beside each device's own
+  part without them;
+- ``equal``: forward and gradient beside one device's, largest difference as a share of the largest number.
+
+``received_gib``: of each device, by the program's own collectives, from its text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from rehyat_jax.attention.api import hybrid_attention
+from rehyat_jax.attention.context import hybrid_over_devices
+from rehyat_jax.config import WanConfig
+from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.mesh import spec
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.sampling import FlowSchedule, UniPC
+from train.devices import Devices
+from train.distill import DistillTraining
+from train.flow import flow_loss
+from train.hlo import work
+from train.optimizer import OptimizerConfig
+from train.sharding import MeshConfig
+from train.sources import OwnTrajectories, Source
+
+GIB = 2**30
+KINDS = ("forward", "finetune", "distill", "past", "equal")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of all cases; ``frames`` are latent."""
+
+    model: WanConfig = dataclasses.field(default_factory=WanConfig.t2v_1_3b)
+    hybrid: HybridConfig = HybridConfig()
+    frames: tuple[int, ...] = (21, 81)
+    side: tuple[int, int] = (60, 104)
+    text: int = 512
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    samples: int = 5
+
+    @classmethod
+    def tiny(cls) -> Sizes:
+        """For virtual devices: every program, in seconds."""
+        model = WanConfig(
+            num_layers=2, num_attention_heads=4, attention_head_dim=16, ffn_dim=64, text_dim=16, freq_dim=16
+        )
+        return cls(model=model, frames=(24,), side=(4, 6), text=8, dtype="float32", samples=1)
+
+
+def mesh_of(count: int, *, fsdp: int | None = None, context: int = 1) -> Devices:
+    """The first so many devices."""
+    return Devices(MeshConfig(fsdp=fsdp, context=context).make(jax.devices()[:count]))
+
+
+def timed(program: jax.stages.Compiled, arrays: tuple[Any, ...], samples: int, *, carries: bool = False) -> float:
+    """Milliseconds of one call: the median, after a warm-up. A program that ``carries`` gives its first argument on."""
+    times = []
+    for sample in range(samples + 1):
+        begun = time.perf_counter()
+        result = jax.block_until_ready(program(*arrays))
+        if sample:
+            times.append(time.perf_counter() - begun)
+        if carries:
+            arrays = (result[0], *arrays[1:])
+    return 1e3 * statistics.median(times)
+
+
+def line(kind: str, devices: Devices, program: jax.stages.Compiled, ms: float, **more: Any) -> dict[str, Any]:
+    """A case's figures."""
+    memory: Any = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    stats = jax.devices()[0].memory_stats() or {}
+    moved = work(program.as_text() or "", devices=devices.count).bytes_by_kind()
+    mesh = {axis: size for axis, size in devices.shape.items() if size > 1}
+    return {
+        "case": kind, "devices": devices.count, "mesh": mesh, **more, "ms": round(ms, 3),
+        "program_gib": round((held + memory.temp_size_in_bytes) / GIB, 3),
+        "peak_gib": round(stats["peak_bytes_in_use"] / GIB, 3) if "peak_bytes_in_use" in stats else None,
+        "received_gib": {name: round(size / GIB, 4) for name, size in moved.items()},
+    }  # fmt: skip
+
+
+def model_of(sizes: Sizes, devices: Devices, *, param_dtype: Any) -> tuple[Any, Any]:
+    """Graph, and parameters of a spread of 0.02 on the devices."""
+    make = functools.partial(
+        WanTransformer, sizes.model, hybrid=sizes.hybrid, dtype=jnp.dtype(sizes.dtype), param_dtype=param_dtype
+    )
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)
+
+    def draw() -> Any:
+        keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
+        return jax.tree.map(lambda x: (0.02 * jax.random.normal(next(keys), x.shape)).astype(x.dtype), shapes)
+
+    return graph, jax.jit(draw, out_shardings=devices.parameter_shardings(shapes))()
+
+
+def inputs_of(sizes: Sizes, devices: Devices, *, clips: int, frames: int) -> tuple[jax.Array, ...]:
+    """Noisy latents, times, text, and what is to be learned."""
+    video, dtype = (clips, frames, *sizes.side, sizes.model.in_channels), jnp.dtype(sizes.dtype)
+
+    def draw() -> tuple[jax.Array, ...]:
+        keys = jax.random.split(jax.random.key(1), 3)
+        times = jnp.linspace(50.0, 950.0, clips)
+        text = jax.random.normal(keys[1], (clips, sizes.text, sizes.model.text_dim), dtype)
+        return jax.random.normal(keys[0], video), times, text, jax.random.normal(keys[2], video)
+
+    return jax.jit(draw, out_shardings=devices.batch_shardings(jax.eval_shape(draw)))()
+
+
+def forward(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
+    """One clip, its time over all devices."""
+    for frames in sizes.frames:
+        devices = mesh_of(count, fsdp=1, context=count)
+        graph, params = model_of(sizes, devices, param_dtype=jnp.dtype(sizes.dtype))
+        arrays = (params, *inputs_of(sizes, devices, clips=1, frames=frames)[:3])
+        program = devices.lower(lambda params, *x, graph=graph: nnx.merge(graph, params)(*x), *arrays).compile()
+        yield line("forward", devices, program, timed(program, arrays, sizes.samples), latent_frames=frames)
+
+
+def finetune(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
+    """A clip a device; and where time is cut in two, a clip for two."""
+    optimizer, frames = OptimizerConfig(), sizes.frames[0]
+    for context in (1, 2) if count > 1 else (1,):
+        devices = mesh_of(count, fsdp=count // context, context=context)
+        graph, params = model_of(sizes, devices, param_dtype=jnp.float32)
+        state = devices.made(optimizer.init, params)
+        arrays = (state, *inputs_of(sizes, devices, clips=count // context, frames=frames))
+
+        def step(state: Any, *batch: Any, graph: Any = graph) -> tuple[Any, jax.Array]:
+            def loss(learned: Any) -> jax.Array:
+                return flow_loss(nnx.merge(graph, learned)(*batch[:3], remat=True), batch[3])
+
+            value, gradients = jax.value_and_grad(loss)(state.params)
+            return optimizer.apply(state, gradients, jnp.float32(1e-5)), value
+
+        cut = devices.parameter_shardings(state)
+        program = devices.lower(step, *arrays, donate=(0,), out=(cut, devices.whole)).compile()
+        ms = timed(program, arrays, sizes.samples, carries=True)
+        yield line("finetune", devices, program, ms, latent_frames=frames, clips=count // context)
+
+
+def distill(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
+    """A trajectory a device, two points of it each."""
+    model, dtype, devices = sizes.model, jnp.dtype(sizes.dtype), mesh_of(count)
+    height, width = (8 * side for side in sizes.side)
+    source = Source(prompts="none", frames=4 * sizes.frames[0] - 3, height=height, width=width, batch=count)
+    training = DistillTraining(
+        out=Path("unused"), hybrid=sizes.hybrid, sources=(source,), held_out=count, dtype=sizes.dtype
+    )
+    teacher = dataclasses.replace(sizes, hybrid=None)  # type: ignore[arg-type]
+    graph, params = model_of(teacher, devices, param_dtype=dtype)
+    sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
+    shape = (sizes.frames[0], *sizes.side, model.in_channels)
+
+    def embed(texts: Sequence[str]) -> jax.Array:
+        return jnp.zeros((len(texts), sizes.text, model.text_dim), dtype)
+
+    inputs = OwnTrajectories(
+        source, sampling=sampling, texts=lambda number: "", embed=embed, shape=shape, key=jax.random.key(0)
+    )
+    blocks = devices.parameters(nnx.state(training.blocks(model)))
+    state = devices.made(jax.vmap(training.optimizer.init), blocks)
+    carried, inputs.frozen = inputs.begin(devices), devices.everywhere(inputs.frozen)
+    turn = devices.batch(inputs.turn(0), inputs.turn_shapes())
+    learner = training.learner(model, graph, sampling=sampling, devices=devices)
+    program = learner.lower(inputs, state, carried, params, shape=shape).compile()
+    key, rate = devices.everywhere(jax.random.key(0)), devices.everywhere(jnp.float32(1e-3))
+    times = []
+    for sample in range(sizes.samples + 1):
+        begun = time.perf_counter()
+        state, carried, errors = program(state, carried, params, inputs.frozen, turn, key, rate)
+        jax.block_until_ready(errors)
+        if sample:
+            times.append(time.perf_counter() - begun)
+    yield line(
+        "distill", devices, program, 1e3 * statistics.median(times), latent_frames=shape[0], trajectories=count
+    )
+
+
+def past(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
+    """The attention of one block, with and without what comes from other devices."""
+    frames, frame = sizes.frames[-1], sizes.side[0] * sizes.side[1] // 4
+    chunk, overlap = sizes.hybrid.chunk_frames * frame, sizes.hybrid.overlap_frames * frame
+    tokens = -(-frames * frame // (count * chunk)) * count * chunk
+    devices = mesh_of(count, fsdp=1, context=count)
+    heads, width = sizes.model.num_attention_heads, sizes.model.attention_head_dim
+    features = sizes.hybrid.degree * width
+    settings: dict[str, Any] = {
+        "chunk": chunk, "overlap": overlap, "causal": True, "stabilizer": sizes.hybrid.stabilizer,
+        "implementation": "auto",
+    }  # fmt: skip
+    cut = NamedSharding(devices.mesh, spec("batch", "time", "heads", None))  # type: ignore[arg-type]
+
+    def draw() -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(0), 5)
+        shapes = [(1, tokens, heads, n) for n in (width, width, width, features, features)]
+        return [jnp.abs(jax.random.normal(k, s, jnp.dtype(sizes.dtype))) for k, s in zip(keys, shapes, strict=True)]
+
+    arrays = tuple(jax.jit(draw, out_shardings=cut)())
+
+    def alone(*arrays: jax.Array) -> jax.Array:
+        attend = functools.partial(hybrid_attention, **settings)
+        return jax.shard_map(attend, in_specs=(cut.spec,) * 5, out_specs=cut.spec, check_vma=False)(*arrays)
+
+    def together(*arrays: jax.Array) -> jax.Array:
+        return hybrid_over_devices(*arrays, **settings, decay=None)
+
+    programs = [devices.lower(function, *arrays).compile() for function in (together, alone)]
+    both, own = (timed(program, arrays, sizes.samples) for program in programs)
+    yield line("past", devices, programs[0], both, latent_frames=frames, own_part_ms=round(own, 3))
+
+
+def equal(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
+    """The forward pass and the gradients on all devices, beside one."""
+    found, frames = [], sizes.frames[0]
+    context = 2 if count > 1 else 1
+    for devices in (mesh_of(1), mesh_of(count, fsdp=count // context, context=context)):
+        graph, params = model_of(sizes, devices, param_dtype=jnp.float32)
+        arrays = (params, *inputs_of(sizes, devices, clips=max(count // context, 1), frames=frames))
+
+        def both(params: Any, *x: Any, graph: Any = graph) -> tuple[jax.Array, Any]:
+            def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+                velocity = nnx.merge(graph, params)(*x[:3], remat=True)
+                return flow_loss(velocity, x[3]), velocity
+
+            gradients, velocity = jax.grad(loss, has_aux=True)(params)
+            return velocity, gradients
+
+        found.append(jax.device_get(devices.lower(both, *arrays).compile()(*arrays)))
+
+    def apart(x: Any, y: Any) -> float:
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        return float(np.max(np.abs(x - y)) / max(float(np.max(np.abs(x))), 1e-30))
+
+    yield {"case": "equal", "devices": count, "mesh": {"fsdp": count // context, "context": context},
+           "forward": apart(found[0][0], found[1][0]),
+           "gradient": max(jax.tree.leaves(jax.tree.map(apart, found[0][1], found[1][1])))}  # fmt: skip
+
+
+CASES: dict[str, Callable[[Sizes, int], Iterator[dict[str, Any]]]] = {
+    "forward": forward, "finetune": finetune, "distill": distill, "past": past, "equal": equal,
+}  # fmt: skip
+
+
+def scaling(lines: list[dict[str, Any]]) -> None:
+    """Adds ``of_ideal`` to every line that has a first of its kind on fewer devices."""
+    first: dict[Any, dict[str, Any]] = {}
+    for each in lines:
+        if each["case"] not in ("forward", "finetune", "distill"):
+            continue
+        begin = first.setdefault((each["case"], each["latent_frames"]), each)
+        clips = each.get("clips", each.get("trajectories", 1)) / begin.get("clips", begin.get("trajectories", 1))
+        each["of_ideal"] = round(begin["ms"] * begin["devices"] * clips / each["ms"] / each["devices"], 3)
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    """Share of ideal scaling against devices; needs matplotlib."""
+    import matplotlib.pyplot as plt  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for key in dict.fromkeys((x["case"], x["latent_frames"]) for x in lines if "of_ideal" in x):
+        points = [(x["devices"], x["of_ideal"]) for x in lines if (x["case"], x.get("latent_frames")) == key]
+        axes.plot(*zip(*points, strict=True), "o", label=f"{key[0]}, {key[1]} latent frames")
+    axes.set(xlabel="devices", ylabel="share of ideal scaling", ylim=(0, 1.1), xscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", nargs="+", type=int, help="how many; by default the powers of two there are")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--out", type=Path, help="all lines as JSON")
+    parser.add_argument("--plot", type=Path)
+    given = parser.parse_args(argv)
+    sizes = Sizes.tiny() if given.tiny else Sizes()
+    counts = given.devices or [2**i for i in range(jax.device_count().bit_length())]
+    lines: list[dict[str, Any]] = []
+    for kind in given.only:
+        for count in counts:
+            for each in CASES[kind](sizes, count):
+                lines.append(each)
+                scaling(lines)
+                print(json.dumps(each), flush=True)
+    if given.out:
+        given.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    if given.plot:
+        plot(lines, given.plot)
+
+
+if __name__ == "__main__":
+    main()
