@@ -46,6 +46,8 @@ class Chip:
     """What JAX calls a device of a TPU slice, as Google Cloud's documentation has it."""
 
     gigahertz: float
+    #: Memory that a program may have, in GiB, by what the compiler says when it is too little.
+    memory: float
     #: Between neighbours along one axis of the slice, both ways together, in bytes a second.
     link: float
     #: Of the hybrid kernels forward and backward: their products' share of the chip's peak, by
@@ -54,10 +56,10 @@ class Chip:
 
 
 CHIPS = {
-    "TPU v5 lite": Chip(gigahertz=1.5, link=9e10, kernel_share=0.74),
-    "TPU v5": Chip(gigahertz=1.75, link=1.8e11, kernel_share=0.73),
-    "TPU v5p": Chip(gigahertz=1.75, link=1.8e11, kernel_share=0.73),
-    "TPU v6 lite": Chip(gigahertz=1.75, link=1.8e11, kernel_share=0.31),
+    "TPU v5 lite": Chip(gigahertz=1.5, memory=15.75, link=9e10, kernel_share=0.74),
+    "TPU v5": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.73),
+    "TPU v5p": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.73),
+    "TPU v6 lite": Chip(gigahertz=1.75, memory=31.25, link=1.8e11, kernel_share=0.31),
 }
 
 
@@ -233,12 +235,13 @@ def estimate(program: Program, on: Slice) -> Estimate:
         said = re.search(r"total memory required.*?\(([\d.]+\w)\).*?HBM \(([\d.]+\w)\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or "HBM" not in str(error):
             raise
-        need = f"{said[1]} of {said[2]} a chip are needed" if said else "a chip has too little memory"
-        raise RehyatError(
-            f"it does not fit: {need} beside its arguments; the largest arrays of the program, over all chips, are "
-            f"{'; '.join(largest(program.lowered.as_text()))}"
-        ) from error
+        needed = f"{said[1]} of {said[2]} a chip are" if said else "more than a chip has is"
+        raise _too_large(program, needed) from error
     memory: Any = compiled.memory_analysis()
+    temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # The compiler counts temporaries alone.
+    if (held := (memory.argument_size_in_bytes + temporary) / 2**30) > on.chip.memory:
+        raise _too_large(program, f"{held:.2f}G of {on.chip.memory:.2f}G a chip are")
     found = work(compiled.as_text() or "", devices=len(on.devices))
     xla, kernels = found.cycles / on.chip.gigahertz / 1e9, found.kernel_flops / on.chip.kernel_share / on.peak
     moved: dict[bool, float] = {False: 0.0, True: 0.0}
@@ -247,11 +250,17 @@ def estimate(program: Program, on: Slice) -> Estimate:
     exposed = moved[False] + max(moved[True] - xla - kernels, 0.0)
     seconds = xla + kernels + exposed
     return Estimate(
-        argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes, temporary_bytes=temporary,
         xla=xla, kernels=kernels, collectives=exposed, compiled=found,
         utilisation=program.flops / len(on.devices) / on.peak / seconds,
     )  # fmt: skip
+
+
+def _too_large(program: Program, needed: str) -> RehyatError:
+    return RehyatError(
+        f"it does not fit: {needed} needed; the largest arrays of the program, over all chips, are "
+        f"{'; '.join(largest(program.lowered.as_text()))}"
+    )
 
 
 def largest(program: str, *, count: int = 4) -> list[str]:
