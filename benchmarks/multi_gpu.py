@@ -81,8 +81,8 @@ def mesh_of(count: int, *, fsdp: int | None = None, context: int = 1) -> Devices
     return Devices(MeshConfig(fsdp=fsdp, context=context).make(jax.devices()[:count]))
 
 
-def timed(program: jax.stages.Compiled, arrays: tuple[Any, ...], samples: int, *, carries: bool = False) -> float:
-    """Milliseconds of one call: the median, after a warm-up. A program that ``carries`` gives its first argument on."""
+def timed(program: jax.stages.Compiled, arrays: tuple[Any, ...], samples: int, *, carries: int = 0) -> float:
+    """Milliseconds of one call: the median, after a warm-up. Its first ``carries`` results are its next arguments."""
     times = []
     for sample in range(samples + 1):
         begun = time.perf_counter()
@@ -90,7 +90,7 @@ def timed(program: jax.stages.Compiled, arrays: tuple[Any, ...], samples: int, *
         if sample:
             times.append(time.perf_counter() - begun)
         if carries:
-            arrays = (result[0], *arrays[1:])
+            arrays = (*result[:carries], *arrays[carries:])
     return 1e3 * statistics.median(times)
 
 
@@ -164,7 +164,7 @@ def finetune(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
 
         cut = devices.parameter_shardings(state)
         program = devices.lower(step, *arrays, donate=(0,), out=(cut, devices.whole)).compile()
-        ms = timed(program, arrays, sizes.samples, carries=True)
+        ms = timed(program, arrays, sizes.samples, carries=1)
         yield line("finetune", devices, program, ms, latent_frames=frames, clips=count // context)
 
 
@@ -194,16 +194,8 @@ def distill(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     learner = training.learner(model, graph, sampling=sampling, devices=devices)
     program = learner.lower(inputs, state, carried, params, shape=shape).compile()
     key, rate = devices.everywhere(jax.random.key(0)), devices.everywhere(jnp.float32(1e-3))
-    times = []
-    for sample in range(sizes.samples + 1):
-        begun = time.perf_counter()
-        state, carried, errors = program(state, carried, params, inputs.frozen, turn, key, rate)
-        jax.block_until_ready(errors)
-        if sample:
-            times.append(time.perf_counter() - begun)
-    yield line(
-        "distill", devices, program, 1e3 * statistics.median(times), latent_frames=shape[0], trajectories=count
-    )
+    ms = timed(program, (state, carried, params, inputs.frozen, turn, key, rate), sizes.samples, carries=2)
+    yield line("distill", devices, program, ms, latent_frames=shape[0], trajectories=count)
 
 
 def past(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:

@@ -470,4 +470,5 @@ def test_an_empty_state_is_no_constant_to_the_compiler():
             check=True,
         )  # fmt: skip
         largest, apart = map(float, done.stdout.split())
-        assert largest < 4 and apart < 1e-5
+        assert largest < 4
+        assert apart < 1e-5
