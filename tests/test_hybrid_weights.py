@@ -156,6 +156,40 @@ def test_a_whole_checkpoint_keeps_it_in_either_place_and_not_in_both(tmp_path):
     assert_same(load_transformer(tmp_path / "converted"), student)
 
 
+def test_a_finetuned_student_and_its_teacher_in_one_checkpoint(students, teacher, tmp_path):
+    """The teacher for diffusers and for ``hybrid=None``, the student else; again after converting it once more."""
+    student = students["some_blocks_decay"]
+    graph, state = nnx.split(student)
+    tuned = nnx.merge(graph, jax.tree.map(lambda p: p + jnp.asarray(0.01, p.dtype), state))
+    save_transformer(teacher, tmp_path / "teacher")
+    save_transformer(tuned, tmp_path / "tuned")
+    convert(tmp_path / "tuned", tmp_path / "both", teacher=tmp_path / "teacher")
+    convert(tmp_path / "both", tmp_path / "again")
+    for folder in (tmp_path / "both", tmp_path / "again"):
+        assert_same(load_transformer(folder), tuned)
+        assert_same(load_transformer(folder, hybrid=None), teacher)
+        model, info = WanTransformer3DModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        expected = reference(CONFIG, seed=0).state_dict()
+        assert all((tensor == expected[name]).all() for name, tensor in model.state_dict().items())
+    (part,) = describe(tmp_path / "both").components
+    assert str(tmp_path / "both" / "rehyat" / "transformer") in str(part.hybrid)
+
+    with pytest.raises(CheckpointError, match="no student"):
+        convert(tmp_path / "teacher", tmp_path / "none", teacher=tmp_path / "teacher")
+    other = tmp_path / "other"
+    reference(dataclasses.replace(CONFIG, ffn_dim=CONFIG.ffn_dim + 8), seed=0).save_pretrained(other)
+    with pytest.raises(CheckpointError, match="different sizes"):
+        convert(tmp_path / "tuned", tmp_path / "none", teacher=other)
+    assert not (tmp_path / "none").exists()
+    shutil.rmtree(tmp_path / "both" / "rehyat" / "transformer")
+    shutil.copytree(other, tmp_path / "both" / "rehyat" / "transformer")
+    assert_refused(tmp_path / "both", "other sizes")
+    (tmp_path / "again" / "rehyat" / "transformer" / "config.json").unlink()
+    (tmp_path / "again" / "rehyat" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert_refused(tmp_path / "again", "holds no weights")
+
+
 def test_described_with_the_bytes_of_its_state(tmp_path):
     """As many as the state that a stream begins with has, in bf16 at the checkpoint's own size."""
     root = tmp_path / "model"

@@ -28,11 +28,16 @@ class Convert:
     ] = None
     """Number format of the weights; each tensor's own when not given."""
 
+    teacher: Annotated[str | None, tyro.conf.arg(metavar="NAME|DIR")] = None
+    """Of a student that was finetuned: the model it was converted from, to be kept beside it. The result is the teacher
+    for diffusers, and here the student, whose own weights are in its rehyat part."""
+
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(Convert, args=argv, prog="rehyat convert")
     record = options.destination.parent / f"{options.destination.name}.json"
     check_writable(record)
+    from rehyat_jax.model_folder import find_model
     from rehyat_jax.record import Phases, write_record
     from rehyat_jax.weights.convert import convert
 
@@ -42,6 +47,7 @@ def main(argv: list[str]) -> None:
             options.source,
             options.destination,
             dtype=options.dtype,
+            teacher=None if options.teacher is None else find_model(options.teacher),
             progress=lambda done, total: display("MB", math.ceil(done / 1e6), math.ceil(total / 1e6)),
         )
     write_record(record, command="rehyat convert", settings=dataclasses.asdict(options), phases=phases)

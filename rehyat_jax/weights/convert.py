@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -43,6 +44,7 @@ def convert(
     dst: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    teacher: str | os.PathLike[str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -56,39 +58,54 @@ def convert(
     Args:
         dst: new or empty; it appears whole or not at all.
         dtype: None keeps each tensor's; otherwise float32, bfloat16 or float16, by the rule of `load_transformer`.
+        teacher: a checkpoint whose transformer is kept beside a student's: ``dst`` is then the teacher for diffusers
+            and for ``hybrid=None``, and the student, finetuned weights and all, is in its ``rehyat/`` part.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
-            be written.
+            be written; with ``teacher``, the source is no student or of other sizes.
         ConfigError: a configuration is impossible or another architecture's.
     """
     src, dst = Path(src), Path(dst)
     whole = (src / "model_index.json").is_file() or len(components_in(src)) > 1
-    plans = [make_plan(src, name) for name in components_of(src)]
-    if whole and (missing := [name for name in COMPONENTS if name not in [plan.component.name for plan in plans]]):
+    plans = {name: make_plan(src, name) for name in components_of(src)}
+    if whole and (missing := [name for name in COMPONENTS if name not in plans]):
         raise CheckpointError(f"{src} has no {' and no '.join(missing)}: name one network to convert it alone")
+    student = _student(plans["transformer"], dtype) if "transformer" in plans else None
+    if teacher is not None:
+        if student is None:
+            raise CheckpointError(f"{src} is no student: there is nothing to keep a teacher beside")
+        around = make_plan(Path(teacher), "transformer")
+        if around.config != plans["transformer"].config:
+            raise CheckpointError(f"{teacher} is no teacher of {src}: they are of different sizes")
+        student = dataclasses.replace(student, softmax=student.softmax or plans["transformer"])
+        plans["transformer"] = around
     written = _Counter(progress)
-    folders: list[tuple[Plan, list[Outgoing]]] = []
-    students = {plan.component.name: student for plan in plans if (student := _student(plan, dtype))}
-    for plan in plans:
-        tensors = [_outgoing(plan, slot, dtype, written) for slot in plan.slots]
-        written.total += sum(tensor.nbytes for tensor in tensors)
-        folders.append((plan, tensors))
+    own = None if student is None else student.softmax
+    tensors = {plan.weights: [_outgoing(plan, slot, dtype, written) for slot in plan.slots]
+               for plan in (*plans.values(), own) if plan is not None}  # fmt: skip
+    written.total = sum(tensor.nbytes for each in tensors.values() for tensor in each)
+
+    def write(plan: Plan, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "config.json", plan.config.to_dict())
+        write_tensors(folder, plan.component.stem, tensors[plan.weights], max_shard_bytes=max_shard_bytes)
+
     with whole_folder(dst) as partial:
-        for plan, tensors in folders:
-            folder = partial / plan.component.name if whole else partial
-            folder.mkdir(exist_ok=True)
-            write_json(folder / "config.json", plan.config.to_dict())
-            write_tensors(folder, plan.component.stem, tensors, max_shard_bytes=max_shard_bytes)
-            if student := students.get(plan.component.name):
-                write_hybrid(folder, student.config, converting(student, dtype))
+        for name, plan in plans.items():
+            folder = partial / name if whole else partial
+            write(plan, folder)
+            if student is not None and name == "transformer":
+                place = write_hybrid(folder, student.config, converting(student, dtype))
+                if own is not None:
+                    write(own, place)
         if whole:
             _copy_the_rest(src, partial)
 
 
 def _student(plan: Plan, dtype: Any) -> HybridPlan | None:
-    """The ``rehyat/`` part that belongs to a network, where there is one."""
-    folder = find_hybrid(plan.weights) if plan.component.name == "transformer" else None
+    """The ``rehyat/`` part that belongs to a transformer, where there is one."""
+    folder = find_hybrid(plan.weights)
     return (
         None if folder is None else make_hybrid_plan(folder, plan.config, dtype=jnp.float32 if dtype is None else dtype)
     )

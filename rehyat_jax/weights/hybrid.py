@@ -3,6 +3,9 @@
 The folder around it stays a plain diffusers checkpoint of the softmax teacher. ``rehyat/`` is written into the
 transformer's own folder; it is also found beside ``model_index.json``. A converted block's tensors are named
 ``blocks.<i>.<parameter>``, i counting all the model's blocks, and lie as the module keeps them.
+
+A student that was finetuned has other weights than its teacher throughout. Where both are in one checkpoint, the
+student's are in ``rehyat/transformer/``, again as diffusers would have them.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.models.hybrid import hybrid_blocks
 from rehyat_jax.weights.copying import blocks, fill
 from rehyat_jax.weights.files import TensorSource, open_tensors, read_json
-from rehyat_jax.weights.plan import listed, parameters
+from rehyat_jax.weights.plan import Plan, listed, make_plan, parameters
 from rehyat_jax.weights.writing import Outgoing, write_json, write_tensors
 
 _FOLDER = "rehyat"
 _STEM = "features"
+_SOFTMAX = "transformer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,8 @@ class HybridPlan:
     weights: Path
     tensors: TensorSource
     slots: tuple[HybridSlot, ...]
+    #: What it has of its own in the place of the teacher's weights around it.
+    softmax: Plan | None = None
 
     def read(self, slot: HybridSlot, dtype: np.dtype) -> Iterator[np.ndarray]:
         """
@@ -78,7 +84,8 @@ def make_hybrid_plan(folder: Path, config: WanConfig, *, dtype: Any) -> HybridPl
     """Pair every tensor of a ``rehyat`` folder with a parameter of the model's hybrid blocks, or fail.
 
     Raises:
-        CheckpointError: a file is missing or damaged; tensors are missing, unused or misshapen.
+        CheckpointError: a file is missing or damaged; tensors are missing, unused or misshapen; it has a transformer
+            of other sizes than ``config``.
         ConfigError: its configuration is impossible, or not of this model.
     """
     hybrid = HybridConfig.from_dict(read_json(folder / "config.json"))
@@ -97,7 +104,10 @@ def make_hybrid_plan(folder: Path, config: WanConfig, *, dtype: Any) -> HybridPl
                 f"{weights}: tensor {slot.name!r} is {list(infos[slot.name].shape)} in the file and {list(slot.shape)} "
                 "by the configuration"
             )
-    return HybridPlan(config=hybrid, weights=weights, tensors=tensors, slots=slots)
+    softmax = make_plan(folder / _SOFTMAX, "transformer", dtype=dtype) if (folder / _SOFTMAX).exists() else None
+    if softmax is not None and softmax.config != config:
+        raise CheckpointError(f"{softmax.weights} is of other sizes than the transformer that it takes the place of")
+    return HybridPlan(config=hybrid, weights=weights, tensors=tensors, slots=slots, softmax=softmax)
 
 
 def fill_hybrid(plan: HybridPlan, config: WanConfig, *, dtype: Any) -> nnx.Module:
@@ -120,13 +130,14 @@ def fill_hybrid(plan: HybridPlan, config: WanConfig, *, dtype: Any) -> nnx.Modul
     return module
 
 
-def write_hybrid(folder: Path, hybrid: HybridConfig, tensors: Iterable[Outgoing]) -> None:
-    """``rehyat/`` within a transformer's new folder."""
+def write_hybrid(folder: Path, hybrid: HybridConfig, tensors: Iterable[Outgoing]) -> Path:
+    """``rehyat/`` within a transformer's new folder. Returns where a softmax part of its own may be written."""
     (folder / _FOLDER).mkdir()
     write_json(folder / _FOLDER / "config.json", hybrid.to_dict())
     # One file whatever its size: it is a tenth of the model at most.
     tensors = list(tensors)
     write_tensors(folder / _FOLDER, _STEM, tensors, max_shard_bytes=sum(tensor.nbytes for tensor in tensors))
+    return folder / _FOLDER / _SOFTMAX
 
 
 def outgoing(

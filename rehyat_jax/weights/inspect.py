@@ -27,6 +27,8 @@ class HybridInfo:
 
     weights: Path
     config: HybridConfig
+    #: Its own weights in the place of those around it, where it has them.
+    softmax: Path | None
     #: Per block of the model.
     converted: tuple[bool, ...]
     parameters: int
@@ -46,6 +48,7 @@ class HybridInfo:
             f"hybrid      {listed(blocks)} of {len(self.converted)}",
             f"options     {options}",
             f"features    {self.parameters:,} parameters in {self.weights}",
+            *([f"finetuned   {self.softmax}"] if self.softmax else []),
             f"state       a block: {self.sums_nbytes:,} bytes of sums in float32, {kept:,} of kept tokens in bfloat16",
             f"            all {len(blocks)}: {len(blocks) * (self.sums_nbytes + kept):,} bytes a chunk",
             f"            ({where}; for each step and guidance branch)",
@@ -157,6 +160,7 @@ def _describe_hybrid(path: Path, transformer: ComponentInfo, vae: Config | None)
     return HybridInfo(
         weights=plan.weights,
         config=plan.config,
+        softmax=None if plan.softmax is None else plan.softmax.weights,
         converted=plan.config.converted(config.num_layers),
         parameters=sum(info.size for info in plan.tensors.infos.values()),
         sums_nbytes=_nbytes(sums),

@@ -48,7 +48,7 @@ def load_transformer(
     plan = make_plan(Path(path), "transformer", dtype=dtype)
     folder = find_hybrid(plan.weights) if hybrid == "auto" else None
     student = None if folder is None else make_hybrid_plan(folder, plan.config, dtype=dtype)
-    module = cast(WanTransformer, _filled(plan, dtype))
+    module = cast(WanTransformer, _filled((student and student.softmax) or plan, dtype))
     if isinstance(hybrid, HybridConfig):
         return module.with_hybrid(hybrid, rngs=nnx.Rngs(0))
     if student is None:
