@@ -67,7 +67,7 @@ def students(teacher: WanTransformer, chunk: int, overlap: int) -> Iterator[tupl
 
 def main(settings: Settings) -> None:
     folder = bundled_models()[settings.model]
-    teacher, vae = load_transformer(folder, dtype=jnp.float32), load_vae(folder, dtype=jnp.float32)
+    teacher, vae = load_transformer(folder, hybrid=None), load_vae(folder, dtype=jnp.float32)
     keys = jax.random.split(jax.random.key(settings.seed), 2)
     scenes = world.sample_scenes(keys[0], settings.clips, split="unseen")
     text = embed_prompts(load_text_encoder(folder, dtype=jnp.float32), Tokenizer.from_folder(folder), captions(scenes))

@@ -1,4 +1,4 @@
-"""Sprites by several guidances, latents kept: sample them (quick on a GPU), then decode and measure them.
+"""A softmax model of sprites by several guidances, latents kept: sample (quick on a GPU), then decode and measure.
 
 ``rehyat eval sprites`` is the measure of a model; this one sweeps guidance and parts the prompts.
 
@@ -63,7 +63,7 @@ class Sample:
 
     def run(self, console: Console) -> None:
         folder, dtype = _folder(self.model), jnp.dtype(self.dtype)
-        graph, params = nnx.split(load_transformer(folder, dtype=dtype))
+        graph, params = nnx.split(load_transformer(folder, dtype=dtype, hybrid=None))
         vae = VAEConfig.from_dict(json.loads((folder / "vae" / "config.json").read_text()))
         encoder, tokenizer = load_text_encoder(folder, dtype=jnp.float32), Tokenizer.from_folder(folder)
         negative = embed_prompts(encoder, tokenizer, [""])

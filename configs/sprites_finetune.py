@@ -1,7 +1,7 @@
 """The bundled model's student: every parameter of the distilled transformer learns, on clips of 65 to 257 frames.
 
     rehyat finetune sprites_finetune                   # reads out/sprites-distilled, the result of distillation
-    rehyat finetune sprites_finetune --source mini-sprites --out out/undistilled     # converted, not distilled
+    rehyat finetune sprites_finetune --source mini-sprites --anew --out out/undistilled    # converted, not distilled
     rehyat finetune sprites_finetune --teacher mini-sprites --teacher-weight 0.5     # its velocity as a second aim
     rehyat generate "a lemon moving down slowly on a blue background" --model out/sprites-student
 

@@ -76,7 +76,7 @@ def test_an_unconverted_model_is_hardly_disturbed():
     """What the bundled model's ten blocks attend to, in noise of 17 latent frames, beside full softmax, mean absolute
     over the mean: converted and untrained it is as far off as its window alone (0.29), within a hundredth of that, and
     nearer than with a φ initialised as any other network (0.56)."""
-    teacher = load_transformer(bundled_models()["mini-sprites"], dtype=jnp.float32)
+    teacher = load_transformer(bundled_models()["mini-sprites"], hybrid=None)
     heads, width = teacher.config.num_attention_heads, teacher.config.attention_head_dim
 
     @nnx.jit

@@ -174,6 +174,12 @@ def test_the_result_is_a_whole_model_that_streams(whole, teacher):
     assert TextToVideo.from_pretrained(whole.out).defaults.num_inference_steps == 2
 
 
+def test_anew_a_student_is_its_teacher_converted(whole):
+    begun = _training(whole.out, Path("unused"), anew=True).student(whole.out)
+    softmax = load_transformer(whole.out, hybrid=None)
+    chex.assert_trees_all_equal(nnx.state(begun), nnx.state(softmax.with_hybrid(HYBRID, rngs=nnx.Rngs(0))))
+
+
 def test_stopped_and_continued_is_uninterrupted_bit_for_bit(whole, teacher, tmp_path):
     """Three rounds, SIGKILL, and three more: parameters, optimiser, order of the data, result."""
     training = _training(teacher, tmp_path / "student")

@@ -111,7 +111,7 @@ def test_euler_as_diffusers_has_it(tmp_path, cache):
 def test_bundled_models_open_in_diffusers_and_agree(cache):
     """The real client at the model's own defaults, a few steps of them (≥ 45 dB asked for)."""
     for name, folder in bundled_models().items():
-        ours = TextToVideo.from_pretrained(name, cache_dir=cache)
+        ours = TextToVideo.from_pretrained(name, hybrid=None, cache_dir=cache)
         theirs = WanPipeline.from_pretrained(folder)
         theirs.set_progress_bar_config(disable=True)
         size = {"height": ours.defaults.height, "width": ours.defaults.width}

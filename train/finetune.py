@@ -56,6 +56,8 @@ class FinetuneTraining(FlowTraining):
 
     #: A bundled model's name or a model's folder in the diffusers layout: a student, or a teacher to be converted.
     source: Path
+    #: Leave the source's student alone, if it is one: its teacher is converted as ``hybrid`` says, not distilled.
+    anew: bool = False
     #: Its sizes, which `rehyat plan` needs before there is such a folder; none: whatever it has.
     model: tyro.conf.AvoidSubcommands[WanConfig | None] = None
     #: How blocks are converted; none: as the source's are. A student keeps its feature maps, and what it lacks of
@@ -117,7 +119,7 @@ class FinetuneTraining(FlowTraining):
         phases, dtype, source = phases or Phases(), jnp.dtype(self.dtype), whole_model(self.source)
         prepared = open_prepared(self.buckets, source)
         with loading(self.mesh):
-            student = student_of(load_transformer(source), self.hybrid, where=source)
+            student = self.student(source)
         graph, params = _in_dtype(student, dtype)
         vae = load_vae(source, dtype=dtype)
         check_sizes(self.model, student.config, where=source)
@@ -151,6 +153,11 @@ class FinetuneTraining(FlowTraining):
                 _write(self.result, source, nnx.merge(graph, averaged))
             wait_for_all("result")
 
+    def student(self, source: Path) -> WanTransformer:
+        """The student before it has learned."""
+        model = load_transformer(source, hybrid=None if self.anew else "auto")
+        return student_of(model, self.hybrid, where=source)
+
     def longest(self, vae: VAEConfig) -> int:
         """Latent frames of the longest clip that is compared with the teacher."""
         return 1 + (self.teacher_frames - 1) // vae.temporal_factor
@@ -170,7 +177,7 @@ class FinetuneTraining(FlowTraining):
             CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
         """
         source = whole_model(self.source)
-        student = student_of(load_transformer(source), self.hybrid, where=source)
+        student = self.student(source)
         graph, params = _in_dtype(student, jnp.dtype(self.dtype))
         with Checkpoints(self.train_folder / "checkpoints") as checkpoints:
             state = checkpoints.read(self.optimizer.init(params), step=step)
