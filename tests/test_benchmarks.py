@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import bench, hybrid_operator, stream, timing
+from benchmarks import ablations, bench, hybrid_operator, stream, timing
 from benchmarks import dit as of_dit
 from benchmarks import vae as of_vae
 from rehyat_jax import cli
@@ -40,6 +40,12 @@ def test_a_stream_of_the_transformer():
     figures = cases["stream, 4 steps, transformer alone"]()
     # Twelve frames of video a chunk; milliseconds are rounded to 0.01.
     assert figures["frames_a_second"] == pytest.approx(12e3 / figures["ms_a_chunk"], rel=0.02)
+
+
+def test_every_row_of_the_ablations_is_a_training(tmp_path):
+    rows = [row for rows in ablations.ROWS.values() for row in rows]
+    made = [ablations.training(tmp_path, row, steps=8, batch=4, seed=0, dtype="float32") for row in rows]
+    assert len({(each.hybrid, each.loss) for each in made}) == len(rows)
 
 
 def test_the_command_names_its_mistakes(tmp_path, capsys):
