@@ -91,8 +91,11 @@ def rotary_embedding(head_dim: int, frames: Num[Array, " T"], height: int, width
 
 
 def rotate(x: Float[Array, "B N H D"], rotary: CosSin) -> Float[Array, "B N H D"]:
-    """Turn each interleaved pair (2i, 2i+1) of ``x`` by its position's angle, in float32."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = rotary.cos[None, :, None], rotary.sin[None, :, None]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    """Turn each interleaved pair (2i, 2i+1) of ``x`` by its position's angle, in float32.
+
+    By neighbours along the channels, never as pairs along an axis of two, which a TPU would pad to a tile.
+    """
+    wide, even = x.astype(jnp.float32), jnp.arange(x.shape[-1]) % 2 == 0
+    cos, sin = (jnp.repeat(half, 2, axis=-1)[None, :, None] for half in rotary)
+    partner = jnp.where(even, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+    return (wide * cos + partner * sin).astype(x.dtype)
