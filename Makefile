@@ -1,11 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# The demo's sweep and length; DEMO="--sweep per-chunk --frames 481" streams half a minute of a model that is converted.
-DEMO ?= --sweep per-step --frames 81
+# Half a minute at 16 frames a second; DEMO="--sweep per-step --frames 81" makes five seconds as a whole.
+DEMO ?= --sweep per-chunk --frames 481
 
 .PHONY: demo test install clean
 
-demo: .venv/installed  ## a video from a sentence, by the bundled model
+demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
 	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4
 
 test: .venv/installed-test  ## lint, types, then every test that two cores can run

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import ablations, bench, hybrid_operator, stream, timing
+from benchmarks import ablations, bench, hybrid_operator, peers, stream, timing
 from benchmarks import dit as of_dit
 from benchmarks import vae as of_vae
 from rehyat_jax import cli
@@ -33,6 +33,13 @@ def test_transformer_forward():
     figures = cases["hybrid, forward, 4 frames"]()
     assert figures["ms"] > 0
     assert 0 < figures["program_gib"] < 0.1
+
+
+def test_peers():
+    assert peers.attention(hybrid_operator.TINY, "MATH", 2)["ms"] > 0
+    assert peers.forward(of_dit.TINY, (4, 4), 2, compiled=False)["ms"] > 0
+    figures = peers.autoencoder(of_vae.TINY, (2, 2), 5, way="decode")
+    assert figures["frames_a_second"] == pytest.approx(5e3 / figures["ms"], rel=0.01)
 
 
 def test_a_stream_of_the_transformer():

@@ -20,6 +20,7 @@ from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.model_folder import Defaults, bundled_models, find_model
 from rehyat_jax.record import Phases
 from rehyat_jax.sampling import Euler, FlowSchedule, UniPC
+from rehyat_jax.weights import load_transformer
 
 SMALL = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 4}
 
@@ -120,6 +121,17 @@ def test_bundled_models_open_in_diffusers_and_agree(cache):
         prompt = "a lemon moving down slowly on a blue background"
         expected = by_diffusers(theirs, prompt, noise, **settings)
         assert psnr(ours(prompt, noise=noise, output="float", **settings), expected[0]) > 45
+
+
+def test_the_bundled_student_streams_and_its_teacher_is_beside_it(cache):
+    """Three latent frames are nine of video; 60 MB are allowed."""
+    pipe = TextToVideo.from_pretrained("mini-sprites", cache_dir=cache)
+    first = next(pipe.stream("a lemon moving down slowly on a blue background", num_inference_steps=1))
+    assert first.shape == (9, 64, 64, 3)
+    folder = find_model("mini-sprites")
+    teacher = load_transformer(folder, hybrid=None)
+    assert (teacher.hybrid, teacher.config) == (None, pipe.transformer.config)
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 60e6
 
 
 def test_the_seed_decides(pipe):
