@@ -1,6 +1,7 @@
 """The paper's ablations in MovingSprites, as far as distillation goes: how well blocks reproduce their teacher.
 
     python -m benchmarks.ablations --out ablations.json [--steps 200] [--seeds 1] [--only chunk overlap] [--batch 4]
+    python -m benchmarks.ablations --out ablations.json --draw ablations.png      # what is there already, as a picture
 
 Each row distils the bundled teacher's ten blocks anew, on one short schedule that is the same for all, and is measured
 on prompts held out: Σ|y − ŷ| / Σ|y| of every block's attention over whole trajectories, as `train.distill` measures it.
@@ -63,6 +64,23 @@ def measured(training: DistillTraining) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """A bar a row: the mean over seeds, each seed a dot; needs matplotlib."""
+    import matplotlib.pyplot as plt  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    rows: dict[str, list[float]] = {}
+    for line in lines:
+        name = ", ".join(f"{key} {value}" for key, value in line["row"].items()) or "chunk 3, overlap 1"
+        rows.setdefault(name, []).append(line["error"])
+    figure, axes = plt.subplots(figsize=(7, 0.3 * len(rows) + 1), layout="constrained")
+    axes.barh(list(rows), [statistics.mean(errors) for errors in rows.values()], color="lightgrey")
+    for name, errors in rows.items():
+        axes.plot(errors, [name] * len(errors), "k.")
+    axes.invert_yaxis()
+    axes.set_xlabel("error of attention on prompts held out, relative")
+    figure.savefig(path, dpi=120)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="all lines as JSON")
@@ -70,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200, help="of the optimiser, four to a pass of the teacher")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--batch", type=int, default=4, help="trajectories side by side")
+    parser.add_argument("--draw", type=Path, metavar="FILE.png", help="draw the lines of --out and run nothing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args(argv)
+    if given.draw:
+        draw(json.loads(given.out.read_text(encoding="utf-8")), given.draw)
+        return
     check_writable(given.out)
 
     from rehyat_jax.compilation import cache_folder, keep_compiled

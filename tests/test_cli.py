@@ -142,7 +142,7 @@ def test_a_mistake_is_one_sentence_and_no_file(rehyat, checkpoint, tmp_path, mon
         ["generate", "a", "--frames", "many"],
         ["generate", "a", "--nope"],
         ["generate", "a", "--dtype", "int8"],
-        ["generate", "a", "--sweep", "per-chunk"],
+        ["generate", "a", "--sweep", "per-week"],
         ["info"],
         ["convert", "a"],
         ["dance"],

@@ -69,8 +69,11 @@ def _in_two(model: Path, out: Path, *, die_at: int | None = None) -> str:
                 process.kill()
         time.sleep(0.1)
     texts = [(out.parent / f"said-{index}").read_text() for index in range(2)]
-    expected = [-signal.SIGKILL] * 2 if die_at else [0, 0]
-    assert [process.wait() for process in started] == expected, "\n".join(text[-3000:] for text in texts)
+    first, second = (process.wait() for process in started)
+    said = "\n".join(text[-3000:] for text in texts)
+    assert first == (-signal.SIGKILL if die_at else 0), said
+    # Whether the other is killed in time, or its runtime has already given up for want of the first.
+    assert (second != 0) == bool(die_at), said
     return texts[0]
 
 
