@@ -14,6 +14,7 @@ import pytest
 from tiny_checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import __version__, cli
+from rehyat_jax.model_folder import find_model
 from rehyat_jax.video import read_video
 
 SMALL = ["--frames", "5", "--size", "32x16", "--steps", "2", "--guidance", "1"]
@@ -199,6 +200,15 @@ def test_convert_makes_a_folder_that_runs(rehyat, checkpoint, tmp_path):
     code, _, error = rehyat("generate", "a", "--model", tmp_path / "half", *SMALL, "--out", tmp_path / "a.mp4")
     assert code == 0, error
     assert_sentence(rehyat("convert", checkpoint, tmp_path / "half"), "not empty")
+    for teacher, words in ((checkpoint, "no student"), ("no-such-model", "no-such-model")):
+        assert_sentence(rehyat("convert", checkpoint, tmp_path / "both", "--teacher", teacher), words)
+    assert not (tmp_path / "both").exists()
+    # The bundled model has both, and is written anew with both.
+    bundled = find_model("mini-sprites")
+    assert rehyat("convert", bundled, tmp_path / "both", "--teacher", "mini-sprites")[0] == 0
+    for part in ("", "rehyat/transformer/"):
+        file = f"transformer/{part}diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "both" / file).read_bytes() == (bundled / file).read_bytes()
 
 
 def test_help_is_quick_and_lists_the_commands():
