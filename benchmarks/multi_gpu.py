@@ -1,21 +1,24 @@
 """Several accelerators of one host: the sharded forward pass, finetune step and distillation beside one device's.
 
     python -m benchmarks.multi_gpu                               # on 1, 2, 4, … of all devices there are
-    python -m benchmarks.multi_gpu --devices 1 8 --only forward --plot scaling.png
+    python -m benchmarks.multi_gpu --devices 1 8 --only forward --out forward.json
+    python -m benchmarks.multi_gpu --compile                     # nothing but the programs, into JAX's cache
+    python -m benchmarks.multi_gpu --lines forward.json finetune.json --plot scaling.png --out all.json
     XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=64 python -m benchmarks.multi_gpu --tiny   # anywhere
 
 Wan-1.3B shapes at 480x832, random weights, all blocks converted. One JSON line a case:
 
-- ``forward``: the DiT on one clip of 81 or 321 frames, its time cut over the devices (strong scaling: ``of_ideal`` is
-  the first line's time over n times this one's);
+- ``forward``: the DiT on one clip of 81 or 321 latent frames, its time cut over the devices (strong scaling:
+  ``of_ideal`` is the first line's time over n times this one's);
 - ``finetune``: a step with its gradient and AdamW, a clip a device by fsdp, and by fsdp x context (weak scaling:
   ``of_ideal`` is the first line's time for each clip a device over this one's);
 - ``distill``: a round of the teacher and the blocks' updates, two points a device;
 - ``past``: what a block's overlap and prefix sum of states cost: its attention on all devices beside each device's own
   part without them;
-- ``equal``: forward and gradient beside one device's, largest difference as a share of the largest number.
+- ``equal``: forward and gradient beside one device's, ‖x − y‖ / ‖x‖; of the gradient also the worst of its arrays.
 
-``received_gib``: of each device, by the program's own collectives, from its text.
+``received_gib``: of each device, by the program's own collectives, from its text. From a profile of one more call:
+``nccl_ms``, what the first device spends in NCCL's kernels, waiting for others included; and ``kernels_ms``, in all.
 """
 
 from __future__ import annotations
@@ -36,8 +39,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from benchmarks import kernels
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.context import hybrid_over_devices
+from rehyat_jax.compilation import cache_folder, keep_compiled
 from rehyat_jax.config import WanConfig
 from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.mesh import spec
@@ -61,10 +66,13 @@ class Sizes:
 
     model: WanConfig = dataclasses.field(default_factory=WanConfig.t2v_1_3b)
     hybrid: HybridConfig = HybridConfig()
-    frames: tuple[int, ...] = (21, 81)
+    #: Of the forward pass, and of everything else.
+    frames: tuple[int, ...] = (81, 321)
+    clip: int = 21
     side: tuple[int, int] = (60, 104)
     text: int = 512
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    #: 0: programs are compiled and nothing is run.
     samples: int = 5
 
     @classmethod
@@ -73,7 +81,15 @@ class Sizes:
         model = WanConfig(
             num_layers=2, num_attention_heads=4, attention_head_dim=16, ffn_dim=64, text_dim=16, freq_dim=16
         )
-        return cls(model=model, frames=(24,), side=(4, 6), text=8, dtype="float32", samples=1)
+        return cls(model=model, frames=(24,), clip=12, side=(4, 6), text=8, dtype="float32", samples=1)
+
+    def made(self, make: Callable[..., Any], *arrays: Any, cut: Callable[[Any], Any]) -> Any:
+        """What ``make`` makes of the arrays, on the devices as ``cut`` has it; shapes alone where nothing is run."""
+        shapes = jax.eval_shape(make, *arrays)
+        shardings = cut(shapes)
+        if self.samples:
+            return jax.jit(make, out_shardings=shardings)(*arrays)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def mesh_of(count: int, *, fsdp: int | None = None, context: int = 1) -> Devices:
@@ -81,20 +97,33 @@ def mesh_of(count: int, *, fsdp: int | None = None, context: int = 1) -> Devices
     return Devices(MeshConfig(fsdp=fsdp, context=context).make(jax.devices()[:count]))
 
 
-def timed(program: jax.stages.Compiled, arrays: tuple[Any, ...], samples: int, *, carries: int = 0) -> float:
+def timed(
+    program: jax.stages.Compiled, arrays: tuple[Any, ...], samples: int, *, carries: int = 0
+) -> dict[str, float]:
     """Milliseconds of one call: the median, after a warm-up. Its first ``carries`` results are its next arguments."""
+    if not samples:
+        return {}
+
+    def call() -> Any:
+        nonlocal arrays
+        result = jax.block_until_ready(program(*arrays))
+        arrays = (*result[:carries], *arrays[carries:])
+        return result[carries:] if carries else result
+
     times = []
     for sample in range(samples + 1):
         begun = time.perf_counter()
-        result = jax.block_until_ready(program(*arrays))
+        call()
         if sample:
             times.append(time.perf_counter() - begun)
-        if carries:
-            arrays = (*result[:carries], *arrays[carries:])
-    return 1e3 * statistics.median(times)
+    figures = {"ms": round(1e3 * statistics.median(times), 3)}
+    if each := kernels.times(call):
+        nccl = sum(ms for name, ms in each.items() if "nccl" in name.lower())
+        figures.update(kernels_ms=round(sum(each.values()), 3), nccl_ms=round(nccl, 3))
+    return figures
 
 
-def line(kind: str, devices: Devices, program: jax.stages.Compiled, ms: float, **more: Any) -> dict[str, Any]:
+def line(kind: str, devices: Devices, program: jax.stages.Compiled, **more: Any) -> dict[str, Any]:
     """A case's figures."""
     memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -102,7 +131,7 @@ def line(kind: str, devices: Devices, program: jax.stages.Compiled, ms: float, *
     moved = work(program.as_text() or "", devices=devices.count).bytes_by_kind()
     mesh = {axis: size for axis, size in devices.shape.items() if size > 1}
     return {
-        "case": kind, "devices": devices.count, "mesh": mesh, **more, "ms": round(ms, 3),
+        "case": kind, "devices": devices.count, "mesh": mesh, **more,
         "program_gib": round((held + memory.temp_size_in_bytes) / GIB, 3),
         "peak_gib": round(stats["peak_bytes_in_use"] / GIB, 3) if "peak_bytes_in_use" in stats else None,
         "received_gib": {name: round(size / GIB, 4) for name, size in moved.items()},
@@ -120,7 +149,7 @@ def model_of(sizes: Sizes, devices: Devices, *, param_dtype: Any) -> tuple[Any, 
         keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
         return jax.tree.map(lambda x: (0.02 * jax.random.normal(next(keys), x.shape)).astype(x.dtype), shapes)
 
-    return graph, jax.jit(draw, out_shardings=devices.parameter_shardings(shapes))()
+    return graph, sizes.made(draw, cut=devices.parameter_shardings)
 
 
 def inputs_of(sizes: Sizes, devices: Devices, *, clips: int, frames: int) -> tuple[jax.Array, ...]:
@@ -133,7 +162,7 @@ def inputs_of(sizes: Sizes, devices: Devices, *, clips: int, frames: int) -> tup
         text = jax.random.normal(keys[1], (clips, sizes.text, sizes.model.text_dim), dtype)
         return jax.random.normal(keys[0], video), times, text, jax.random.normal(keys[2], video)
 
-    return jax.jit(draw, out_shardings=devices.batch_shardings(jax.eval_shape(draw)))()
+    return sizes.made(draw, cut=devices.batch_shardings)
 
 
 def forward(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
@@ -143,16 +172,16 @@ def forward(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
         graph, params = model_of(sizes, devices, param_dtype=jnp.dtype(sizes.dtype))
         arrays = (params, *inputs_of(sizes, devices, clips=1, frames=frames)[:3])
         program = devices.lower(lambda params, *x, graph=graph: nnx.merge(graph, params)(*x), *arrays).compile()
-        yield line("forward", devices, program, timed(program, arrays, sizes.samples), latent_frames=frames)
+        yield line("forward", devices, program, latent_frames=frames, **timed(program, arrays, sizes.samples))
 
 
 def finetune(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     """A clip a device; and where time is cut in two, a clip for two."""
-    optimizer, frames = OptimizerConfig(), sizes.frames[0]
+    optimizer, frames = OptimizerConfig(), sizes.clip
     for context in (1, 2) if count > 1 else (1,):
         devices = mesh_of(count, fsdp=count // context, context=context)
         graph, params = model_of(sizes, devices, param_dtype=jnp.float32)
-        state = devices.made(optimizer.init, params)
+        state = sizes.made(optimizer.init, params, cut=devices.parameter_shardings)
         arrays = (state, *inputs_of(sizes, devices, clips=count // context, frames=frames))
 
         def step(state: Any, *batch: Any, graph: Any = graph) -> tuple[Any, jax.Array]:
@@ -165,21 +194,21 @@ def finetune(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
         cut = devices.parameter_shardings(state)
         program = devices.lower(step, *arrays, donate=(0,), out=(cut, devices.whole)).compile()
         ms = timed(program, arrays, sizes.samples, carries=1)
-        yield line("finetune", devices, program, ms, latent_frames=frames, clips=count // context)
+        yield line("finetune", devices, program, latent_frames=frames, clips=count // context, **ms)
 
 
 def distill(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     """A trajectory a device, two points of it each."""
     model, dtype, devices = sizes.model, jnp.dtype(sizes.dtype), mesh_of(count)
     height, width = (8 * side for side in sizes.side)
-    source = Source(prompts="none", frames=4 * sizes.frames[0] - 3, height=height, width=width, batch=count)
+    source = Source(prompts="none", frames=4 * sizes.clip - 3, height=height, width=width, batch=count)
     training = DistillTraining(
         out=Path("unused"), hybrid=sizes.hybrid, sources=(source,), held_out=count, dtype=sizes.dtype
     )
     teacher = dataclasses.replace(sizes, hybrid=None)  # type: ignore[arg-type]
     graph, params = model_of(teacher, devices, param_dtype=dtype)
     sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
-    shape = (sizes.frames[0], *sizes.side, model.in_channels)
+    shape = (sizes.clip, *sizes.side, model.in_channels)
 
     def embed(texts: Sequence[str]) -> jax.Array:
         return jnp.zeros((len(texts), sizes.text, model.text_dim), dtype)
@@ -188,19 +217,19 @@ def distill(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
         source, sampling=sampling, texts=lambda number: "", embed=embed, shape=shape, key=jax.random.key(0)
     )
     blocks = devices.parameters(nnx.state(training.blocks(model)))
-    state = devices.made(jax.vmap(training.optimizer.init), blocks)
+    state = sizes.made(jax.vmap(training.optimizer.init), blocks, cut=devices.parameter_shardings)
     carried, inputs.frozen = inputs.begin(devices), devices.everywhere(inputs.frozen)
     turn = devices.batch(inputs.turn(0), inputs.turn_shapes())
     learner = training.learner(model, graph, sampling=sampling, devices=devices)
     program = learner.lower(inputs, state, carried, params, shape=shape).compile()
     key, rate = devices.everywhere(jax.random.key(0)), devices.everywhere(jnp.float32(1e-3))
     ms = timed(program, (state, carried, params, inputs.frozen, turn, key, rate), sizes.samples, carries=2)
-    yield line("distill", devices, program, ms, latent_frames=shape[0], trajectories=count)
+    yield line("distill", devices, program, latent_frames=shape[0], trajectories=count, **ms)
 
 
 def past(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     """The attention of one block, with and without what comes from other devices."""
-    frames, frame = sizes.frames[-1], sizes.side[0] * sizes.side[1] // 4
+    frames, frame = sizes.frames[0], sizes.side[0] * sizes.side[1] // 4
     chunk, overlap = sizes.hybrid.chunk_frames * frame, sizes.hybrid.overlap_frames * frame
     tokens = -(-frames * frame // (count * chunk)) * count * chunk
     devices = mesh_of(count, fsdp=1, context=count)
@@ -217,7 +246,7 @@ def past(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
         shapes = [(1, tokens, heads, n) for n in (width, width, width, features, features)]
         return [jnp.abs(jax.random.normal(k, s, jnp.dtype(sizes.dtype))) for k, s in zip(keys, shapes, strict=True)]
 
-    arrays = tuple(jax.jit(draw, out_shardings=cut)())
+    arrays = tuple(sizes.made(draw, cut=lambda shapes: [cut] * len(shapes)))
 
     def alone(*arrays: jax.Array) -> jax.Array:
         attend = functools.partial(hybrid_attention, **settings)
@@ -228,12 +257,12 @@ def past(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
 
     programs = [devices.lower(function, *arrays).compile() for function in (together, alone)]
     both, own = (timed(program, arrays, sizes.samples) for program in programs)
-    yield line("past", devices, programs[0], both, latent_frames=frames, own_part_ms=round(own, 3))
+    yield line("past", devices, programs[0], latent_frames=frames, own_part_ms=own.get("ms"), **both)
 
 
 def equal(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     """The forward pass and the gradients on all devices, beside one."""
-    found, frames = [], sizes.frames[0]
+    found, frames = [], sizes.clip
     context = 2 if count > 1 else 1
     for devices in (mesh_of(1), mesh_of(count, fsdp=count // context, context=context)):
         graph, params = model_of(sizes, devices, param_dtype=jnp.float32)
@@ -247,15 +276,29 @@ def equal(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
             gradients, velocity = jax.grad(loss, has_aux=True)(params)
             return velocity, gradients
 
-        found.append(jax.device_get(devices.lower(both, *arrays).compile()(*arrays)))
+        program = devices.lower(both, *arrays).compile()
+        if sizes.samples:
+            found.append(jax.device_get(program(*arrays)))
+        del params, arrays
+    if not found:
+        return
+
+    def norm(tree: Any) -> float:
+        return sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in jax.tree.leaves(tree)) ** 0.5
 
     def apart(x: Any, y: Any) -> float:
-        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
-        return float(np.max(np.abs(x - y)) / max(float(np.max(np.abs(x))), 1e-30))
+        return norm(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), x, y)) / norm(x)
 
+    (velocity, gradients), (velocity_here, gradients_here) = found
+    worst = max(
+        (apart(x, y), jax.tree_util.keystr(path))
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(gradients_here), strict=True
+        )
+    )  # fmt: skip
     yield {"case": "equal", "devices": count, "mesh": {"fsdp": count // context, "context": context},
-           "forward": apart(found[0][0], found[1][0]),
-           "gradient": max(jax.tree.leaves(jax.tree.map(apart, found[0][1], found[1][1])))}  # fmt: skip
+           "forward": apart(velocity, velocity_here), "gradient": apart(gradients, gradients_here),
+           "worst_array": worst[0], "of": worst[1]}  # fmt: skip
 
 
 CASES: dict[str, Callable[[Sizes, int], Iterator[dict[str, Any]]]] = {
@@ -267,7 +310,7 @@ def scaling(lines: list[dict[str, Any]]) -> None:
     """Adds ``of_ideal`` to every line that has a first of its kind on fewer devices."""
     first: dict[Any, dict[str, Any]] = {}
     for each in lines:
-        if each["case"] not in ("forward", "finetune", "distill"):
+        if each["case"] not in ("forward", "finetune", "distill") or "ms" not in each:
             continue
         begin = first.setdefault((each["case"], each["latent_frames"]), each)
         clips = each.get("clips", each.get("trajectories", 1)) / begin.get("clips", begin.get("trajectories", 1))
@@ -292,13 +335,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--devices", nargs="+", type=int, help="how many; by default the powers of two there are")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--compile", action="store_true", help="compile all programs, which JAX's cache keeps, alone")
+    parser.add_argument("--lines", nargs="+", type=Path, help="files of lines, in place of measuring")
     parser.add_argument("--out", type=Path, help="all lines as JSON")
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args(argv)
     sizes = Sizes.tiny() if given.tiny else Sizes()
-    counts = given.devices or [2**i for i in range(jax.device_count().bit_length())]
+    if given.compile:
+        sizes = dataclasses.replace(sizes, samples=0)
+    keep_compiled(cache_folder())
     lines: list[dict[str, Any]] = []
-    for kind in given.only:
+    if given.lines:
+        lines = [each for path in given.lines for each in json.loads(path.read_text(encoding="utf-8"))]
+        lines.sort(key=lambda each: (KINDS.index(each["case"]), each.get("latent_frames", 0), each["devices"]))
+        scaling(lines)
+    counts = given.devices or [2**i for i in range(jax.device_count().bit_length())]
+    for kind in () if given.lines else given.only:
         for count in counts:
             for each in CASES[kind](sizes, count):
                 lines.append(each)

@@ -1,4 +1,4 @@
-"""What the timed benchmarks share: how a time is taken, how it is told, and models of random weights."""
+"""What the timed benchmarks share: how a time is taken and told, where it goes, and models of random weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from benchmarks import kernels
 
 GIB = 1 << 30
 #: What is left out when the time is over, and what is run: a name and what gives its figures.
@@ -42,7 +44,7 @@ class Report:
             self.add(case, left_out="the time was over")
             return
         try:
-            self.add(case, **measure())
+            self.add(case, **measure(), **kernels.taken())
         except Exception as error:
             # The next case may still give a figure.
             last = traceback.extract_tb(error.__traceback__)[-1]
@@ -58,16 +60,19 @@ def arguments(doc: str | None, name: str, argv: Sequence[str] | None, *, lengths
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="sizes that mean nothing: to try the program itself")
     parser.add_argument("--seconds", type=float, default=500, help="after these, no case is begun")
+    parser.add_argument("--profile", action="store_true", help="with each case, the kernels it goes to (GPU)")
     folder = pathlib.Path(os.environ.get("OUT", "."))
     parser.add_argument("--out", type=pathlib.Path, default=folder / f"{name}.json", help="all lines, again")
     if lengths:
         parser.add_argument("--lengths", type=int, nargs="+", default=list(lengths), help="latent frames")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    kernels.wanted = given.profile
+    return given
 
 
 def milliseconds(function: Callable[..., Any], given: Sequence[tuple[Any, ...]], *, samples: int = 10) -> float:
     """Of one call: see ``timed``."""
-    return _median(jax.jit(function), given, samples)
+    return _median(jax.jit(function).lower(*given[0]).compile(), given, samples)
 
 
 def timed(function: Callable[..., Any], given: Sequence[tuple[Any, ...]], *, samples: int = 10) -> dict[str, float]:
@@ -89,6 +94,7 @@ def _median(program: Callable[..., Any], given: Sequence[tuple[Any, ...]], sampl
             result = program(*given[(sample + i) % len(given)])
         jax.block_until_ready(result)
         times.append((time.perf_counter() - start) / calls)
+    kernels.take(lambda: program(*given[0]), program)
     return 1e3 * statistics.median(times)
 
 
@@ -101,6 +107,13 @@ def walked(step: Callable[[Any], tuple[Any, Any]], state: Any, *, samples: int =
         jax.block_until_ready((result, state))
         if i >= warm_up:
             times.append(time.perf_counter() - start)
+
+    def one_more() -> Any:
+        nonlocal state
+        result, state = step(state)
+        return result
+
+    kernels.take(one_more)
     return 1e3 * statistics.median(times)
 
 
