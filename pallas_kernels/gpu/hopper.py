@@ -89,9 +89,9 @@ class HopperKernels:
         return out, total, largest
 
     def backward(
-        self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, d_out: Array, rows: Array, delta: Array
+        self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, y: Array, d_y: Array, rows: Array
     ) -> tuple[Array, Array, Array]:
-        return self.backward_kernels.backward(windows, q, k, v, seen, d_out, rows, delta)
+        return self.backward_kernels.backward(windows, q, k, v, seen, y, d_y, rows)
 
 
 def _forward(q_ref, k_ref, v_ref, seen_ref, out_ref, total_ref, largest_ref, memory, barriers, *, kernels, windows):
