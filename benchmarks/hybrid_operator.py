@@ -47,11 +47,15 @@ TINY = Sizes(heads=2, width=32, features=64, frame=16, softmax="xla")
 
 
 def kernels_named() -> dict[str, gpu.Kernels]:
-    """Of the windows: the default first, then candidates beside it."""
+    """Of the windows: the default first, with cuDNN's backward, then candidates beside it."""
     if jax.default_backend() != "gpu":
         small = {"queries": 16, "keys": 16, "queries_backward": 16, "keys_backward": 16}
         return {"Triton": gpu.TritonKernels(**small, interpret=True)}
-    return {"Hopper": gpu.HopperKernels(), "Triton": gpu.TritonKernels()}
+    return {
+        "Hopper": gpu.HopperKernels(),
+        "Hopper, backward by Triton": gpu.HopperKernels(backward_kernels=gpu.TritonKernels()),
+        "Triton": gpu.TritonKernels(),
+    }
 
 
 def softmax(q: jax.Array, k: jax.Array, v: jax.Array, *, sizes: Sizes) -> jax.Array:
