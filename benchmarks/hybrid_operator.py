@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from benchmarks.timing import Case, Report, arguments, milliseconds
 from pallas_kernels import gpu
-from pallas_kernels.gpu.windows import Windows, attend
+from pallas_kernels.gpu.windows import Windows
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.softmax import softmax_attention
 
@@ -47,11 +47,15 @@ TINY = Sizes(heads=2, width=32, features=64, frame=16, softmax="xla")
 
 
 def kernels_named() -> dict[str, gpu.Kernels]:
-    """Of the windows: the default first, then candidates beside it."""
+    """Of the windows: the default first, with cuDNN's backward, then candidates beside it."""
     if jax.default_backend() != "gpu":
         small = {"queries": 16, "keys": 16, "queries_backward": 16, "keys_backward": 16}
         return {"Triton": gpu.TritonKernels(**small, interpret=True)}
-    return {"Hopper": gpu.HopperKernels(), "Triton": gpu.TritonKernels()}
+    return {
+        "Hopper": gpu.HopperKernels(),
+        "Hopper, backward by Triton": gpu.HopperKernels(backward_kernels=gpu.TritonKernels()),
+        "Triton": gpu.TritonKernels(),
+    }
 
 
 def softmax(q: jax.Array, k: jax.Array, v: jax.Array, *, sizes: Sizes) -> jax.Array:
@@ -150,13 +154,16 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[Case]:
     def windows(kernels: gpu.Kernels, backward: bool) -> dict[str, Any]:
         shape = Windows(**sizes.cut, past=0, length=first * sizes.frame)
 
-        def function(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-            results = attend(kernels, shape, q, k, v, jnp.zeros((), jnp.int32))
-            return results[0] if backward else results
+        def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+            return kernels.forward(shape, q, k, v, jnp.zeros((), jnp.int32))
+
+        def both(q: jax.Array, k: jax.Array, v: jax.Array, d_y: jax.Array) -> Any:
+            y, total, _ = forward(q, k, v)
+            return y, kernels.backward(shape, q, k, v, jnp.zeros((), jnp.int32), y, d_y, total)
 
         if backward:
-            return rated(milliseconds(and_backward(function, 3), data(first)), 3.5 * window_flops(first))
-        return rated(milliseconds(function, [x[:3] for x in data(first)]), window_flops(first))
+            return rated(milliseconds(both, data(first)), 3.5 * window_flops(first))
+        return rated(milliseconds(forward, [x[:3] for x in data(first)]), window_flops(first))
 
     def cudnn_windows() -> dict[str, Any]:
         """Chunks as a batch: what cuDNN takes for the windows alone, whose result has no maximum to merge by."""

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu
-from pallas_kernels.gpu import TritonKernels, hybrid
+from pallas_kernels.gpu import CudnnBackward, TritonKernels, cudnn, hybrid
+from pallas_kernels.gpu.windows import Windows, attend
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention.state import HybridState
 
@@ -134,10 +135,90 @@ def test_output_state_and_gradients(case, dtype, tolerance):
         assert error <= tolerance * np.linalg.norm(y), x.shape
 
 
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """A kernel's forward and another's backward."""
+
+    backward_kernels: CudnnBackward | TritonKernels
+
+    def forward(self, *arguments):
+        return SMALL.forward(*arguments)
+
+    def backward(self, *arguments):
+        return self.backward_kernels.backward(*arguments)
+
+
+def dense_backward(q, k, v, rows, y, d_y):
+    """What cuDNN is asked for, as its documentation has it."""
+    q, k, v, y, d_y = (x.astype(jnp.float32) for x in (q, k, v, y, d_y))
+    p = jnp.exp(jnp.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[3] ** -0.5 - rows[..., None])
+    d_p = jnp.einsum("bnhd,bmhd->bhnm", d_y, v) - jnp.einsum("bnhd,bnhd->bhn", d_y, y)[..., None]
+    d_scores = p * d_p * q.shape[3] ** -0.5
+    dq, dk = jnp.einsum("bhnm,bmhd->bnhd", d_scores, k), jnp.einsum("bhnm,bnhd->bmhd", d_scores, q)
+    return tuple(x.astype(jnp.bfloat16) for x in (dq, dk, jnp.einsum("bhnm,bnhd->bmhd", p, d_y)))
+
+
+@pytest.mark.parametrize(
+    ("by", "length", "chunk", "overlap", "calls", "stabilizer", "sign"),
+    [
+        ("cudnn", 96, 32, 12, 2, "row_max", 1),
+        ("cudnn", 100, 32, 12, 3, "lse", 1),
+        ("cudnn", 100, 32, 0, 2, "none", 1),
+        ("cudnn", 100, 24, 70, 5, "none", -1),
+        ("cudnn", 60, 64, 8, 1, "row_max", 1),
+        ("triton", 100, 32, 12, 0, "row_max", 1),
+        ("triton", 100, 32, 12, 0, "none", -1),
+    ],
+)
+def test_windows_and_linear_part_as_one(by, length, chunk, overlap, calls, stabilizer, sign, monkeypatch):
+    """Gradients to q, k, v, a and n as of the formula in float64; the linear part empty for the first chunk, and of a
+    negative normaliser too. Of cuDNN's backward the calls' cuts and sums: its kernel is stood in for."""
+    called = []
+
+    def stand_in(*arguments):
+        called.append(arguments)
+        return dense_backward(*arguments)
+
+    monkeypatch.setattr(cudnn, "attention_backward", stand_in)
+    kernels = Backward(CudnnBackward(otherwise=SMALL) if by == "cudnn" else SMALL)
+    windows = Windows(chunk=chunk, overlap=overlap, past=0, length=length)
+    rng = np.random.default_rng(length)
+    q, k, v, a, d_y = (jnp.asarray(rng.normal(size=(2, length, 2, 16)), jnp.bfloat16) for _ in range(5))
+    token = np.arange(length)
+    first = token // chunk * chunk
+    seen = (token[None] >= first[:, None] - overlap) & (token[None] < first[:, None] + chunk)
+    heard = jnp.asarray(first > 0)[None, :, None]
+    size = sign * (500 if stabilizer == "none" else 1)
+    n = jnp.where(heard, jnp.asarray(size * rng.uniform(1, 1.5, size=(2, length, 2)), jnp.float32), 0.0)
+    a = jnp.where(heard[..., None], a * size, jnp.zeros_like(a))
+
+    def exact(q, k, v, a, n):
+        scores = jnp.where(jnp.asarray(seen), jnp.einsum("bnhd,bmhd->bnhm", q, k).swapaxes(1, 2) * 0.25, -jnp.inf)
+        top, total = jnp.max(scores, axis=3), jax.nn.logsumexp(scores, axis=3)
+        c = jax.lax.stop_gradient({"row_max": top, "lse": total, "none": jnp.zeros_like(top)}[stabilizer])
+        weight = jnp.exp(c).swapaxes(1, 2)
+        sums = jnp.einsum("bhnm,bmhd->bnhd", jnp.exp(scores), v) + weight[..., None] * a
+        return sums / (jnp.exp(total).swapaxes(1, 2) + weight * n)[..., None]
+
+    def ours(q, k, v, a, n):
+        return attend(kernels, windows, stabilizer, q, k, v, jnp.zeros((), jnp.int32), a, n)
+
+    y, back = jax.vjp(ours, q, k, v, a, n)
+    found = y, *back(d_y)
+    assert len(called) == calls
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (q, k, v, a, n, d_y)]
+        expected, back = jax.vjp(exact, *wide[:5])
+        expected = expected, *back(wide[5])
+    for x, z in zip(found, jax.device_get(expected), strict=True):
+        assert np.linalg.norm(np.asarray(x, np.float64) - z) <= 1e-2 * np.linalg.norm(z), x.shape
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("begins", [True, False])
 def test_lowers_for_an_h200_without_one(head_dim, begins):
-    """Forward by Mosaic GPU, backward by Triton's two kernels: past the checks of layouts and types of both."""
+    """Forward by Mosaic GPU, backward by cuDNN, of the first chunk and the others, or by Triton's two kernels where
+    something came before: past the checks of layouts and types of all."""
     case = Case(1440, 480, 160, head_dim, 64, "row_max", earlier=None if begins else 0)
     arrays, state, _ = jax.eval_shape(lambda: inputs(case, jnp.bfloat16))
     kernels = gpu.kernels("NVIDIA H200", arrays[0], chunk=case.chunk, overlap=case.overlap)
@@ -150,7 +231,8 @@ def test_lowers_for_an_h200_without_one(head_dim, begins):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         lowered = jax.jit(jax.grad(loss)).trace(arrays, state[:5]).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
-    assert [text.count(f"@{target}(") for target in ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")] == [1, 2]
+    targets = ("mosaic_gpu_v2", "__cudnn$fmhaSoftmaxBackward", "__gpu$xla.gpu.triton")
+    assert [text.count(f"@{target}(") for target in targets] == ([1, 2, 0] if begins else [1, 0, 2])
 
 
 @pytest.mark.parametrize(

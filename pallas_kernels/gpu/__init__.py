@@ -1,16 +1,17 @@
-"""Hybrid attention on GPU, by Pallas and XLA."""
+"""Hybrid attention on GPU, by Pallas, XLA and cuDNN."""
 
 from __future__ import annotations
 
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.gpu.cudnn import CudnnBackward
 from pallas_kernels.gpu.hopper import HopperKernels
 from pallas_kernels.gpu.hybrid import hybrid
 from pallas_kernels.gpu.triton import TritonKernels
 from pallas_kernels.gpu.windows import Kernels
 
-__all__ = ["HopperKernels", "Kernels", "TritonKernels", "hybrid", "kernels"]
+__all__ = ["CudnnBackward", "HopperKernels", "Kernels", "TritonKernels", "hybrid", "kernels"]
 
 
 def kernels(

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 from jaxtyping import Array
 
+from pallas_kernels.gpu.cudnn import CudnnBackward
 from pallas_kernels.gpu.triton import TritonKernels
 from pallas_kernels.gpu.windows import Windows
 
@@ -36,7 +37,7 @@ class HopperKernels:
     keys: int = 128
     #: Blocks of keys that are copied ahead.
     stages: int = 2
-    backward_kernels: TritonKernels = TritonKernels()
+    backward_kernels: CudnnBackward | TritonKernels = CudnnBackward()
 
     def lacking(self, q: Array | jax.ShapeDtypeStruct, *, chunk: int, overlap: int) -> str | None:
         """What they lack for windows of these chunks; None where they can be used."""
@@ -89,9 +90,9 @@ class HopperKernels:
         return out, total, largest
 
     def backward(
-        self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, d_out: Array, rows: Array, delta: Array
+        self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, y: Array, d_y: Array, rows: Array
     ) -> tuple[Array, Array, Array]:
-        return self.backward_kernels.backward(windows, q, k, v, seen, d_out, rows, delta)
+        return self.backward_kernels.backward(windows, q, k, v, seen, y, d_y, rows)
 
 
 def _forward(q_ref, k_ref, v_ref, seen_ref, out_ref, total_ref, largest_ref, memory, barriers, *, kernels, windows):

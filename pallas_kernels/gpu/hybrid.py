@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gpu.windows import Kernels, Windows, attend
-
-Stabilizer = Literal["row_max", "lse", "none"]
+from pallas_kernels.gpu.windows import Kernels, Stabilizer, Windows, attend
 
 #: Σ φ vᵀ [B, T, H, F, D] and Σ φ [B, T, H, F] of chunks; of one, without T.
 Sums = tuple[Array, Array]
@@ -49,7 +47,6 @@ def hybrid(
     overlap, length = past_k.shape[1], q.shape[1]
     windows = Windows(chunk=chunk, overlap=overlap, past=0 if begins else overlap, length=length)
     keys, values = (k, v) if begins else (jnp.concatenate(x, axis=1) for x in ((past_k, k), (past_v, v)))
-    softmax, total, largest = attend(kernels, windows, q, keys, values, jnp.zeros_like(seen) if begins else seen)
 
     # Features of empty places are nothing, and have no gradient.
     held = jnp.arange(overlap, dtype=jnp.int32) >= (overlap if begins else overlap - seen)
@@ -64,24 +61,10 @@ def hybrid(
     # In the features' dtype, and so backward: else the products there would be of float32.
     a = jnp.einsum("btchf,bthfd->btchd", asked, states[0].astype(asked.dtype), precision=_exact(asked))
     n = (asked.astype(jnp.float32) * states[1][:, :, None]).sum(axis=4)
-    a, n = (x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length].astype(jnp.float32) for x in (a, n))
+    a, n = (x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length] for x in (a, n))
 
-    total, largest = (x.swapaxes(1, 2) for x in (total, largest))
-    match stabilizer:
-        case "row_max":
-            c = largest
-        case "lse":
-            c = total
-        case "none":
-            c = jnp.zeros_like(total)
-    total_only, c = jax.lax.stop_gradient((total, c))
-    # An empty linear part has no say in the common factor, beside which small scores could vanish: 0 / 0.
-    common = jnp.where(n == 0, total_only, jnp.maximum(total_only, c))
-    local = jnp.exp(total - common)
-    # With an empty linear part the difference is not bounded by 0, and e to it is multiplied by 0.
-    past = jnp.exp(jnp.minimum(c - common, 80.0))
-    y = (softmax.astype(jnp.float32) * local[..., None] + a * past[..., None]) / (local + n * past)[..., None]
-    return y.astype(v.dtype), *last
+    y = attend(kernels, windows, stabilizer, q, keys, values, jnp.zeros_like(seen) if begins else seen, a, n)
+    return y, *last
 
 
 def _states(first: Sums, entering: Sums, decay: Array) -> tuple[Sums, Sums]:

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array
 
-from pallas_kernels.gpu.windows import Windows
+from pallas_kernels.gpu.windows import Windows, inner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,12 @@ class TritonKernels:
         return out[..., : q.shape[3]], total, largest
 
     def backward(
-        self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, d_out: Array, rows: Array, delta: Array
+        self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, y: Array, d_y: Array, rows: Array
     ) -> tuple[Array, Array, Array]:
         wide = q.dtype == jnp.float32
         size = self.queries_backward or (32 if wide else 64), self.keys_backward or (32 if wide else 64)
         call = _Call(windows, q, *size)
-        arrays = (*call.padded(q, k, v, d_out), rows, delta, seen[None])
+        arrays = (*call.padded(q, k, v, d_y), rows, inner(d_y, y).swapaxes(1, 2), seen[None])
         options: dict[str, Any] = {"warps": 8 if wide else 4, "stages": 2, "interpret": self.interpret}
         (dq,) = call(_backward_queries, arrays, [call.like(q, q.dtype)], grid=call.by_queries, **options)
         dk, dv = call(

@@ -1,14 +1,17 @@
-"""Which keys the queries of a chunk see, and softmax over them: the part of hybrid attention that is a GPU kernel."""
+"""Which keys the queries of a chunk see, and softmax over them, which is a GPU kernel, with the linear part."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Protocol, runtime_checkable
+import math
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+Stabilizer = Literal["row_max", "lse", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,38 +48,68 @@ class Kernels(Protocol):
         """Output, log₂ of the sum of exponentials and the largest exponent, base 2, of every query."""
 
     def backward(
-        self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, d_out: Array, rows: Array, delta: Array
+        self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, y: Array, d_y: Array, rows: Array
     ) -> tuple[Array, Array, Array]:
-        """Gradients to q, k and v: with p = 2^(exponent − row), of p·(d_out·v − delta) to the scores."""
+        """Gradients to q, k and v of outputs y: with p = 2^(exponent − row), of p·(d_y·v − d_y·y) to the scores."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def attend(
     kernels: Kernels,
     windows: Windows,
+    stabilizer: Stabilizer,
     q: Float[Array, "B N H D"],
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H D"],
     seen: Int[Array, ""],
-) -> tuple[Float[Array, "B N H D"], Float[Array, "B H N"], Float[Array, "B H N"]]:
-    """Softmax output of v's dtype; of the scores q·k/√D, log Σ exp and the maximum, which carries no gradient."""
-    return _forward(kernels, windows, q, k, v, seen)[0]
+    a: Float[Array, "B N H D"],
+    n: Float[Array, "B N H"],
+) -> Float[Array, "B N H D"]:
+    """Softmax over the windows and a linear part, a / n by itself, under one normaliser; of v's dtype.
+
+    (Σ e^s v + e^c a) / (Σ e^s + e^c n), s = q·k/√D and c what ``stabilizer`` names, which carries no gradient.
+    """
+    return _forward(kernels, windows, stabilizer, q, k, v, seen, a, n)[0]
 
 
-_LN2 = 0.6931471805599453
+def _forward(
+    kernels: Kernels, windows: Windows, stabilizer: Stabilizer, q: Array, k: Array, v: Array, seen: Array, a: Array,
+    n: Array,
+) -> tuple[Array, Any]:  # fmt: skip
+    softmax, total, largest = kernels.forward(windows, q, k, v, seen)
+    total, largest = (x.swapaxes(1, 2) for x in (total, largest))
+    match stabilizer:
+        case "row_max":
+            c = largest
+        case "lse":
+            c = total
+        case "none":
+            c = jnp.zeros_like(total)
+    # An empty linear part has no say in the common factor, beside which small scores could vanish: 0 / 0.
+    common = jnp.where(n == 0, total, jnp.maximum(total, c))
+    local = jnp.exp2(total - common)
+    # With an empty linear part the difference is not bounded by 0, and 2 to it is multiplied by 0.
+    past = jnp.exp2(jnp.minimum(c - common, 115.0))
+    normalizer = local + n * past
+    y = softmax.astype(jnp.float32) * (local / normalizer)[..., None]
+    y = (y + a.astype(jnp.float32) * (past / normalizer)[..., None]).astype(v.dtype)
+    # The row of the joint normaliser; its sign, which features that are not positive may turn, is the weight's.
+    rows = common + jnp.log(jnp.abs(normalizer)) * math.log2(math.e)
+    return y, (q, k, v, seen, y, rows.swapaxes(1, 2), past / normalizer, jnp.zeros((0,), a.dtype))
 
 
-def _forward(kernels: Kernels, windows: Windows, q: Array, k: Array, v: Array, seen: Array) -> tuple[Any, Any]:
-    out, total, largest = kernels.forward(windows, q, k, v, seen)
-    return (out, total * _LN2, largest * _LN2), (q, k, v, seen, out, total)
-
-
-def _backward(kernels: Kernels, windows: Windows, kept: Any, cotangents: Any) -> Any:
-    q, k, v, seen, out, total = kept
-    d_out, d_total, _ = cotangents
-    # The softmax's own, less what comes through the sum's logarithm: d log Σ exp = p.
-    delta = jnp.einsum("bnhd,bnhd->bhn", d_out.astype(jnp.float32), out.astype(jnp.float32)) - d_total
-    return (*kernels.backward(windows, q, k, v, seen, d_out, total, delta), None)
+def _backward(kernels: Kernels, windows: Windows, stabilizer: Stabilizer, kept: Any, d_y: Array) -> Any:
+    # With p of the joint normaliser the softmax's gradient is as ever; a and n are one more value and weight.
+    q, k, v, seen, y, rows, weight, like_a = kept
+    d_a = d_y.astype(jnp.float32) * weight[..., None]
+    d_n = -weight * inner(d_y, y)
+    signed = jnp.where(weight[..., None] < 0, -d_y, d_y)
+    return *kernels.backward(windows, q, k, v, seen, y, signed, rows), None, d_a.astype(like_a.dtype), d_n
 
 
 attend.defvjp(_forward, _backward)
+
+
+def inner(x: Float[Array, "B N H D"], y: Float[Array, "B N H D"]) -> Float[Array, "B N H"]:
+    """x·y of every token and head, in float32."""
+    return (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=3)
