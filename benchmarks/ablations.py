@@ -1,114 +1,513 @@
-"""The paper's ablations in MovingSprites, as far as distillation goes: how well blocks reproduce their teacher.
+"""The paper's ablations in MovingSprites: every row distilled, finetuned and measured, on one short schedule.
 
-    python -m benchmarks.ablations --out ablations.json [--steps 200] [--seeds 1] [--only chunk overlap] [--batch 4]
-    python -m benchmarks.ablations --out ablations.json --draw ablations.png      # what is there already, as a picture
+    python3 -m benchmarks.ablations --out out/ablations --gpus 4 --workers 12 --warm      # compile what follows
+    python3 -m benchmarks.ablations --out out/ablations --gpus 4 --workers 12 --seconds 420
+    python3 -m benchmarks.ablations --out out/ablations --table --draw ablations.png
+    python3 -m benchmarks.ablations --out out/tiny --only base --seeds 1 --tiny           # two cores: does it run?
 
-Each row distils the bundled teacher's ten blocks anew, on one short schedule that is the same for all, and is measured
-on prompts held out: Σ|y − ŷ| / Σ|y| of every block's attention over whole trajectories, as `train.distill` measures it.
-A JSON line a row, all of them in ``--out``. What finetuning makes of it is another matter: `rehyat eval sprites`.
+A row is a conversion of the bundled teacher, and the stages that it goes through; the teacher as it is, and finetuned
+as long without a conversion, stand beside them. What is measured: distillation's error on prompts held out; by the
+verifier, on prompts that no training sees, clips of training length, what comes out from behind a pillar, and for some
+rows a long stream. Seed s of every row has the same prompts and the same noise.
+
+A row and seed is a JSON line of ``ablations.jsonl``, appended as soon as it is known, with the seconds of each stage.
+What is there is not done again, unless it is an error; so a run that was cut is continued by the same command. The
+most important rows come first. Several workers share a GPU, so that one compiles while another steps; programs are kept
+under ``--cache``, and no program depends on a seed.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
 import json
+import math
+import multiprocessing
+import os
+import shutil
 import statistics
-import tempfile
+import sys
+import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from rehyat_jax.files import check_writable
+import jax
+import tyro
+
+from benchmarks.ablation_lines import Lines, draw, table
+from rehyat_jax.compilation import cache_folder, keep_compiled
+from rehyat_jax.errors import RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.pipeline import TextToVideo
+from rehyat_jax.record import Phases
+from rehyat_jax.sprites.captions import captions
+from rehyat_jax.sprites.clips import Sweep, generated
+from rehyat_jax.sprites.occlusion import report_occlusions
+from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
+from rehyat_jax.sprites.report import report
+from rehyat_jax.sprites.world import HEIGHT, OCCLUSION_WIDTH, WIDTH, occlusion_frames
+from rehyat_jax.weights import load_transformer
+from train.clips import Bucket
 from train.distill import DistillTraining
+from train.finetune import FinetuneTraining
+from train.loop import Stopped
 from train.optimizer import OptimizerConfig
 from train.sources import Source
 
-BASE = HybridConfig(chunk_frames=3, overlap_frames=1)
-#: What is varied, and how: fields of `HybridConfig`, and of `DistillTraining` where a row names a loss.
-ROWS: dict[str, list[dict[str, Any]]] = {
-    "base": [{}],
-    "chunk": [{"chunk_frames": n} for n in (1, 2, 5)],
-    "overlap": [{"overlap_frames": n} for n in (0, 2)],
-    "causal": [{"causal": False}],
-    "degree": [{"degree": n} for n in (1, 3)],
-    "depth": [{"layers": n} for n in (1, 3)],
-    "stabilizer": [{"stabilizer": name} for name in ("lse", "none")],
-    "linear": [{"kind": "linear"}],
-    "loss": [{"loss": "score"}],
-}
+#: Of the prompts and the noise that rows of seed 0 are measured with, as ``rehyat eval sprites`` has it.
+_FIRST_SEED = 2026
+#: Frames of a chunk where the model has none.
+_FRAMES_OF_A_CHUNK = 12
+#: Of a GPU's memory, what its workers have together; the rest is for what CUDA itself keeps.
+_MEMORY = 0.88
+
+Stage = Literal["distill", "finetune"]
 
 
-def training(out: Path, row: dict[str, Any], *, steps: int, batch: int, seed: int, dtype: str) -> DistillTraining:
-    """Of one row and seed."""
-    fields = dict(row)
-    loss = fields.pop("loss", "l1")
-    return DistillTraining(
-        out=out, hybrid=dataclasses.replace(BASE, **fields), sources=(Source(frames=65, batch=batch),), steps=steps,
-        minibatches=4, loss=loss, held_out=2, measure_rounds=-(-steps // 4), seed=seed, dtype=dtype,  # type: ignore[arg-type]
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, weight_decay=0.0),
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A conversion, and what it goes through before it is measured."""
+
+    #: Finetuning's; distillation knows no length_norm. None: softmax, unconverted.
+    hybrid: HybridConfig | None
+    stages: tuple[Stage, ...] = ("distill", "finetune")
+    #: Of distillation.
+    loss: Literal["l1", "score"] = "l1"
+    #: Those have all seeds, the others one.
+    headline: bool = False
+    #: Measured in a long stream as well.
+    streamed: bool = False
+
+
+def _row(*stages: Stage, loss: Literal["l1", "score"] = "l1", headline: bool = False, streamed: bool = False,
+         **fields: Any) -> Row:  # fmt: skip
+    """By what differs from chunks of three frames, an overlap of one, all blocks, length_norm where it can be."""
+    can = fields.get("kind", "hybrid") == "hybrid" and fields.get("causal", True)
+    return Row(
+        hybrid=HybridConfig(**{"length_norm": can} | fields), stages=stages or ("distill", "finetune"), loss=loss,
+        headline=headline, streamed=streamed,
     )  # fmt: skip
 
 
-def measured(training: DistillTraining) -> dict[str, Any]:
-    """Run it; the means over blocks of what was measured at its start and at its end."""
-    begun = time.monotonic()
-    training.run()
+ROWS: dict[str, Row] = {
+    "base": _row(headline=True, streamed=True),
+    "teacher": Row(hybrid=None, stages=(), headline=True),
+    "softmax": Row(hybrid=None, stages=("finetune",), headline=True),
+    "window": _row("finetune", kind="window", headline=True, streamed=True),
+    "linear": _row(kind="linear", headline=True, streamed=True),
+    "undistilled": _row("finetune", headline=True),
+    "chunk 1": _row(chunk_frames=1, headline=True),
+    "chunk 2": _row(chunk_frames=2, headline=True),
+    "overlap 0": _row(overlap_frames=0, headline=True),
+    # The blocks with the smallest errors in base's line of benchmarks/results/ablations-two-cores.jsonl: so that every
+    # seed has the same blocks, and the same programs.
+    "blocks 5": _row(blocks=(0, 2, 6, 8, 9), headline=True),
+    "blocks 8": _row(blocks=(0, 1, 2, 4, 6, 7, 8, 9), headline=True),
+    "chunk 5": _row(chunk_frames=5),
+    "overlap 2": _row(overlap_frames=2),
+    # Attention Surgery's choice: block i keeps softmax where i mod 2 = 0; the others have none.
+    "uniform": _row(kind="linear", blocks=(1, 3, 5, 7, 9)),
+    "length_norm off": _row(length_norm=False),
+    "causal off": _row(causal=False),
+    "degree 1": _row(degree=1),
+    "degree 3": _row(degree=3),
+    "depth 1": _row(layers=1),
+    "depth 3": _row(layers=3),
+    "stabilizer lse": _row(stabilizer="lse"),
+    "stabilizer none": _row(stabilizer="none"),
+    "loss score": _row(loss="score"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The schedule, and how much is measured; what is 0 is left out. Clips of a kind are made side by side, so that
+    their number is part of a program; the numbers of training steps are not."""
+
+    distill_steps: int = 160
+    """Of the optimiser, four to a pass of the teacher."""
+    distill_batch: int = 32
+    """Trajectories side by side."""
+    finetune_steps: int = 240
+    finetune_batch: int = 32
+    frames: int = 65
+    """Of plain clips: of distillation, of finetuning, and of those that are measured."""
+    occlusion_batch: int = 16
+    occlusion_frames: int = 97
+    """Of finetuning's clips with a pillar, a third of its rounds."""
+    longest_wait: int = 16
+    """Of the same, hidden."""
+    clips: int = 64
+    occlusions: int = 32
+    """Clips for each of the waits."""
+    waits: tuple[int, ...] = (16, 48)
+    long_clips: int = 8
+    long_frames: int = 257
+    sampling_steps: int = 20
+    """Of distillation's trajectories and of what is measured."""
+    guidance: float = 4.0
+
+    def warming(self) -> Sizes:
+        """A round of each stage: the same programs, useless results."""
+        return dataclasses.replace(
+            self, distill_steps=min(self.distill_steps, _MINIBATCHES),
+            finetune_steps=min(self.finetune_steps, _STEPS_PER_ROUND),
+        )  # fmt: skip
+
+
+_MINIBATCHES, _STEPS_PER_ROUND = 4, 8
+TINY = Sizes(
+    distill_steps=4, distill_batch=2, finetune_steps=8, finetune_batch=2, frames=21, occlusion_batch=2,
+    occlusion_frames=21, longest_wait=0, clips=2, occlusions=1, waits=(0,), long_clips=1, long_frames=33,
+    sampling_steps=2,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Run the rows; or show, by --table and --draw, what is known of them, and run nothing."""
+
+    out: Path
+    """Folder of everything that is written."""
+    model: Path = Path("mini-sprites")
+    """The teacher: its softmax part."""
+    only: tuple[str, ...] = ()
+    """Rows by name, or by the first word of several (chunk, overlap, …); all when none is named."""
+    seeds: int = 3
+    """Of the rows that matter most; the others have seed 0 alone."""
+    gpus: int = 0
+    """0: whatever JAX finds."""
+    workers: int = 1
+    """Processes; they go round the GPUs. A single one without GPUs to choose from is this process."""
+    seconds: float = math.inf
+    """After these no row is begun."""
+    warm: bool = False
+    """Only compile: a round of each stage, seed 0; no lines are written."""
+    keep: bool = False
+    """Keep the students, under students/."""
+    tiny: bool = False
+    """Sizes that mean nothing: to try the program itself."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of all computation; when not given float32 on a CPU, else bfloat16."""
+    cache: Path | None = None
+    """Folder of compiled programs and prompt embeddings; when not given, cache/ in --out."""
+    table: bool = False
+    """Print the lines as a table."""
+    draw: Path | None = None
+    """Draw the lines (needs matplotlib)."""
+    lines: Path | None = None
+    """Another file of lines to show than --out's."""
+    sizes: Annotated[Sizes, tyro.conf.OmitArgPrefixes] = Sizes()
+
+    @property
+    def lines_file(self) -> Path:
+        return self.lines or self.out / "ablations.jsonl"
+
+    @property
+    def cache_folder(self) -> Path | None:
+        return cache_folder(self.cache or self.out / "cache")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What lines of one file have in common."""
+        return json.loads(json.dumps({"model": str(self.model), "dtype": self.dtype} | dataclasses.asdict(self.sizes)))
+
+    def jobs(self) -> list[Job]:
+        """The most important first.
+
+        Raises:
+            RehyatError: there is no such row.
+        """
+        for word in self.only:
+            if not any(_named(word, row) for row in ROWS):
+                raise RehyatError(f"there is no row {word!r}; there are {', '.join(ROWS)}")
+        rows = {n: row for n, row in ROWS.items() if not self.only or any(_named(word, n) for word in self.only)}
+        return [Job(name, seed) for seed in range(self.seeds) for name, row in rows.items() if not seed or row.headline]
+
+
+def _named(word: str, row: str) -> bool:
+    return word == row or row.startswith(f"{word} ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    row: str
+    seed: int
+
+
+class _Softmax(FinetuneTraining):
+    """Finetuning of the teacher as it is: the control that has had as many steps."""
+
+    def student(self, source: Path) -> WanTransformer:
+        return load_transformer(source, hybrid=None)
+
+
+class Work:
+    """One row and seed, from the teacher to its figures."""
+
+    def __init__(self, study: Study, job: Job) -> None:
+        self.study, self.sizes, self.row, self.seed = study, study.sizes, ROWS[job.row], job.seed
+        self.folder = study.out / "students" / f"{job.row.replace(' ', '-')}-{job.seed}{'-warm' * study.warm}"
+        #: Threads that trace one function together would not make the same program each time.
+        self.judging = threading.Lock()
+        self.dtype: Any = study.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    def run(self) -> dict[str, Any]:
+        model = self.study.model
+        found: dict[str, Any] = {}
+        seconds: dict[str, dict[str, float]] = {}
+        stages = [s for s in self.row.stages if getattr(self.sizes, f"{s}_steps")]
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was cut
+        try:
+            for stage in stages:
+                training = self.distillation() if stage == "distill" else self.finetuning(model)
+                phases = Phases()
+                training.run(phases)
+                seconds[stage] = {name: round(phase.milliseconds / 1000, 1) for name, phase in phases.done.items()}
+                model = training.result
+                if isinstance(training, DistillTraining):
+                    found["distillation"] = _errors(training)
+            measured = self.measured(model, begun=bool(stages))
+        finally:
+            if not self.study.keep:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        seconds["measure"] = {name: figures.pop("seconds") for name, figures in measured.items()}
+        return found | measured | {"seconds": seconds}
+
+    def distillation(self) -> DistillTraining:
+        assert self.row.hybrid is not None
+        return DistillTraining(
+            out=self.folder / "distilled", teacher=self.study.model,
+            hybrid=dataclasses.replace(self.row.hybrid, length_norm=False), loss=self.row.loss,
+            sources=(Source(frames=self.sizes.frames, batch=self.sizes.distill_batch),),
+            num_inference_steps=self.sizes.sampling_steps, guidance_scale=self.sizes.guidance,
+            steps=self.sizes.distill_steps, minibatches=_MINIBATCHES, held_out=2,
+            measure_rounds=-(-self.sizes.distill_steps // _MINIBATCHES), seed=self.seed, dtype=self.dtype,
+            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, weight_decay=0.0), checkpoint_seconds=1e9,
+        )  # fmt: skip
+
+    def finetuning(self, source: Path) -> FinetuneTraining:
+        sizes, kind = self.sizes, _Softmax if self.row.hybrid is None else FinetuneTraining
+        plain = Bucket(kind="plain", frames=sizes.frames, batch=sizes.finetune_batch, share=0.65)
+        behind = Bucket(
+            kind="occlusion", frames=sizes.occlusion_frames, batch=max(sizes.occlusion_batch, 1), share=0.35,
+            longest_wait=sizes.longest_wait,
+        )  # fmt: skip
+        return kind(
+            out=self.folder / "student", source=source, anew="distill" not in self.row.stages, hybrid=self.row.hybrid,
+            buckets=(plain, behind) if sizes.occlusion_batch else (plain,),
+            steps=sizes.finetune_steps, steps_per_round=_STEPS_PER_ROUND, shift=5.0, seed=self.seed, dtype=self.dtype,
+            optimizer=OptimizerConfig(
+                method="muon", learning_rate=2e-3, warmup_steps=30, schedule="constant", ema_decay=0.99
+            ),
+            checkpoint_seconds=1e9,
+        )  # fmt: skip
+
+    def measured(self, model: Path, *, begun: bool) -> dict[str, dict[str, Any]]:
+        """Figures by subject, with their seconds; all subjects side by side, for most of it is compiling.
+
+        Args:
+            begun: it has been through a stage; a conversion that has not is not there to be measured.
+        """
+        sizes, seed, hybrid = self.sizes, _FIRST_SEED + self.seed, self.row.hybrid
+        if hybrid is not None and not begun:
+            return {}
+        parts: dict[str, Callable[[], Any]] = {}
+        if sizes.clips:
+            parts["plain"] = functools.partial(self._plain, clips=sizes.clips, frames=sizes.frames, seed=seed)
+        for wait in sizes.waits if sizes.occlusions else ():
+            parts[f"wait {wait}"] = functools.partial(self._behind, wait, seed=seed)
+        if sizes.long_clips and self.row.streamed:
+            parts["long"] = functools.partial(
+                self._plain, clips=sizes.long_clips, frames=sizes.long_frames, seed=seed, sweep="per-chunk"
+            )
+        if not parts:
+            return {}
+        pipe = TextToVideo.from_pretrained(
+            model, dtype=self.dtype, hybrid=None if hybrid is None else "auto", cache_dir=self.study.cache_folder
+        )
+
+        def timed(part: Callable[[TextToVideo], dict[str, Any]]) -> dict[str, Any]:
+            begin = time.perf_counter()
+            return part(pipe) | {"seconds": round(time.perf_counter() - begin, 1)}
+
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(parts, pool.map(timed, parts.values()), strict=True))
+
+    def _plain(
+        self, pipe: TextToVideo, *, clips: int, frames: int, seed: int, sweep: Sweep = "per-step"
+    ) -> dict[str, Any]:
+        scenes, hybrid = unseen_scenes(clips, seed=seed), self.row.hybrid
+        video = self._clips(pipe, captions(scenes), frames=frames, width=WIDTH, seed=seed, sweep=sweep)
+        chunk = _FRAMES_OF_A_CHUNK if hybrid is None else hybrid.chunk_frames * pipe.vae.config.temporal_factor
+        with self.judging:
+            return _figures(report(video, scenes, chunk=chunk))
+
+    def _behind(self, wait: int, pipe: TextToVideo, *, seed: int) -> dict[str, Any]:
+        scenes, frames = occlusion_scenes(self.sizes.occlusions, wait=wait, seed=seed), occlusion_frames(wait)
+        video = self._clips(
+            pipe, captions(scenes), frames=frames, width=OCCLUSION_WIDTH, seed=seed + wait, sweep="per-step"
+        )
+        with self.judging:
+            return _figures(report_occlusions(video, scenes))
+
+    def _clips(self, pipe: TextToVideo, texts: list[str], *, frames: int, width: int, seed: int, sweep: Sweep) -> Any:
+        settings = pipe.settings(
+            num_frames=frames, height=HEIGHT, width=width, num_inference_steps=self.sizes.sampling_steps,
+            guidance_scale=self.sizes.guidance,
+        )  # fmt: skip
+        return generated(
+            pipe, texts, settings, sweep=sweep, seed=seed, batch=len(texts), progress=lambda done, total: None
+        )
+
+
+def _errors(training: DistillTraining) -> dict[str, Any]:
+    """Of what was measured at a distillation's start and at its end: means over blocks, and the blocks' own."""
     lines = [json.loads(line) for line in (training.train_folder / "blocks.jsonl").read_text().splitlines()]
     first, last = lines[0], lines[-1]
     return {
         "before": statistics.mean(first["error"]), "error": statistics.mean(last["error"]),
-        "share": statistics.mean(last["share"]), "seconds": round(time.monotonic() - begun, 1),
+        "share": statistics.mean(last["share"]), "error_by_block": [round(error, 4) for error in last["error"]],
     }  # fmt: skip
 
 
-def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """A bar a row: the mean over seeds, each seed a dot; needs matplotlib."""
-    import matplotlib.pyplot as plt  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-    rows: dict[str, list[float]] = {}
-    for line in lines:
-        name = ", ".join(f"{key} {value}" for key, value in line["row"].items()) or "chunk 3, overlap 1"
-        rows.setdefault(name, []).append(line["error"])
-    figure, axes = plt.subplots(figsize=(7, 0.3 * len(rows) + 1), layout="constrained")
-    axes.barh(list(rows), [statistics.mean(errors) for errors in rows.values()], color="lightgrey")
-    for name, errors in rows.items():
-        axes.plot(errors, [name] * len(errors), "k.")
-    axes.invert_yaxis()
-    axes.set_xlabel("error of attention on prompts held out, relative")
-    figure.savefig(path, dpi=120)
+def _figures(found: Any) -> dict[str, Any]:
+    """A report's single numbers; null where there was nothing to judge."""
+    figures = {k: v for k, v in dataclasses.asdict(found).items() if not isinstance(v, tuple)}
+    return {k: v if math.isfinite(v) else None for k, v in figures.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="all lines as JSON")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="what is varied")
-    parser.add_argument("--steps", type=int, default=200, help="of the optimiser, four to a pass of the teacher")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=4, help="trajectories side by side")
-    parser.add_argument("--draw", type=Path, metavar="FILE.png", help="draw the lines of --out and run nothing")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    given = parser.parse_args(argv)
-    if given.draw:
-        draw(json.loads(given.out.read_text(encoding="utf-8")), given.draw)
+def line_of(study: Study, job: Job) -> dict[str, Any]:
+    """A row's figures, or its error: the next may still give some."""
+    keep_compiled(study.cache_folder)
+    begin, device = time.perf_counter(), jax.devices()[0].device_kind
+    line: dict[str, Any] = dataclasses.asdict(job) | {"device": device, "jax": jax.__version__}
+    try:
+        line |= Work(study, job).run()
+    except Stopped:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        line |= {"error": f"{type(error).__name__}: {str(error)[:600]}", "where": f"{last.filename}:{last.lineno}"}
+    return line | {"all_seconds": round(time.perf_counter() - begin, 1)}
+
+
+def run(study: Study, write: Callable[[dict[str, Any]], None], jobs: list[Job]) -> None:
+    """All jobs, by one worker or several; ``write`` gets each line as soon as it is known."""
+    end, lock = time.monotonic() + study.seconds, threading.Lock()
+    waiting = iter(jobs)
+
+    def jobs_in_time() -> Iterator[Job]:
+        while True:
+            with lock:
+                job = next(waiting, None)
+            if job is None or time.monotonic() >= end:
+                return
+            yield job
+
+    if study.workers == 1 and not study.gpus:
+        for job in jobs_in_time():
+            write(line_of(study, job))
         return
-    check_writable(given.out)
 
-    from rehyat_jax.compilation import cache_folder, keep_compiled
+    def work(number: int) -> None:
+        pool = None
+        for job in jobs_in_time():
+            pool = pool or _process(study, number)
+            try:
+                line = pool.submit(line_of, study, job).result()
+            except BrokenProcessPool as error:  # out of memory, most likely
+                pool, line = None, dataclasses.asdict(job) | {"error": f"the worker ended: {error}"}
+            with lock:
+                write(line)
+        if pool is not None:
+            pool.shutdown()
 
-    keep_compiled(cache_folder())
-    lines: list[dict[str, Any]] = []
-    for row in (row for name in given.only for row in ROWS[name]):
-        for seed in range(given.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                run = training(
-                    Path(folder) / "student", row, steps=given.steps, batch=given.batch, seed=seed, dtype=given.dtype
-                )
-                lines.append({"row": row, "seed": seed, "steps": given.steps, **measured(run)})
-            print(json.dumps(lines[-1]), flush=True)
-            given.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    with ThreadPoolExecutor(study.workers) as threads:
+        list(threads.map(work, range(study.workers)))
+
+
+def _process(study: Study, number: int) -> ProcessPoolExecutor:
+    """A worker that has not begun."""
+    environment: dict[str, str] = {}
+    if study.gpus:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        gpu = number % study.gpus
+        beside = len(range(gpu, study.workers, study.gpus))
+        environment = {
+            "CUDA_VISIBLE_DEVICES": names[gpu] if gpu < len(names) and names[gpu] else str(gpu),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_MEMORY / beside:.3f}",
+        }
+    log = study.out / "logs" / f"worker-{number}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin,
+        initargs=(environment, log, os.getpid()),
+    )  # fmt: skip
+
+
+def _begin(environment: dict[str, str], log: Path, parent: int) -> None:
+    """In a new process, before it asks JAX for devices. It ends when its parent does."""
+    os.environ |= environment
+    with log.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: list[str] | None = None) -> None:
+    study = tyro.cli(Study, args=argv, description=__doc__, prog="python3 -m benchmarks.ablations")
+    try:
+        _run(study)
+    except RehyatError as error:
+        raise SystemExit(f"ablations: {error}") from error
+
+
+def _run(study: Study) -> None:
+    if study.table or study.draw:
+        known = Lines(study.lines_file).read()
+        if study.table:
+            print(table(known))
+        if study.draw:
+            draw(known, study.draw)
+        return
+    if study.tiny:
+        study = dataclasses.replace(study, sizes=TINY)
+    jobs = study.jobs()
+    if study.warm:
+        study = dataclasses.replace(study, sizes=study.sizes.warming())
+        run(study, _tell, [job for job in jobs if not job.seed])
+        return
+    lines = Lines(study.lines_file)
+    lines.begin(study.settings)
+    done = {(line["row"], line["seed"]) for line in lines.read()}
+
+    def write(line: dict[str, Any]) -> None:
+        lines.append(line)
+        _tell(line)
+
+    run(study, write, [job for job in jobs if (job.row, job.seed) not in done])
+    done = {(line["row"], line["seed"]) for line in lines.read()}
+    left = [f"{job.row} ({job.seed})" for job in jobs if (job.row, job.seed) not in done]
+    print(f"not done: {', '.join(left) or 'nothing'}", file=sys.stderr)
+
+
+def _tell(line: dict[str, Any]) -> None:
+    print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """The timed benchmarks run, at sizes that mean nothing: every case gives figures and none an error."""
 
+import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import pytest
+from test_finetune import _write_teacher
 
 from benchmarks import ablations, bench, hybrid_operator, peers, stream, timing
 from benchmarks import dit as of_dit
@@ -50,9 +54,99 @@ def test_a_stream_of_the_transformer():
 
 
 def test_every_row_of_the_ablations_is_a_training(tmp_path):
-    rows = [row for rows in ablations.ROWS.values() for row in rows]
-    made = [ablations.training(tmp_path, row, steps=8, batch=4, seed=0, dtype="float32") for row in rows]
-    assert len({(each.hybrid, each.loss) for each in made}) == len(rows)
+    study = ablations.Study(out=tmp_path)
+    jobs = study.jobs()
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
+    assert {job.row for job in jobs} == set(ablations.ROWS)
+    made = set()
+    for name, row in ablations.ROWS.items():
+        work = ablations.Work(study, ablations.Job(name, 0))
+        distillation = work.distillation() if "distill" in row.stages else None
+        finetuning = work.finetuning(Path("source")) if "finetune" in row.stages else None
+        made.add((distillation and (distillation.hybrid, distillation.loss), finetuning and finetuning.hybrid))
+        assert finetuning is None or finetuning.anew == (distillation is None)
+    assert len(made) == len(ablations.ROWS) - 1  # "teacher" has no training, and "softmax" no conversion either
+
+
+@pytest.fixture
+def quickly():
+    """Programs compiled for their values, not their speed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tiny_study(folder, *more):
+    """The command on random networks; the lines after it."""
+    teacher = folder / "teacher"
+    if not teacher.exists():
+        _write_teacher(teacher)
+    given = ["--out", str(folder / "study"), "--model", str(teacher), "--tiny", "--dtype", "float32"]
+    ablations.main([*given, *more])
+    kept = folder / "study" / "ablations.jsonl"
+    return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys):
+    """From the teacher to its figures; a run again does what is missing, and another seed compiles nothing new."""
+    fewer = dataclasses.replace(ablations.TINY, occlusion_batch=0, occlusions=0, long_clips=0)
+    monkeypatch.setattr(ablations, "TINY", fewer)
+
+    def programs():
+        return {path.name for path in Path(jax.config.jax_compilation_cache_dir).glob("*-cache")}
+
+    _, line = tiny_study(tmp_path, "--only", "base", "--seeds", "1")
+    assert (line["row"], line["seed"], line.get("error")) == ("base", 0, None)
+    assert line["distillation"]["error"] > 0
+    assert (line["plain"]["clips"], line["plain"]["frames"]) == (2, 21)
+    assert {"compile", "train"} <= line["seconds"]["finetune"].keys()
+    assert not any((tmp_path / "study" / "students").iterdir())
+    compiled = programs()
+    assert compiled
+    kept = ablations.Lines(tmp_path / "study" / "ablations.jsonl")
+    with kept.path.open("a") as file:
+        file.write('{"row": "base", "se')  # killed while it wrote
+    with pytest.raises(json.JSONDecodeError):
+        tiny_study(tmp_path, "--only", "base", "--seeds", "2")
+    assert [(line["row"], line["seed"]) for line in kept.read()] == [("base", 0), ("base", 1)]
+    assert programs() == compiled
+    capsys.readouterr()
+    ablations.main(["--out", str(tmp_path / "study"), "--table"])
+    assert "| base | 2 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other settings"):
+        ablations.main(["--out", str(tmp_path / "study"), "--only", "base"])
+    with pytest.raises(SystemExit, match="no row 'basis'"):
+        tiny_study(tmp_path, "--only", "basis")
+
+
+@pytest.mark.slow
+def test_workers_do_rows_of_every_kind(tmp_path):
+    """With pillars and streams; what is warmed is what is run."""
+    rows = ["--only", "base", "window", "softmax", "teacher", "--seeds", "1", "--workers", "2"]
+
+    def programs():
+        return {path.name for path in (tmp_path / "study" / "cache" / "xla").glob("*-cache")}
+
+    assert tiny_study(tmp_path, *rows, "--warm") == []
+    compiled = programs()
+    _, *lines = tiny_study(tmp_path, *rows)
+    assert programs() == compiled
+    found = {line["row"]: line for line in lines}
+    assert found.keys() == {"base", "window", "softmax", "teacher"}
+    assert not any("error" in line for line in lines)
+    assert {row for row, line in found.items() if "long" in line} == {"base", "window"}
+    assert all(line["wait 0"]["clips"] == 1 for line in lines)
+
+
+def test_a_row_that_fails_is_a_line(tmp_path):
+    study = ablations.Study(out=tmp_path, model=tmp_path / "nothing")
+    line = ablations.line_of(study, ablations.Job("base", 0))
+    assert "nothing" in line["error"]
+    lines = ablations.Lines(study.lines_file)
+    lines.begin(study.settings)
+    lines.append(line)
+    assert lines.read() == []  # it is tried again
 
 
 def test_the_command_names_its_mistakes(tmp_path, capsys):

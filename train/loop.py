@@ -51,9 +51,20 @@ class Stopped(Exception):
 
 
 def compile_all(lowerings: Sequence[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:
-    """Compile several programs side by side: XLA compiles outside Python's lock."""
+    """Compile several programs side by side: XLA compiles outside Python's lock.
+
+    They are traced one after the other: threads that trace together share their functions' parts by chance, and a
+    program that differs in them would not be found in the compilation cache.
+    """
+    tracing = threading.Lock()
+
+    def compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        with tracing:
+            lowered = lower()
+        return lowered.compile()
+
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(pool.map(lambda lower: lower().compile(), lowerings))
+        return list(pool.map(compiled, lowerings))
 
 
 def run(

@@ -199,7 +199,8 @@ class OwnTrajectories:
     ) -> None:  # fmt: skip
         self._batch, self._sampling, self._shape, self._key = source.batch, sampling, shape, key
         self._prompts: Prompts = lambda numbers: embed([texts(int(number)) for number in numbers])
-        self.frozen = {"table": sampling.table, "negative": embed([""])}
+        # The key among them, so that every seed has the same programs.
+        self.frozen = {"table": sampling.table, "negative": embed([""]), "key": key}
 
     def begin(self, devices: Devices) -> PyTree:
         numbers = np.arange(self._batch, dtype=np.int32)
@@ -213,7 +214,7 @@ class OwnTrajectories:
         return _shapes(self.turn(0))
 
     def points(self, carried: PyTree, turn: Turn, frozen: PyTree) -> tuple[PyTree, Points]:
-        rollouts = self._sampling.restart(carried, turn, self._key)
+        rollouts = self._sampling.restart(carried, turn, frozen["key"])
         return rollouts, self._sampling.points(rollouts, frozen["table"].at(turn.places), frozen["negative"])
 
     def after(self, carried: PyTree, turn: Turn, frozen: PyTree, velocity: Array) -> PyTree:
