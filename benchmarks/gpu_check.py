@@ -203,7 +203,7 @@ def features_error() -> dict[str, Any]:
     x, d_out = (jnp.asarray(rng.normal(size=(2, tokens, heads, each)), jnp.bfloat16) for each in (width, 2 * width))
     weight = jnp.asarray(rng.uniform(0.1, 1, size=(tokens, heads)), jnp.float32)
 
-    def run(phi: FeatureMap, params: Any, x: jax.Array, weight: jax.Array, d_out: jax.Array, by: str) -> Any:
+    def run(phi: FeatureMap, given: Any, by: str) -> Any:
         graph = nnx.graphdef(phi)
 
         @jax.jit
@@ -211,20 +211,24 @@ def features_error() -> dict[str, Any]:
             y, back = jax.vjp(lambda p, x, w: nnx.merge(graph, p)(x, w, implementation=by), params, x, weight)
             return y, back(d_out)
 
-        return jax.device_get(both(params, x, weight, d_out))
+        return jax.device_get(both(*given))
 
     given = nnx.state(phi), x, weight, d_out
-    poison()
-    found = run(phi, *given, "auto")
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), given)
-        right = run(exact, *wide, "scan")
-    errors = [
-        float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True)
-    ]
-    fused = phi._kernels(x) is not None
-    return {"passed": max(errors) <= 1e-2, "worst": max(errors), "errors": errors, "fused": fused}
+        right = jax.tree.leaves(run(exact, wide, "scan"))
+    errors = {}
+    for by in ("scan", "auto"):
+        poison()
+        found = jax.tree.leaves(run(phi, given, by))
+        errors[by] = [
+            float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
+            for a, b in zip(found, right, strict=True)
+        ]
+    # XLA rounds the hidden layer and every product: of some gradients it is farther off than the limit.
+    worst, by_xla = max(errors["auto"]), max(errors["scan"])
+    figures = {"worst": worst, "worst_by_xla": by_xla, "fused": phi._kernels(x) is not None, "errors": errors["auto"]}
+    return {"passed": bool(worst <= max(1e-2, by_xla)), **figures}
 
 
 def use_instead(kernels: gpu.Kernels) -> None:
