@@ -74,9 +74,10 @@ def maps(sizes: Sizes) -> tuple[Callable[..., Any], Any]:
     pair = nnx.List(FeatureMap(sizes.heads, sizes.width, **kinds, rngs=nnx.Rngs(i)) for i in range(2))
     graphdef, params = nnx.split(pair)
 
-    def features(params: Any, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def features(params: Any, q: jax.Array, k: jax.Array, by: str = "auto") -> tuple[jax.Array, jax.Array]:
+        """By one kernel where there is one, or, as the plain scan would have them, by XLA."""
         of_q, of_k = nnx.merge(graphdef, params)
-        return of_q(q), of_k(k)
+        return of_q(q, implementation=by), of_k(k, implementation=by)
 
     return features, params
 
@@ -129,7 +130,7 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[Case]:
         return hybrid_attention(*arrays, **sizes.cut, implementation=implementation)  # type: ignore[call-overload]
 
     def with_features(implementation: str, params: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return operator(implementation, q, k, v, *phi()[0](params, q, k))
+        return operator(implementation, q, k, v, *phi()[0](params, q, k, implementation))
 
     def full_flops(frames: int) -> float:
         return 4 * widths * float(frames * sizes.frame) ** 2
@@ -190,9 +191,19 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[Case]:
         arrays = [(*x[:3], *y) for x, y in zip(data(first), features, strict=True)]
         return {"ms": round(milliseconds(functools.partial(operator, "pallas"), arrays), 3)}
 
-    def features_alone(function: Callable[..., Any]) -> dict[str, Any]:
+    def features_alone(by: str, backward: bool) -> dict[str, Any]:
         flops = 4.0 * first * sizes.frame * sizes.heads * (sizes.width * sizes.features + sizes.features**2)
-        return rated(milliseconds(function, [(phi()[1], *x[:2]) for x in data(first)]), flops)
+        given = [(phi()[1], *x[:2]) for x in data(first)]
+        function = functools.partial(phi()[0], by=by)
+        if not backward:
+            return rated(milliseconds(function, given), flops)
+        cotangents = some(2, sizes.features, first, seed=100)
+
+        def both(params: Any, q: jax.Array, k: jax.Array, *d: jax.Array) -> Any:
+            results, back = jax.vjp(function, params, q, k)
+            return results, back(d)
+
+        return rated(milliseconds(both, [(*x, *d) for x, d in zip(given, cotangents, strict=True)]), 3 * flops)
 
     yield "matrix product, 8192³", matrices
     yield f"softmax, {sizes.softmax}, {first} frames", lambda: peer(first)
@@ -202,9 +213,12 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[Case]:
     yield f"windows, {sizes.softmax}, chunks as batch, {first} frames", cudnn_windows
     yield f"operator with φ, {first} frames", lambda: whole("pallas", first)
     yield f"operator, features given, {first} frames", given_features
-    yield f"φ alone, {first} frames", lambda: features_alone(phi()[0])
+    for name, by in (("fused", "auto"), ("XLA", "scan")):
+        yield f"φ, {name}, {first} frames", functools.partial(features_alone, by, False)
     yield f"operator with φ, plain scan, {first} frames", lambda: whole("scan", first)
     yield f"operator with φ, forward and backward, {first} frames", whole_backward
+    for name, by in (("fused", "auto"), ("XLA", "scan")):
+        yield f"φ, {name}, forward and backward, {first} frames", functools.partial(features_alone, by, True)
     for name, kernels in named.items():
         case = f"windows, {name}, forward and backward, {first} frames"
         yield case, functools.partial(windows, kernels, True)

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from pallas_kernels import gpu
-from pallas_kernels.gpu import CudnnBackward, TritonKernels, cudnn, hybrid
+from pallas_kernels.gpu import CudnnBackward, FeatureKernels, Layers, TritonKernels, cudnn, feature_map, hybrid
 from pallas_kernels.gpu.windows import Windows, attend
 from rehyat_jax import hybrid_attention
+from rehyat_jax.attention import features
+from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.attention.state import HybridState
 
 #: So small that every loop over blocks runs more than once.
@@ -245,3 +248,85 @@ def test_what_hopper_kernels_lack_goes_to_triton(tokens, chunk, overlap, dtype):
     q = jax.ShapeDtypeStruct((1, tokens, 2, 128), dtype)
     assert gpu.HopperKernels().lacking(q, chunk=chunk, overlap=overlap)
     assert isinstance(gpu.kernels("NVIDIA H200", q, chunk=chunk, overlap=overlap), TritonKernels)
+
+
+SMALL_MAP = FeatureKernels(tokens=32, tokens_backward=16, hidden=64, columns=32, interpret=True)
+
+
+def map_and_gradients(phi: FeatureMap, x, weight, d_out):
+    """Output of φ, and gradients to inputs, parameters and weights."""
+    graph, params = nnx.split(phi)
+
+    @jax.jit
+    def both(params, x, weight, d_out):
+        y, back = jax.vjp(lambda params, x, weight: nnx.merge(graph, params)(x, weight), params, x, weight)
+        return y, back(d_out)
+
+    return both(params, x, weight, d_out)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+    ("head_dim", "degree", "positive", "tokens", "weighted"),
+    [(128, 2, "softplus", 70, True), (64, 3, "exp", 45, False), (16, 1, "softplus", 33, True)],
+)
+def test_fused_feature_map(head_dim, degree, positive, tokens, weighted, dtype, tolerance, monkeypatch):
+    """As the plain formula in float64 of the same rounded inputs, last block of tokens short, with all gradients."""
+    phi = FeatureMap(3, head_dim, degree=degree, positive=positive, level=0.5, dtype=dtype, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(tokens)
+
+    def some(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    nnx.update(phi, jax.tree.map(lambda p: (p.astype(dtype) + 0.02 * some(*p.shape)).astype(p.dtype), nnx.state(phi)))
+    x, d_out = some(2, tokens, 3, head_dim), some(2, tokens, 3, degree * head_dim)
+    weight = jnp.asarray(rng.uniform(0.1, 1, size=(tokens, 3)), jnp.float32) if weighted else None
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), (phi, x, weight, d_out))
+        wide[0].dtype = jnp.float64
+        for layer in wide[0].layers:
+            layer.dtype = jnp.float64
+        exact = jax.device_get(map_and_gradients(*wide))
+    monkeypatch.setattr(gpu, "feature_kernels", lambda *_, **__: SMALL_MAP)
+    monkeypatch.setattr(features, "whole_on_each_device", lambda: True)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, cuda, default: cuda(*given))
+    found = map_and_gradients(phi, x, weight, d_out)
+    assert found[0].dtype == dtype
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= tolerance * np.linalg.norm(b), a.shape
+
+
+@pytest.mark.parametrize(("head_dim", "degree"), [(128, 2), (128, 3), (64, 2), (16, 1)])
+def test_feature_map_lowers_for_cuda(head_dim, degree):
+    """One kernel each way, at the sizes that are used."""
+    width, heads = head_dim * degree, 12
+
+    def like(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    layers = Layers(like(heads, head_dim, width), like(heads, width), like(heads, width, width), like(heads, width))
+
+    def loss(x, layers):
+        return feature_map(FeatureKernels(), degree, "softplus", x, layers, None).astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    text = gradient.trace(like(1, 1000, heads, head_dim), layers).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton(") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "head_dim", "dtype"),
+    [({}, 24, "bfloat16"), ({}, 128, "float32"), ({"degree": 4}, 128, "bfloat16"), ({"layers": 3}, 128, "bfloat16"),
+     ({"activation": "relu"}, 128, "bfloat16"), ({"positive": "none"}, 128, "bfloat16")],
+)  # fmt: skip
+def test_what_feature_kernels_lack_goes_to_xla(options, head_dim, dtype, monkeypatch):
+    fitting = functools.partial(gpu.feature_kernels, "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu, "feature_kernels", lambda _, *given, **degree: fitting(*given, **degree))
+    monkeypatch.setattr(features, "whole_on_each_device", lambda: True)
+
+    def kernels(head_dim, dtype, **options):
+        phi = nnx.eval_shape(lambda: FeatureMap(2, head_dim, **options, dtype=dtype, rngs=nnx.Rngs(0)))
+        return phi._kernels(jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype))
+
+    assert kernels(128, "bfloat16") == FeatureKernels()
+    assert kernels(head_dim, dtype, **options) is None

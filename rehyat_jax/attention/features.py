@@ -13,6 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels import gpu
+from rehyat_jax.attention.pallas import whole_on_each_device
 from rehyat_jax.attention.state import accumulator
 from rehyat_jax.errors import ConfigError
 
@@ -132,10 +134,40 @@ class FeatureMap(nnx.Module):
             for i in range(layers)
         )
 
-    def __call__(self, x: Float[Array, "B N H D"]) -> Float[Array, "B N H F"]:
-        """φ of queries or keys as attention sees them: after q/k norm and rotary positions."""
+    def __call__(
+        self, x: Float[Array, "B N H D"], weight: Float[Array, "N H"] | None = None, *, implementation: str = "auto"
+    ) -> Float[Array, "B N H F"]:
+        """φ of queries or keys as attention sees them: after q/k norm and rotary positions.
+
+        Args:
+            weight: of each token and head, that φ is multiplied by.
+            implementation: of the attention that φ is for. ``"auto"`` and ``"pallas"`` take one kernel both ways where
+                there is one: on Hopper, where each device has its whole part, for two layers with GELU, softplus or
+                exp, in bfloat16, of heads of 16 to 128 (``pallas_kernels.gpu.FeatureKernels.lacking``). XLA has the
+                rest, and all else that may be named.
+        """
+        x = x.astype(self.dtype)
+        if implementation not in ("auto", "pallas") or not (kernels := self._kernels(x)):
+            return self._plain(x, weight)
+        layers = gpu.Layers(*(p[...].astype(self.dtype) for layer in self.layers for p in (layer.kernel, layer.bias)))
+
+        def fused(x: Array, layers: gpu.Layers, weight: Array | None) -> Array:
+            return gpu.feature_map(kernels, self.degree, self.positive, x, layers, weight)
+
+        return jax.lax.platform_dependent(
+            x, layers, weight, cuda=fused, default=lambda x, layers, weight: self._plain(x, weight)
+        )
+
+    def _kernels(self, x: Float[Array | jax.ShapeDtypeStruct, "B N H D"]) -> gpu.FeatureKernels | None:
+        published = len(self.layers) == 2 and self.activation == "gelu" and self.positive in ("softplus", "exp")
+        if not published or not whole_on_each_device():
+            return None
+        return gpu.feature_kernels(jax.devices()[0].device_kind, x, degree=self.degree)
+
+    def _plain(self, x: Float[Array, "B N H D"], weight: Float[Array, "N H"] | None) -> Float[Array, "B N H F"]:
         for layer in self.layers[:-1]:
             x = _ACTIVATIONS[self.activation](layer(x))
         x = _POSITIVES[self.positive](self.layers[-1](x).astype(accumulator(self.dtype)))
         parts = jnp.split(x, self.degree, axis=-1)
-        return jnp.concatenate([part**i for i, part in enumerate(parts, 1)], axis=-1).astype(self.dtype)
+        x = jnp.concatenate([part**i for i, part in enumerate(parts, 1)], axis=-1)
+        return (x if weight is None else x * weight[None, :, :, None]).astype(self.dtype)

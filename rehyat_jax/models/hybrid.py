@@ -112,15 +112,14 @@ class HybridAttention(nnx.Module):
         chunk, overlap = hybrid.chunk_frames * frame, hybrid.overlap_frames * frame
         if hybrid.kind == "window":
             return partial(window_attention, q, k, v, chunk=chunk, overlap=overlap, sink=hybrid.sink_frames * frame)
-        features = self.phi_q(q), self.phi_k(k)
-        if hybrid.length_norm:
-            weight = self.past_weight(q.shape[1], frame=frame, first=first)[None, :, :, None]
-            features = (features[0].astype(jnp.float32) * weight).astype(features[0].dtype), features[1]
+        weight = self.past_weight(q.shape[1], frame=frame, first=first) if hybrid.length_norm else None
+        implementation = hybrid.implementation
+        features = self.phi_q(q, weight, implementation=implementation), self.phi_k(k, implementation=implementation)
         if hybrid.kind == "linear":
             return partial(linear_attention, *features, v, chunk=chunk, causal=hybrid.causal, decay=self.decay)
         return partial(
             hybrid_attention, q, k, v, *features, chunk=chunk, overlap=overlap, causal=hybrid.causal,
-            stabilizer=hybrid.stabilizer, implementation=hybrid.implementation, decay=self.decay,
+            stabilizer=hybrid.stabilizer, implementation=implementation, decay=self.decay,
         )  # fmt: skip
 
 
