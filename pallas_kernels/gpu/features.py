@@ -1,11 +1,10 @@
-"""φ by Pallas and Triton: both layers, the positive function and the powers in one pass over the tokens."""
+"""φ by Pallas and Triton, forward: both layers, the positive function and the powers in one pass over the tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,13 +35,11 @@ class FeatureKernels:
     """
 
     tokens: int = 128
-    tokens_backward: int = 64
     #: Of the hidden layer, at one product.
     hidden: int = 128
     columns: int = 64
     #: Blocks of weights that are copied ahead, and one.
     stages: int = 3
-    stages_backward: int = 2
     warps: int = 8
     interpret: bool = False
 
@@ -57,37 +54,15 @@ class FeatureKernels:
 
     def forward(self, degree: int, positive: Positive, x: Array, layers: Layers, weight: Array | None) -> Array:
         like = jax.ShapeDtypeStruct((*x.shape[:3], degree * x.shape[3]), x.dtype)
-        (out,) = self._call(_forward, self.tokens, self.stages, degree, positive, (x, *layers), weight, [like])
-        return out
-
-    def backward(
-        self, degree: int, positive: Positive, x: Array, layers: Layers, weight: Array | None, d_out: Array
-    ) -> tuple[Array, Layers, Array | None]:
-        wide = jax.ShapeDtypeStruct(d_out.shape, x.dtype)
-        rows = jax.ShapeDtypeStruct((x.shape[0], x.shape[2], x.shape[1]), jnp.float32)
-        dx, hidden, d_1, d_2, d_weight = self._call(
-            _backward, self.tokens_backward, self.stages_backward, degree, positive, (x, *layers, d_out), weight,
-            [jax.ShapeDtypeStruct(x.shape, x.dtype), wide, wide, wide, rows],
-        )  # fmt: skip
-        # Sums over all tokens: XLA's batched products, each weight's gradient once.
-        exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        product = functools.partial(jnp.einsum, "bnhi,bnho->hio", precision=exact, preferred_element_type=jnp.float32)
-        gradients = product(x, d_1), d_1.sum((0, 1), jnp.float32), product(hidden, d_2), d_2.sum((0, 1), jnp.float32)
-        d_layers = Layers(*(d.astype(p.dtype) for d, p in zip(gradients, layers, strict=True)))
-        return dx, d_layers, None if weight is None else d_weight.sum(axis=0).T.astype(weight.dtype)
-
-    def _call(
-        self, kernel: Callable[..., None], tokens: int, stages: int, degree: int, positive: Positive, arrays: Any,
-        weight: Array | None, outputs: list[jax.ShapeDtypeStruct],
-    ) -> Any:  # fmt: skip
-        batch, length, heads, width = arrays[0].shape
-        sizes = _Sizes(tokens, min(self.hidden, width), min(self.columns, width), degree, positive, weight is not None)
+        batch, length, heads, width = x.shape
+        blocks = self.tokens, min(self.hidden, width), min(self.columns, width)
+        sizes = _Sizes(*blocks, degree, positive, weight is not None)
         weights = jnp.ones((1, 1), jnp.float32) if weight is None else weight.T.astype(jnp.float32)
         return pl.pallas_call(
-            functools.partial(kernel, sizes=sizes), grid=(pl.cdiv(length, tokens), heads, batch), out_shape=outputs,
-            interpret=self.interpret, name="features" + kernel.__name__,
-            compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=stages),
-        )(*arrays, weights)  # fmt: skip
+            functools.partial(_forward, sizes=sizes), grid=(pl.cdiv(length, self.tokens), heads, batch), out_shape=like,
+            interpret=self.interpret, name="features_forward",
+            compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=self.stages),
+        )(x, *layers, weights)  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -111,9 +86,20 @@ def _map_forward(kernels: Any, degree: Any, positive: Any, x: Array, layers: Lay
     return kernels.forward(degree, positive, x, layers, weight), (x, layers, weight)
 
 
-def _map_backward(kernels: FeatureKernels, degree: int, positive: Positive, kept: Any, d_out: Array) -> Any:
-    x, layers, weight = kept
-    return kernels.backward(degree, positive, x, layers, weight, d_out)
+def _map_backward(_: FeatureKernels, degree: int, positive: Positive, kept: Any, d_out: Array) -> Any:
+    return jax.vjp(functools.partial(_by_xla, degree, positive), *kept)[1](d_out)
+
+
+def _by_xla(degree: int, positive: Positive, x: Array, layers: Layers, weight: Array | None) -> Array:
+    """The same in XLA's matrix products, which the gradients are taken of: a kernel for them took twice as long."""
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, "bnhi,hio->bnho", precision=exact)
+    hidden = jax.nn.gelu(product(x, layers.kernel_1) + layers.bias_1[None, None], approximate=True)
+    z = (product(hidden, layers.kernel_2) + layers.bias_2[None, None]).astype(jnp.float32)
+    u = jax.nn.softplus(z) if positive == "softplus" else jnp.exp(z)
+    parts = [part**power for power, part in enumerate(jnp.split(u, degree, axis=-1), 1)]
+    y = jnp.concatenate(parts, axis=-1)
+    return (y if weight is None else y * weight[None, :, :, None]).astype(x.dtype)
 
 
 feature_map.defvjp(_map_forward, _map_backward)
@@ -130,53 +116,17 @@ class _Sizes(NamedTuple):
 
 def _forward(x_ref, kernel_1, bias_1, kernel_2, bias_2, weight_ref, out_ref, *, sizes):
     here, head, valid, x = _inputs(x_ref, sizes)
-    hidden = [_gelu(z)[0].astype(x.dtype) for z in _first(x, kernel_1, bias_1, head, sizes)]
+    hidden = [_gelu(z).astype(x.dtype) for z in _first(x, kernel_1, bias_1, head, sizes)]
     weight = _weight(weight_ref, here, head, valid, sizes)
 
     def step(j, _):
-        z, _ = _second(hidden, kernel_2, bias_2, head, j, sizes)
-        u = _positive(z, sizes.positive)[0]
-        y = u * _lower(u, j, x.shape[1], sizes)[0] * weight
+        z = _second(hidden, kernel_2, bias_2, head, j, sizes)
+        u = _positive(z, sizes.positive)
+        y = u * _lower(u, j, x.shape[1], sizes) * weight
         out = out_ref.at[here[0], here[1], head, pl.ds(j * sizes.columns, sizes.columns)]
         triton.store(out, y.astype(out_ref.dtype), mask=valid)
 
     jax.lax.fori_loop(0, out_ref.shape[3] // sizes.columns, step, None)
-
-
-def _backward(
-    x_ref, kernel_1, bias_1, kernel_2, bias_2, d_out_ref, weight_ref, dx_ref, hidden_ref, d_1_ref, d_2_ref,
-    d_weight_ref, *, sizes,
-):  # fmt: skip
-    here, head, valid, x = _inputs(x_ref, sizes)
-    first = _first(x, kernel_1, bias_1, head, sizes)
-    hidden = [_gelu(z)[0].astype(x.dtype) for z in first]
-    weight = _weight(weight_ref, here, head, valid, sizes)
-
-    def step(j, carry):
-        d_hidden, d_weight = carry
-        at = (here[0], here[1], head, pl.ds(j * sizes.columns, sizes.columns))
-        z, kernels = _second(hidden, kernel_2, bias_2, head, j, sizes)
-        u, slope = _positive(z, sizes.positive)
-        lower, power = _lower(u, j, x.shape[1], sizes)
-        d_out = triton.load(d_out_ref.at[at], mask=valid, other=0.0).astype(jnp.float32)
-        d_weight = d_weight + (d_out * lower * u).sum(axis=1)
-        d_2 = (d_out * weight * lower * slope * power).astype(x.dtype)
-        triton.store(d_2_ref.at[at], d_2, mask=valid)
-        d_hidden = tuple(d + _product(d_2, kernel, 1, 1) for d, kernel in zip(d_hidden, kernels, strict=True))
-        return d_hidden, d_weight
-
-    none = tuple(jnp.zeros((sizes.tokens, sizes.hidden), jnp.float32) for _ in first)
-    count = d_out_ref.shape[3] // sizes.columns
-    d_hidden, d_weight = jax.lax.fori_loop(0, count, step, (none, jnp.zeros(sizes.tokens, jnp.float32)))
-    dx = jnp.zeros(x.shape, jnp.float32)
-    for i, (z, h, d_h) in enumerate(zip(first, hidden, d_hidden, strict=True)):
-        at = (here[0], here[1], head, pl.ds(i * sizes.hidden, sizes.hidden))
-        d_1 = (d_h * _gelu(z)[1]).astype(x.dtype)
-        triton.store(hidden_ref.at[at], h, mask=valid)
-        triton.store(d_1_ref.at[at], d_1, mask=valid)
-        dx = dx + _product(d_1, triton.load(kernel_1.at[head, :, pl.ds(i * sizes.hidden, sizes.hidden)]), 1, 1)
-    triton.store(dx_ref.at[here[0], here[1], head, :], dx.astype(dx_ref.dtype), mask=valid)
-    triton.store(d_weight_ref.at[here[0], head, here[1]], d_weight, mask=valid[:, 0])
 
 
 def _inputs(x_ref: Any, sizes: _Sizes) -> tuple[Any, Any, Array, Array]:
@@ -194,12 +144,12 @@ def _first(x: Array, kernel: Any, bias: Any, head: Any, sizes: _Sizes) -> list[A
     return [_product(x, triton.load(kernel.at[head, :, at]), 1, 0) + _row(bias, head, at) for at in blocks]
 
 
-def _second(hidden: list[Array], kernel: Any, bias: Any, head: Any, j: Any, sizes: _Sizes) -> tuple[Array, list[Array]]:
-    """Block j of the output before the positive function, and the weights it was made with."""
+def _second(hidden: list[Array], kernel: Any, bias: Any, head: Any, j: Any, sizes: _Sizes) -> Array:
+    """Block j of the output before the positive function."""
     at = pl.ds(j * sizes.columns, sizes.columns)
     kernels = [triton.load(kernel.at[head, pl.ds(i * sizes.hidden, sizes.hidden), at]) for i in range(len(hidden))]
     z = functools.reduce(jnp.add, [_product(h, k, 1, 0) for h, k in zip(hidden, kernels, strict=True)])
-    return z + _row(bias, head, at), kernels
+    return z + _row(bias, head, at)
 
 
 def _row(bias: Any, head: Any, at: Any) -> Array:
@@ -210,30 +160,27 @@ def _weight(ref: Any, here: Any, head: Any, valid: Array, sizes: _Sizes) -> Any:
     return triton.load(ref.at[head, here[1]], mask=valid[:, 0], other=0.0)[:, None] if sizes.weighted else 1.0
 
 
-def _lower(u: Array, j: Any, width: int, sizes: _Sizes) -> tuple[Array, Any]:
-    """u to the power less one that is of block j, and that power."""
+def _lower(u: Array, j: Any, width: int, sizes: _Sizes) -> Array:
+    """u to the power less one that is of block j."""
     part, _ = _divided(j, width // sizes.columns)
     lower = jnp.ones_like(u)
     for power in range(1, sizes.degree):
         lower = jnp.where(jnp.full(u.shape, part >= power), lower * u, lower)
-    return lower, (part + 1).astype(jnp.float32)
+    return lower
 
 
-def _gelu(z: Array) -> tuple[Array, Array]:
-    """By tanh, as z·σ(2y), and its slope."""
+def _gelu(z: Array) -> Array:
+    """By tanh, as z·σ(2y)."""
     c = 2 * math.sqrt(2 / math.pi)
-    share = 1.0 / (1.0 + jnp.exp2(z * (1.0 + 0.044715 * z * z) * (-c * math.log2(math.e))))
-    return z * share, share + z * share * (1.0 - share) * c * (1.0 + 3 * 0.044715 * z * z)
+    return z / (1.0 + jnp.exp2(z * (1.0 + 0.044715 * z * z) * (-c * math.log2(math.e))))
 
 
-def _positive(z: Array, positive: Positive) -> tuple[Array, Array]:
-    """And its slope."""
+def _positive(z: Array, positive: Positive) -> Array:
     if positive == "exp":
-        u = jnp.exp2(z * math.log2(math.e))
-        return u, u
+        return jnp.exp2(z * math.log2(math.e))
     t = jnp.exp2(-jnp.abs(z) * math.log2(math.e))
     series = functools.reduce(lambda total, c: total * t + c, _LOG1P[1:], jnp.full(t.shape, _LOG1P[0], jnp.float32))
-    return jnp.maximum(z, 0.0) + t * series, jnp.where(z < 0, t, jnp.ones_like(t)) / (1.0 + t)
+    return jnp.maximum(z, 0.0) + t * series
 
 
 #: log(1 + t) / t on [0, 1], highest power first, to 1e-7: small t need no care, and no logarithm is taken.
