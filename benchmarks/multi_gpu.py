@@ -322,10 +322,15 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     figure, axes = plt.subplots(figsize=(6, 4))
-    for key in dict.fromkeys((x["case"], x["latent_frames"]) for x in lines if "of_ideal" in x):
-        points = [(x["devices"], x["of_ideal"]) for x in lines if (x["case"], x.get("latent_frames")) == key]
-        axes.plot(*zip(*points, strict=True), "o", label=f"{key[0]}, {key[1]} latent frames")
-    axes.set(xlabel="devices", ylabel="share of ideal scaling", ylim=(0, 1.1), xscale="log")
+    found: dict[str, list[tuple[int, float]]] = {}
+    for each in (x for x in lines if "of_ideal" in x):
+        cut = " and time cut in two" if each["case"] == "finetune" and "context" in each["mesh"] else ""
+        name = f"{each['case']}, {each['latent_frames']} latent frames{cut}"
+        found.setdefault(name, []).append((each["devices"], each["of_ideal"]))
+    for name, points in found.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.set(xlabel="devices", ylabel="share of ideal scaling", ylim=(0, 1.1))
+    axes.set_xticks(sorted({devices for points in found.values() for devices, _ in points}))
     axes.legend()
     figure.savefig(path, dpi=150)
 

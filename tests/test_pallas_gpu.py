@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from virtual_devices import on_devices
 
 from pallas_kernels import gpu
 from pallas_kernels.gpu import CudnnBackward, FeatureKernels, Layers, TritonKernels, cudnn, feature_map, hybrid
 from pallas_kernels.gpu.windows import Windows, attend
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention import features
+from rehyat_jax.attention.context import hybrid_over_devices
 from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.attention.state import HybridState
+from train.sharding import MeshConfig
 
 #: So small that every loop over blocks runs more than once.
 SMALL = TritonKernels(queries=16, keys=16, queries_backward=16, keys_backward=32, interpret=True)
@@ -330,3 +333,40 @@ def test_what_feature_kernels_lack_goes_to_xla(options, head_dim, dtype, monkeyp
 
     assert kernels(128, "bfloat16") == FeatureKernels()
     assert kernels(head_dim, dtype, **options) is None
+
+
+def over_devices():
+    """On two by two devices by the GPU's path: how far from the reference, and what is kept for the gradient."""
+    gpu.kernels = lambda *_, **__: SMALL
+    jax.lax.platform_dependent = lambda *given, cuda, **_: cuda(*given)
+    rng = np.random.default_rng(0)
+    sizes = (16, 16, 16, 32, 32)
+    arrays = [jnp.asarray(rng.uniform(0.1, 1, size=(2, 96, 2, width)), jnp.float32) for width in sizes]
+    options = {"chunk": 16, "overlap": 8, "causal": True, "stabilizer": "row_max"}
+
+    def loss(attention, implementation, *arrays):
+        y = attention(*arrays, **options, implementation=implementation, decay=None)
+        return jnp.sum(jnp.sin(y)), y
+
+    def traced(attention, implementation):
+        gradient = jax.value_and_grad(functools.partial(loss, attention, implementation), (0, 1, 2, 3, 4), has_aux=True)
+        return jax.jit(gradient).trace(*arrays)
+
+    exact = traced(hybrid_attention, "reference").lower().compile()(*arrays)
+    with jax.set_mesh(MeshConfig(fsdp=2, context=2).make(jax.devices()[:4])):
+        here = traced(hybrid_over_devices, "pallas")
+        found = here.lower().compile()(*arrays)
+    kept = [var.aval.shape for each in here.jaxpr.eqns if each.primitive.name == "shard_map" for var in each.invars]
+    apart = [
+        float(np.linalg.norm(x - y) / np.linalg.norm(y))
+        for x, y in zip(*(map(np.asarray, jax.tree.leaves(r)) for r in (found, exact)), strict=True)
+    ]
+    return {"apart": max(apart), "empty": sum(len(shape) > 1 and 0 in shape for shape in kept), "kept": len(kept)}
+
+
+def test_over_devices():
+    """Empty arrays among a backward ``shard_map``'s arguments end JAX 0.11.2 by a segmentation fault (in Shardy)."""
+    found = on_devices("test_pallas_gpu", "over_devices", devices=4)
+    assert found["apart"] <= 2e-5
+    assert found["kept"] > 10
+    assert found["empty"] == 0

@@ -67,8 +67,13 @@ def hybrid(
     return y, *last
 
 
+@jax.checkpoint
 def _states(first: Sums, entering: Sums, decay: Array) -> tuple[Sums, Sums]:
-    """The sums that each chunk reads, and those after the last: after a chunk they fade, and what left enters."""
+    """The sums that each chunk reads, and those after the last: after a chunk they fade, and what left enters.
+
+    Done again for the gradient: the scan would keep empty arrays, and as arguments of a backward ``shard_map`` over
+    several devices those break the partitioner of JAX 0.11.2 (a segmentation fault in Shardy).
+    """
     each = [jnp.concatenate([x[:, None], y], axis=1) for x, y in zip(first, entering, strict=True)]
     fades = jnp.broadcast_to(decay[None, None], (1, each[0].shape[1], decay.shape[0]))
 
