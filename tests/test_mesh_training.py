@@ -22,6 +22,7 @@ from train.devices import Devices
 from train.flow import Batch
 from train.gradients import gradients_of
 from train.sharding import MeshConfig
+from train.sources import Source
 
 #: data, fsdp, context, tensor.
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1)]
@@ -89,8 +90,21 @@ def _restored():
     return found
 
 
+def _said_of_minibatches() -> str:
+    """Of trajectories that divide by four devices, in parts that do not."""
+    source = Source(frames=9, batch=4)
+    try:
+        _distillation(
+            Path("unused"), Path("unused"), sources=(source,), minibatches=4, held_out=4, guidance_scale=5.0,
+            mesh=MeshConfig(fsdp=4, context=2),
+        ).devices(WAN, [(5, 16, 16, 4)])  # fmt: skip
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def measure():
-    return {"differences": _differences(), "restored": _restored()}
+    return {"differences": _differences(), "restored": _restored(), "minibatches": _said_of_minibatches()}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +120,12 @@ def test_a_finetune_step_is_that_of_one_device(measured, case):
 
 def test_a_checkpoint_is_restored_on_one_two_and_eight_devices(measured):
     assert measured["restored"] == [[True, 1], [True, 2], [True, 8]]
+
+
+def test_minibatches_that_do_not_divide(measured):
+    assert measured["minibatches"] == (
+        "2 points of a minibatch (8 in 4) do not divide by data x fsdp = 4 of the mesh"
+    )
 
 
 @pytest.mark.parametrize(

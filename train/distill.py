@@ -198,7 +198,8 @@ class DistillTraining:
             shapes: of every source's latents.
 
         Raises:
-            ConfigError: the mesh does not divide the devices, the model, the trajectories or the held-out prompts.
+            ConfigError: the mesh does not divide the devices, the model, the trajectories, a minibatch of their points
+                or the held-out prompts.
         """
         chunk = model.patch_size[0] * self.hybrid.chunk_frames
         batch = math.gcd(self.held_out, *(source.batch for source in self.sources))
@@ -208,6 +209,11 @@ class DistillTraining:
             for source, shape in zip(self.sources, shapes, strict=True):
                 for clips in (source.batch, self.held_out):
                     check_mesh(devices.shape, model, hybrid=self.hybrid, batch=clips, latent_frames=shape[0])
+                if (rows := self._rows(source) // self.minibatches) % (pieces := devices.batch_pieces):
+                    raise ConfigError(
+                        f"{rows} points of a minibatch ({self._rows(source)} in {self.minibatches}) do not divide by "
+                        f"data x fsdp = {pieces} of the mesh"
+                    )
         return devices
 
     def learner(self, model: WanConfig, teacher: Any, *, sampling: Sampling, devices: Devices) -> Learner:
