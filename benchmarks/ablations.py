@@ -22,27 +22,25 @@ import dataclasses
 import functools
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import statistics
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
+from benchmarks import workers
 from benchmarks.ablation_lines import Lines, draw, table
+from benchmarks.ablation_rows import ROWS
 from rehyat_jax.compilation import cache_folder, keep_compiled
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.record import Phases
@@ -64,67 +62,6 @@ from train.sources import Source
 _FIRST_SEED = 2026
 #: Frames of a chunk where the model has none.
 _FRAMES_OF_A_CHUNK = 12
-#: Of a GPU's memory, what its workers have together; the rest is for what CUDA itself keeps.
-_MEMORY = 0.88
-
-Stage = Literal["distill", "finetune"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """A conversion, and what it goes through before it is measured."""
-
-    #: Finetuning's; distillation knows no length_norm. None: softmax, unconverted.
-    hybrid: HybridConfig | None
-    stages: tuple[Stage, ...] = ("distill", "finetune")
-    #: Of distillation.
-    loss: Literal["l1", "score"] = "l1"
-    #: Those have all seeds, the others one.
-    headline: bool = False
-    #: Measured in a long stream as well.
-    streamed: bool = False
-
-
-def _row(*stages: Stage, loss: Literal["l1", "score"] = "l1", headline: bool = False, streamed: bool = False,
-         **fields: Any) -> Row:  # fmt: skip
-    """By what differs from chunks of three frames, an overlap of one, all blocks, length_norm where it can be."""
-    can = fields.get("kind", "hybrid") == "hybrid" and fields.get("causal", True)
-    return Row(
-        hybrid=HybridConfig(**{"length_norm": can} | fields), stages=stages or ("distill", "finetune"), loss=loss,
-        headline=headline, streamed=streamed,
-    )  # fmt: skip
-
-
-ROWS: dict[str, Row] = {
-    "base": _row(headline=True, streamed=True),
-    "teacher": Row(hybrid=None, stages=(), headline=True),
-    "softmax": Row(hybrid=None, stages=("finetune",), headline=True),
-    "window": _row("finetune", kind="window", headline=True, streamed=True),
-    "linear": _row(kind="linear", headline=True, streamed=True),
-    "undistilled": _row("finetune", headline=True),
-    "chunk 1": _row(chunk_frames=1, headline=True),
-    "chunk 2": _row(chunk_frames=2, headline=True),
-    "overlap 0": _row(overlap_frames=0, headline=True),
-    # The blocks with the smallest errors in base's line of benchmarks/results/ablations-two-cores.jsonl: so that every
-    # seed has the same blocks, and the same programs.
-    "blocks 5": _row(blocks=(0, 2, 6, 8, 9), headline=True),
-    "blocks 8": _row(blocks=(0, 1, 2, 4, 6, 7, 8, 9), headline=True),
-    "chunk 5": _row(chunk_frames=5),
-    "overlap 2": _row(overlap_frames=2),
-    # Attention Surgery's choice: block i keeps softmax where i mod 2 = 0; the others have none.
-    "uniform": _row(kind="linear", blocks=(1, 3, 5, 7, 9)),
-    "length_norm off": _row(length_norm=False),
-    "causal off": _row(causal=False),
-    "degree 1": _row(degree=1),
-    "degree 3": _row(degree=3),
-    "depth 1": _row(layers=1),
-    "depth 3": _row(layers=3),
-    "stabilizer lse": _row(stabilizer="lse"),
-    "stabilizer none": _row(stabilizer="none"),
-    "loss score": _row(loss="score"),
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
     """The schedule, and how much is measured; what is 0 is left out. Clips of a kind are made side by side, so that
@@ -399,76 +336,6 @@ def line_of(study: Study, job: Job) -> dict[str, Any]:
     return line | {"all_seconds": round(time.perf_counter() - begin, 1)}
 
 
-def run(study: Study, write: Callable[[dict[str, Any]], None], jobs: list[Job]) -> None:
-    """All jobs, by one worker or several; ``write`` gets each line as soon as it is known."""
-    end, lock = time.monotonic() + study.seconds, threading.Lock()
-    waiting = iter(jobs)
-
-    def jobs_in_time() -> Iterator[Job]:
-        while True:
-            with lock:
-                job = next(waiting, None)
-            if job is None or time.monotonic() >= end:
-                return
-            yield job
-
-    if study.workers == 1 and not study.gpus:
-        for job in jobs_in_time():
-            write(line_of(study, job))
-        return
-
-    def work(number: int) -> None:
-        pool = None
-        for job in jobs_in_time():
-            pool = pool or _process(study, number)
-            try:
-                line = pool.submit(line_of, study, job).result()
-            except BrokenProcessPool as error:  # out of memory, most likely
-                pool, line = None, dataclasses.asdict(job) | {"error": f"the worker ended: {error}"}
-            with lock:
-                write(line)
-        if pool is not None:
-            pool.shutdown()
-
-    with ThreadPoolExecutor(study.workers) as threads:
-        list(threads.map(work, range(study.workers)))
-
-
-def _process(study: Study, number: int) -> ProcessPoolExecutor:
-    """A worker that has not begun."""
-    environment: dict[str, str] = {}
-    if study.gpus:
-        names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        gpu = number % study.gpus
-        beside = len(range(gpu, study.workers, study.gpus))
-        environment = {
-            "CUDA_VISIBLE_DEVICES": names[gpu] if gpu < len(names) and names[gpu] else str(gpu),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_MEMORY / beside:.3f}",
-        }
-    log = study.out / "logs" / f"worker-{number}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin,
-        initargs=(environment, log, os.getpid()),
-    )  # fmt: skip
-
-
-def _begin(environment: dict[str, str], log: Path, parent: int) -> None:
-    """In a new process, before it asks JAX for devices. It ends when its parent does."""
-    os.environ |= environment
-    with log.open("a") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(argv: list[str] | None = None) -> None:
     study = tyro.cli(Study, args=argv, description=__doc__, prog="python3 -m benchmarks.ablations")
     try:
@@ -490,7 +357,7 @@ def _run(study: Study) -> None:
     jobs = study.jobs()
     if study.warm:
         study = dataclasses.replace(study, sizes=study.sizes.warming())
-        run(study, _tell, [job for job in jobs if not job.seed])
+        _work(study, _tell, [job for job in jobs if not job.seed])
         return
     lines = Lines(study.lines_file)
     lines.begin(study.settings)
@@ -500,10 +367,17 @@ def _run(study: Study) -> None:
         lines.append(line)
         _tell(line)
 
-    run(study, write, [job for job in jobs if (job.row, job.seed) not in done])
+    _work(study, write, [job for job in jobs if (job.row, job.seed) not in done])
     done = {(line["row"], line["seed"]) for line in lines.read()}
     left = [f"{job.row} ({job.seed})" for job in jobs if (job.row, job.seed) not in done]
     print(f"not done: {', '.join(left) or 'nothing'}", file=sys.stderr)
+
+
+def _work(study: Study, write: Callable[[dict[str, Any]], None], jobs: list[Job]) -> None:
+    workers.run(
+        functools.partial(line_of, study), jobs, write, died=lambda job, why: dataclasses.asdict(job) | {"error": why},
+        workers=study.workers, gpus=study.gpus, seconds=study.seconds, logs=study.out / "logs",
+    )  # fmt: skip
 
 
 def _tell(line: dict[str, Any]) -> None:
