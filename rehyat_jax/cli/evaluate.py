@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
     from rehyat_jax.sprites.evaluation import Sample
 
-#: Clips by default: what two CPU cores do in ten minutes, and what makes the figures firm.
+#: Clips by default: few enough for two CPU cores, and what makes the figures firm.
 _ON_CPU, _ON_ACCELERATOR = 4, 256
 _FIRST_SEED = 2026
 #: Clips side by side: a CPU gains nothing, an accelerator much.
@@ -42,7 +42,7 @@ class Sprites:
 
     clips: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Clips of training length for each seed; a quarter as many (4 at least) for each wait, an eighth as many long
-    ones. When not given: 4 on a CPU, a sample that takes ten minutes on two cores, and 256 on an accelerator."""
+    ones. When not given: 4 on a CPU, a small sample, and 256 on an accelerator."""
 
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """So many times with other prompts and other noise: the tables then show the spread."""
