@@ -25,12 +25,12 @@ config = DiffusionTraining(
     model=WanConfig.mini_sprites(),
     text_encoder=TextEncoderConfig.mini_sprites(),
     buckets=(
-        Bucket(kind="plain", frames=33, batch=128, during=(0.0, 0.35)),
-        Bucket(kind="plain", frames=65, batch=64, share=0.4, during=(0.2, 1.0)),
-        Bucket(kind="plain", frames=129, batch=32, share=0.2, during=(0.35, 1.0)),
+        Bucket(kind="plain", frames=33, batch=128, during=(0.0, 0.35), pairs=0.8),
+        Bucket(kind="plain", frames=65, batch=64, share=0.4, during=(0.2, 1.0), pairs=0.8),
+        Bucket(kind="plain", frames=129, batch=32, share=0.2, during=(0.35, 1.0), pairs=0.8),
         Bucket(kind="occlusion", frames=129, batch=24, share=0.3, longest_wait=48, during=(0.2, 1.0)),
     ),
     shift=5.0,
-    steps=4_912,
+    steps=12_000,
     optimizer=OptimizerConfig(method="muon", learning_rate=1e-2),
 )

@@ -42,6 +42,8 @@ class Bucket(AnyBucket):
     kind: Literal["plain", "occlusion"]
     #: Occlusion: hidden-wait frames are drawn from 0 to this.
     longest_wait: int = 0
+    #: Plain: the share of clips with two objects, a half or more; the rest has one.
+    pairs: float = 0.5
     #: Of each clip only so many neighbouring columns, from a place drawn for it; none: all of them.
     columns: int | None = None
 
@@ -49,6 +51,8 @@ class Bucket(AnyBucket):
         super().__post_init__()
         if self.longest_wait < 0:
             raise ConfigError(f"a bucket's longest_wait must be 0 or more, not {self.longest_wait}")
+        if not 0.5 <= self.pairs <= 1:
+            raise ConfigError(f"a bucket's pairs must be 0.5 to 1, not {self.pairs}")
         if self.columns is not None and not 1 <= self.columns <= _WIDTHS[self.kind]:
             raise ConfigError(f"a bucket's columns must be 1 to {_WIDTHS[self.kind]}, not {self.columns}")
 
@@ -60,7 +64,7 @@ class Bucket(AnyBucket):
     def sample(self, key: Key[Array, ""], count: int) -> Any:
         """``count`` training scenes, inside jit; occlusions' waits are drawn evenly from 0 to ``longest_wait``."""
         if self.kind == "plain":
-            return world.sample_scenes(key, count, split="train")
+            return world.sample_scenes(key, count, split="train", pairs=self.pairs)
         return world.sample_occlusions(key, count, waits=(0, self.longest_wait))
 
     def render(self, scenes: Any, *, first_frame: int | Int[Array, " B"] = 0) -> Float[Array, "B F H W 3"]:

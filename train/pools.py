@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
+from rehyat_jax.mesh import devices_along, spec
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.sprites.captions import captions
 from train.clips import Bucket, round_key
@@ -85,15 +87,25 @@ class SpriteFeed:
 
     def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:
         scenes, tokens = turn
-        part = self._count if self._count < ENCODE_CLIPS else math.gcd(self._count, ENCODE_CLIPS)
-        parts = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), scenes)
-        latents = jax.lax.map(lambda part: self._encode(part, frozen), parts)
-        return Pool(latents.reshape(self._count, *latents.shape[2:]), self._read(others, tokens))
+        encode, pieces = self._encode, devices_along("batch")
+        if pieces > 1 and self._count % pieces == 0:
+            # A loop over clips that are cut over devices would have each of them encode every clip.
+            batch = spec("batch")
+            encode = jax.shard_map(encode, in_specs=(batch, PartitionSpec()), out_specs=batch, check_vma=False)
+        return Pool(encode(scenes, frozen), self._read(others, tokens))
 
     def nothing(self, frozen: PyTree, others: PyTree) -> PyTree:
         return self._read(others, self._empty)
 
-    def _encode(self, scenes: Any, frozen: PyTree) -> Float[Array, "B T h w z"]:
+    def _encode(self, scenes: Any, frozen: PyTree) -> Float[Array, "M T h w z"]:
+        count = scenes.grounds.shape[0]
+        part = count if count < ENCODE_CLIPS else math.gcd(count, ENCODE_CLIPS)
         vae = nnx.merge(self._vae, frozen)
-        latents = vae.encode(self._bucket.render(scenes), frames_per_step=_ENCODE_FRAMES)
-        return vae.normalize(latents.astype(jnp.float32))
+
+        def encoded(scenes: Any) -> Float[Array, "P T h w z"]:
+            latents = vae.encode(self._bucket.render(scenes), frames_per_step=_ENCODE_FRAMES)
+            return vae.normalize(latents.astype(jnp.float32))
+
+        parts = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), scenes)
+        latents = jax.lax.map(encoded, parts)
+        return latents.reshape(count, *latents.shape[2:])

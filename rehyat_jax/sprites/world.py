@@ -125,8 +125,10 @@ def sample_scenes(
     split: Literal["train", "heldout", "unseen"] = "train",
     height: int = HEIGHT,
     width: int = WIDTH,
+    pairs: float = 0.5,
 ) -> Scenes:
-    """Draw a batch of moving scenes; half of them have one object. All but the key is static under jit.
+    """Draw a batch of moving scenes, of which the share ``pairs``, at least a half, has two objects and the rest one.
+    All but the key is static under jit.
 
     "train": no held-out pair and no reserved caption. "unseen": reserved captions, still without held-out pairs.
     "heldout": at least one of the objects, chosen at random, forms a held-out pair; the other is free (and so is the
@@ -136,6 +138,8 @@ def sample_scenes(
     held_out = jnp.asarray(HELD_OUT)
     first = jax.random.randint(next(keys), (batch,), 0, len(NAMES))
     count = jax.random.randint(next(keys), (batch,), 1, 3)
+    kept = jax.random.bernoulli(jax.random.fold_in(key, 0), 2 * (1 - pairs), (batch,))
+    count = jnp.where(kept, count, 2)
     if split == "heldout":
         first = _categorical(next(keys), jnp.broadcast_to(held_out.any(axis=1), (batch, len(NAMES))))
     second = (first + jax.random.randint(next(keys), (batch,), 1, len(NAMES))) % len(NAMES)
