@@ -241,7 +241,7 @@ class Work:
             buckets=(plain, behind) if sizes.occlusion_batch else (plain,),
             steps=sizes.finetune_steps, steps_per_round=_STEPS_PER_ROUND, shift=5.0, seed=self.seed, dtype=self.dtype,
             optimizer=OptimizerConfig(
-                method="muon", learning_rate=2e-3, warmup_steps=30, schedule="constant", ema_decay=0.99
+                method="muon", learning_rate=3e-3, warmup_steps=30, schedule="linear", ema_decay=0.98
             ),
             checkpoint_seconds=1e9,
         )  # fmt: skip

@@ -24,12 +24,12 @@ config = DistillTraining(
     out=Path("out/sprites-distilled"),
     hybrid=HybridConfig(),
     sources=(
-        Source(frames=65, batch=4, share=0.7),
-        Source(prompts="occlusion", frames=65, width=96, batch=2, share=0.3),
+        Source(frames=65, batch=32, share=0.5),
+        Source(prompts="occlusion", frames=129, width=96, batch=16, share=0.5),
     ),
     steps=1000,
     minibatches=4,
-    held_out=2,
+    held_out=4,
     measure_rounds=0,
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, weight_decay=0.0),
 )

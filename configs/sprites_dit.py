@@ -31,6 +31,6 @@ config = DiffusionTraining(
         Bucket(kind="occlusion", frames=129, batch=24, share=0.3, longest_wait=48, during=(0.2, 1.0)),
     ),
     shift=5.0,
-    steps=12_000,
+    steps=11_600,
     optimizer=OptimizerConfig(method="muon", learning_rate=1e-2),
 )

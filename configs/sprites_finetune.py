@@ -30,13 +30,11 @@ config = FinetuneTraining(
     source=Path("out/sprites-distilled"),
     hybrid=HybridConfig(length_norm=True),
     buckets=(
-        Bucket(kind="plain", frames=257, batch=16, share=0.65),
-        Bucket(kind="occlusion", frames=129, batch=16, share=0.35, longest_wait=48),
+        Bucket(kind="plain", frames=65, batch=64, share=0.35, pairs=0.8),
+        Bucket(kind="plain", frames=257, batch=16, share=0.2, pairs=0.8),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.45, longest_wait=48),
     ),
     steps=1200,
-    steps_per_round=8,
     shift=5.0,
-    optimizer=OptimizerConfig(
-        method="muon", learning_rate=2e-3, warmup_steps=30, schedule="constant", ema_decay=0.99
-    ),
+    optimizer=OptimizerConfig(method="muon", learning_rate=3e-3, warmup_steps=30, schedule="linear", ema_decay=0.98),
 )
