@@ -12,6 +12,7 @@ from rich.console import Console
 from tiny_checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import cli
+from rehyat_jax.errors import RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.sprites import world
@@ -85,7 +86,8 @@ def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path):
     settings = record["settings"]
     assert (settings["seeds"], settings["num_inference_steps"], settings["guidance_scale"]) == ([2026], 2, 2.0)
     for word in ("training length: 2 clips, 13 frames", "long: 1 clips, 21 frames", "over the teacher's",
-                 "was the same", "2 steps, guidance 2, seeds 2026; all figures are in sprites.json"):  # fmt: skip
+                 "was the same", "2 clips, 1 long, 2 for each wait (0); 2 steps, guidance 2, seeds 2026; "
+                 "all figures are in sprites.json"):  # fmt: skip
         assert word in output
     for word in ("training length, streamed: 2/2", "long, streamed: 3/3", "hidden wait 0, controls: 2/2"):
         assert word in error
@@ -99,6 +101,31 @@ def test_a_softmax_model_has_no_streams_and_is_told_so(rehyat, teacher):
     assert ("hidden wait 0", "per step") in found
     assert not any("long" in subject or "streamed" in source for subject, source in found)
     assert "streamed" not in output
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "clips", "waits"),
+    [
+        ("cpu", [], (4, 1, 2), (48,)),
+        ("gpu", [], (256, 32, 64), (0, 16, 48, 96)),
+        ("cpu", ["--clips", "16", "--waits", "0", "96"], (16, 2, 4), (0, 96)),
+        ("gpu", ["--clips", "4", "--waits", "48", "--long", "0"], (4, 0, 2), (48,)),
+    ],
+)
+def test_the_default_sample_is_the_devices_and_options_win(
+    rehyat, teacher, monkeypatch, backend, options, clips, waits
+):
+    samples = []
+
+    def evaluate(pipe, sample, **more):
+        samples.append(sample)
+        raise RehyatError("seen")
+
+    monkeypatch.setattr("rehyat_jax.sprites.evaluation.evaluate", evaluate)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert rehyat("sprites", "--model", teacher, *options)[0] == 2
+    (sample,) = samples
+    assert ((sample.clips, sample.long_clips, sample.occlusions), sample.waits) == (clips, waits)
 
 
 @pytest.mark.parametrize(

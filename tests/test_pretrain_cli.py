@@ -220,6 +220,16 @@ def _newest(folder: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def test_the_last_checkpoint_exports_the_model_of_the_run(trained, tiny, tmp_path, rehyat):
+    out = tmp_path / "exported"
+    assert rehyat("export", tiny, out, "--", "--out", trained)[0] == 0
+    exported = files(out)
+    for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
+        for name, content in files(trained / part).items():
+            assert exported[f"{part}/{name}"] == content, name
+    assert exported["model_index.json"] == (trained / "model_index.json").read_bytes()
+
+
 def test_a_finished_model_is_not_trained_over(trained, tiny, rehyat):
     before = files(trained)
     assert_sentence(rehyat("pretrain", tiny, "--out", trained), str(trained), "already")

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +21,8 @@ from rehyat_jax.sampling import FlowSchedule, UniPC, scheduler_to_config
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_vae, save_text_encoder, save_transformer
-from rehyat_jax.weights.writing import write_json
+from rehyat_jax.weights.writing import whole_folder, write_json
+from train.checkpoint import Checkpoints
 from train.clips import Bucket
 from train.devices import first_process, wait_for_all
 from train.flow import Batch, FlowTraining, embed, flow_loss, pad_text
@@ -93,12 +95,7 @@ class DiffusionTraining(FlowTraining):
             build_sprite_tokenizer(self.out / "tokenizer", list(NAMES))
         wait_for_all("tokenizer")
         tokenizer = Tokenizer.from_folder(self.out / "tokenizer")
-        text_config = dataclasses.replace(self.text_encoder, vocab_size=tokenizer.vocab_size)
-        models = Models(
-            WanTransformer(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed)),
-            UMT5Encoder(text_config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed + 1)),
-        )
-        graph, params = nnx.split(models, nnx.Param)
+        graph, params = self._models(tokenizer)
 
         def loss(params: PyTree, _: None, batch: Batch) -> tuple[Array, dict[str, Array]]:
             value = flow_loss(nnx.merge(graph, params)(batch.noisy, batch.timesteps, *batch.text), batch.velocity)
@@ -108,15 +105,38 @@ class DiffusionTraining(FlowTraining):
         with phases.measure("save"):
             averaged = devices.on_host(state.ema)
             if first_process():
-                self._write(nnx.merge(graph, averaged))
+                self._write(self.out, nnx.merge(graph, averaged))
             wait_for_all("result")
 
-    def _write(self, models: Models) -> None:
-        complete_folder(self.out, shift=self.shift, defaults=self.defaults)
+    def export(self, folder: Path, *, step: int | None = None) -> None:
+        """The model of a checkpoint of this run, of ``step`` or the newest: its averaged weights, as `run` writes them.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
+        """
+        graph, params = self._models(Tokenizer.from_folder(self.out / "tokenizer"))
+        with Checkpoints(self.train_folder / "checkpoints") as checkpoints:
+            state = checkpoints.read(self.optimizer.init(params), step=step)
+        with whole_folder(folder) as partial:
+            for part in ("vae", "tokenizer"):
+                shutil.copytree(self.out / part, partial / part)
+            self._write(partial, nnx.merge(graph, state.ema))
+
+    def _models(self, tokenizer: Tokenizer) -> tuple[Any, PyTree]:
+        """Both networks as they begin: their graph and their parameters."""
+        text_config = dataclasses.replace(self.text_encoder, vocab_size=tokenizer.vocab_size)
+        models = Models(
+            WanTransformer(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed)),
+            UMT5Encoder(text_config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed + 1)),
+        )
+        return nnx.split(models, nnx.Param)
+
+    def _write(self, folder: Path, models: Models) -> None:
+        complete_folder(folder, shift=self.shift, defaults=self.defaults)
         # One that is there was left by a process killed between this line and the last.
-        shutil.rmtree(self.out / "text_encoder", ignore_errors=True)
-        save_text_encoder(models.text_encoder, self.out / "text_encoder", dtype=jnp.bfloat16)
-        save_transformer(models.transformer, self.result, dtype=jnp.bfloat16)
+        shutil.rmtree(folder / "text_encoder", ignore_errors=True)
+        save_text_encoder(models.text_encoder, folder / "text_encoder", dtype=jnp.bfloat16)
+        save_transformer(models.transformer, folder / "transformer", dtype=jnp.bfloat16)
 
 
 def complete_folder(folder: Path, *, shift: float, defaults: Mapping[str, int | float]) -> None:

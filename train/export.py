@@ -1,4 +1,4 @@
-"""Write the model of a distillation's or finetuning's checkpoint in the diffusers layout."""
+"""Write the model of a checkpoint in the diffusers layout: of pretraining a transformer, distillation or finetuning."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ def main(argv: list[str]) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     options = tyro.cli(Export, args=argv[:cut], prog="rehyat export")
     from train.command import parse
+    from train.diffusion import DiffusionTraining
     from train.distill import DistillTraining
     from train.finetune import FinetuneTraining
 
-    training: Any = parse("export", options.config, argv[cut + 1 :], kinds=(DistillTraining, FinetuneTraining))
+    kinds = DiffusionTraining, DistillTraining, FinetuneTraining
+    training: Any = parse("export", options.config, argv[cut + 1 :], kinds=kinds)
     if not (training.train_folder / "checkpoints").is_dir():
         raise ConfigError(f"there are no checkpoints in {training.train_folder}: name the run's --out after --")
     training.export(options.destination, step=options.step)

@@ -17,11 +17,20 @@ if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
     from rehyat_jax.sprites.evaluation import Sample
 
-#: Clips by default: few enough for two CPU cores, and what makes the figures firm.
-_ON_CPU, _ON_ACCELERATOR = 4, 256
 _FIRST_SEED = 2026
-#: Clips side by side: a CPU gains nothing, an accelerator much.
-_BATCH_ON_CPU, _BATCH = 4, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Default:
+    clips: int
+    waits: tuple[int, ...]
+    #: Clips side by side: a CPU gains nothing, an accelerator much.
+    batch: int
+
+
+#: A sample of every part for ten minutes of two cores, and what makes the figures firm.
+_ON_CPU = _Default(clips=4, waits=(48,), batch=4)
+_ON_ACCELERATOR = _Default(clips=256, waits=(0, 16, 48, 96), batch=64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +50,9 @@ class Sprites:
     """The model it was converted from, to measure beside it (its softmax part, per step)."""
 
     clips: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Clips of training length for each seed; a quarter as many (4 at least) for each wait, an eighth as many long
-    ones. When not given: 4 on a CPU, a small sample, and 256 on an accelerator."""
+    """Clips of training length for each seed; a quarter as many (2 at least) for each wait, an eighth as many long
+    ones (1 at least). When not given: 256 on an accelerator, and 4 on a CPU: a small sample, some nine minutes on two
+    cores."""
 
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """So many times with other prompts and other noise: the tables then show the spread."""
@@ -53,8 +63,9 @@ class Sprites:
     long: Annotated[int, tyro.conf.arg(metavar="N")] = 1053
     """Frames of the long clips; 0: none."""
 
-    waits: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N …")] = (0, 16, 48, 96)
-    """Frames that the object waits behind the pillar."""
+    waits: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N …")] = None
+    """Frames that the object waits behind the pillar. When not given: 0, 16, 48 and 96 on an accelerator, 48 alone on a
+    CPU."""
 
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Number of denoising steps; the model's own when not given."""
@@ -124,8 +135,9 @@ def _run(options: Sprites) -> None:
         console.width = 120
     for table in headline(found):
         console.print(table)
-    print(f"{options.model}: {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, seeds "
-          f"{', '.join(map(str, sample.seeds))}; all figures are in {options.out}")  # fmt: skip
+    print(f"{options.model}: {_in_words(sample)}; {settings.num_inference_steps} steps, guidance "
+          f"{settings.guidance_scale:g}, seeds {', '.join(map(str, sample.seeds))}; "
+          f"all figures are in {options.out}")  # fmt: skip
 
 
 def _sample(options: Sprites) -> Sample:
@@ -137,10 +149,11 @@ def _sample(options: Sprites) -> Sample:
 
     from rehyat_jax.sprites.evaluation import Sample
 
-    on_cpu = jax.default_backend() == "cpu"
-    clips = (_ON_CPU if on_cpu else _ON_ACCELERATOR) if options.clips is None else options.clips
+    default = _ON_CPU if jax.default_backend() == "cpu" else _ON_ACCELERATOR
+    clips = default.clips if options.clips is None else options.clips
+    waits = default.waits if options.waits is None else options.waits
     for name, value, least in (("clips", clips, 2), ("seeds", options.seeds, 1), ("frames", options.frames, 5),
-                               ("long", options.long, 0), *(("waits", wait, 0) for wait in options.waits)):  # fmt: skip
+                               ("long", options.long, 0), *(("waits", wait, 0) for wait in waits)):  # fmt: skip
         if not least <= value <= 1 << 16:
             raise RehyatError(f"--{name} must be {least} to {1 << 16}, not {value}")
     for name, value in (("frames", options.frames), ("long", options.long)):
@@ -149,13 +162,18 @@ def _sample(options: Sprites) -> Sample:
     return Sample(
         clips=clips,
         long_clips=max(1, clips // 8) if options.long else 0,
-        occlusions=max(min(4, clips), clips // 4) if options.waits else 0,
+        occlusions=max(2, clips // 4) if waits else 0,
         frames=options.frames,
         long_frames=options.long,
-        waits=options.waits,
+        waits=waits,
         seeds=tuple(range(_FIRST_SEED, _FIRST_SEED + options.seeds)),
-        batch=_BATCH_ON_CPU if on_cpu else _BATCH,
+        batch=default.batch,
     )
+
+
+def _in_words(sample: Sample) -> str:
+    waits = ", ".join(map(str, sample.waits)) or "none"
+    return f"{sample.clips} clips, {sample.long_clips} long, {sample.occlusions} for each wait ({waits})"
 
 
 def _check_world(pipe: TextToVideo | None) -> None:
