@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from virtual_devices import on_devices
 
 from pallas_kernels import gpu
 from pallas_kernels.gpu import CudnnBackward, FeatureKernels, Layers, TritonKernels, cudnn, feature_map, hybrid
+from pallas_kernels.gpu.hybrid import _states
 from pallas_kernels.gpu.windows import Windows, attend
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention import features
@@ -370,3 +372,17 @@ def test_over_devices():
     assert found["apart"] <= 2e-5
     assert found["kept"] > 10
     assert found["empty"] == 0
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 7])
+def test_sums_make_no_empty_arrays(chunks):
+    """Nor their gradients: a scan over layers would compute those once, and give them to its body's ``shard_map``."""
+
+    def loss(first, entering, decay):
+        return sum(jnp.sum(x * x) for x in jax.tree.leaves(_states(first, entering, decay)))
+
+    first = jnp.ones((1, 2, 4, 3)), jnp.ones((1, 2, 4))
+    entering = jnp.ones((1, chunks, 2, 4, 3)), jnp.ones((1, chunks, 2, 4))
+    made = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(first, entering, jnp.ones(2))
+    empty = re.findall(r"\w+\[(?:\d+,)*0(?:,\d+)*\]", str(made))
+    assert not empty

@@ -67,22 +67,53 @@ def hybrid(
     return y, *last
 
 
-@jax.checkpoint
 def _states(first: Sums, entering: Sums, decay: Array) -> tuple[Sums, Sums]:
-    """The sums that each chunk reads, and those after the last: after a chunk they fade, and what left enters.
-
-    Done again for the gradient: the scan would keep empty arrays, and as arguments of a backward ``shard_map`` over
-    several devices those break the partitioner of JAX 0.11.2 (a segmentation fault in Shardy).
-    """
+    """The sums that each chunk reads, and those after the last: after a chunk they fade, and what left enters."""
     each = [jnp.concatenate([x[:, None], y], axis=1) for x, y in zip(first, entering, strict=True)]
-    fades = jnp.broadcast_to(decay[None, None], (1, each[0].shape[1], decay.shape[0]))
-
-    def step(x: Any, y: Any) -> Any:
-        (fade_x, s_x, z_x), (fade_y, s_y, z_y) = x, y
-        return fade_x * fade_y, s_x * fade_y[..., None, None] + s_y, z_x * fade_y[..., None] + z_y
-
-    _, s, z = jax.lax.associative_scan(step, (fades, *each), axis=1)
+    s, z = _faded((each[0], each[1]), decay)
     return (s[:, :-1], z[:, :-1]), (s[:, -1], z[:, -1])
+
+
+@jax.custom_vjp
+def _faded(entering: Sums, decay: Array) -> Sums:
+    """y_t = decay · y_{t-1} + x_t of every chunk t; its gradient is the same sum from the end."""
+    return _prefix_sums(entering, decay)
+
+
+def _prefix_sums(entering: Sums, decay: Array, *, reverse: bool = False) -> Sums:
+    """In log₂ steps over all chunks.
+
+    Not by `jax.lax.associative_scan`, which makes empty arrays of what depends on no input (the fades): a scan over
+    layers computes those once, and as arguments of its body's ``shard_map`` over several devices they break the
+    partitioner of JAX 0.11.2 (a segmentation fault in Shardy).
+    """
+    (s, z), fade, distance = entering, decay, 1
+
+    def before(x: Array) -> Array:
+        after = (0, distance) if reverse else (distance, 0)
+        kept = x[:, distance:] if reverse else x[:, :-distance]
+        return jnp.pad(kept, ((0, 0), after, *[(0, 0)] * (x.ndim - 2)))
+
+    while distance < s.shape[1]:
+        s = s + fade[None, None, :, None, None] * before(s)
+        z = z + fade[None, None, :, None] * before(z)
+        fade, distance = fade * fade, 2 * distance
+    return s, z
+
+
+def _faded_forward(entering: Sums, decay: Array) -> tuple[Sums, Any]:
+    sums = _prefix_sums(entering, decay)
+    return sums, (sums, decay)
+
+
+def _faded_backward(kept: tuple[Sums, Array], cotangents: Sums) -> tuple[Sums, Array]:
+    sums, decay = kept
+    s, z = _prefix_sums(cotangents, decay, reverse=True)
+    d_decay = (s[:, 1:] * sums[0][:, :-1]).sum((0, 1, 3, 4)) + (z[:, 1:] * sums[1][:, :-1]).sum((0, 1, 3))
+    return (s, z), d_decay.astype(decay.dtype)
+
+
+_faded.defvjp(_faded_forward, _faded_backward)
 
 
 def _after(own: Sums) -> Sums:
