@@ -62,10 +62,14 @@ from train.sources import Source
 _FIRST_SEED = 2026
 #: Frames of a chunk where the model has none.
 _FRAMES_OF_A_CHUNK = 12
+#: Clips that are measured side by side: 64 of them took 16 GiB, and a worker's subjects are measured together.
+_AT_ONCE = 16
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The schedule, and how much is measured; what is 0 is left out. Clips of a kind are made side by side, so that
-    their number is part of a program; the numbers of training steps are not."""
+    """The schedule, and how much is measured; what is 0 is left out. No program depends on the numbers of training
+    steps."""
 
     distill_steps: int = 160
     """Of the optimiser, four to a pass of the teacher."""
@@ -300,7 +304,7 @@ class Work:
             guidance_scale=self.sizes.guidance,
         )  # fmt: skip
         return generated(
-            pipe, texts, settings, sweep=sweep, seed=seed, batch=len(texts), progress=lambda done, total: None
+            pipe, texts, settings, sweep=sweep, seed=seed, batch=_AT_ONCE, progress=lambda done, total: None
         )
 
 
