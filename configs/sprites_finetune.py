@@ -1,4 +1,4 @@
-"""The bundled model's student: every parameter of the distilled transformer learns, on clips of 129 and 257 frames.
+"""The bundled model's student: every parameter of the distilled transformer learns, on clips of 65 to 257 frames.
 
     rehyat finetune sprites_finetune                   # reads out/sprites-distilled, the result of distillation
     rehyat finetune sprites_finetune --source mini-sprites --anew --out out/undistilled    # converted, not distilled
@@ -11,9 +11,8 @@ short one as well; clips twice as long as the teacher's longest, so that the pas
 where it is large: by its length's power, a number a head that starts at 0 (no change). --hybrid.decay lets the state
 fade as well, and so forget.
 
-Cost: one H100, 212 s of steps (5.6 to 6.4 a second, 66,560 or 50,688 tokens each) after 158 s, compiling among them,
-beside another program. The student that ships was taken at step 1,176, where the device's time was over (run as here
-with --steps 4000 --accumulate 2): its rate was constant, and the average of the last hundred steps is kept.
+Cost: one H100, 268 s for 900 steps with the compiling (3 to 7 steps a second, 66,560 to 76,032 tokens each), beside
+other programs. The student that ships was finetuned so.
 
 Result: the folder out/sprites-student, in the diffusers layout with its rehyat part. Its figures: docs/results.md.
 """
@@ -34,7 +33,7 @@ config = FinetuneTraining(
         Bucket(kind="plain", frames=257, batch=16, share=0.2, pairs=0.8),
         Bucket(kind="occlusion", frames=129, batch=24, share=0.45, longest_wait=48),
     ),
-    steps=1200,
+    steps=900,
     shift=5.0,
     optimizer=OptimizerConfig(method="muon", learning_rate=3e-3, warmup_steps=30, schedule="linear", ema_decay=0.98),
 )
