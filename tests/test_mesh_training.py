@@ -16,11 +16,13 @@ from virtual_devices import on_devices
 from rehyat_jax.config import VAEConfig
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.vae import WanVAE
 from train.checkpoint import Checkpoints
 from train.clips import Bucket
 from train.devices import Devices
 from train.flow import Batch
 from train.gradients import gradients_of
+from train.pools import Captions, SpriteFeed
 from train.sharding import MeshConfig
 from train.sources import Source
 
@@ -103,8 +105,26 @@ def _said_of_minibatches() -> str:
     return ""
 
 
+def _encoding():
+    """A round's clips on four devices: how far from one device's, and a device's operations as a share of its."""
+    vae = _random(lambda: WanVAE(VAE, rngs=nnx.Rngs(0)), 0)
+    feed = SpriteFeed(
+        Bucket(kind="plain", frames=5, batch=64), count=64, seed=0, vae=vae, read=lambda _, tokens: tokens,
+        tokens=lambda texts: Captions(*jnp.zeros((2, len(texts), 3), jnp.int32)),
+    )  # fmt: skip
+
+    def on(devices):
+        arrays = devices.batch(feed.turn(0), feed.turn_shapes()), devices.everywhere(feed.frozen)
+        program = devices.lower(lambda turn, frozen: feed.pool(turn, frozen, None).latents, *arrays).compile()
+        return np.asarray(program(*arrays)), program.cost_analysis()["flops"]
+
+    (one, whole), (found, share) = on(Devices(None)), on(Devices(MeshConfig(data=2, fsdp=2).make(jax.devices()[:4])))
+    return float(np.max(np.abs(one - found)) / np.max(np.abs(one))), share / whole
+
+
 def measure():
-    return {"differences": _differences(), "restored": _restored(), "minibatches": _said_of_minibatches()}
+    return {"differences": _differences(), "restored": _restored(), "minibatches": _said_of_minibatches(),
+            "encoding": _encoding()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +140,13 @@ def test_a_finetune_step_is_that_of_one_device(measured, case):
 
 def test_a_checkpoint_is_restored_on_one_two_and_eight_devices(measured):
     assert measured["restored"] == [[True, 1], [True, 2], [True, 8]]
+
+
+def test_a_device_encodes_its_own_clips_alone(measured):
+    """XLA counts a loop's body once: 32 clips at a time on one device, and 16 on each of four."""
+    apart, share = measured["encoding"]
+    assert apart <= 1e-5
+    assert share <= 0.6
 
 
 def test_minibatches_that_do_not_divide(measured):
