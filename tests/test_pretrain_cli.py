@@ -293,6 +293,7 @@ def test_a_file_that_is_no_configuration(rehyat, tmp_path, content, words):
         (["--optimizer.learning-rate", "nan"], ["learning_rate"]),
         (["--buckets.0.frames", "18", "--buckets.1.frames", "18"], ["18 frames"]),
         (["--model.base-dim", "0"], ["base_dim"]),
+        (["--buckets.0.pairs", "0.4"], ["pairs", "0.5 to 1"]),
     ],
 )
 def test_an_impossible_field_is_one_sentence(rehyat, tmp_path, argv, words):

@@ -121,6 +121,14 @@ def test_splits():
     assert (place > 0.4).all()
 
 
+@pytest.mark.parametrize("pairs", [0.5, 0.8, 1.0])
+def test_a_share_of_scenes_has_two_objects(pairs):
+    scenes = world.sample_scenes(jax.random.key(1), 20_000, pairs=pairs)
+    assert np.mean(np.asarray(scenes.counts) == 2) == pytest.approx(pairs, abs=0.015)  # four standard deviations
+    assert not world.is_held_out(scenes).any()
+    assert not world.is_reserved(scenes).any()
+
+
 def test_samples_are_well_formed():
     scenes = sample("train", 20_000)
     objects, two = np.asarray(scenes.objects), np.asarray(scenes.counts) == 2
