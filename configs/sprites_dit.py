@@ -34,5 +34,6 @@ config = DiffusionTraining(
     ),
     shift=5.0,
     steps=11_600,
+    unroll=True,
     optimizer=OptimizerConfig(method="muon", learning_rate=1e-2),
 )

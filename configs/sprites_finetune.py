@@ -34,6 +34,7 @@ config = FinetuneTraining(
         Bucket(kind="occlusion", frames=129, batch=24, share=0.45, longest_wait=48),
     ),
     steps=900,
+    unroll=True,
     shift=5.0,
     optimizer=OptimizerConfig(method="muon", learning_rate=3e-3, warmup_steps=30, schedule="linear", ema_decay=0.98),
 )

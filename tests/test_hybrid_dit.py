@@ -321,22 +321,22 @@ def test_a_repeating_pattern_is_one_scan(depth, blocks, expected):
 
 
 def test_gradients_reach_what_is_asked_for_alone_and_rematerialised_are_the_same(tmp_path):
-    """Of the hybrid blocks alone by their filter, of every parameter without; blocks computed anew in the backward pass
-    change nothing but rounding: 1e-5 relative."""
+    """Of the hybrid blocks alone by their filter, of every parameter without; blocks computed anew in the backward
+    pass, or in no loop, change nothing but rounding: 1e-5 relative."""
     model = student(HybridConfig(decay=True, length_norm=True), folder=tmp_path)
     arguments = [jnp.asarray(x) for x in inputs(CASE)]
 
-    def gradient(wanted: nnx.filterlib.Filter, remat: bool) -> dict:
+    def gradient(wanted: nnx.filterlib.Filter, **how: bool) -> dict:
         graph, own, rest = nnx.split(model, wanted, ...)
 
         @quickly_compiled
         @jax.grad
         def slope(own: nnx.State, rest: nnx.State) -> jax.Array:
-            return jnp.sum(jnp.square(nnx.merge(graph, own, rest)(*arguments, remat=remat)))
+            return jnp.sum(jnp.square(nnx.merge(graph, own, rest)(*arguments, **how)))
 
         return dict(nnx.to_flat_state(slope(own, rest)))
 
-    alone, every = gradient(HYBRID_PARAMETERS, remat=False), gradient(nnx.Param, remat=True)
+    alone, every = gradient(HYBRID_PARAMETERS, unroll=True), gradient(nnx.Param, remat=True)
     own = nnx.to_flat_state(nnx.state(model.hybrid_blocks))
     assert set(alone) == {("hybrid_blocks", *path) for path, _ in own}
     assert every.keys() == dict(nnx.to_flat_state(nnx.state(model))).keys()

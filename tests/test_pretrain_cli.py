@@ -231,6 +231,17 @@ def test_the_last_checkpoint_exports_the_model_of_the_run(trained, tiny, tmp_pat
     assert exported["model_index.json"] == (trained / "model_index.json").read_bytes()
 
 
+def test_a_trained_model_is_gone_on_from(trained, tiny, tmp_path, rehyat):
+    """At a learning rate of 0 the result is what it began with, VAE included; of other sizes it is refused."""
+    out, still = tmp_path / "out", ("--optimizer.learning-rate", 0, "--steps", 16)
+    assert rehyat("pretrain", tiny, "--out", out, "--init", trained, *still)[0] == 0
+    for part in ("transformer", "text_encoder", "tokenizer", "vae"):
+        assert files(out / part) == files(trained / part), part
+    other = rehyat("pretrain", tiny, "--out", tmp_path / "other", "--init", trained, "--model.num-layers", 1)
+    assert_sentence(other, "other sizes")
+    assert_sentence(rehyat("pretrain", tiny, "--out", tmp_path / "none", "--init", tmp_path / "no"), "no folder")
+
+
 def test_a_finished_model_is_not_trained_over(trained, tiny, rehyat):
     before = files(trained)
     assert_sentence(rehyat("pretrain", tiny, "--out", trained), str(trained), "already")

@@ -14,13 +14,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from rehyat_jax.config import TextEncoderConfig, WanConfig
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.model_folder import find_model
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.umt5 import UMT5Encoder
 from rehyat_jax.record import Phases
 from rehyat_jax.sampling import FlowSchedule, UniPC, scheduler_to_config
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer
-from rehyat_jax.weights import load_vae, save_text_encoder, save_transformer
+from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_text_encoder, save_transformer
 from rehyat_jax.weights.writing import whole_folder, write_json
 from train.checkpoint import Checkpoints
 from train.clips import Bucket
@@ -37,6 +38,9 @@ class DiffusionTraining(FlowTraining):
     Its ``shift`` is sampling's as well.
     """
 
+    #: A trained model, a folder or a bundled one's name, whose transformer and text encoder the run begins with, and
+    #: whose VAE it takes where ``out`` has none; none: it begins at random.
+    init: Path | None = None
     model: WanConfig = WanConfig.mini_sprites()
     text_encoder: TextEncoderConfig = TextEncoderConfig.mini_sprites()
     buckets: tuple[Bucket, ...] = (
@@ -88,6 +92,11 @@ class DiffusionTraining(FlowTraining):
         if self.result.exists() or foreign:
             raise RehyatError(f"{self.out} holds a trained model already; choose another --out")
         phases = phases or Phases()
+        init = None if self.init is None else find_model(self.init)
+        if init is not None and first_process() and not (self.out / "vae").exists():
+            with whole_folder(self.out / "vae") as partial:
+                shutil.copytree(init / "vae", partial, dirs_exist_ok=True)
+        wait_for_all("vae")
         vae = load_vae(self.out / "vae", dtype=jnp.dtype(self.dtype))
         self.check_fits(vae.config, self.model, where=self.out / "vae")
         devices = self.devices(vae.config, self.model, None)
@@ -95,10 +104,13 @@ class DiffusionTraining(FlowTraining):
             build_sprite_tokenizer(self.out / "tokenizer", list(NAMES))
         wait_for_all("tokenizer")
         tokenizer = Tokenizer.from_folder(self.out / "tokenizer")
-        graph, params = self._models(tokenizer)
+        graph, params = self._models(tokenizer, init=init)
 
         def loss(params: PyTree, _: None, batch: Batch) -> tuple[Array, dict[str, Array]]:
-            value = flow_loss(nnx.merge(graph, params)(batch.noisy, batch.timesteps, *batch.text), batch.velocity)
+            models = nnx.merge(graph, params)
+            text = models.embed(*batch.text)
+            velocity = models.transformer(batch.noisy, batch.timesteps, text, remat=self.remat, unroll=self.unroll)
+            value = flow_loss(velocity, batch.velocity)
             return value, {"loss": value}
 
         state = self.train(params, loss, vae=vae, tokenizer=tokenizer, phases=phases, devices=devices)
@@ -122,14 +134,20 @@ class DiffusionTraining(FlowTraining):
                 shutil.copytree(self.out / part, partial / part)
             self._write(partial, nnx.merge(graph, state.ema))
 
-    def _models(self, tokenizer: Tokenizer) -> tuple[Any, PyTree]:
+    def _models(self, tokenizer: Tokenizer, *, init: Path | None = None) -> tuple[Any, PyTree]:
         """Both networks as they begin: their graph and their parameters."""
         text_config = dataclasses.replace(self.text_encoder, vocab_size=tokenizer.vocab_size)
         models = Models(
             WanTransformer(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed)),
             UMT5Encoder(text_config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed + 1)),
         )
-        return nnx.split(models, nnx.Param)
+        graph, params = nnx.split(models, nnx.Param)
+        if init is None:
+            return graph, params
+        trained = Models(load_transformer(init, hybrid=None), load_text_encoder(init))
+        if (trained.transformer.config, trained.text_encoder.config) != (self.model, text_config):
+            raise ConfigError(f"{init} is of other sizes than this run's model and text encoder")
+        return graph, nnx.state(trained, nnx.Param)
 
     def _write(self, folder: Path, models: Models) -> None:
         complete_folder(folder, shift=self.shift, defaults=self.defaults)
@@ -166,15 +184,6 @@ class Models(nnx.Module):
     def __init__(self, transformer: WanTransformer, text_encoder: UMT5Encoder) -> None:
         self.transformer = transformer
         self.text_encoder = text_encoder
-
-    def __call__(
-        self,
-        latents: Float[Array, "B T h w z"],
-        timesteps: Float[Array, " B"],
-        ids: Int[Array, "B L"],
-        mask: Int[Array, "B L"],
-    ) -> Float[Array, "B T h w z"]:
-        return self.transformer(latents, timesteps, self.embed(ids, mask))
 
     def embed(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B K D"]:
         """Prompt embeddings as `rehyat_jax.text.embed_prompts` makes them for sampling: zeros beyond the mask."""

@@ -81,8 +81,6 @@ class FinetuneTraining(FlowTraining):
     hybrid_rate: float = 1.0
     #: The same of a head's decay and power of length, numbers that have far to go from 0.
     gate_rate: float = 50.0
-    #: Keep each block's input alone for the backward pass, and compute the block anew there.
-    remat: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,7 +197,7 @@ class FinetuneTraining(FlowTraining):
 
         def loss(params: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, dict[str, Array]]:
             inputs = batch.noisy, batch.timesteps, pad_text(batch.text)
-            velocity = nnx.merge(graph, params)(*inputs, remat=self.remat)
+            velocity = nnx.merge(graph, params)(*inputs, remat=self.remat, unroll=self.unroll)
             flow = flow_loss(velocity, batch.velocity)
             if teacher_graph is None or batch.noisy.shape[1] > longest:
                 return flow, {"loss": flow}

@@ -77,6 +77,10 @@ class FlowTraining:
     reuse: int = 4
     #: Parts that a step's batch is cut into, one after the other: less memory, the same gradient, summed in float32.
     accumulate: int = 1
+    #: Keep each block's input alone for the backward pass, and compute the block anew there: less memory, more work.
+    remat: bool = False
+    #: Every block in the program in place of a loop over blocks: faster for a small model, longer to compile.
+    unroll: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     #: So many steps in a row without finite gradients end the run; fewer are skipped.
     most_skipped: int = 20

@@ -171,6 +171,7 @@ class WanTransformer(nnx.Module):
         text: Float[Array, "B L {self.config.text_dim}"],
         *,
         remat: bool = False,
+        unroll: bool = False,
     ) -> Float[Array, "B T H W {self.config.out_channels}"]:
         """The velocity (noise − video) in the compute dtype.
 
@@ -182,6 +183,8 @@ class WanTransformer(nnx.Module):
             timesteps: diffusion time in 0…1000, whole or fractional.
             text: the encoder's output, zero beyond the prompt (Wan pads to 512; nothing here depends on it).
             remat: for training: keep each block's input alone and compute the block anew in the backward pass.
+            unroll: every block in the program in place of a loop over blocks. For training a small model: what a loop
+                keeps for the backward pass is copied in and out of its arrays. The larger program compiles longer.
 
         Raises:
             RehyatError: T, H or W is not a multiple of the patch, or T of the chunk where time is cut.
@@ -212,7 +215,7 @@ class WanTransformer(nnx.Module):
 
         if remat:
             teacher, student = jax.checkpoint(teacher), jax.checkpoint(student)
-        x = scan_layers(teacher, student, inputs.x, layers, hybrids, self.converted)
+        x = scan_layers(teacher, student, inputs.x, layers, hybrids, self.converted, unroll=unroll)
         return self.unembed(x, inputs)[:, :frames]
 
     def init_stream(self, batch: int, height: int, width: int) -> BlockState:

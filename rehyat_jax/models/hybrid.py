@@ -209,7 +209,7 @@ Step = Callable[[Array, Any], tuple[Array, None]]
 
 
 def scan_layers(
-    teacher: Step, student: Step, x: Array, layers: Any, hybrids: Any, converted: tuple[bool, ...]
+    teacher: Step, student: Step, x: Array, layers: Any, hybrids: Any, converted: tuple[bool, ...], *, unroll: bool
 ) -> Array:
     """``x`` through the layers in order: ``teacher(x, layer)``, or ``student(x, (layer, hybrid))`` where converted.
 
@@ -218,6 +218,7 @@ def scan_layers(
 
     Args:
         layers, hybrids: parameters with a leading axis: of all layers, of the converted ones.
+        unroll: no loop, but every layer in the program.
     """
     depth = len(converted)
     period = next(p for p in range(1, depth + 1) if depth % p == 0 and converted == converted[:p] * (depth // p))
@@ -228,23 +229,23 @@ def scan_layers(
             count = len(list(run))
             these = _cut(params[0], layer, count)
             if is_hybrid:
-                x = _scan(student, x, (these, _cut(params[1], hybrid, count)), count)
+                x = _scan(student, x, (these, _cut(params[1], hybrid, count)), count, unroll=unroll)
                 hybrid += count
             else:
-                x = _scan(teacher, x, these, count)
+                x = _scan(teacher, x, these, count, unroll=unroll)
             layer += count
         return x, None
 
     repeats = depth // period
     folded = jax.tree.map(lambda p: p.reshape(repeats, -1, *p.shape[1:]), (layers, hybrids))
-    return _scan(unit, x, folded, repeats)
+    return _scan(unit, x, folded, repeats, unroll=unroll)
 
 
 def _cut(params: Any, start: int, count: int) -> Any:
     return jax.tree.map(lambda p: p[start : start + count], params)
 
 
-def _scan(step: Step, x: Array, params: Any, count: int) -> Array:
+def _scan(step: Step, x: Array, params: Any, count: int, *, unroll: bool) -> Array:
     if count == 1:
         return step(x, jax.tree.map(lambda p: p[0], params))[0]
-    return jax.lax.scan(step, x, params)[0]
+    return jax.lax.scan(step, x, params, unroll=unroll)[0]

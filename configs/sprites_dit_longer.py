@@ -1,0 +1,35 @@
+"""The bundled model's transformer and text encoder, trained further: sprites_dit's result is where it begins.
+
+    rehyat pretrain sprites_dit                        # first: this run reads out/mini-sprites
+    rehyat pretrain sprites_dit_longer
+    rehyat generate "a lemon moving down slowly on a blue background" --model out/mini-sprites-longer
+
+Clips of 65 to 129 frames, as in the last two thirds of sprites_dit, at a rate that begins high again.
+
+Cost: one H200.
+
+Result: the folder out/mini-sprites-longer, complete in the diffusers layout, 29 MB.
+"""
+
+from pathlib import Path
+
+from rehyat_jax.config import TextEncoderConfig, WanConfig
+from train.clips import Bucket
+from train.diffusion import DiffusionTraining
+from train.optimizer import OptimizerConfig
+
+config = DiffusionTraining(
+    out=Path("out/mini-sprites-longer"),
+    init=Path("out/mini-sprites"),
+    model=WanConfig.mini_sprites(),
+    text_encoder=TextEncoderConfig.mini_sprites(),
+    buckets=(
+        Bucket(kind="plain", frames=65, batch=64, share=0.45, pairs=0.8),
+        Bucket(kind="plain", frames=129, batch=32, share=0.2, pairs=0.8),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.35, longest_wait=48),
+    ),
+    shift=5.0,
+    steps=14_400,
+    unroll=True,
+    optimizer=OptimizerConfig(method="muon", learning_rate=8e-3, warmup_steps=100),
+)
