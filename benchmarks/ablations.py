@@ -243,7 +243,8 @@ class Work:
         return kind(
             out=self.folder / "student", source=source, anew="distill" not in self.row.stages, hybrid=self.row.hybrid,
             buckets=(plain, behind) if sizes.occlusion_batch else (plain,),
-            steps=sizes.finetune_steps, steps_per_round=_STEPS_PER_ROUND, shift=5.0, seed=self.seed, dtype=self.dtype,
+            steps=sizes.finetune_steps, steps_per_round=_STEPS_PER_ROUND, unroll=True, shift=5.0, seed=self.seed,
+            dtype=self.dtype,
             optimizer=OptimizerConfig(
                 method="muon", learning_rate=3e-3, warmup_steps=30, schedule="linear", ema_decay=0.98
             ),
