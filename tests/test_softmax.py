@@ -1,5 +1,7 @@
 """Softmax attention: numpy in float64, torch's gradients, and memory that grows with N, not N²."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,25 @@ def test_gradients_are_those_of_torch(n, m):
     (out * torch.from_numpy(direction)).sum().backward()
     ours = jax.jit(jax.grad(lambda *x: jnp.sum(softmax_attention(*x) * direction), argnums=(0, 1, 2)))(*arguments)
     for mine, yours in zip(ours, theirs, strict=True):
+        wanted = yours.grad.numpy()
+        np.testing.assert_allclose(mine, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+
+
+@pytest.mark.parametrize("n", [5, 1500])
+def test_a_key_stands_for_many_alike(n):
+    """The last of 7 keys for 506: numpy's on all 512 to 1e-5; torch's gradients, those of the alike summed."""
+    (query, key, value), direction = inputs(n, 7), inputs(n, 7, seed=1)[0]
+    whole = [np.pad(x, ((0, 0), (0, 505), (0, 0), (0, 0)), mode="edge") for x in (key, value)]
+
+    ours = jax.jit(functools.partial(softmax_attention, repeats=506))
+    np.testing.assert_allclose(ours(query, key, value), exact(query, *whole), atol=1e-5, rtol=0)
+    theirs = [torch.from_numpy(x).double().requires_grad_() for x in (query, key, value)]
+    padded = [torch.cat([x, x[:, -1:].expand(-1, 505, -1, -1)], dim=1) for x in theirs[1:]]
+    given = (x.transpose(1, 2) for x in (theirs[0], *padded))
+    out = torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
+    (out * torch.from_numpy(direction)).sum().backward()
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(ours(*x) * direction), argnums=(0, 1, 2)))(query, key, value)
+    for mine, yours in zip(gradients, theirs, strict=True):
         wanted = yours.grad.numpy()
         np.testing.assert_allclose(mine, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
 

@@ -111,13 +111,14 @@ def softmax_over_devices(
 
 
 def softmax_to_text(
-    query: Float[Array, "B N H D"], key: Float[Array, "B M H D"], value: Float[Array, "B M H D"]
+    query: Float[Array, "B N H D"], key: Float[Array, "B M H D"], value: Float[Array, "B M H D"], *, repeats: int = 1
 ) -> Float[Array, "B N H D"]:
     """`softmax_attention` of a video's tokens to a text's, which every device along time has whole."""
+    attend = partial(softmax_attention, repeats=repeats)
     if mesh_in_force() is None:
-        return softmax_attention(query, key, value)
+        return attend(query, key, value)
     text = spec("batch", None, "heads", None)
-    cut = jax.shard_map(softmax_attention, in_specs=(_TOKENS, text, text), out_specs=_TOKENS, check_vma=False)
+    cut = jax.shard_map(attend, in_specs=(_TOKENS, text, text), out_specs=_TOKENS, check_vma=False)
     return cut(query, key, value)
 
 
