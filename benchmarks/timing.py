@@ -39,8 +39,13 @@ class Report:
         body = ",\n".join(json.dumps(line, ensure_ascii=False) for line in self.lines)
         self.path.write_text(f"[\n{body}\n]\n", encoding="utf-8")
 
-    def run(self, case: str, measure: Callable[[], dict[str, Any]]) -> None:
-        if time.perf_counter() - self.start > self.seconds:
+    @property
+    def over(self) -> bool:
+        return time.perf_counter() - self.start > self.seconds
+
+    def run(self, case: str, measure: Callable[[], dict[str, Any]], *, late: bool = False) -> None:
+        """``late``: also when the time is over."""
+        if self.over and not late:
             self.add(case, left_out="the time was over")
             return
         try:
@@ -55,8 +60,15 @@ class Report:
             self.run(case, measure)
 
 
-def arguments(doc: str | None, name: str, argv: Sequence[str] | None, *, lengths: Sequence[int] = ()) -> Any:
-    """``--tiny``, ``--seconds``, ``--out`` and, where there are any, ``--lengths`` in latent frames."""
+def arguments(
+    doc: str | None,
+    name: str,
+    argv: Sequence[str] | None,
+    *,
+    lengths: Sequence[int] = (),
+    more: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+) -> Any:
+    """``--tiny``, ``--seconds``, ``--out``, where there are any ``--lengths`` in latent frames, and what is added."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="sizes that mean nothing: to try the program itself")
     parser.add_argument("--seconds", type=float, default=500, help="after these, no case is begun")
@@ -65,6 +77,7 @@ def arguments(doc: str | None, name: str, argv: Sequence[str] | None, *, lengths
     parser.add_argument("--out", type=pathlib.Path, default=folder / f"{name}.json", help="all lines, again")
     if lengths:
         parser.add_argument("--lengths", type=int, nargs="+", default=list(lengths), help="latent frames")
+    more(parser)
     given = parser.parse_args(argv)
     kernels.wanted = given.profile
     return given
@@ -72,17 +85,18 @@ def arguments(doc: str | None, name: str, argv: Sequence[str] | None, *, lengths
 
 def milliseconds(function: Callable[..., Any], given: Sequence[tuple[Any, ...]], *, samples: int = 10) -> float:
     """Of one call: see ``timed``."""
-    return _median(jax.jit(function).lower(*given[0]).compile(), given, samples)
+    return median(jax.jit(function).lower(*given[0]).compile(), given, samples)
 
 
 def timed(function: Callable[..., Any], given: Sequence[tuple[Any, ...]], *, samples: int = 10) -> dict[str, float]:
     """Of one call of the compiled function: the median of samples, each of several calls with one wait, on arguments in
     turn, after a warm-up; and what its program needs of memory, arguments and results included."""
     program = jax.jit(function).lower(*given[0]).compile()
-    return {"ms": round(_median(program, given, samples), 3), "program_gib": program_gib(program)}
+    return {"ms": round(median(program, given, samples), 3), "program_gib": program_gib(program)}
 
 
-def _median(program: Callable[..., Any], given: Sequence[tuple[Any, ...]], samples: int) -> float:
+def median(program: Callable[..., Any], given: Sequence[tuple[Any, ...]], samples: int = 10) -> float:
+    """Milliseconds of one call of what is compiled: see ``timed``."""
     jax.block_until_ready([program(*a) for a in given])
     start = time.perf_counter()
     jax.block_until_ready(program(*given[0]))

@@ -100,7 +100,8 @@ def device(topology: str) -> Any:
 def compiled(device: Any, shape: Shape, *, backward: bool, blocks: Blocks | None = None) -> Any:
     """The operator's program for a device, with the gradients to all that is given if ``backward``; with the tuning
     table's blocks where none are given."""
-    blocks = blocks or tuned(device.device_kind, head_dim=shape.head_dim, features=shape.features)
+    widths = {"head_dim": shape.head_dim, "features": shape.features}
+    blocks = blocks or tuned(device.device_kind, dtype=shape.dtype, **widths)
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def array(*sizes: int, dtype: Any = shape.dtype) -> jax.ShapeDtypeStruct:

@@ -333,7 +333,7 @@ def test_what_feature_kernels_lack_goes_to_xla(options, head_dim, dtype, monkeyp
         phi = nnx.eval_shape(lambda: FeatureMap(2, head_dim, **options, dtype=dtype, rngs=nnx.Rngs(0)))
         return phi._kernels(jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype))
 
-    assert kernels(128, "bfloat16") == FeatureKernels()
+    assert isinstance(kernels(128, "bfloat16"), FeatureKernels)
     assert kernels(head_dim, dtype, **options) is None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import pathlib
+from typing import Any
+
+from pallas_kernels.tuning import Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,17 +27,12 @@ class Blocks:
     vmem: int = 48 << 20
 
 
-@functools.cache
-def _table() -> list[dict]:
-    return json.loads((pathlib.Path(__file__).parent / "tuning.json").read_text())
+TABLE = Table(pathlib.Path(__file__).with_name("tuning.json"), {Blocks: ("head_dim", "features")})
 
 
-def tuned(device_kind: str, *, head_dim: int, features: int) -> Blocks:
-    """The table's entry for ``jax.Device.device_kind`` and these widths, or the defaults."""
-    for entry in _table():
-        if (entry["device_kind"], entry["head_dim"], entry["features"]) == (device_kind, head_dim, features):
-            return Blocks(**entry["blocks"])
-    return Blocks()
+def tuned(device_kind: str, *, dtype: Any, head_dim: int, features: int) -> Blocks:
+    """The table's for ``jax.Device.device_kind``, the dtype of queries and these widths, or the defaults."""
+    return Blocks(**TABLE.blocks(Blocks, device_kind, dtype, head_dim=head_dim, features=features))
 
 
 def divided(length: int, largest: int, multiple: int) -> int:

@@ -64,7 +64,7 @@ def pallas(
             stabilizer=stabilizer,
         )  # fmt: skip
 
-    blocks = tpu.tuned(device, head_dim=q.shape[3], features=features_q.shape[3])
+    blocks = tpu.tuned(device, dtype=q.dtype, head_dim=q.shape[3], features=features_q.shape[3])
     on_tpu, on_cpu = (functools.partial(tpu.hybrid, blocks=blocks, interpret=here) for here in (False, True))
     kernels = gpu.kernels(device, q, chunk=chunk, overlap=overlap)
     on_gpu = functools.partial(gpu.hybrid, kernels=kernels, begins=begins)
