@@ -25,7 +25,7 @@ from rehyat_jax import HybridConfig, Stream, StreamState
 from rehyat_jax.config import VAEConfig, WanConfig
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.vae import WanVAE
-from rehyat_jax.programs import decode_next, denoise_chunk, to_uint8
+from rehyat_jax.programs import decode_next, denoise_chunk, read_text, to_uint8
 from rehyat_jax.sampling import FlowSchedule, UniPC, sweep
 from rehyat_jax.settings import Settings
 
@@ -87,12 +87,13 @@ def programs(options: Options) -> dict[str, Any]:
     (graph, weights), (vae_graph, vae_weights) = nnx.split(transformer), nnx.split(vae)
     settings, space = options.settings, vae.config.spatial_factor
     size = (settings.height // space, settings.width // space, vae.config.z_dim)
+    read = read_text.eval_shape(weights, state.text, graph=graph)
     steps = jax.tree.map(lambda table: jax.ShapeDtypeStruct(table.shape, jnp.float32), settings.plan())
     how: dict[str, Any] = {"solver": settings.solver, "guidance": settings.guidance}
 
     named = {
         "a chunk of a stream": denoise_chunk.lower(
-            weights, state.states, state.keys, state.text, state.first_frame, steps, graph=graph,
+            weights, state.states, state.keys, read, state.first_frame, steps, graph=graph,
             shape=(options.chunk_frames, *size), **how,
         ),
         "a latent frame decoded": decode_next.lower(
@@ -114,7 +115,9 @@ def programs(options: Options) -> dict[str, Any]:
 def print_analysis(options: Options) -> None:
     transformer, vae = abstract_models(options)
     state = jax.eval_shape(lambda: first_state(options, transformer, vae))
-    parts = {"transformer": nnx.state(transformer), "VAE": nnx.state(vae), "linear states and overlaps": state.states,
+    graph, weights = nnx.split(transformer)
+    parts = {"transformer": weights, "VAE": nnx.state(vae), "linear states and overlaps": state.states,
+             "text's keys and values": read_text.eval_shape(weights, state.text, graph=graph),
              "decoder's past": state.decoder}  # fmt: skip
     for name, part in parts.items():
         print(f"{name:32s} {_nbytes(part) / GIB:7.3f} GiB")

@@ -31,6 +31,7 @@ from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
 from rehyat_jax.sampling.sweep import chunk_frames, frame_noise, video_keys
 from rehyat_jax.settings import Settings
 from rehyat_jax.streaming import Stream
+from rehyat_jax.text import trimmed
 from rehyat_jax.weights import load_transformer, load_vae
 
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
@@ -267,10 +268,13 @@ class TextToVideo:
         with precision(self.transformer.dtype), measure("text"):
             wanted = [*prompts, negative_prompt] if guidance.needs_negative else prompts
             text = self._embed(wanted, on_step)
+            text, text_tokens = trimmed(text), text.shape[1]
             negative = jnp.repeat(text[len(prompts) :], len(prompts), axis=0) if guidance.needs_negative else None
             text = text[: len(prompts)]
         with precision(self.transformer.dtype), measure("denoise"):
-            latents = self._denoise(noise, text, negative, settings=settings, guidance=guidance, on_step=on_step)
+            latents = self._denoise(
+                noise, text, negative, settings=settings, guidance=guidance, text_tokens=text_tokens, on_step=on_step
+            )
         with precision(self.transformer.dtype), measure("decode"):
             blocks = self._decode(latents, pixels=_PIXELS[output])
             total = latents.shape[1]
@@ -337,6 +341,7 @@ class TextToVideo:
         *,
         settings: Settings,
         guidance: Guidance,
+        text_tokens: int,
         on_step: OnStep,
     ) -> Float[Array, "B T h w z"]:
         count = settings.num_inference_steps
@@ -348,7 +353,7 @@ class TextToVideo:
         for i in range(count):
             state = denoise_step(
                 weights, state, jax.tree.map(lambda table, i=i: table[i], plan), text, negative,
-                graph=graph, solver=settings.solver, guidance=guidance,
+                graph=graph, solver=settings.solver, guidance=guidance, text_tokens=text_tokens,
             )  # fmt: skip
             jax.block_until_ready(state)
             on_step("denoise", i + 1, count)

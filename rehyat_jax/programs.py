@@ -1,4 +1,4 @@
-"""The compiled programs that a pipeline is made of: one denoising step, one chunk, one latent frame into pixels.
+"""The compiled programs that a pipeline is made of: a denoising step, a text read, a chunk, a latent frame into pixels.
 
 Each takes a module as its graph and its weights (``nnx.split``), so that one compilation serves any weights; what a
 program hands on to its next call is given away (donated).
@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from rehyat_jax.models.block import TextKV
 from rehyat_jax.sampling import Guidance, Solver, Steps, guided_velocity, sampling_step, sweep
 
 
@@ -25,27 +26,38 @@ def precision(dtype: DTypeLike) -> AbstractContextManager[None]:
     return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
 
 
-@partial(jax.jit, static_argnames=("graph", "solver", "guidance"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("graph", "solver", "guidance", "text_tokens"), donate_argnames="state")
 def denoise_step(
     weights: Any, state: Any, step: Steps, text: Array, negative: Array | None, *, graph: Any, solver: Solver,
-    guidance: Guidance,
+    guidance: Guidance, text_tokens: int | None = None,
 ) -> Any:  # fmt: skip
     """The per-step sweep's step: a whole video from one noise level to the next."""
     model = nnx.merge(graph, weights)
-    velocity = guided_velocity(model, text, negative=negative, guidance=guidance, dtype=model.dtype)
+    padded = partial(model, text_tokens=text_tokens)
+    velocity = guided_velocity(padded, text, negative=negative, guidance=guidance, dtype=model.dtype)
     return sampling_step(velocity, state, step=step, solver=solver)
 
 
-@partial(jax.jit, static_argnames=("graph", "shape", "solver", "guidance"), donate_argnames="states")
+@partial(jax.jit, static_argnames=("graph", "text_tokens"))
+def read_text(
+    weights: Any, text: Float[Array, "branches B L D"], *, graph: Any, text_tokens: int | None = None
+) -> TextKV:
+    """The prompts as `denoise_chunk` takes them: once a prompt, not once a chunk."""
+    return sweep.read_text(nnx.merge(graph, weights), text, text_tokens=text_tokens)
+
+
+@partial(
+    jax.jit, static_argnames=("graph", "shape", "solver", "guidance", "text_tokens"), donate_argnames="states"
+)
 def denoise_chunk(
-    weights: Any, states: Any, keys: Array, text: Array, first_frame: Array, steps: Steps, *, graph: Any,
-    shape: tuple[int, int, int, int], solver: Solver, guidance: Guidance,
+    weights: Any, states: Any, keys: Array, text: TextKV, first_frame: Array, steps: Steps, *, graph: Any,
+    shape: tuple[int, int, int, int], solver: Solver, guidance: Guidance, text_tokens: int | None = None,
 ) -> tuple[Array, Any]:  # fmt: skip
     """The per-chunk sweep's chunk, from its noise to its latents: one program for every chunk of a video."""
     noise = sweep.frame_noise(keys, shape, first_frame=first_frame)
     return sweep.denoise_chunk(
         nnx.merge(graph, weights), noise, text, states, first_frame=first_frame, steps=steps, solver=solver,
-        guidance=guidance,
+        guidance=guidance, text_tokens=text_tokens,
     )  # fmt: skip
 
 

@@ -14,14 +14,16 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
+from rehyat_jax.models.block import TextKV
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.vae import WanVAE
-from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, to_uint8
+from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, read_text, to_uint8
 from rehyat_jax.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.sampling import Steps
 from rehyat_jax.sampling.sweep import chunk_frames, video_keys
 from rehyat_jax.settings import Settings
 from rehyat_jax.stream import MOST_FRAMES, StreamRecord, StreamState, fingerprint, load_state, read_record, save_stream
+from rehyat_jax.text import trimmed
 
 #: A prompt's embedding.
 Text = Callable[[str], Float[Array, "1 L D"]]
@@ -47,6 +49,7 @@ class Stream(Iterator[np.ndarray]):
         self.state, self.settings = state, settings
         self.prompt, self.negative_prompt = prompt, negative_prompt
         self._transformer, self._vae, self._text = transformer, vae, text
+        self._read: tuple[Array, TextKV] | None = None
 
     @classmethod
     def start(
@@ -123,8 +126,9 @@ class Stream(Iterator[np.ndarray]):
         vae_graph, vae_weights = self._vae_parts
         with precision(self._transformer.dtype):
             latents, states = denoise_chunk(
-                weights, state.states, state.keys, state.text, state.first_frame, self._plan, graph=graph, shape=shape,
-                solver=self.settings.solver, guidance=self.settings.guidance,
+                weights, state.states, state.keys, self._read_text(state.text), state.first_frame, self._plan,
+                graph=graph, shape=shape, solver=self.settings.solver, guidance=self.settings.guidance,
+                text_tokens=state.text.shape[-2],
             )  # fmt: skip
             blocks, decoder = [], state.decoder
             for i in range(shape[0]):
@@ -156,8 +160,9 @@ class Stream(Iterator[np.ndarray]):
         Raises:
             RehyatError: an impossible seed.
         """
-        other = copy.copy(self)
-        other.state = jax.tree.map(jnp.copy, self._living())
+        other, state = copy.copy(self), self._living()
+        # The text is never given away; so both go on with what was read of it.
+        other.state = jax.tree.map(jnp.copy, state)._replace(text=state.text)
         if seed is not None:
             other.state = other.state._replace(keys=video_keys(seed, count=1))
         return other
@@ -177,6 +182,13 @@ class Stream(Iterator[np.ndarray]):
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             raise RehyatError("the stream was interrupted in the middle of a chunk: resume it from where it was saved")
         return self.state
+
+    def _read_text(self, text: Float[Array, "branches 1 L D"]) -> TextKV:
+        """Anew for another text than before; beside the state, since it is not to be saved."""
+        if self._read is None or self._read[0] is not text:
+            graph, weights = self._parts
+            self._read = text, read_text(weights, trimmed(text), graph=graph, text_tokens=text.shape[-2])
+        return self._read[1]
 
     @cached_property
     def _parts(self) -> tuple:

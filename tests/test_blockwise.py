@@ -156,11 +156,11 @@ def test_gradients_are_those_of_the_naive_loss(teacher, points, passed):
         return y, Seen(q, k, v, y)
 
     def naive(states):
-        inputs = teacher.embed(*points)
+        inputs, text = teacher.embed(points.latents, points.timesteps), teacher.embed_text(points.text)
         x, total = inputs.x, 0.0
         for i, state in enumerate(states):
             layer = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], layers))
-            x, seen = layer.attending(x, *inputs[1:4], attend)
+            x, seen = layer.attending(x, text, inputs.modulation, inputs.rotary, attend)
             block = nnx.merge(nnx.graphdef(blocks[0]), state)
             guess = hybrid_attention(seen.q, seen.k, seen.v, block.phi_q(seen.q), block.phi_k(seen.k), chunk=4,
                                      overlap=4, implementation="reference")  # fmt: skip

@@ -130,6 +130,19 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
+def test_zeros_after_a_text_cost_one_token(tmp_path):
+    """diffusers on a text padded to 512 tokens, ours on the text itself: 1e-4 absolute; a longer text is refused."""
+    case = next(iter(CASES.values()))
+    model, (latents, times, text) = reference(case.config, seed=0), inputs(case)
+    theirs = by_diffusers(model, latents, times, np.pad(text, ((0, 0), (0, 512 - case.text), (0, 0))))
+    assert relative(by_diffusers(model, latents, times, text), theirs) > 0.01
+    ours = ported(model, tmp_path)
+    mine = nnx.jit(lambda model, *given: model(*given, text_tokens=512))(ours, latents, times, text)
+    np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=0)
+    with pytest.raises(RehyatError, match="does not fit"):
+        ours(*map(jnp.asarray, (latents, times, text)), text_tokens=case.text - 1)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_diffusers(name, tmp_path):
     """1e-4 absolute on activations of order one, in float32."""

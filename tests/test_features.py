@@ -81,7 +81,8 @@ def test_an_unconverted_model_is_hardly_disturbed():
 
     @nnx.jit
     def inside(teacher, latents):
-        given = teacher.embed(latents, jnp.array([750.0]), jnp.zeros((1, 8, teacher.config.text_dim)))
+        given = teacher.embed(latents, jnp.array([750.0]))
+        text = teacher.embed_text(jnp.zeros((1, 8, teacher.config.text_dim)))
         graph, layers = nnx.split(teacher.blocks)
 
         def attend(q, k, v):
@@ -89,7 +90,7 @@ def test_an_unconverted_model_is_hardly_disturbed():
             return y, (q, k, v, y)
 
         def step(x, layer):
-            return nnx.merge(graph, layer).attending(x, given.text, given.modulation, given.rotary, attend)
+            return nnx.merge(graph, layer).attending(x, text, given.modulation, given.rotary, attend)
 
         return jax.lax.scan(step, given.x, layers)[1]
 

@@ -192,13 +192,18 @@ def test_a_chunk_of_the_whole_video_is_the_teacher(options, chunk, tmp_path):
     assert relative(by_us(model, *inputs(CASE)), by_us(teacher, *inputs(CASE))) < 1e-6
 
 
-def streamed(model: WanTransformer, latents: np.ndarray, times: np.ndarray, text: np.ndarray, pieces: list[int]):
+def streamed(
+    model: WanTransformer, latents: np.ndarray, times: np.ndarray, text: np.ndarray, pieces: list[int], **tokens: int
+):
     """Velocities of consecutive pieces, and how many programs that took."""
     graph, weights = nnx.split(model)
+    read = quickly_compiled(lambda w, text: nnx.merge(graph, w).read_text(text, **tokens))(weights, text)
 
     @quickly_compiled
     def piece(weights, latents, state, first_frame):
-        return nnx.merge(graph, weights).stream(latents, times, text, state, first_frame=first_frame)
+        return nnx.merge(graph, weights).stream(
+            latents, times, read, state, first_frame=first_frame, **tokens
+        )
 
     state, out, first = model.init_stream(latents.shape[0], *latents.shape[2:4]), [], 0
     for frames in pieces:
@@ -230,12 +235,13 @@ def test_chunk_by_chunk_is_the_whole_call(name, tmp_path):
 
 
 def test_patches_in_time_stream(tmp_path):
-    """Chunks count frames of the grid: two latent frames each here; 1e-5."""
+    """Chunks count frames of the grid: two latent frames each here; with zeros after the text's 5 tokens; 1e-5."""
     case = Case(dataclasses.replace(TINY, patch_size=(2, 2, 2)), (10, 4, 6), 5, (500.0, 31.5))
     model = student(HybridConfig(chunk_frames=2, length_norm=True), case, folder=tmp_path)
     arguments = inputs(case)
-    parts, _ = streamed(model, *map(jnp.asarray, arguments), [4, 4, 2])
-    assert relative(parts, by_us(model, *arguments)) < 1e-5
+    parts, _ = streamed(model, *map(jnp.asarray, arguments), [4, 4, 2], text_tokens=40)
+    padded = np.pad(arguments[2], ((0, 0), (0, 35), (0, 0)))
+    assert relative(parts, by_us(model, *arguments[:2], padded)) < 1e-5
 
 
 def test_one_program_serves_every_chunk(tmp_path):
@@ -265,10 +271,10 @@ def test_positions_far_into_a_stream(tmp_path):
     first frames would. 1e-4 of the output: float32 rounding of cos and sin, some 1e-6 a pair, across three blocks."""
     model = student(HybridConfig(chunk_frames=7), folder=tmp_path)
     latents, times, text = map(jnp.asarray, inputs(CASE))
-    state = model.init_stream(2, 4, 6)
+    state, read = model.init_stream(2, 4, 6), model.read_text(text)
     graph, weights = nnx.split(model)
     call = quickly_compiled(
-        lambda w, first: nnx.merge(graph, w).stream(latents, times, text, state, first_frame=first)[0]
+        lambda w, first: nnx.merge(graph, w).stream(latents, times, read, state, first_frame=first)[0]
     )
     near = np.asarray(call(weights, 0))
     for first in (5000, 10_000_000):
@@ -296,7 +302,7 @@ def test_pieces_that_cut_a_chunk_are_refused(tmp_path):
     model = student(HybridConfig(), folder=tmp_path)
     latents, times, text = map(jnp.asarray, inputs(CASE))
     with pytest.raises(RehyatError, match="7 frames are not a whole number of chunks of 3"):
-        model.stream(latents, times, text, model.init_stream(2, 4, 6), first_frame=0)
+        model.stream(latents, times, model.read_text(text), model.init_stream(2, 4, 6), first_frame=0)
 
 
 def test_uniform_is_attention_surgerys():
@@ -395,8 +401,8 @@ def test_the_pasts_weight_falls_by_a_power_of_its_length_that_starts_at_zero(tmp
 def test_a_block_hands_out_what_distillation_needs(tmp_path):
     """q, k, v and the softmax output of every block in one pass, and the teacher's own result: 1e-6."""
     teacher = ported(reference(TINY, seed=0), tmp_path)
-    arguments = [jnp.asarray(x) for x in inputs(CASE)]
-    given = teacher.embed(*arguments)
+    latents, times, text = (jnp.asarray(x) for x in inputs(CASE))
+    given, text = teacher.embed(latents, times), teacher.embed_text(text)
     graph, layers = nnx.split(teacher.blocks)
 
     def attend(q, k, v):
@@ -404,7 +410,8 @@ def test_a_block_hands_out_what_distillation_needs(tmp_path):
         return y, (q, k, v, y)
 
     def step(x, layer):
-        return nnx.merge(graph, layer).attending(x, given.text, given.modulation, given.rotary, attend)
+        block = nnx.merge(graph, layer)
+        return block.attending(x, block.read_text(text), given.modulation, given.rotary, attend)
 
     x, (q, k, v, y) = jax.lax.scan(step, given.x, layers)
     assert q.shape == k.shape == v.shape == y.shape == (3, 2, 7 * FRAME, 2, 12)

@@ -125,9 +125,38 @@ def _encoding():
     return float(np.max(np.abs(one - found)) / np.max(np.abs(one))), own / whole
 
 
+def _streaming():
+    """A chunk of four videos and what it sees of their texts, on eight devices: how far from one device's, and the
+    share of the texts that a device has."""
+    graph, params = nnx.split(_random(lambda: WanTransformer(WAN, hybrid=HYBRID, rngs=nnx.Rngs(0)), 0))
+    rng = np.random.default_rng(0)
+    latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 1, 16, 16, 4), (4, 7, 16)))
+
+    def read(params, text):
+        return nnx.merge(graph, params).read_text(text)
+
+    def chunk(params, latents, text):
+        model = nnx.merge(graph, params)
+        return model.stream(latents, jnp.linspace(50.0, 950.0, 4), text, model.init_stream(4, 16, 16), first_frame=0)[0]
+
+    def on(devices):
+        def run(function, params, *arrays):
+            return devices.lower(function, params, *arrays).compile()(params, *arrays)
+
+        given = devices.parameters(params)
+        seen = run(read, given, devices.batch(text, text))
+        return seen, run(chunk, given, devices.batch(latents, latents), seen)
+
+    one, eight = on(Devices(None)), on(Devices(_mesh((2, 2, 1, 2)).make()))
+    apart = jax.tree.map(
+        lambda x, y: float(np.max(np.abs(x - y)) / np.max(np.abs(x))), *map(jax.device_get, (one, eight))
+    )
+    return max(jax.tree.leaves(apart)), [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in eight[0]]
+
+
 def measure():
     return {"differences": _differences(), "restored": _restored(), "minibatches": _said_of_minibatches(),
-            "encoding": _encoding()}  # fmt: skip
+            "encoding": _encoding(), "streaming": _streaming()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +178,12 @@ def test_a_device_encodes_its_own_clips_alone(measured):
     apart, share = measured["encoding"]
     assert apart <= 1e-5
     assert share == pytest.approx(1 / 4, rel=0.01)
+
+
+def test_a_stream_is_that_of_one_device_and_its_texts_are_cut_by_batch_and_heads(measured):
+    apart, shares = measured["streaming"]
+    assert apart <= 1e-5
+    assert shares == [1 / 8, 1 / 8]
 
 
 def test_minibatches_that_do_not_divide(measured):

@@ -27,6 +27,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from rehyat_jax import HybridConfig, TextToVideo, load_transformer, streaming
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.hybrid import HYBRID_PARAMETERS
+from rehyat_jax.programs import read_text
 from rehyat_jax.sampling import Euler, FlowSchedule, UniPC
 from rehyat_jax.sampling.sweep import video_keys
 from rehyat_jax.settings import Settings
@@ -177,6 +178,23 @@ def test_the_prompt_changes_between_chunks(pipe, saved, tmp_path):
     back.change_prompt("a dog", "bright")
     back.change_prompt("a cat", "dull")
     np.testing.assert_array_equal(next(back), expected)
+
+
+def test_a_prompt_is_read_once(pipe, saved, monkeypatch):
+    """Not once a chunk, nor by a fork; anew where it changed, and by a stream that comes from the disk."""
+    read = []
+
+    def counted(*arguments, **options):
+        read.append(arguments)
+        return read_text(*arguments, **options)
+
+    monkeypatch.setattr(streaming, "read_text", counted)
+    stream = pipe.resume_stream(saved[0])
+    next(stream), next(stream), next(stream.fork()), next(stream)
+    assert len(read) == 1
+    stream.change_prompt("a dog")
+    next(stream), next(stream)
+    assert len(read) == 2
 
 
 def test_without_guidance_there_is_one_branch(pipe):

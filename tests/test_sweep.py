@@ -24,6 +24,7 @@ from rehyat_jax.sampling.sweep import (
     init_states,
     per_chunk,
     per_step,
+    read_text,
     video_keys,
 )
 
@@ -116,11 +117,11 @@ def test_softmax_sees_differences_of_positions_alone_however_late():
     @quickly_compiled
     def two_chunks(first_frame):
         states = init_states(model, steps=3, branches=1, batch=1, height=4, width=6)
-        made = []
+        made, read = [], read_text(model, text)
         for place in (0, 3):
             noise = frame_noise(keys, (3, 4, 6, 4), first_frame=place)
             latents, states = denoise_chunk(
-                model, noise, text, states, first_frame=first_frame + place, steps=steps, solver=UniPC(),
+                model, noise, read, states, first_frame=first_frame + place, steps=steps, solver=UniPC(),
                 guidance=Guidance(scale=1.0, forward="two"),
             )  # fmt: skip
             made.append(latents)
@@ -128,6 +129,30 @@ def test_softmax_sees_differences_of_positions_alone_however_late():
 
     first, late = two_chunks(jnp.int32(0)), two_chunks(jnp.int32(9_999_999))
     assert difference(first, late) <= 1e-4
+
+
+def products(jaxpr, left: tuple[int, ...]) -> int:
+    """How many matrix products of a program have a left side of this shape, each round of a loop counted."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "dot_general" and equation.invars[0].aval.shape == left
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                count += products(inner.jaxpr, left) * equation.params.get("length", 1)
+    return count
+
+
+def test_a_text_is_read_once_for_all_chunks_and_steps():
+    """Each prompt's features go into one product, the embedder's first; at the model's width into its second, and into
+    keys and values of each block."""
+    model, keys, text = random_model(HybridConfig(chunk_frames=1)), video_keys(0, count=1), random_text(2, 1)
+    states = init_states(model, steps=20, branches=2, batch=1, height=4, width=6)
+    whole = jax.make_jaxpr(lambda states, text: per_chunk(
+        model, keys, text, states, shape=(7, 4, 6, 4), steps=STEPS, solver=UniPC(), guidance=GUIDED
+    ))  # fmt: skip
+    program = whole(states, text).jaxpr
+    assert products(program, (1, 5, TINY.text_dim)) == 2
+    assert products(program, (1, 5, TINY.dim)) == 2 * (1 + 2 * TINY.num_layers)
 
 
 def test_memory_does_not_grow_with_the_length():

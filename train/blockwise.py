@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from rehyat_jax.attention.context import softmax_over_devices
 from rehyat_jax.mesh import frames_on_devices, laid_out
-from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.dit import WanTransformer, text_repeats
 from rehyat_jax.models.hybrid import HybridAttention
 from train.attention_loss import Health, health, relative_error, score_loss, weights
 from train.optimizer import OptimizerConfig, TrainState
@@ -45,17 +45,21 @@ Visit = Callable[[PyTree, Seen, int], PyTree]
 
 
 def observe(
-    teacher: WanTransformer, points: Points, visit: Visit, own: PyTree, *, converted: tuple[bool, ...], chunk: int = 1
+    teacher: WanTransformer, points: Points, visit: Visit, own: PyTree, *, converted: tuple[bool, ...], chunk: int = 1,
+    text_tokens: int | None = None,
 ) -> tuple[Float[Array, "R T h w z"], PyTree]:
     """The teacher's velocity, and what the visits to the converted blocks gave, over a leading axis of these.
 
     Args:
         own: what belongs to each converted block, over the same axis.
         chunk: latent frames that stay together where time is cut.
+        text_tokens: see `WanTransformer`'s call.
     """
     frames = points.latents.shape[1]
     padding = frames_on_devices(frames, chunk) - frames
-    inputs = teacher.embed(jnp.pad(points.latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), *points[1:])
+    inputs = teacher.embed(jnp.pad(points.latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), points.timesteps)
+    text = teacher.embed_text(points.text, text_tokens)
+    how = {"text_repeats": text_repeats(text.shape[1], text_tokens)}
     tokens = inputs.x.shape[1] * frames // (frames + padding)
     frame = inputs.grid[1] * inputs.grid[2]
     graph, layers = nnx.split(teacher.blocks)
@@ -65,7 +69,7 @@ def observe(
         own = jax.tree.map(lambda x: x[np.maximum(np.cumsum(converted) - 1, 0)], own)
 
     def layer(x: Array, params: tuple[Any, Any, Array]) -> tuple[Array, Any]:
-        x = laid_out(x, "batch", "time", None)
+        x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, params[0])
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             y = softmax_over_devices(q, k, v, tokens=tokens)
@@ -77,7 +81,7 @@ def observe(
             )
             return y, jax.lax.cond(params[2], lambda: visit(params[1], seen, frame), lambda: nothing)
 
-        return nnx.merge(graph, params[0]).attending(x, *inputs[1:4], attend)
+        return block.attending(x, text, inputs.modulation, inputs.rotary, attend, **how)
 
     x, given = jax.lax.scan(layer, inputs.x, (layers, own, jnp.array(converted)))
     if not all(converted):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from rehyat_jax.config import TextEncoderConfig, WanConfig
 from rehyat_jax.errors import ConfigError, RehyatError
@@ -26,7 +26,7 @@ from rehyat_jax.weights.writing import whole_folder, write_json
 from train.checkpoint import Checkpoints
 from train.clips import Bucket
 from train.devices import first_process, wait_for_all
-from train.flow import Batch, FlowTraining, embed, flow_loss, pad_text
+from train.flow import Batch, FlowTraining, embed, flow_loss
 from train.pools import Captions
 from train.tokenizer import build_sprite_tokenizer
 
@@ -108,8 +108,8 @@ class DiffusionTraining(FlowTraining):
 
         def loss(params: PyTree, _: None, batch: Batch) -> tuple[Array, dict[str, Array]]:
             models = nnx.merge(graph, params)
-            text = models.embed(*batch.text)
-            velocity = models.transformer(batch.noisy, batch.timesteps, text, remat=self.remat, unroll=self.unroll)
+            text = embed(models.text_encoder, Captions(*batch.text))
+            velocity = models.transformer(batch.noisy, batch.timesteps, text, **self.forward)
             value = flow_loss(velocity, batch.velocity)
             return value, {"loss": value}
 
@@ -185,6 +185,3 @@ class Models(nnx.Module):
         self.transformer = transformer
         self.text_encoder = text_encoder
 
-    def embed(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B K D"]:
-        """Prompt embeddings as `rehyat_jax.text.embed_prompts` makes them for sampling: zeros beyond the mask."""
-        return pad_text(embed(self.text_encoder, Captions(ids, mask)))

@@ -34,7 +34,7 @@ from train.checkpoint import Checkpoints
 from train.clips import Bucket
 from train.command import run_training
 from train.devices import first_process, loading, wait_for_all
-from train.flow import Batch, FlowTraining, Loss, embed, flow_loss, pad_text
+from train.flow import TEXT_TOKENS, Batch, FlowTraining, Loss, embed, flow_loss
 from train.optimizer import OptimizerConfig
 from train.pools import Captions
 from train.prepared import PreparedClips, open_prepared
@@ -196,12 +196,13 @@ class FinetuneTraining(FlowTraining):
         """Of the student's parameters, ``{"teacher": …}`` and clips; up to ``longest`` latent frames are compared."""
 
         def loss(params: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, dict[str, Array]]:
-            inputs = batch.noisy, batch.timesteps, pad_text(batch.text)
-            velocity = nnx.merge(graph, params)(*inputs, remat=self.remat, unroll=self.unroll)
+            inputs = batch.noisy, batch.timesteps, batch.text
+            velocity = nnx.merge(graph, params)(*inputs, **self.forward)
             flow = flow_loss(velocity, batch.velocity)
             if teacher_graph is None or batch.noisy.shape[1] > longest:
                 return flow, {"loss": flow}
-            target = jax.lax.stop_gradient(nnx.merge(teacher_graph, frozen["teacher"])(*inputs))
+            teacher = nnx.merge(teacher_graph, frozen["teacher"])
+            target = jax.lax.stop_gradient(teacher(*inputs, text_tokens=TEXT_TOKENS))
             apart = flow_loss(velocity, target)
             return flow + self.teacher_weight * apart, {"loss": flow, "teacher": apart}
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,11 @@ class FlowTraining:
     def train_folder(self) -> Path:
         """Checkpoints and metrics."""
         raise NotImplementedError
+
+    @property
+    def forward(self) -> dict[str, Any]:
+        """How the model that learns is called."""
+        return {"text_tokens": TEXT_TOKENS, "remat": self.remat, "unroll": self.unroll}
 
     def pool(self, bucket: AnyBucket) -> int:
         """Clips that a round draws."""
@@ -368,14 +373,9 @@ class FlowTraining:
 
 
 def embed(encoder: UMT5Encoder, tokens: Captions) -> Float[Array, "B L D"]:
-    """Prompt embeddings as `rehyat_jax.text.embed_prompts` makes them for sampling, not padded yet."""
+    """Prompt embeddings as `rehyat_jax.text.embed_prompts` makes them for sampling, but not padded."""
     text = encoder(tokens.ids, tokens.mask)
     return jnp.where(tokens.mask[..., None] > 0, text, jnp.zeros((), text.dtype))
-
-
-def pad_text(text: Float[Array, "B L D"]) -> Float[Array, "B K D"]:
-    """Zeros up to Wan's number of text tokens."""
-    return jnp.pad(text, ((0, 0), (0, TEXT_TOKENS - text.shape[1]), (0, 0)))
 
 
 def flow_loss(velocity: Float[Array, "B T h w z"], target: Float[Array, "B T h w z"]) -> Float[Array, ""]:

@@ -23,7 +23,6 @@ from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
 from train.clips import Bucket
 from train.devices import WHOLE, Devices, Rows
-from train.flow import pad_text
 from train.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
 from train.trajectories import Points, Prompts, Sampling, Turn
 
@@ -282,7 +281,7 @@ class PreparedInputs:
 
     def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
         pool = self._feed.pool(turn[0], frozen, None)
-        return None, _noisy(pool.latents, pad_text(pool.text), turn[1], self._shifts)
+        return None, _noisy(pool.latents, pool.text, turn[1], self._shifts)
 
     def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         return None

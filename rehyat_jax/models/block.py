@@ -53,12 +53,11 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...][None, None] + self.bias[...][None, None]).astype(x.dtype)
 
 
-class QKV(NamedTuple):
-    """One attention's queries, keys and values."""
+class TextKV(NamedTuple):
+    """What cross-attention sees of a text, of one block or of several; in the compute dtype, the keys normed."""
 
-    q: Float[Array, "B N H D"]
-    k: Float[Array, "B M H D"]
-    v: Float[Array, "B M H D"]
+    k: Float[Array, "*layers B L H D"]
+    v: Float[Array, "*layers B L H D"]
 
 
 #: What a block's self-attention does with q, k and v: its output (v's shape), and whatever else the caller wants back.
@@ -66,7 +65,7 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Attention(nnx.Module):
-    """Projections, q/k norm over the full width, rotary positions when given, softmax attention, output projection."""
+    """Projections, q/k norm over the full width, rotary positions when given, output projection."""
 
     def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = config.num_attention_heads
@@ -80,26 +79,27 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
         self.norm_k = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
 
-    def qkv(self, x: Float[Array, "B N C"], context: Float[Array, "B M C"], rotary: CosSin | None = None) -> QKV:
-        """What the attention itself takes: projected, normed, turned to their positions, split into heads."""
+    # What the attention itself takes: projected, normed, split into heads, turned to their positions.
 
-        def heads(y: Float[Array, "B L C"]) -> Float[Array, "B L H D"]:
-            return y.reshape(*y.shape[:2], self.heads, -1)
+    def q(self, x: Float[Array, "B N C"], rotary: CosSin | None = None) -> Float[Array, "B N H D"]:
+        return _turned(self._split(self.norm_q(self.to_q(x))), rotary)
 
-        query = heads(self.norm_q(self.to_q(x)))
-        key = heads(self.norm_k(self.to_k(context)))
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        return QKV(query, key, heads(self.to_v(context)))
+    def k(self, x: Float[Array, "B M C"], rotary: CosSin | None = None) -> Float[Array, "B M H D"]:
+        return _turned(self._split(self.norm_k(self.to_k(x))), rotary)
+
+    def v(self, x: Float[Array, "B M C"]) -> Float[Array, "B M H D"]:
+        return self._split(self.to_v(x))
 
     def out(self, y: Float[Array, "B N H D"]) -> Float[Array, "B N C"]:
         """The heads' results, mixed."""
         return self.to_out(y.reshape(*y.shape[:2], -1))
 
-    def __call__(
-        self, x: Float[Array, "B N C"], context: Float[Array, "B M C"], rotary: CosSin | None = None
-    ) -> Float[Array, "B N C"]:
-        return self.out(softmax_to_text(*self.qkv(x, context, rotary)))
+    def _split(self, y: Float[Array, "B N C"]) -> Float[Array, "B N H D"]:
+        return y.reshape(*y.shape[:2], self.heads, -1)
+
+
+def _turned(x: Float[Array, "B N H D"], rotary: CosSin | None) -> Float[Array, "B N H D"]:
+    return x if rotary is None else rotate(x, rotary)
 
 
 class FeedForward(nnx.Module):
@@ -135,22 +135,35 @@ class Block(nnx.Module):
     ) -> Float[Array, "B N C"]:
         return self.attending(x, text, modulation, rotary, _softmax)[0]
 
+    def read_text(self, text: Float[Array, "B L C"]) -> TextKV:
+        """What this block's cross-attention sees of the text."""
+        return TextKV(self.attn2.k(text), self.attn2.v(text))
+
     def attending(
         self,
         x: Float[Array, "B N C"],
-        text: Float[Array, "B L C"],
+        text: Float[Array, "B L C"] | TextKV,
         modulation: Float[Array, "B 6 C"],
         rotary: CosSin,
         attend: Attend,
+        *,
+        text_repeats: int = 1,
     ) -> tuple[Float[Array, "B N C"], Any]:
-        """The block with another self-attention between its projections, and what that gives beside its output."""
+        """The block with another self-attention between its projections, and what that gives beside its output.
+
+        Args:
+            text: embedded; or what `read_text` made of that, where calls share it.
+            text_repeats: how many tokens of the text the last one stands for.
+        """
         table = self.scale_shift_table[...][None] + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (table[:, i : i + 1] for i in range(6))
 
         normed = modulate(x, shift, scale, self.eps)
-        y, more = attend(*self.attn1.qkv(normed, normed, rotary))
+        y, more = attend(self.attn1.q(normed, rotary), self.attn1.k(normed, rotary), self.attn1.v(normed))
         x = _gated(x, self.attn1.out(y), gate)
-        x = x + self.attn2(self.norm2(x), text)
+        # Read no earlier than needed: training would hold it for longer.
+        read = text if isinstance(text, TextKV) else self.read_text(text)
+        x = x + self.attn2.out(softmax_to_text(self.attn2.q(self.norm2(x)), *read, repeats=text_repeats))
         return _gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, self.eps)), ffn_gate), more
 
 

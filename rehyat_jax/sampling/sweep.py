@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.models.block import TextKV
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.sampling.guidance import Guidance, guided_velocity
 from rehyat_jax.sampling.sample import Steps, sampling_step
@@ -90,16 +91,29 @@ def init_states(model: WanTransformer, *, steps: int, branches: int, batch: int,
     return jax.tree.map(lambda x: jnp.zeros((steps, branches, *x.shape), x.dtype), state)
 
 
+def read_text(
+    model: WanTransformer, text: Float[Array, "branches B L D"], *, text_tokens: int | None = None
+) -> TextKV:
+    """What every step of every chunk sees of the prompts: `WanTransformer.read_text`'s, stacked over the branches.
+
+    Args:
+        text: the prompts' embeddings and, with guidance, the negative prompts' after them.
+        text_tokens: see `WanTransformer`'s call; the same for a chunk.
+    """
+    return jax.lax.map(partial(model.read_text, text_tokens=text_tokens), text)
+
+
 def denoise_chunk(
     model: WanTransformer,
     noise: Float[Array, "B T h w z"],
-    text: Float[Array, "branches B L D"],
+    text: TextKV,
     states: States,
     *,
     first_frame: int | Int[Array, ""],
     steps: Steps,
     solver: Solver,
     guidance: Guidance,
+    text_tokens: int | None = None,
 ) -> tuple[Float[Array, "B T h w z"], States]:
     """One chunk through all steps: its latents, and the states after it.
 
@@ -108,25 +122,26 @@ def denoise_chunk(
 
     Args:
         noise: of the chunk; the solver starts afresh with it.
-        text: the prompts' embeddings and, with guidance, the negative prompts' after them.
+        text: `read_text`'s; other prompts' from chunk to chunk, if one likes.
         states: `init_states`', or those that came with the chunk before.
         first_frame: the chunk's first latent frame, counted from the video's beginning; may be traced.
 
     Raises:
         RehyatError: the model cannot stream.
     """
-    branches = jnp.arange(text.shape[0], dtype=jnp.int32)
-    text = text.astype(model.dtype)
+    branches = jnp.arange(text.k.shape[0], dtype=jnp.int32)
 
     def step(carry: tuple[Any, States], x: tuple[Int[Array, ""], Steps]) -> tuple[tuple[Any, States], None]:
         (state, states), (number, row) = carry, x
         latents = state.latents.astype(model.dtype)
         t = jnp.broadcast_to(jnp.asarray(row.timestep, jnp.float32), latents.shape[:1])
 
-        def branch(states: States, x: tuple[Int[Array, ""], Array]) -> tuple[States, Array]:
+        def branch(states: States, x: tuple[Int[Array, ""], TextKV]) -> tuple[States, Array]:
             place, prompt = x
             mine = jax.tree.map(lambda s: _at(s, number, place), states)
-            velocity, mine = model.stream(latents, t, prompt, mine, first_frame=first_frame)
+            velocity, mine = model.stream(
+                latents, t, prompt, mine, first_frame=first_frame, text_tokens=text_tokens
+            )
             states = jax.tree.map(lambda s, new: _replaced(s, new, number, place), states, mine)
             return states, velocity.astype(state.latents.dtype)
 
@@ -156,7 +171,8 @@ def per_chunk(
 
     Args:
         keys: of the noise, see `frame_noise`.
-        text, states: as for `denoise_chunk`.
+        text: as for `read_text`.
+        states: as for `denoise_chunk`.
         shape: frames, height, width and channels of the latents to make. Where the frames are no multiple of a
             chunk's, the last chunk is a shorter one, with which the video ends.
         first_frame: the first of them, counted from the video's beginning: a multiple of a chunk's.
@@ -164,14 +180,14 @@ def per_chunk(
     Raises:
         RehyatError: the model cannot stream.
     """
-    chunk = chunk_frames(model)
+    chunk, read = chunk_frames(model), read_text(model, text)
     count, rest = divmod(shape[0], chunk)
     first_frame = jnp.asarray(first_frame, jnp.int32)
 
     def one(states: States, number: Int[Array, ""], frames: int) -> tuple[States, Float[Array, "B T h w z"]]:
         first = first_frame + number * chunk
         latents, states = denoise_chunk(
-            model, frame_noise(keys, (frames, *shape[1:]), first_frame=first), text, states, first_frame=first,
+            model, frame_noise(keys, (frames, *shape[1:]), first_frame=first), read, states, first_frame=first,
             steps=steps, solver=solver, guidance=guidance,
         )  # fmt: skip
         return states, latents

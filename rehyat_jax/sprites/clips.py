@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, to_uint8
+from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, read_text, to_uint8
 from rehyat_jax.sampling.sweep import chunk_frames, video_keys
 from rehyat_jax.settings import Settings
 from rehyat_jax.stream import StreamState
+from rehyat_jax.text import trimmed
 
 Sweep = Literal["per-step", "per-chunk"]
 #: Called as (steps done, steps in all).
@@ -71,11 +72,13 @@ def _streamed(
         if settings.guidance.needs_negative:
             branches.append(jnp.repeat(pipe.text(""), len(texts), axis=0))
         state = StreamState.zeros(pipe.transformer, pipe.vae, settings, keys=keys, text=jnp.stack(branches))
-        states, decoder = state.states, state.decoder
+        states, decoder, read = state.states, state.decoder, read_text(
+            weights, trimmed(state.text), graph=graph, text_tokens=state.text.shape[-2]
+        )
         for number in range(total):
             latents, states = denoise_chunk(
-                weights, states, keys, state.text, jnp.asarray(number * chunk, jnp.int32), plan, graph=graph,
-                shape=shape, solver=settings.solver, guidance=settings.guidance,
+                weights, states, keys, read, jnp.asarray(number * chunk, jnp.int32), plan, graph=graph,
+                shape=shape, solver=settings.solver, guidance=settings.guidance, text_tokens=state.text.shape[-2],
             )  # fmt: skip
             for i in range(chunk):
                 latent = latents[:, i : i + 1]
