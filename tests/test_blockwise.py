@@ -223,13 +223,18 @@ def test_several_updates_of_parts_lower_the_loss(loss):
 
 
 def test_a_chunk_of_the_whole_video_is_the_teacher(teacher, points):
+    """On texts of 5 tokens and 35 of zeros."""
     hybrid = HybridConfig(chunk_frames=4)
     blocks = [_attention(hybrid, seed) for seed in range(3)]
 
     def visit(params, seen, frame):
         return measure(params, seen, graph=nnx.graphdef(blocks[0]), frame=frame)
 
-    _, figures = quick(lambda own: observe(teacher, points, visit, own, converted=(True,) * 3))(_stacked(blocks))
+    velocity, figures = quick(
+        lambda own: observe(teacher, points, visit, own, converted=(True,) * 3, text_tokens=40)
+    )(_stacked(blocks))
+    padded = jnp.pad(points.text, ((0, 0), (0, 35), (0, 0)))
+    np.testing.assert_allclose(velocity, quick(teacher)(points.latents, points.timesteps, padded), atol=1e-5)
     assert figures.error.shape == (3,)
     assert figures.error.max() < 1e-5
     np.testing.assert_array_equal(figures.share, 0)
