@@ -8,7 +8,8 @@ Clips of 65 to 129 frames, as in the last two thirds of sprites_dit, at a rate t
 
 Cost: two H200s (--mesh.data 2 --mesh.fsdp 1) took 370 s for 9,280 steps, 26 to 27 a second, programs compiled before.
 
-Result: the folder out/mini-sprites-longer, complete in the diffusers layout, 29 MB. It does not ship: docs/results.md.
+Result: the folder out/mini-sprites-longer, complete in the diffusers layout, 29 MB. It does not ship yet:
+docs/results.md.
 """
 
 from pathlib import Path
