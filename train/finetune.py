@@ -25,6 +25,7 @@ from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.model_folder import find_model
 from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.record import Phases
 from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_transformer
@@ -34,7 +35,7 @@ from train.checkpoint import Checkpoints
 from train.clips import Bucket
 from train.command import run_training
 from train.devices import first_process, loading, wait_for_all
-from train.flow import TEXT_TOKENS, Batch, FlowTraining, Loss, embed, flow_loss
+from train.flow import Batch, FlowTraining, Loss, embed, flow_loss
 from train.optimizer import OptimizerConfig
 from train.pools import Captions
 from train.prepared import PreparedClips, open_prepared
@@ -202,7 +203,7 @@ class FinetuneTraining(FlowTraining):
             if teacher_graph is None or batch.noisy.shape[1] > longest:
                 return flow, {"loss": flow}
             teacher = nnx.merge(teacher_graph, frozen["teacher"])
-            target = jax.lax.stop_gradient(teacher(*inputs, text_tokens=TEXT_TOKENS))
+            target = jax.lax.stop_gradient(teacher(*inputs, text_tokens=TEXT_LENGTH))
             apart = flow_loss(velocity, target)
             return flow + self.teacher_weight * apart, {"loss": flow, "teacher": apart}
 

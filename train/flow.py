@@ -28,6 +28,7 @@ from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.mesh import laid_out
 from rehyat_jax.models.umt5 import UMT5Encoder
 from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.record import Phases
 from rehyat_jax.text import Tokenizer
 from train.clips import AnyBucket, Bucket, check_rounds, choose, round_key
@@ -39,8 +40,6 @@ from train.pools import ENCODE_CLIPS, Captions, Feed, Pool, Read, SpriteFeed
 from train.prepared import Prepared, PreparedClips, PreparedFeed
 from train.sharding import MeshConfig, check_mesh
 
-#: Wan pads its text to this many tokens.
-TEXT_TOKENS = 512
 #: Added to a run's seed for the clips that it is validated on.
 _HELD_OUT = 1 << 20
 
@@ -102,8 +101,8 @@ class FlowTraining:
 
     def __post_init__(self) -> None:
         check_rounds(self.buckets, steps=self.steps, steps_per_round=self.steps_per_round)
-        if self.reuse < 1 or not 1 <= self.caption_tokens <= TEXT_TOKENS:
-            raise ConfigError(f"reuse must be at least 1, and caption_tokens 1 to {TEXT_TOKENS}")
+        if self.reuse < 1 or not 1 <= self.caption_tokens <= TEXT_LENGTH:
+            raise ConfigError(f"reuse must be at least 1, and caption_tokens 1 to {TEXT_LENGTH}")
         if not (0 <= self.caption_dropout <= 1 and 0 < self.shift < float("inf")):
             raise ConfigError("caption_dropout must be 0 to 1, and shift above 0")
         for name in ("accumulate", "most_skipped"):
@@ -128,7 +127,7 @@ class FlowTraining:
     @property
     def forward(self) -> dict[str, Any]:
         """How the model that learns is called."""
-        return {"text_tokens": TEXT_TOKENS, "remat": self.remat, "unroll": self.unroll}
+        return {"text_tokens": TEXT_LENGTH, "remat": self.remat, "unroll": self.unroll}
 
     def pool(self, bucket: AnyBucket) -> int:
         """Clips that a round draws."""

@@ -13,10 +13,10 @@ from jaxtyping import Array, PyTree
 
 from rehyat_jax.config import WanConfig
 from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.prompt_encoder import TEXT_LENGTH
 from train.blockwise import Figures, Seen, draw_order, learn, measure, observe
 from train.clips import round_key
 from train.devices import Devices
-from train.flow import TEXT_TOKENS
 from train.optimizer import OptimizerConfig, TrainState
 from train.sources import Inputs
 from train.trajectories import Sampling
@@ -73,7 +73,7 @@ class Learner:
 
             model = nnx.merge(self.teacher, teacher)
             velocity, (blocks, errors) = observe(
-                model, points, visit, blocks, converted=self._converted, chunk=self._chunk, text_tokens=TEXT_TOKENS
+                model, points, visit, blocks, converted=self._converted, chunk=self._chunk, text_tokens=TEXT_LENGTH
             )
             return blocks, inputs.after(carried, turn, frozen, velocity), errors
 
@@ -108,7 +108,7 @@ class Learner:
                 steps = table.at(jnp.full(count, place))
                 points = sampling.points(rollouts, steps, negative)
                 velocity, figures = observe(
-                    model, points, visit, params, converted=self._converted, chunk=self._chunk, text_tokens=TEXT_TOKENS
+                    model, points, visit, params, converted=self._converted, chunk=self._chunk, text_tokens=TEXT_LENGTH
                 )
                 return sampling.advance(rollouts, steps, velocity), figures
 

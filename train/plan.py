@@ -28,13 +28,13 @@ from rehyat_jax.config import VAEConfig, WanConfig
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.sampling import FlowSchedule, UniPC
 from train.arithmetic import PEAK_TFLOPS
 from train.command import parse
 from train.devices import Devices
 from train.distill import DistillTraining
 from train.finetune import FinetuneTraining
-from train.flow import TEXT_TOKENS
 from train.hlo import Work, work
 from train.pools import Pool
 from train.prepared import PreparedClips
@@ -105,7 +105,7 @@ class _Feed:
     """Latents and embeddings of a round, in the host's memory; a `train.pools.Feed`."""
 
     def __init__(self, count: int, latents: tuple[int, ...], width: int, dtype: Any) -> None:
-        self._text, self._dtype = (TEXT_TOKENS, width), dtype
+        self._text, self._dtype = (TEXT_LENGTH, width), dtype
         self._shapes = {
             "latents": jax.ShapeDtypeStruct((count, *latents), jnp.bfloat16),
             "text": jax.ShapeDtypeStruct((count, *self._text), jnp.bfloat16),
@@ -204,7 +204,7 @@ def distill_program(training: DistillTraining, devices: Sequence[Any]) -> list[P
     state, programs = jax.eval_shape(jax.vmap(training.optimizer.init), blocks), []
 
     def embed(texts: Sequence[str]) -> Array:
-        return jnp.zeros((len(texts), TEXT_TOKENS, model.text_dim), dtype)
+        return jnp.zeros((len(texts), TEXT_LENGTH, model.text_dim), dtype)
 
     for source, shape in zip(training.sources, shapes, strict=True):
         inputs = OwnTrajectories(

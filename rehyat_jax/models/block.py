@@ -82,10 +82,10 @@ class Attention(nnx.Module):
     # What the attention itself takes: projected, normed, split into heads, turned to their positions.
 
     def q(self, x: Float[Array, "B N C"], rotary: CosSin | None = None) -> Float[Array, "B N H D"]:
-        return _turned(self._split(self.norm_q(self.to_q(x))), rotary)
+        return _placed(self._split(self.norm_q(self.to_q(x))), rotary)
 
     def k(self, x: Float[Array, "B M C"], rotary: CosSin | None = None) -> Float[Array, "B M H D"]:
-        return _turned(self._split(self.norm_k(self.to_k(x))), rotary)
+        return _placed(self._split(self.norm_k(self.to_k(x))), rotary)
 
     def v(self, x: Float[Array, "B M C"]) -> Float[Array, "B M H D"]:
         return self._split(self.to_v(x))
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         return y.reshape(*y.shape[:2], self.heads, -1)
 
 
-def _turned(x: Float[Array, "B N H D"], rotary: CosSin | None) -> Float[Array, "B N H D"]:
+def _placed(x: Float[Array, "B N H D"], rotary: CosSin | None) -> Float[Array, "B N H D"]:
     return x if rotary is None else rotate(x, rotary)
 
 
