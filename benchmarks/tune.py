@@ -23,6 +23,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -38,6 +39,8 @@ from rehyat_jax.files import whole_file
 
 #: ‖x − default's‖ / ‖default's‖ of every result, at most.
 TOLERANCE = 1e-2
+#: Programs that are compiled at once.
+SIDE_BY_SIDE = min(16, os.cpu_count() or 1)
 #: By which a median differs from that of the same program again.
 SPREAD = 0.02
 TABLES = {"gpu": gpu.TABLE, "tpu": tpu.TABLE}
@@ -74,9 +77,16 @@ def search(report: Report, which: Search, table: Table, key: Key) -> None:
     right: list[Any] = []
     found: list[tuple[float, Blocks, Any]] = []
 
-    def measure(blocks: Blocks) -> dict[str, Any]:
-        kernels = which.kernels(**base, **blocks)
-        program = jax.jit(functools.partial(which.run, kernels)).lower(*given()[0]).compile()
+    def compiled(kernels: Any) -> Callable[[], Any]:
+        """Its program, or its error, to be had when it is told."""
+        try:
+            program = jax.jit(functools.partial(which.run, kernels)).lower(*given()[0]).compile()
+        except Exception as error:
+            return functools.partial(_raise, error)
+        return lambda: program
+
+    def measure(blocks: Blocks, compiled: Callable[[], Any]) -> dict[str, Any]:
+        program = compiled()
         result = program(*given()[0])
         if not right:
             right.append(result)
@@ -98,17 +108,18 @@ def search(report: Report, which: Search, table: Table, key: Key) -> None:
             table.entries[key] = {**base, **blocks}
         return {"default_ms": round(default, 4), "fastest_ms": round(fastest, 4), "blocks": blocks}
 
+    candidates: dict[Any, Blocks] = {}
+    for blocks in ({}, present, *which.others()):
+        candidates.setdefault(which.kernels(**base, **blocks), blocks)
     tried: set[Any] = set()
-    candidates = [{}, *([present] if present else []), *which.others()]
-    for i, blocks in enumerate(candidates):
+    for kernels, program in _side_by_side(compiled, list(candidates)):
         if report.over:
-            report.add(which.name, left_out=f"the time was over: {len(candidates) - i} blocks")
+            report.add(which.name, left_out=f"the time was over: {len(candidates) - len(tried)} blocks")
             break
-        if (kernels := which.kernels(**base, **blocks)) in tried:
-            continue
         tried.add(kernels)
+        blocks = candidates[kernels]
         label = ", ".join(f"{name} {x}" for name, x in blocks.items()) or "default"
-        report.run(f"{which.name}: {label}", functools.partial(measure, blocks))
+        report.run(f"{which.name}: {label}", functools.partial(measure, blocks, program))
         if not found:
             return
     if found and which.kernels(**known) in tried:
@@ -278,6 +289,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             key = table.key(which.kernels, kind, dtype, head_dim=sizes.width, features=sizes.features)
             search(report, which, table, key)
             _write(table.path, table.text())
+
+
+def _side_by_side(function: Callable[[Any], Any], given: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each of ``given`` with its result, made several at once; none is being made while the caller has one."""
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        for i in range(0, len(given), SIDE_BY_SIDE):
+            some = given[i : i + SIDE_BY_SIDE]
+            yield from zip(some, list(pool.map(function, some)), strict=True)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def _write(path: pathlib.Path, text: str) -> None:

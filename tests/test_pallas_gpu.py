@@ -382,7 +382,7 @@ def test_sums_make_no_empty_arrays(chunks):
         return sum(jnp.sum(x * x) for x in jax.tree.leaves(_states(first, entering, decay)))
 
     first = jnp.ones((1, 2, 4, 3)), jnp.ones((1, 2, 4))
-    entering = jnp.ones((1, chunks, 2, 4, 3)), jnp.ones((1, chunks, 2, 4))
+    entering = jnp.ones((1, 2, chunks, 4, 3)), jnp.ones((1, 2, chunks, 4))
     made = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(first, entering, jnp.ones(2))
     empty = re.findall(r"\w+\[(?:\d+,)*0(?:,\d+)*\]", str(made))
     assert not empty

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -53,16 +54,19 @@ class FeatureKernels:
         return None
 
     def forward(self, degree: int, positive: Positive, x: Array, layers: Layers, weight: Array | None) -> Array:
-        like = jax.ShapeDtypeStruct((*x.shape[:3], degree * x.shape[3]), x.dtype)
         batch, length, heads, width = x.shape
+        # As the products of `hybrid` take them: no pass over the features turns them.
+        like = jax.ShapeDtypeStruct((batch, heads, length, degree * width), x.dtype)
         blocks = self.tokens, min(self.hidden, width), min(self.columns, width)
-        sizes = _Sizes(*blocks, degree, positive, weight is not None)
+        tanh = jnp.tanh if self.interpret else triton.approx_tanh
+        sizes = _Sizes(*blocks, degree, positive, weight is not None, tanh)
         weights = jnp.ones((1, 1), jnp.float32) if weight is None else weight.T.astype(jnp.float32)
-        return pl.pallas_call(
+        features = pl.pallas_call(
             functools.partial(_forward, sizes=sizes), grid=(pl.cdiv(length, self.tokens), heads, batch), out_shape=like,
             interpret=self.interpret, name="features_forward",
             compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=self.stages),
         )(x, *layers, weights)  # fmt: skip
+        return features.swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -91,17 +95,31 @@ def _map_backward(_: FeatureKernels, degree: int, positive: Positive, kept: Any,
 
 
 def _by_xla(degree: int, positive: Positive, x: Array, layers: Layers, weight: Array | None) -> Array:
-    """The same in XLA's matrix products, which the gradients are taken of: a kernel for them took twice as long."""
+    """The same in XLA's matrix products, which the gradients are taken of: a kernel for them took twice as long.
+
+    Heads outermost, as products of each head are made; and powers by a choice, for cutting and joining the parts would
+    pad each one's gradient to the whole width.
+    """
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    product = functools.partial(jnp.einsum, "bnhi,hio->bnho", precision=exact)
-    hidden = jax.nn.gelu(product(x, layers.kernel_1) + layers.bias_1[None, None], approximate=True)
-    z = (product(hidden, layers.kernel_2) + layers.bias_2[None, None]).astype(jnp.float32)
-    u = jax.nn.softplus(z) if positive == "softplus" else jnp.exp(z)
-    parts = [part**power for power, part in enumerate(jnp.split(u, degree, axis=-1), 1)]
-    y = jnp.concatenate(parts, axis=-1)
-    return (y if weight is None else y * weight[None, :, :, None]).astype(x.dtype)
+    product = functools.partial(jnp.einsum, "bhni,hio->bhno", precision=exact)
+    hidden = jax.nn.gelu(product(x.swapaxes(1, 2), layers.kernel_1) + layers.bias_1[None, :, None], approximate=True)
+    z = (product(hidden, layers.kernel_2) + layers.bias_2[None, :, None]).astype(jnp.float32)
+    u = _softplus(z) if positive == "softplus" else jnp.exp(z)
+    part, y = jnp.arange(u.shape[3]) // x.shape[3], u
+    for power in range(1, degree):
+        y = jnp.where(part >= power, y * u, y)
+    if weight is not None:
+        y = y * weight.T[None, :, :, None]
+    return y.astype(x.dtype).swapaxes(1, 2)
 
 
+@jax.custom_jvp
+def _softplus(z: Array) -> Array:
+    """Without the care that JAX's own gradient takes of infinities."""
+    return jax.nn.softplus(z)
+
+
+_softplus.defjvps(lambda d, _, z: d * jax.nn.sigmoid(z))
 feature_map.defvjp(_map_forward, _map_backward)
 
 
@@ -112,18 +130,20 @@ class _Sizes(NamedTuple):
     degree: int
     positive: Positive
     weighted: bool
+    #: Hopper's instruction, to 5e-4; an interpreter has none.
+    tanh: Callable[[Array], Array]
 
 
 def _forward(x_ref, kernel_1, bias_1, kernel_2, bias_2, weight_ref, out_ref, *, sizes):
     here, head, valid, x = _inputs(x_ref, sizes)
-    hidden = [_gelu(z).astype(x.dtype) for z in _first(x, kernel_1, bias_1, head, sizes)]
+    hidden = [_gelu(z, sizes.tanh).astype(x.dtype) for z in _first(x, kernel_1, bias_1, head, sizes)]
     weight = _weight(weight_ref, here, head, valid, sizes)
 
     def step(j, _):
         z = _second(hidden, kernel_2, bias_2, head, j, sizes)
         u = _positive(z, sizes.positive)
         y = u * _lower(u, j, x.shape[1], sizes) * weight
-        out = out_ref.at[here[0], here[1], head, pl.ds(j * sizes.columns, sizes.columns)]
+        out = out_ref.at[here[0], head, here[1], pl.ds(j * sizes.columns, sizes.columns)]
         triton.store(out, y.astype(out_ref.dtype), mask=valid)
 
     jax.lax.fori_loop(0, out_ref.shape[3] // sizes.columns, step, None)
@@ -169,10 +189,10 @@ def _lower(u: Array, j: Any, width: int, sizes: _Sizes) -> Array:
     return lower
 
 
-def _gelu(z: Array) -> Array:
-    """By tanh, as z·σ(2y)."""
-    c = 2 * math.sqrt(2 / math.pi)
-    return z / (1.0 + jnp.exp2(z * (1.0 + 0.044715 * z * z) * (-c * math.log2(math.e))))
+def _gelu(z: Array, tanh: Callable[[Array], Array]) -> Array:
+    c = math.sqrt(2 / math.pi)
+    half = 0.5 * z
+    return half + half * tanh(z * (c + (0.044715 * c) * z * z))
 
 
 def _positive(z: Array, positive: Positive) -> Array:
@@ -183,9 +203,10 @@ def _positive(z: Array, positive: Positive) -> Array:
     return jnp.maximum(z, 0.0) + t * series
 
 
-#: log(1 + t) / t on [0, 1], highest power first, to 1e-7: small t need no care, and no logarithm is taken.
+#: log(1 + t) / t on [0, 1], highest power first, to 1e-5 where half precision keeps 5e-4: small t need no care, and no
+#: logarithm is taken.
 _LOG1P: list[float] = (
-    np.polynomial.Chebyshev.interpolate(lambda t: np.log1p(t) / t, 9, [0, 1])
+    np.polynomial.Chebyshev.interpolate(lambda t: np.log1p(t) / t, 5, [0, 1])
     .convert(kind=np.polynomial.Polynomial)
     .coef[::-1]
     .tolist()

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu.windows import Kernels, Stabilizer, Windows, attend
 
-#: Σ φ vᵀ [B, T, H, F, D] and Σ φ [B, T, H, F] of chunks; of one, without T.
+#: Σ φ vᵀ [B, H, T, F, D] and Σ φ [B, H, T, F] of chunks; of one, without T. All products here have a head's tokens
+#: together, as the kernel of φ writes features: no pass over memory turns them.
 Sums = tuple[Array, Array]
 
 
@@ -51,17 +52,15 @@ def hybrid(
     # Features of empty places are nothing, and have no gradient.
     held = jnp.arange(overlap, dtype=jnp.int32) >= (overlap if begins else overlap - seen)
     past_features_k = jnp.where(held[None, :, None, None], past_features_k, jnp.zeros_like(past_features_k))
-    entering = [
-        _by_chunk(jnp.concatenate(x, axis=1)[:, :length], chunk) for x in ((past_features_k, features_k), (past_v, v))
-    ]
+    entering = [_by_chunk(chunk, *x, length=length) for x in ((past_features_k, features_k), (past_v, v))]
     states, last = _states((s, z), _sums(*entering), decay)
     if not causal:
-        states = _added(states, _after(_sums(_by_chunk(features_k, chunk), _by_chunk(v, chunk))))
-    asked = _by_chunk(features_q, chunk)
+        states = _added(states, _after(_sums(_by_chunk(chunk, features_k), _by_chunk(chunk, v))))
+    asked = _by_chunk(chunk, features_q)
     # In the features' dtype, and so backward: else the products there would be of float32.
-    a = jnp.einsum("btchf,bthfd->btchd", asked, states[0].astype(asked.dtype), precision=_exact(asked))
-    n = (asked.astype(jnp.float32) * states[1][:, :, None]).sum(axis=4)
-    a, n = (x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length] for x in (a, n))
+    a = jnp.einsum("bhtcf,bhtfd->bhtcd", asked, states[0].astype(asked.dtype), precision=_exact(asked))
+    n = (asked.astype(jnp.float32) * states[1][:, :, :, None]).sum(axis=4)
+    a, n = (x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length].swapaxes(1, 2) for x in (a, n))
 
     y = attend(kernels, windows, stabilizer, q, keys, values, jnp.zeros_like(seen) if begins else seen, a, n)
     return y, *last
@@ -69,9 +68,9 @@ def hybrid(
 
 def _states(first: Sums, entering: Sums, decay: Array) -> tuple[Sums, Sums]:
     """The sums that each chunk reads, and those after the last: after a chunk they fade, and what left enters."""
-    each = [jnp.concatenate([x[:, None], y], axis=1) for x, y in zip(first, entering, strict=True)]
+    each = [jnp.concatenate([x[:, :, None], y], axis=2) for x, y in zip(first, entering, strict=True)]
     s, z = _faded((each[0], each[1]), decay)
-    return (s[:, :-1], z[:, :-1]), (s[:, -1], z[:, -1])
+    return (s[:, :, :-1], z[:, :, :-1]), (s[:, :, -1], z[:, :, -1])
 
 
 @jax.custom_vjp
@@ -91,12 +90,12 @@ def _prefix_sums(entering: Sums, decay: Array, *, reverse: bool = False) -> Sums
 
     def before(x: Array) -> Array:
         after = (0, distance) if reverse else (distance, 0)
-        kept = x[:, distance:] if reverse else x[:, :-distance]
-        return jnp.pad(kept, ((0, 0), after, *[(0, 0)] * (x.ndim - 2)))
+        kept = x[:, :, distance:] if reverse else x[:, :, :-distance]
+        return jnp.pad(kept, ((0, 0), (0, 0), after, *[(0, 0)] * (x.ndim - 3)))
 
-    while distance < s.shape[1]:
-        s = s + fade[None, None, :, None, None] * before(s)
-        z = z + fade[None, None, :, None] * before(z)
+    while distance < s.shape[2]:
+        s = s + fade[None, :, None, None, None] * before(s)
+        z = z + fade[None, :, None, None] * before(z)
         fade, distance = fade * fade, 2 * distance
     return s, z
 
@@ -109,7 +108,7 @@ def _faded_forward(entering: Sums, decay: Array) -> tuple[Sums, Any]:
 def _faded_backward(kept: tuple[Sums, Array], cotangents: Sums) -> tuple[Sums, Array]:
     sums, decay = kept
     s, z = _prefix_sums(cotangents, decay, reverse=True)
-    d_decay = (s[:, 1:] * sums[0][:, :-1]).sum((0, 1, 3, 4)) + (z[:, 1:] * sums[1][:, :-1]).sum((0, 1, 3))
+    d_decay = (s[:, :, 1:] * sums[0][:, :, :-1]).sum((0, 2, 3, 4)) + (z[:, :, 1:] * sums[1][:, :, :-1]).sum((0, 2, 3))
     return (s, z), d_decay.astype(decay.dtype)
 
 
@@ -120,27 +119,28 @@ def _after(own: Sums) -> Sums:
     """Of each chunk, the sums of all after it: summed from the end, for "total minus window" would cancel."""
 
     def after(x: Array) -> Array:
-        return jnp.concatenate([jax.lax.cumsum(x, axis=1, reverse=True)[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
+        total = jax.lax.cumsum(x, axis=2, reverse=True)
+        return jnp.concatenate([total[:, :, 1:], jnp.zeros_like(x[:, :, :1])], axis=2)
 
     return after(own[0]), after(own[1])
 
 
 @jax.custom_vjp
-def _sums(features: Float[Array, "B T C H F"], v: Float[Array, "B T C H D"]) -> Sums:
+def _sums(features: Float[Array, "B H T C F"], v: Float[Array, "B H T C D"]) -> Sums:
     """Of each chunk, in float32."""
     return _sums_forward(features, v)[0]
 
 
 def _sums_forward(features: Array, v: Array) -> tuple[Sums, Any]:
-    return (_product("btchf,btchd->bthfd", features, v), features.sum(axis=2, dtype=jnp.float32)), (features, v)
+    return (_product("bhtcf,bhtcd->bhtfd", features, v), features.sum(axis=3, dtype=jnp.float32)), (features, v)
 
 
 def _sums_backward(kept: tuple[Array, Array], cotangents: Sums) -> tuple[Array, Array]:
     # With the sums' gradient as coarse as the inputs: else the products would be of float32.
     features, v = kept
     ds, dz = cotangents
-    d_features = _product("btchd,bthfd->btchf", v, ds.astype(v.dtype)) + dz[:, :, None]
-    dv = _product("btchf,bthfd->btchd", features, ds.astype(features.dtype))
+    d_features = _product("bhtcd,bhtfd->bhtcf", v, ds.astype(v.dtype)) + dz[:, :, :, None]
+    dv = _product("bhtcf,bhtfd->bhtcd", features, ds.astype(features.dtype))
     return d_features.astype(features.dtype), dv.astype(v.dtype)
 
 
@@ -159,7 +159,8 @@ def _added(x: Sums, y: Sums) -> Sums:
     return x[0] + y[0], x[1] + y[1]
 
 
-def _by_chunk(x: Array, chunk: int) -> Array:
-    """[B, N, …] to [B, chunks, chunk, …], with zeros at the end."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), (0, 0), (0, 0)))
-    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+def _by_chunk(chunk: int, *parts: Array, length: int | None = None) -> Array:
+    """Parts [B, N, H, …], one after the other, to [B, H, chunks, chunk, …]: the first ``length`` tokens, then zeros."""
+    x = jnp.concatenate([part.swapaxes(1, 2) for part in parts], axis=2)[:, :, :length]
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % chunk), (0, 0)))
+    return x.reshape(*x.shape[:2], -1, chunk, x.shape[3])
