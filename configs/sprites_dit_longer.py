@@ -26,8 +26,9 @@ config = DiffusionTraining(
     text_encoder=TextEncoderConfig.mini_sprites(),
     buckets=(
         Bucket(kind="plain", frames=65, batch=64, share=0.45, pairs=0.8),
-        Bucket(kind="plain", frames=129, batch=32, share=0.2, pairs=0.8),
-        Bucket(kind="occlusion", frames=129, batch=24, share=0.35, longest_wait=48),
+        Bucket(kind="plain", frames=129, batch=32, share=0.15, pairs=0.8),
+        Bucket(kind="occlusion", frames=97, batch=32, share=0.2, longest_wait=40),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.2, longest_wait=48),
     ),
     shift=5.0,
     steps=9_280,

@@ -31,7 +31,8 @@ config = FinetuneTraining(
     buckets=(
         Bucket(kind="plain", frames=65, batch=64, share=0.35, pairs=0.8),
         Bucket(kind="plain", frames=257, batch=16, share=0.2, pairs=0.8),
-        Bucket(kind="occlusion", frames=129, batch=24, share=0.45, longest_wait=48),
+        Bucket(kind="occlusion", frames=97, batch=32, share=0.2, longest_wait=40),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.25, longest_wait=48),
     ),
     steps=900,
     unroll=True,
