@@ -91,35 +91,51 @@ def _map_forward(kernels: Any, degree: Any, positive: Any, x: Array, layers: Lay
 
 
 def _map_backward(_: FeatureKernels, degree: int, positive: Positive, kept: Any, d_out: Array) -> Any:
-    return jax.vjp(functools.partial(_by_xla, degree, positive), *kept)[1](d_out)
-
-
-def _by_xla(degree: int, positive: Positive, x: Array, layers: Layers, weight: Array | None) -> Array:
-    """The same in XLA's matrix products, which the gradients are taken of: a kernel for them took twice as long.
-
-    Heads outermost, as products of each head are made; and powers by a choice, for cutting and joining the parts would
-    pad each one's gradient to the whole width.
-    """
+    """By XLA's matrix products, heads outermost: a kernel for them took twice as long. In operations of our own, for
+    what JAX would derive cuts and joins the parts, and each one's gradient is then padded to the whole width."""
+    x, layers, weight = kept
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    product = functools.partial(jnp.einsum, "bhni,hio->bhno", precision=exact)
-    hidden = jax.nn.gelu(product(x.swapaxes(1, 2), layers.kernel_1) + layers.bias_1[None, :, None], approximate=True)
-    z = (product(hidden, layers.kernel_2) + layers.bias_2[None, :, None]).astype(jnp.float32)
-    u = _softplus(z) if positive == "softplus" else jnp.exp(z)
-    part, y = jnp.arange(u.shape[3]) // x.shape[3], u
+    product = functools.partial(jnp.einsum, precision=exact)
+    x, d_out = x.swapaxes(1, 2), d_out.swapaxes(1, 2).astype(jnp.float32)
+    first = product("bhni,hio->bhno", x, layers.kernel_1) + layers.bias_1[None, :, None]
+    hidden, gelu_backward = jax.vjp(functools.partial(jax.nn.gelu, approximate=True), first)
+    z = (product("bhni,hio->bhno", hidden, layers.kernel_2) + layers.bias_2[None, :, None]).astype(jnp.float32)
+    u, slope = (jax.nn.softplus(z), jax.nn.sigmoid(z)) if positive == "softplus" else (jnp.exp(z), jnp.exp(z))
+    part = (jnp.arange(z.shape[3]) // x.shape[3])[None, None, None]
+    lower = jnp.ones_like(u)
     for power in range(1, degree):
-        y = jnp.where(part >= power, y * u, y)
+        lower = jnp.where(part >= power, lower * u, lower)
+    d_weight = None
     if weight is not None:
-        y = y * weight.T[None, :, :, None]
-    return y.astype(x.dtype).swapaxes(1, 2)
+        d_weight = (d_out * lower * u).sum(axis=(0, 3)).T.astype(weight.dtype)
+        d_out = d_out * weight.T[None, :, :, None]
+    hidden = jax.lax.optimization_barrier(hidden)  # Else products' factors are made in a layout that takes longer.
+    d_z = (d_out * (part + 1).astype(jnp.float32) * lower * slope).astype(x.dtype)
+    d_z = jax.lax.optimization_barrier(d_z)
+    (d_first,) = gelu_backward(product("bhno,hio->bhni", d_z, layers.kernel_2))
+    d_first = jax.lax.optimization_barrier(d_first)
+    d_x = product("bhno,hio->bhni", d_first, layers.kernel_1).swapaxes(1, 2)
+
+    pieces = _pieces(x.shape[2])
+
+    def of_kernel(a: Array, b: Array) -> Array:
+        a, b = (y.reshape(*y.shape[:2], pieces, -1, y.shape[3]) for y in (a, b))
+        each = product("bhtni,bhtno->bhtio", a, b, preferred_element_type=jnp.float32)
+        return each.sum(axis=(0, 2)).astype(x.dtype)
+
+    def of_bias(b: Array) -> Array:
+        return b.sum(axis=(0, 2), dtype=jnp.float32).astype(x.dtype)
+
+    d_layers = Layers(of_kernel(x, d_first), of_bias(d_first), of_kernel(hidden, d_z), of_bias(d_z))
+    return d_x, d_layers, d_weight
 
 
-@jax.custom_jvp
-def _softplus(z: Array) -> Array:
-    """Without the care that JAX's own gradient takes of infinities."""
-    return jax.nn.softplus(z)
+def _pieces(length: int) -> int:
+    """In which a sum over so many tokens is made: enough for all multiprocessors, and whole, where XLA, that cuts such
+    a sum as well, would pad both factors."""
+    return max(n for n in range(1, 17) if n == 1 or length % (8 * n) == 0)
 
 
-_softplus.defjvps(lambda d, _, z: d * jax.nn.sigmoid(z))
 feature_map.defvjp(_map_forward, _map_backward)
 
 

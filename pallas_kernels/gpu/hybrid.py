@@ -136,11 +136,12 @@ def _sums_forward(features: Array, v: Array) -> tuple[Sums, Any]:
 
 
 def _sums_backward(kept: tuple[Array, Array], cotangents: Sums) -> tuple[Array, Array]:
-    # With the sums' gradient as coarse as the inputs: else the products would be of float32.
+    # With the sums' gradient, and the products, as coarse as the inputs: else they would be of float32.
     features, v = kept
     ds, dz = cotangents
-    d_features = _product("bhtcd,bhtfd->bhtcf", v, ds.astype(v.dtype)) + dz[:, :, :, None]
-    dv = _product("bhtcf,bhtfd->bhtcd", features, ds.astype(features.dtype))
+    d_features = jnp.einsum("bhtcd,bhtfd->bhtcf", v, ds.astype(v.dtype), precision=_exact(v))
+    d_features = d_features.astype(jnp.float32) + dz[:, :, :, None]
+    dv = jnp.einsum("bhtcf,bhtfd->bhtcd", features, ds.astype(features.dtype), precision=_exact(v))
     return d_features.astype(features.dtype), dv.astype(v.dtype)
 
 
