@@ -144,20 +144,23 @@ class Measure:
         scenes = jax.tree.map(lambda x: x[chosen], scenes)
         frames = settings["frames"]
         truth = world.render(scenes, num_frames=frames)
-        reports = {}
+        reports: dict[str, Any] = {}
         for scale in settings["guidance"]:
             latents = np.load(self.latents / f"plain-g{scale:g}.npz")["latents"][chosen]
             video = decoded(latents)
-            reports[f"guidance {scale:g}"] = report(video, scenes)
-            for name, part in (("held-out", slice(0, keep)), ("reserved", slice(keep, None))):
-                reports[f"… {name}"] = report(video[part], jax.tree.map(lambda x, p=part: x[p], scenes))
-            console.print(table(reports))
+            halves = (("", slice(None)), (", held-out", slice(0, keep)), (", reserved", slice(keep, None)))
+            found = {
+                f"guidance {scale:g}{name}": report(video[part], jax.tree.map(lambda x, p=part: x[p], scenes))
+                for name, part in halves
+            }
+            console.print(table(found))
+            reports |= found
         through = through_vae(vae, quantized(truth), batch=8)
-        reports["true clips, VAE"] = report(through, scenes)
-        reports["frozen"] = report(frozen(through), scenes)
         mixed = np.asarray(swapped(scenes, num_frames=frames))
-        reports["swapped"] = report(mixed, scenes)
-        console.print(table(reports))
+        beside = {"true clips, VAE": through, "frozen": frozen(through), "swapped": mixed}
+        found = {name: report(video, scenes) for name, video in beside.items()}
+        console.print(table(found))
+        reports |= found
         error = np.mean(np.square(through / 127.5 - 1 - truth), axis=(1, 2, 3, 4))
         console.print(f"VAE: {np.mean(10 * np.log10(4 / error)):.2f} dB PSNR on true clips")
         result: dict[str, Any] = {name: dataclasses.asdict(r) for name, r in reports.items()}
@@ -167,9 +170,9 @@ class Measure:
                 latents = np.load(file)["latents"][: self.limit or None]
                 hidden = occlusion_scenes(settings["occlusions"], wait=wait, seed=settings["seed"])
                 hidden = jax.tree.map(lambda x: x[: self.limit or None], hidden)
-                found = report_occlusions(decoded(latents), hidden)
-                result[f"occlusion {wait}"] = dataclasses.asdict(found)
-                console.print(f"wait {wait}: {found}")
+                behind = report_occlusions(decoded(latents), hidden)
+                result[f"occlusion {wait}"] = dataclasses.asdict(behind)
+                console.print(f"wait {wait}: {behind}")
         (self.latents / "report.json").write_text(json.dumps(result, indent=1))
 
 

@@ -93,6 +93,17 @@ def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path):
         assert word in error
 
 
+def test_what_was_measured_before_an_end_is_kept(rehyat, teacher, monkeypatch):
+    def ended(*_, **__):
+        raise RehyatError("ended")
+
+    monkeypatch.setattr("rehyat_jax.sprites.evaluation._Run.behind", ended)
+    code, _, error = rehyat("sprites", "--model", teacher, *QUICK)
+    assert (code, "ended" in error) == (2, True)
+    found = {m["subject"] for m in json.loads(Path("sprites.json").read_text())["measurements"]}
+    assert found == {"training length"}
+
+
 def test_a_softmax_model_has_no_streams_and_is_told_so(rehyat, teacher):
     code, output, error = rehyat("sprites", "--model", teacher, *QUICK, "--out", "a/b.json")
     assert code == 0, error

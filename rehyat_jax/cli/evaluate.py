@@ -74,7 +74,7 @@ class Sprites:
     """Guidance; the model's own when not given."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")] = Path("sprites.json")
-    """Where every figure and the record of the run are to stand."""
+    """Where every figure and the record of the run are to stand; written anew whenever a subject is measured."""
 
     cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of compiled programs and prompt embeddings (else $REHYAT_CACHE_DIR, else the user's cache folder)."""
@@ -102,7 +102,7 @@ def _run(options: Sprites) -> None:
 
         from rehyat_jax.pipeline import TextToVideo
         from rehyat_jax.record import Phases, write_record
-        from rehyat_jax.sprites.evaluation import evaluate, to_dict
+        from rehyat_jax.sprites.evaluation import Measurement, evaluate, to_dict
         from rehyat_jax.sprites.headline import headline
 
         phases = Phases()
@@ -119,17 +119,21 @@ def _run(options: Sprites) -> None:
             print(f"rehyat: {why}; the figures of streams are left out", file=sys.stderr)
         display("load", 1, 1)
         sampling = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+        settings = pipe.settings(num_frames=sample.frames, height=64, width=64, **sampling)  # type: ignore[arg-type]
+        resolved = dataclasses.asdict(options) | dataclasses.asdict(sample) | {
+            "num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale,
+            "schedule": dataclasses.asdict(settings.schedule), "solver": str(settings.solver),
+        }  # fmt: skip
+
+        def write(found: list[Measurement]) -> None:
+            write_record(
+                options.out, command="rehyat eval sprites", settings=resolved, phases=phases,
+                measurements=[to_dict(each) for each in found],
+            )  # fmt: skip
+
         with phases.measure("evaluate"):
-            found = evaluate(pipe, sample, sampling=sampling, teacher=teacher, on_step=display)
-    settings = pipe.settings(num_frames=sample.frames, height=64, width=64, **sampling)  # type: ignore[arg-type]
-    resolved = dataclasses.asdict(options) | dataclasses.asdict(sample) | {
-        "num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale,
-        "schedule": dataclasses.asdict(settings.schedule), "solver": str(settings.solver),
-    }  # fmt: skip
-    write_record(
-        options.out, command="rehyat eval sprites", settings=resolved, phases=phases,
-        measurements=[to_dict(each) for each in found],
-    )  # fmt: skip
+            found = evaluate(pipe, sample, sampling=sampling, teacher=teacher, on_step=display, on_found=write)
+    write(found)
     console = Console()
     if not console.is_terminal:
         console.width = 120

@@ -64,12 +64,14 @@ def evaluate(
     sampling: Mapping[str, Any],
     teacher: TextToVideo | None = None,
     on_step: OnStep = lambda part, done, total: None,
+    on_found: Callable[[list[Measurement]], None] = lambda found: None,
 ) -> list[Measurement]:
     """All measurements of a model; those that need a stream are left out of a model that cannot.
 
     Args:
         sampling: arguments of ``TextToVideo.settings`` other than sizes.
         teacher: another model to put beside it, by its per-step sweep.
+        on_found: called with all measurements so far after each subject: a run that is cut has not been for nothing.
     """
     streams = pipe.transformer.why_not_stream() is None
     whole: list[_Source] = [_Source(MODELS[0], pipe, "per-step")]
@@ -82,10 +84,13 @@ def evaluate(
             found += run.plain(
                 "training length", whole + streamed + beside, clips=sample.clips, frames=sample.frames, seed=seed
             )
+            on_found(found)
         if sample.long_clips and streams:
             found += run.plain("long", streamed, clips=sample.long_clips, frames=sample.long_frames, seed=seed + _APART)
+            on_found(found)
         for wait in sample.waits if sample.occlusions else ():
             found += run.behind(wait, (streamed or whole) + beside, seed=seed)
+            on_found(found)
     return found
 
 
