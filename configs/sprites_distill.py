@@ -6,7 +6,7 @@
     rehyat distill sprites_distill --loss score --out out/by-score
     rehyat distill sprites_distill --best 5 --out out/half
 
-Cost: four H100s (--mesh.data 4 --mesh.fsdp 1), some 20 s for 800 steps, 40 to 63 a second.
+Cost: one H200, some 20 s for 800 steps, 30 to 50 a second; 90 s in all beside other programs.
 
 Result: the folder out/sprites-distilled. The loss (of the blocks' attention, relative) goes to 0.16; an earlier run on
 two CPU cores took 23 minutes for 1,000 smaller steps.

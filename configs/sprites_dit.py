@@ -8,11 +8,12 @@ Clips of 33 frames for the first third, many captions a second; then 65 to 129 f
 Four of five plain clips have two objects, for with one there is nothing to confuse.
 
 Cost: one H200 made 10 to 11 steps a second (70,000 tokens each) with a loop over layers (--no-unroll), two without it
-(--mesh.data 2 --mesh.fsdp 1) make 26 to 27, after some two minutes of compiling. The model that ships was trained with
-the loop, on four H100s in 824 s: 225 s until the first steps, then 15 to 21 a second, other programs beside it.
+(--mesh.data 2 --mesh.fsdp 1) make 26 to 27, after some two minutes of compiling. It was run with the loop, on four
+H100s in 824 s: 225 s until the first steps, then 15 to 21 a second, other programs beside it.
 
 Result: the folder out/mini-sprites, complete in the diffusers layout, 29 MB: on 256 prompts never seen at guidance 5,
-recall 0.953, directions 0.933, speed 0.998 of the caption's, grounds 1.000 (docs/results.md).
+recall 0.953, directions 0.933, speed 0.998 of the caption's, grounds 1.000. The model that ships was trained further,
+by sprites_dit_longer (docs/results.md).
 """
 
 from pathlib import Path
