@@ -11,8 +11,8 @@ and written if it is then faster by 2 %; if the default is as good, the table's 
 The table (``$OUT/tuning.json`` if none is named) keeps what it has of other devices and sizes, and is written after
 every kernel, whole; the installed one is beside its kernels, ``pallas_kernels/gpu`` or ``tpu``. After ``--seconds``
 (500) no blocks are begun, and what was found by then is written. On an H200 with 32 CPU cores the windows of Hopper and
-φ, some 120 blocks that compile side by side, took 72 s (``--kernels HopperKernels FeatureKernels``). It has not run on a
-TPU. Where there is no device, ``--tiny`` tries the program itself.
+φ, some 120 blocks that compile side by side, took 72 s (``--kernels HopperKernels FeatureKernels``). No TPU has run
+it. Where there is no device, ``--tiny`` tries the program itself.
 """
 
 from __future__ import annotations

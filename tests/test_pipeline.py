@@ -110,17 +110,18 @@ def test_euler_as_diffusers_has_it(tmp_path, cache):
 
 
 def test_bundled_models_open_in_diffusers_and_agree(cache):
-    """The real client at the model's own defaults, a few steps of them (≥ 45 dB asked for)."""
+    """The real client at the model's own defaults, a few steps of them, in float32 (≥ 45 dB asked for): left alone it
+    takes the text encoder's dtype from its file, bfloat16."""
     for name, folder in bundled_models().items():
         ours = TextToVideo.from_pretrained(name, hybrid=None, cache_dir=cache)
-        theirs = WanPipeline.from_pretrained(folder)
+        theirs = WanPipeline.from_pretrained(folder).to(torch.float32)
         theirs.set_progress_bar_config(disable=True)
         size = {"height": ours.defaults.height, "width": ours.defaults.width}
         noise = noise_for(1, 17, **size, factor=ours.vae.config.spatial_factor)
         settings = {**size, "num_frames": 17, "num_inference_steps": 6, "guidance_scale": ours.defaults.guidance_scale}
         prompt = "a lemon moving down slowly on a blue background"
         expected = by_diffusers(theirs, prompt, noise, **settings)
-        assert psnr(ours(prompt, noise=noise, output="float", **settings), expected[0]) > 45
+        assert psnr(ours(prompt, noise=noise, output="float", **settings), expected[0]) > ENOUGH
 
 
 def test_the_bundled_student_streams_and_its_teacher_is_beside_it(cache):
