@@ -12,8 +12,8 @@ Cost: two H200s (--mesh.data 2 --mesh.fsdp 1) took 292 s for 7,360 steps, 25 to 
 minutes of compiling.
 
 Result: the folder out/mini-sprites-longer, complete in the diffusers layout, 29 MB. The model that ships went through
-it twice, the second time with --steps 7360 --optimizer.learning-rate 7e-3 --init and the first one's result
-(docs/results.md).
+it twice: first with occlusions of 129 frames alone, then as it is here with --steps 7360 --optimizer.learning-rate 7e-3
+--init and the first one's result (docs/results.md).
 """
 
 from pathlib import Path

@@ -133,7 +133,7 @@ def _run(options: Sprites) -> None:
 
         with phases.measure("evaluate"):
             found = evaluate(pipe, sample, sampling=sampling, teacher=teacher, on_step=display, on_found=write)
-    write(found)
+    write(found)  # once more, with the time that it took
     console = Console()
     if not console.is_terminal:
         console.width = 120
