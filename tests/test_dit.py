@@ -154,6 +154,24 @@ def test_agrees_with_diffusers(name, tmp_path):
     np.testing.assert_allclose(by_us(ported(model, tmp_path), *arguments), theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["as_wan", "patches_of_one_pixel"])
+def test_each_frame_may_have_a_time_of_its_own(name, tmp_path):
+    """diffusers with a time for each token, as Wan2.2's 5B has it: 1e-4 absolute; one for all frames as one alone."""
+    case = CASES[name]
+    model = reference(case.config, seed=3)
+    latents, times, text = inputs(case)
+    frames, tokens = case.sizes[0], np.prod([s // p for s, p in zip(case.sizes, case.config.patch_size, strict=True)])
+    each = np.random.default_rng(3).uniform(0, 1000, (len(times), frames)).astype(np.float32)
+    theirs = by_diffusers(model, latents, np.repeat(each, tokens // frames, axis=1), text)
+    assert relative(by_diffusers(model, latents, times, text), theirs) > 0.01
+    ours = ported(model, tmp_path)
+    np.testing.assert_allclose(by_us(ours, latents, each, text), theirs, atol=1e-4, rtol=0)
+    alike = by_us(ours, latents, np.repeat(times[:, None], frames, axis=1), text)
+    np.testing.assert_allclose(alike, by_us(ours, latents, times, text), atol=1e-5, rtol=0)
+    with pytest.raises(RehyatError, match="cannot have times"):
+        ours(*map(jnp.asarray, (latents, each[:, :-1], text)))
+
+
 def test_gradients_agree_with_diffusers(tmp_path):
     """Of every parameter, exported under diffusers' names: 1e-4 of each tensor's norm, in float32.
 
@@ -191,7 +209,7 @@ def test_one_block_of_wan_1_3b(tmp_path):
     with torch.no_grad():
         rotary = model.rope(torch.zeros(1, 16, 3, 10, 14))
         theirs = model.blocks[0](*map(torch.from_numpy, (x, text, modulation)), rotary).numpy()
-    ours = np.asarray(block(*map(jnp.asarray, (x, text, modulation)), rotary_embedding(128, jnp.arange(3), 5, 7)))
+    ours = np.asarray(block(*map(jnp.asarray, (x, text, modulation[:, None])), rotary_embedding(128, jnp.arange(3), 5, 7)))
     assert relative(ours - x, theirs - x) < 2e-4
 
 

@@ -130,7 +130,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B N C"],
         text: Float[Array, "B L C"],
-        modulation: Float[Array, "B 6 C"],
+        modulation: Float[Array, "B M 6 C"],
         rotary: CosSin,
     ) -> Float[Array, "B N C"]:
         return self.attending(x, text, modulation, rotary, _softmax)[0]
@@ -143,7 +143,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B N C"],
         text: Float[Array, "B L C"] | TextKV,
-        modulation: Float[Array, "B 6 C"],
+        modulation: Float[Array, "B M 6 C"],
         rotary: CosSin,
         attend: Attend,
         *,
@@ -153,10 +153,11 @@ class Block(nnx.Module):
 
         Args:
             text: embedded; or what `read_text` made of that, where calls share it.
+            modulation: of the time: one for all tokens, or one for each M-th part of them, in order.
             text_repeats: how many tokens of the text the last one stands for.
         """
-        table = self.scale_shift_table[...][None] + modulation
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (table[:, i : i + 1] for i in range(6))
+        table = self.scale_shift_table[...][None, None] + modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (table[:, :, i] for i in range(6))
 
         normed = modulate(x, shift, scale, self.eps)
         y, more = attend(self.attn1.q(normed, rotary), self.attn1.k(normed, rotary), self.attn1.v(normed))
@@ -176,10 +177,17 @@ def modulation_table(rngs: nnx.Rngs, rows: int, dim: int) -> Float[Array, "rows 
 
 
 def modulate(
-    x: Float[Array, "B N C"], shift: Float[Array, "B 1 C"], scale: Float[Array, "B 1 C"], eps: float
+    x: Float[Array, "B N C"], shift: Float[Array, "B M C"], scale: Float[Array, "B M C"], eps: float
 ) -> Float[Array, "B N C"]:
-    return (layer_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
+    """Layer norm, then scaled and shifted: each M-th part of the tokens by its own."""
+    normed = _parts(layer_norm(x.astype(jnp.float32), eps), scale)
+    return (normed * (1 + scale[:, :, None]) + shift[:, :, None]).reshape(x.shape).astype(x.dtype)
 
 
-def _gated(x: Float[Array, "B N C"], y: Float[Array, "B N C"], gate: Float[Array, "B 1 C"]) -> Float[Array, "B N C"]:
-    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
+def _gated(x: Float[Array, "B N C"], y: Float[Array, "B N C"], gate: Float[Array, "B M C"]) -> Float[Array, "B N C"]:
+    added = (_parts(y.astype(jnp.float32), gate) * gate[:, :, None]).reshape(x.shape)
+    return (x.astype(jnp.float32) + added).astype(x.dtype)
+
+
+def _parts(x: Float[Array, "B N C"], each: Float[Array, "B M C"]) -> Float[Array, "B M L C"]:
+    return x.reshape(*each.shape[:2], -1, x.shape[-1])

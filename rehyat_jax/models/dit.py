@@ -85,9 +85,10 @@ class Embedded(NamedTuple):
 
     #: Tokens, time-major.
     x: Float[Array, "B N C"]
-    modulation: Float[Array, "B 6 C"]
+    #: Of all tokens (M = 1), or of each frame's.
+    modulation: Float[Array, "B M 6 C"]
     rotary: CosSin
-    time: Float[Array, "B C"]
+    time: Float[Array, "B M C"]
     #: Frames, rows, columns of tokens.
     grid: tuple[int, int, int]
 
@@ -166,7 +167,7 @@ class WanTransformer(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "B T H W {self.config.in_channels}"],
-        timesteps: Num[Array, " B"],
+        timesteps: Num[Array, "B *frames"],
         text: Float[Array, "B L {self.config.text_dim}"],
         *,
         text_tokens: int | None = None,
@@ -180,7 +181,8 @@ class WanTransformer(nnx.Module):
 
         Args:
             latents: normalised latents, channels last; T, H, W multiples of the patch.
-            timesteps: diffusion time in 0…1000, whole or fractional.
+            timesteps: diffusion time in 0…1000, whole or fractional: a video's, or [B, T], each latent frame's own (as
+                Wan2.2's 5B, and diffusers with a time a token).
             text: the encoder's output, zero beyond the prompt.
             text_tokens: as many tokens as are attended to, zeros after ``text``'s (Wan: 512); by default those that it
                 has. The zeros cost one token: the rest have its keys and values.
@@ -189,11 +191,14 @@ class WanTransformer(nnx.Module):
                 keeps for the backward pass is copied in and out of its arrays. The larger program compiles longer.
 
         Raises:
-            RehyatError: T, H or W is not a multiple of the patch, or T of the chunk where time is cut.
+            RehyatError: T, H or W is not a multiple of the patch, or T of the chunk where time is cut; there are not as
+                many times as frames.
         """
         frames = latents.shape[1]
         chunk = self.config.patch_size[0] * (self.hybrid.chunk_frames if self.hybrid is not None else 1)
         padding = frames_on_devices(frames, chunk) - frames
+        if timesteps.ndim == 2:
+            timesteps = jnp.pad(timesteps, ((0, 0), (0, padding)), mode="edge")
         inputs = self.embed(jnp.pad(latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), timesteps)
         embedded = self.embed_text(text, text_tokens)
         how = {"text_repeats": text_repeats(embedded.shape[1], text_tokens)}
@@ -254,7 +259,7 @@ class WanTransformer(nnx.Module):
     def stream(
         self,
         latents: Float[Array, "B T H W {self.config.in_channels}"],
-        timesteps: Num[Array, " B"],
+        timesteps: Num[Array, "B *frames"],
         text: TextKV,
         state: BlockState,
         *,
@@ -312,14 +317,14 @@ class WanTransformer(nnx.Module):
     def embed(
         self,
         latents: Float[Array, "B T H W {self.config.in_channels}"],
-        timesteps: Num[Array, " B"],
+        timesteps: Num[Array, "B *frames"],
         *,
         first_frame: int | Int[Array, ""] = 0,
     ) -> Embedded:
         """All that comes before the blocks but the text, see `embed_text`; ``first_frame`` as in `stream`.
 
         Raises:
-            RehyatError: T, H or W is not a multiple of the patch.
+            RehyatError: T, H or W is not a multiple of the patch; there are not as many times as frames.
         """
         batch, frames, height, width = latents.shape[:4]
         grid = self._grid((frames, height, width))
@@ -328,10 +333,15 @@ class WanTransformer(nnx.Module):
 
         x = self.patch_embedding(latents.astype(self.dtype)).reshape(batch, -1, self.config.dim)
         condition = self.condition_embedder
-        time = condition.time_embedder(timestep_embedding(timesteps, self.config.freq_dim)).astype(self.dtype)
+        if timesteps.shape not in ((batch,), (batch, frames)):
+            raise RehyatError(f"{batch} videos of {frames} frames cannot have times of shape {timesteps.shape}")
+        # [B, M]: of frames that share a patch, the first one's.
+        times = timesteps.reshape(batch, -1)[:, :: self.config.patch_size[0]]
+        time = condition.time_embedder(timestep_embedding(times, self.config.freq_dim)).astype(self.dtype)
+        modulation = condition.time_proj(jax.nn.silu(time)).astype(jnp.float32)
         return Embedded(
             x=x,
-            modulation=condition.time_proj(jax.nn.silu(time)).astype(jnp.float32).reshape(batch, 6, -1),
+            modulation=modulation.reshape(*times.shape, 6, -1),
             rotary=rotary_embedding(self.config.attention_head_dim, positions, *grid[1:]),
             time=time,
             grid=grid,
@@ -354,7 +364,7 @@ class WanTransformer(nnx.Module):
     def unembed(self, x: Float[Array, "B N C"], inputs: Embedded) -> Float[Array, "B T H W {self.config.out_channels}"]:
         """All that comes after the blocks: their output into the velocity."""
         shift, scale = (
-            self.scale_shift_table[...][None, i : i + 1] + inputs.time.astype(jnp.float32)[:, None] for i in range(2)
+            self.scale_shift_table[...][None, i : i + 1] + inputs.time.astype(jnp.float32) for i in range(2)
         )
         out = self.proj_out(modulate(x, shift, scale, self.config.eps))
         return _unpatchify(out, inputs.grid, self.config.patch_size)

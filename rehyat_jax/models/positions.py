@@ -59,7 +59,7 @@ def _wrap(turns: Float[Array, "..."]) -> Float[Array, "..."]:
     return turns - jnp.round(turns)
 
 
-def timestep_embedding(timesteps: Num[Array, " B"], dim: int) -> Float[Array, "B {dim}"]:
+def timestep_embedding(timesteps: Num[Array, "*B"], dim: int) -> Float[Array, "*B {dim}"]:
     """Wan's [cos, sin] embedding of the diffusion time in 0…1000 (Wan2.1 ``wan/modules/model.py``)."""
     half = dim // 2
     both = cos_sin(timesteps, _THETA ** (-np.arange(half, dtype=np.float64) / half))
