@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from rehyat_jax.hybrid_config import HybridConfig
+from train.finetune import History
 
 Stage = Literal["distill", "finetune"]
 
@@ -23,17 +24,21 @@ class Row:
     headline: bool = False
     #: Measured in a long stream as well.
     streamed: bool = False
+    #: Of finetuning; with it chunks are remembered when they are finished, so that clips are made chunk by chunk.
+    history: History = History()
 
 
 def _row(*stages: Stage, loss: Literal["l1", "score"] = "l1", headline: bool = False, streamed: bool = False,
-         **fields: Any) -> Row:  # fmt: skip
+         history: History = History(), **fields: Any) -> Row:  # fmt: skip
     """By what differs from chunks of three frames, an overlap of one, all blocks, length_norm where it can be."""
     can = fields.get("kind", "hybrid") == "hybrid" and fields.get("causal", True)
     return Row(
         hybrid=HybridConfig(**{"length_norm": can} | fields), stages=stages or ("distill", "finetune"), loss=loss,
-        headline=headline, streamed=streamed,
+        headline=headline, streamed=streamed, history=history,
     )  # fmt: skip
 
+
+_HISTORY = History(share=0.75)
 
 ROWS: dict[str, Row] = {
     "base": _row(headline=True, streamed=True),
@@ -42,6 +47,8 @@ ROWS: dict[str, Row] = {
     "window": _row("finetune", kind="window", headline=True, streamed=True),
     "linear": _row(kind="linear", headline=True, streamed=True),
     "undistilled": _row("finetune", headline=True),
+    "history": _row(history=_HISTORY, headline=True, streamed=True),
+    "history, window": _row("finetune", kind="window", history=_HISTORY, headline=True),
     "chunk 1": _row(chunk_frames=1, headline=True),
     "chunk 2": _row(chunk_frames=2, headline=True),
     "overlap 0": _row(overlap_frames=0, headline=True),

@@ -242,7 +242,8 @@ class Work:
         )  # fmt: skip
         return kind(
             out=self.folder / "student", source=source, anew="distill" not in self.row.stages, hybrid=self.row.hybrid,
-            buckets=(plain, behind) if sizes.occlusion_batch else (plain,),
+            buckets=(plain, behind) if sizes.occlusion_batch else (plain,), history=self.row.history,
+            remember=0.0 if self.row.history.share else "steps",
             steps=sizes.finetune_steps, steps_per_round=_STEPS_PER_ROUND, unroll=True, shift=5.0, seed=self.seed,
             dtype=self.dtype,
             optimizer=OptimizerConfig(
@@ -267,7 +268,7 @@ class Work:
             parts[f"wait {wait}"] = functools.partial(self._behind, wait, seed=seed)
         if sizes.long_clips and self.row.streamed:
             parts["long"] = functools.partial(
-                self._plain, clips=sizes.long_clips, frames=sizes.long_frames, seed=seed, sweep="per-chunk"
+                self._plain, clips=sizes.long_clips, frames=sizes.long_frames, seed=seed, streamed=True
             )
         if not parts:
             return {}
@@ -283,23 +284,24 @@ class Work:
             return dict(zip(parts, pool.map(timed, parts.values()), strict=True))
 
     def _plain(
-        self, pipe: TextToVideo, *, clips: int, frames: int, seed: int, sweep: Sweep = "per-step"
+        self, pipe: TextToVideo, *, clips: int, frames: int, seed: int, streamed: bool = False
     ) -> dict[str, Any]:
         scenes, hybrid = unseen_scenes(clips, seed=seed), self.row.hybrid
-        video = self._clips(pipe, captions(scenes), frames=frames, width=WIDTH, seed=seed, sweep=sweep)
+        video = self._clips(pipe, captions(scenes), frames=frames, width=WIDTH, seed=seed, streamed=streamed)
         chunk = _FRAMES_OF_A_CHUNK if hybrid is None else hybrid.chunk_frames * pipe.vae.config.temporal_factor
         with self.judging:
             return _figures(report(video, scenes, chunk=chunk))
 
     def _behind(self, wait: int, pipe: TextToVideo, *, seed: int) -> dict[str, Any]:
         scenes, frames = occlusion_scenes(self.sizes.occlusions, wait=wait, seed=seed), occlusion_frames(wait)
-        video = self._clips(
-            pipe, captions(scenes), frames=frames, width=OCCLUSION_WIDTH, seed=seed + wait, sweep="per-step"
-        )
+        video = self._clips(pipe, captions(scenes), frames=frames, width=OCCLUSION_WIDTH, seed=seed + wait)
         with self.judging:
             return _figures(report_occlusions(video, scenes))
 
-    def _clips(self, pipe: TextToVideo, texts: list[str], *, frames: int, width: int, seed: int, sweep: Sweep) -> Any:
+    def _clips(
+        self, pipe: TextToVideo, texts: list[str], *, frames: int, width: int, seed: int, streamed: bool = False
+    ) -> Any:
+        sweep: Sweep = "per-chunk" if streamed or self.row.history.share else "per-step"
         settings = pipe.settings(
             num_frames=frames, height=HEIGHT, width=width, num_inference_steps=self.sizes.sampling_steps,
             guidance_scale=self.sizes.guidance,

@@ -10,11 +10,12 @@ from typing import Any
 
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.sampling import FlowSchedule, Solver, UniPC, scheduler_from_config
+from rehyat_jax.sampling.sweep import Remember
 from rehyat_jax.weights.files import read_json
 
 _ASSETS = Path(__file__).parent / "assets"
 #: Beside ``model_index.json``: our file, because diffusers warns of keys in its own that it does not know.
-_DEFAULTS_FILE = "rehyat_defaults.json"
+DEFAULTS_FILE = "rehyat_defaults.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Defaults:
     num_frames: int = 81
     num_inference_steps: int = 50
     guidance_scale: float | int = 6.0
+    #: How a stream remembers its chunks: as the model was trained.
+    remember: Remember = "steps"
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Defaults:
@@ -39,12 +42,12 @@ class Defaults:
             ConfigError: an unknown name, or a value that is no number of its kind.
         """
         kinds: dict[str, type | tuple[type, ...]] = {field.name: int for field in dataclasses.fields(cls)}
-        kinds["guidance_scale"] = (int, float)
+        kinds |= {"guidance_scale": (int, float), "remember": (str, int, float)}
         for name, value in source.items():
             if name not in kinds:
-                raise ConfigError(f"{_DEFAULTS_FILE}: {name[:80]!r} is no setting; there are {', '.join(kinds)}")
+                raise ConfigError(f"{DEFAULTS_FILE}: {name[:80]!r} is no setting; there are {', '.join(kinds)}")
             if not isinstance(value, kinds[name]) or isinstance(value, bool):
-                raise ConfigError(f"{_DEFAULTS_FILE}: {name} cannot be {str(value)[:80]!r}")
+                raise ConfigError(f"{DEFAULTS_FILE}: {name} cannot be {str(value)[:80]!r}")
         return cls(**source)
 
 
@@ -93,7 +96,7 @@ def read_defaults(folder: Path) -> Defaults:
     Raises:
         CheckpointError, ConfigError: the folder's file cannot be read or makes no sense.
     """
-    path = folder / _DEFAULTS_FILE
+    path = folder / DEFAULTS_FILE
     return Defaults.from_dict(read_json(path)) if path.is_file() else Defaults()
 
 

@@ -28,7 +28,7 @@ from rehyat_jax.programs import decode_first, decode_next, denoise_step, precisi
 from rehyat_jax.prompt_encoder import PromptEncoder
 from rehyat_jax.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
-from rehyat_jax.sampling.sweep import chunk_frames, frame_noise, video_keys
+from rehyat_jax.sampling.sweep import Remember, check_remember, chunk_frames, frame_noise, video_keys
 from rehyat_jax.settings import Settings
 from rehyat_jax.streaming import Stream
 from rehyat_jax.text import trimmed
@@ -169,11 +169,17 @@ class TextToVideo:
         seed: int = 0,
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
+        remember: Remember | None = None,
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
 
-        As long as the prompt stays, its frames are those that a call makes of the same seed, for every number of frames
-        that is whole chunks. Arguments as for a call.
+        Args:
+            remember: what later chunks see of one. "steps": what it was at their own noise level. As long as the prompt
+                stays, frames are then those that a call makes of the same seed, for every number of frames that is
+                whole chunks. A noise level from 0 to below 1: the finished chunk, with so much noise; memory is that
+                of one step. When not given, as the model was trained.
+
+        Other arguments as for a call.
 
         Raises:
             RehyatError: a block of the transformer prevents it (the message names it); an impossible size, number or
@@ -181,8 +187,8 @@ class TextToVideo:
         """
         frames = 1 + self.vae.config.temporal_factor * (chunk_frames(self.transformer) - 1)
         settings = self.settings(
-            num_frames=frames, height=height, width=width,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, schedule=schedule, solver=solver,
+            num_frames=frames, height=height, width=width, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, schedule=schedule, solver=solver, remember=remember,
         )  # fmt: skip
         return Stream.start(
             prompt, transformer=self.transformer, vae=self.vae, text=self.text, settings=settings,
@@ -220,6 +226,7 @@ class TextToVideo:
         guidance_scale: float | int | None = None,
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
+        remember: Remember | None = None,
     ) -> Settings:
         """What a call with these arguments is made with: the model's defaults filled in, sizes cut, all checked.
 
@@ -239,6 +246,7 @@ class TextToVideo:
             guidance_scale=float(_or(guidance_scale, self.defaults.guidance_scale)),
             schedule=_or(schedule, self.schedule),
             solver=_or(solver, self.solver),
+            remember=check_remember(_or(remember, self.defaults.remember)),
         )
         # Each says what is wrong, before the text encoder is read.
         _ = settings.guidance, settings.plan()

@@ -47,17 +47,20 @@ def read_text(
 
 
 @partial(
-    jax.jit, static_argnames=("graph", "shape", "solver", "guidance", "text_tokens"), donate_argnames="states"
+    jax.jit, static_argnames=("graph", "shape", "solver", "guidance", "text_tokens", "remember"),
+    donate_argnames="states",
 )
 def denoise_chunk(
     weights: Any, states: Any, keys: Array, text: TextKV, first_frame: Array, steps: Steps, *, graph: Any,
     shape: tuple[int, int, int, int], solver: Solver, guidance: Guidance, text_tokens: int | None = None,
+    remember: sweep.Remember = "steps",
 ) -> tuple[Array, Any]:  # fmt: skip
     """The per-chunk sweep's chunk, from its noise to its latents: one program for every chunk of a video."""
     noise = sweep.frame_noise(keys, shape, first_frame=first_frame)
     return sweep.denoise_chunk(
         nnx.merge(graph, weights), noise, text, states, first_frame=first_frame, steps=steps, solver=solver,
-        guidance=guidance, text_tokens=text_tokens,
+        guidance=guidance, text_tokens=text_tokens, remember=remember,
+        again=sweep.memory_noise(keys, shape, first_frame=first_frame) if remember != "steps" else None,
     )  # fmt: skip
 
 

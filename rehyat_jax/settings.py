@@ -9,9 +9,11 @@ from typing import Any, get_args
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling import Euler, FlowSchedule, Guidance, Solver, Steps, UniPC, plan_steps
 from rehyat_jax.sampling.schedule import Grid
+from rehyat_jax.sampling.sweep import Remember
 
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
-    "num_frames": int, "height": int, "width": int, "num_inference_steps": int, "guidance_scale": (int, float)
+    "num_frames": int, "height": int, "width": int, "num_inference_steps": int, "guidance_scale": (int, float),
+    "remember": (str, int, float),
 }  # fmt: skip
 _SCHEDULE: dict[str, type | tuple[type, ...]] = {"grid": str, "shift": (int, float), "num_train_timesteps": int}
 _SOLVERS: dict[str, type[Euler] | type[UniPC]] = {"Euler": Euler, "UniPC": UniPC}
@@ -29,6 +31,8 @@ class Settings:
     guidance_scale: float
     schedule: FlowSchedule
     solver: Solver
+    #: How a stream remembers its chunks.
+    remember: Remember = "steps"
 
     @property
     def guidance(self) -> Guidance:
@@ -62,6 +66,7 @@ class Settings:
         Raises:
             ConfigError: a name is unknown or missing, or a value is not of its kind.
         """
+        source = {"remember": "steps"} | dict(source)  # streams saved before there was another way
         numbers = _known({k: v for k, v in source.items() if k not in ("schedule", "solver")}, _NUMBERS, "settings")
         schedule, solver = source.get("schedule"), source.get("solver")
         if not isinstance(schedule, Mapping) or not isinstance(solver, Mapping):

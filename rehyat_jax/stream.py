@@ -40,7 +40,8 @@ _VERSION = 1
 class StreamState(NamedTuple):
     """A stream after the chunks made so far; a pytree whose shapes do not depend on how many there were."""
 
-    #: The transformer's, for each step and guidance branch: leaves [steps, branches, layers, B, …].
+    #: The transformer's, for each step (of a finished chunk: one) and guidance branch: leaves [steps, branches, layers,
+    #: B, …].
     states: States
     #: What the decoder needs of the frames before; zeros before the first.
     decoder: State
@@ -69,8 +70,8 @@ class StreamState(NamedTuple):
         batch, space = keys.shape[0], vae.config.spatial_factor
         height, width = settings.height // space, settings.width // space
         states = init_states(
-            transformer, steps=settings.num_inference_steps, branches=settings.guidance.branches, batch=batch,
-            height=height, width=width,
+            transformer, steps=settings.num_inference_steps if settings.remember == "steps" else 1,
+            branches=settings.guidance.branches, batch=batch, height=height, width=width,
         )  # fmt: skip
         graph, weights = nnx.split(vae)
         latents = jax.ShapeDtypeStruct((batch, 1, height, width, vae.config.z_dim), jnp.float32)

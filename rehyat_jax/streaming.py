@@ -128,7 +128,7 @@ class Stream(Iterator[np.ndarray]):
             latents, states = denoise_chunk(
                 weights, state.states, state.keys, self._read_text(state.text), state.first_frame, self._plan,
                 graph=graph, shape=shape, solver=self.settings.solver, guidance=self.settings.guidance,
-                text_tokens=state.text.shape[-2],
+                text_tokens=state.text.shape[-2], remember=self.settings.remember,
             )  # fmt: skip
             blocks, decoder = [], state.decoder
             for i in range(shape[0]):

@@ -209,7 +209,8 @@ def test_one_block_of_wan_1_3b(tmp_path):
     with torch.no_grad():
         rotary = model.rope(torch.zeros(1, 16, 3, 10, 14))
         theirs = model.blocks[0](*map(torch.from_numpy, (x, text, modulation)), rotary).numpy()
-    ours = np.asarray(block(*map(jnp.asarray, (x, text, modulation[:, None])), rotary_embedding(128, jnp.arange(3), 5, 7)))
+    modulation = modulation[:, None]
+    ours = np.asarray(block(*map(jnp.asarray, (x, text, modulation)), rotary_embedding(128, jnp.arange(3), 5, 7)))
     assert relative(ours - x, theirs - x) < 2e-4
 
 

@@ -31,7 +31,7 @@ from rehyat_jax.weights import load_transformer, save_text_encoder, save_transfo
 from train.clips import Bucket
 from train.config_files import load_config
 from train.diffusion import complete_folder
-from train.finetune import FinetuneTraining, main, student_of
+from train.finetune import FinetuneTraining, History, main, student_of
 from train.flow import Batch, Validation, gradients_of
 from train.optimizer import OptimizerConfig
 from train.tokenizer import build_sprite_tokenizer
@@ -202,6 +202,68 @@ def _newest(folder: Path) -> object:
         return reader.restore((folder / "checkpoints" / "48" / "default").absolute())
 
 
+def test_history_is_cleaner_and_not_learned(teacher):
+    """Of 512 clips of five frames in chunks of two, 384 with history, half of their chunks; the others at one level."""
+    training = _training(
+        teacher, Path("unused"), teacher=None, teacher_weight=0.0,
+        hybrid=HybridConfig(chunk_frames=2), history=History(share=0.75, clean=0.5, noise=0.05),
+    )  # fmt: skip
+    even = (jnp.arange(512, dtype=jnp.float32) + 0.5) / 512
+    levels, weights = training.levels(even, jax.random.key(0), frames=5)
+    for x in (levels, weights):
+        np.testing.assert_array_equal(x[:, [0, 2]], x[:, [1, 3]])
+    chunks, learned = np.asarray(levels)[:, ::2], np.asarray(weights)[:, ::2] == 1
+    alike = (chunks == chunks[:, :1]).all(1)
+    assert alike.sum() == 128
+    np.testing.assert_array_equal(chunks[alike, 0], np.asarray(even)[alike])
+    assert learned[alike].all()
+    assert abs(learned[~alike].mean() - 0.5) < 0.05  # 1152 draws: 0.015 of standard deviation
+    assert chunks[~learned].max() <= 0.05
+    # The other chunks' are of all the levels, independent of their neighbours'.
+    assert np.isin(chunks[learned], np.asarray(even)).all()
+    assert abs(chunks[learned].mean() - 0.5) < 0.05
+    both = learned[:, 0] & learned[:, 1] & ~alike
+    assert abs(np.corrcoef(chunks[both, 0], chunks[both, 1])[0, 1]) < 0.4
+
+    # What counts nothing cannot be felt.
+    model = load_transformer(teacher).with_hybrid(HybridConfig(chunk_frames=2), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    rng = np.random.default_rng(0)
+    noisy, velocity, text = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 16, 16, 4), (2, 5, 16, 16, 4), (2, 7, 16))
+    )
+    loss, counted = training.loss(graph, None, longest=1), jnp.array([[0.0, 0.0, 1.0, 1.0, 1.0]] * 2)
+    times = levels[:2] * 1000
+    batch = Batch(noisy, times, text, velocity, counted)
+    value, _ = loss(params, {}, batch)
+    assert value == loss(params, {}, batch._replace(velocity=velocity.at[:, :2].set(9.0)))[0]
+    out = model(noisy, times, text, text_tokens=512)[:, 2:] - velocity[:, 2:]
+    np.testing.assert_allclose(value, np.mean(np.square(out)), rtol=1e-5)
+    # None at all: nothing is learned, and nothing is divided by zero.
+    assert loss(params, {}, batch._replace(weights=jnp.zeros((2, 5))))[0] == 0
+
+
+def test_a_student_that_remembers_says_so(teacher, tmp_path):
+    """Trained with history: its folder's default, which a stream follows with one state for all steps."""
+    training = _training(
+        teacher, tmp_path / "student", teacher=None, teacher_weight=0.0, steps=8, history=History(share=1.0),
+        remember=0.1, buckets=(Bucket(kind="plain", frames=5, batch=4),),
+    )  # fmt: skip
+    training.run()
+    assert _log(training)[0]["loss"] > 0
+    pipe = TextToVideo.from_pretrained(training.out)
+    assert pipe.defaults.remember == 0.1
+    stream = pipe.open_stream("a lemon")
+    assert {x.shape[0] for x in jax.tree.leaves(stream.state.states)} == {1}
+    assert {x.shape[0] for x in jax.tree.leaves(pipe.open_stream("a lemon", remember="steps").state.states)} == {2}
+    next(stream)
+    stream.save(tmp_path / "saved")
+    np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "saved")), next(stream))
+    again = _training(training.out, tmp_path / "again", teacher=None, teacher_weight=0.0)
+    again._write(again.out, training.out, load_transformer(training.out))
+    assert TextToVideo.from_pretrained(again.out).defaults.remember == "steps"
+
+
 @pytest.mark.parametrize(("chunk", "longest", "expected"), [(3, 3, 0.0), (2, 3, 1e-6), (3, 2, None)])
 def test_the_teachers_term_is_zero_where_a_chunk_is_the_whole_clip(teacher, chunk, longest, expected):
     """At the start, but for float32's rounding: 1e-6, squared. A smaller chunk differs, and long clips have no term."""
@@ -253,6 +315,9 @@ def test_a_student_keeps_its_feature_maps_and_gains_what_it_lacks(teacher):
         ({"reuse": 3}, "multiple"),
         ({"accumulate": 3}, "accumulate = 3"),
         ({"most_skipped": 0}, "most_skipped"),
+        ({"remember": 1.0}, "remember must be"),
+        ({"history": History(share=0.5)}, "cannot be beside history"),
+        ({"history": History(share=0.5), "teacher": None, "teacher_weight": 0.0, "hybrid": None}, "say by hybrid"),
     ],
 )
 def test_impossible_settings_are_named(change, words):

@@ -18,10 +18,12 @@ from rehyat_jax.hybrid_config import HybridConfig
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, plan_steps
 from rehyat_jax.sampling.sweep import (
+    check_remember,
     chunk_frames,
     denoise_chunk,
     frame_noise,
     init_states,
+    memory_noise,
     per_chunk,
     per_step,
     read_text,
@@ -87,6 +89,43 @@ def test_the_two_sweeps_are_one_function(hybrid, batch):
     whole = swept(model, shape, by=per_step, batch=batch)
     assert 0.3 < float(whole.std()) < 3
     assert difference(whole, swept(model, shape, by=per_chunk, batch=batch)) <= 1e-4
+
+
+@pytest.mark.parametrize(("remember", "decay"), [(0.0, True), (0.25, False)])
+def test_a_finished_chunk_is_remembered_at_its_own_level(remember, decay):
+    """Against calls on the whole video so far, each frame at its own time: what is finished at ``remember``, the newest
+    chunk at the step's; the solver by hand. Float32, five steps with guidance; chunks of 3, 3 and 1."""
+    model, size = random_model(HybridConfig(chunk_frames=3, overlap_frames=1, decay=decay)), (4, 6, 4)
+    steps = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=5)
+    keys, text = video_keys(3, count=1), random_text(2, 1)
+    states = init_states(model, steps=1, branches=2, batch=1, height=4, width=6)
+    made, after = quickly_compiled(
+        lambda s: per_chunk(
+            model, keys, text, s, shape=(7, *size), steps=steps, solver=UniPC(), guidance=GUIDED, remember=remember
+        )
+    )(states)  # fmt: skip
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, states)
+
+    call = quickly_compiled(lambda x, t, row: model(x, t, row))
+    seen = jnp.zeros((1, 0, *size))
+    for first, frames in ((0, 3), (3, 3), (6, 1)):
+        state = UniPC().init(frame_noise(keys, (frames, *size), first_frame=first))
+        for i in range(5):
+            row = steps.at(i)
+            whole = jnp.concatenate([seen, state.latents], axis=1)
+            times = jnp.where(jnp.arange(first + frames) < first, 1000 * remember, row.timestep)[None]
+            velocities = [call(whole, times, each)[:, first:] for each in text]
+            state = UniPC().step(state, GUIDED.combine(velocities), coefficients=row.coefficients)
+        assert difference(state.latents, made[:, first : first + frames]) <= 1e-4
+        again = memory_noise(keys, (frames, *size), first_frame=first)
+        seen = jnp.concatenate([seen, (1 - remember) * state.latents + remember * again], axis=1)
+    assert difference(made, swept(model, (7, *size), by=per_step, steps=steps)) > 0.01
+
+
+@pytest.mark.parametrize("remember", ["step", "0.5", -0.1, 1.0, float("nan"), True, None])
+def test_what_cannot_be_remembered(remember):
+    with pytest.raises(RehyatError, match="remember must be"):
+        check_remember(remember)
 
 
 def test_a_chunk_as_long_as_the_video_is_the_teacher():

@@ -12,24 +12,26 @@ import dataclasses
 import functools
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.config import VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
-from rehyat_jax.model_folder import find_model
+from rehyat_jax.model_folder import DEFAULTS_FILE, find_model
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.record import Phases
+from rehyat_jax.sampling.sweep import check_remember
 from rehyat_jax.text import Tokenizer
 from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_transformer
-from rehyat_jax.weights.writing import whole_folder
+from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.writing import whole_folder, write_json
 from train.arithmetic import forward_flops
 from train.checkpoint import Checkpoints
 from train.clips import Bucket
@@ -43,12 +45,33 @@ from train.sizes import check_sizes
 from train.videos import showing
 
 #: What a result has from its source, as it is there.
-_KEPT = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "rehyat_defaults.json")
+_KEPT = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", DEFAULTS_FILE)
 
 
 def main(argv: list[str]) -> int:
     """``rehyat finetune CONFIG [--field value …]``; see `run_training`."""
     return run_training("finetune", argv, about=__doc__ or "", kinds=lambda: (FinetuneTraining,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """Clips whose chunks have noise levels of their own, many of them almost none (Diffusion Forcing, arXiv
+    2407.01392): so that a chunk learns to go on from finished ones, which a stream then remembers as they are.
+
+    At one level for all frames the past is as noisy as the present. What only it can tell, as who is behind the pillar,
+    then shows at the few levels at which the past is clear enough to tell it and the present not to know it already.
+    """
+
+    #: Of clips; the others have one level for all frames.
+    share: float = 0.0
+    #: Of their chunks, those that are history: nearly clean, and not learned themselves.
+    clean: float = 0.5
+    #: The highest noise level of history.
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.share <= 1 and 0 <= self.clean < 1 and 0 <= self.noise < 1):
+            raise ConfigError("history needs a share from 0 to 1, and clean and noise from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +87,9 @@ class FinetuneTraining(FlowTraining):
     #: How blocks are converted; none: as the source's are. A student keeps its feature maps, and what it lacks of
     #: this (decay, length) starts as if it were not there.
     hybrid: tyro.conf.AvoidSubcommands[HybridConfig | None] = None
+    history: History = History()
+    #: What the student's streams do unless a user says otherwise: see ``rehyat generate --remember``.
+    remember: Literal["steps"] | float = "steps"
     #: Whose velocity the student's is compared with, and the weight of their mean squared difference beside the flow's.
     teacher: Path | None = None
     teacher_weight: float = 0.0
@@ -92,6 +118,11 @@ class FinetuneTraining(FlowTraining):
             raise ConfigError("a teacher needs a teacher_weight above 0, and a teacher_weight needs a teacher")
         if self.teacher is not None and all(bucket.frames > self.teacher_frames for bucket in self.buckets):
             raise ConfigError(f"no bucket's clips are as short as teacher_frames ({self.teacher_frames})")
+        if self.history.share and (self.hybrid is None or not self.hybrid.causal):
+            raise ConfigError("history is of causal chunks: say by hybrid what the student's are")
+        if self.history.share and self.teacher is not None:
+            raise ConfigError("a teacher has seen one noise level for all frames alone: it cannot be beside history")
+        check_remember(self.remember)
 
     @property
     def result(self) -> Path:
@@ -149,8 +180,26 @@ class FinetuneTraining(FlowTraining):
         with phases.measure("save"):
             averaged = devices.on_host(state.ema)
             if first_process():
-                _write(self.result, source, nnx.merge(graph, averaged))
+                self._write(self.result, source, nnx.merge(graph, averaged))
             wait_for_all("result")
+
+    def levels(
+        self, sigma: Float[Array, " B"], key: Key[Array, ""], *, frames: int
+    ) -> tuple[Float[Array, "B *T"], Float[Array, "B T"] | None]:
+        """With `History` a level for each chunk: the clip's own, history's, or another clip's."""
+        if not self.history.share or self.hybrid is None:
+            return sigma, None
+        history, size = self.history, sigma.shape[0]
+        chunk = jnp.arange(frames, dtype=jnp.int32) // self.hybrid.chunk_frames
+        own, mixed, clean, noise = jax.random.split(key, 4)
+        shape = size, -(-frames // self.hybrid.chunk_frames)
+        others = jax.vmap(lambda k: jax.random.permutation(k, sigma))(jax.random.split(mixed, shape[1])).T
+        past = jax.random.bernoulli(clean, history.clean, shape)
+        levels = jnp.where(past, history.noise * jax.random.uniform(noise, shape), others)
+        # Stratified over the batch, whose order says nothing but the clip's level: which is left at random.
+        apart = (jax.random.permutation(own, size) < round(history.share * size))[:, None]
+        weights = 1 - (past & apart).astype(jnp.float32)
+        return jnp.where(apart, levels, sigma[:, None])[:, chunk], weights[:, chunk]
 
     def student(self, source: Path) -> WanTransformer:
         """The student before it has learned."""
@@ -180,7 +229,19 @@ class FinetuneTraining(FlowTraining):
         graph, params = _in_dtype(student, jnp.dtype(self.dtype))
         with Checkpoints(self.train_folder / "checkpoints") as checkpoints:
             state = checkpoints.read(self.optimizer.init(params), step=step)
-        _write(folder, source, nnx.merge(graph, state.ema))
+        self._write(folder, source, nnx.merge(graph, state.ema))
+
+    def _write(self, folder: Path, source: Path, student: WanTransformer) -> None:
+        with whole_folder(folder) as partial:
+            for name in _KEPT:
+                if (source / name).is_dir():
+                    shutil.copytree(source / name, partial / name)
+                elif (source / name).is_file():
+                    shutil.copyfile(source / name, partial / name)
+            defaults = dict(read_json(file)) if (file := source / DEFAULTS_FILE).is_file() else {}
+            if self.remember != defaults.get("remember", "steps"):
+                write_json(partial / DEFAULTS_FILE, defaults | {"remember": self.remember})
+            save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
 
     def shares(self, params: PyTree) -> PyTree:
         """Of the learning rate, a leaf each."""
@@ -199,7 +260,7 @@ class FinetuneTraining(FlowTraining):
         def loss(params: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, dict[str, Array]]:
             inputs = batch.noisy, batch.timesteps, batch.text
             velocity = nnx.merge(graph, params)(*inputs, **self.forward)
-            flow = flow_loss(velocity, batch.velocity)
+            flow = flow_loss(velocity, batch.velocity, batch.weights)
             if teacher_graph is None or batch.noisy.shape[1] > longest:
                 return flow, {"loss": flow}
             teacher = nnx.merge(teacher_graph, frozen["teacher"])
@@ -220,16 +281,6 @@ def whole_model(name: Path) -> Path:
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
     return folder
-
-
-def _write(folder: Path, source: Path, student: WanTransformer) -> None:
-    with whole_folder(folder) as partial:
-        for name in _KEPT:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, partial / name)
-            elif (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
 
 
 def student_of(model: WanTransformer, hybrid: HybridConfig | None, *, where: Path) -> WanTransformer:

@@ -184,14 +184,23 @@ class FlowTraining:
         # Stratified over the batch: every level of noise in every step.
         even = (jnp.arange(size, dtype=jnp.float32) + jax.random.uniform(time_key, (size,))) / size
         sigma = self.shift * even / (1 + (self.shift - 1) * even)
+        sigma, weights = self.levels(sigma, jax.random.fold_in(time_key, 1), frames=pool.latents.shape[1])
         noise = jax.random.normal(noise_key, pool.latents.shape)
-        wide = sigma[:, None, None, None, None]
+        wide = sigma.reshape(size, -1, 1, 1, 1)
         return Batch(
             noisy=(1 - wide) * pool.latents + wide * noise,
             timesteps=sigma * 1000,
             text=jax.tree.map(mixed, pool.text, empty),
             velocity=noise - pool.latents,
+            weights=weights,
         )
+
+    def levels(
+        self, sigma: Float[Array, " B"], key: Key[Array, ""], *, frames: int
+    ) -> tuple[Float[Array, "B *T"], Float[Array, "B T"] | None]:
+        """Noise levels of clips of so many latent frames, and what each frame counts in the loss; from a level for each
+        clip, all of which are to be met as often as they are there."""
+        return sigma, None
 
     def train(
         self,
@@ -377,9 +386,14 @@ def embed(encoder: UMT5Encoder, tokens: Captions) -> Float[Array, "B L D"]:
     return jnp.where(tokens.mask[..., None] > 0, text, jnp.zeros((), text.dtype))
 
 
-def flow_loss(velocity: Float[Array, "B T h w z"], target: Float[Array, "B T h w z"]) -> Float[Array, ""]:
-    """Mean squared error, in float32."""
-    return jnp.mean(jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32)))
+def flow_loss(
+    velocity: Float[Array, "B T h w z"], target: Float[Array, "B T h w z"], weights: Float[Array, "B T"] | None = None
+) -> Float[Array, ""]:
+    """Mean squared error, in float32; of the frames that count."""
+    squared = jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32))
+    if weights is None:
+        return jnp.mean(squared)
+    return jnp.sum(jnp.mean(squared, axis=(2, 3, 4)) * weights) / jnp.maximum(jnp.sum(weights), 1)
 
 
 def _padded(x: np.ndarray, length: int) -> np.ndarray:

@@ -14,14 +14,16 @@ from train.sharding import parameter_specs
 
 
 class Batch(NamedTuple):
-    """Clips of a step, each at a noise level of its own."""
+    """Clips of a step, each at a noise level of its own, or its latent frames at theirs."""
 
     noisy: Float[Array, "B T h w z"]
     #: 1000 times the noise level.
-    timesteps: Float[Array, " B"]
+    timesteps: Float[Array, "B *T"]
     text: PyTree
     #: What is to be learned: noise − video.
     velocity: Float[Array, "B T h w z"]
+    #: What each latent frame counts in the loss, 0 or 1; none: all the same.
+    weights: Float[Array, "B T"] | None = None
 
 
 #: From parameters that learn, others that do not, and a batch: what is minimised, and values to log.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from rehyat_jax.cli.generate import parse_remember
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.files import check_writable
@@ -73,6 +74,9 @@ class Sprites:
     guidance: Annotated[float | None, tyro.conf.arg(metavar="G")] = None
     """Guidance; the model's own when not given."""
 
+    remember: Annotated[str | None, tyro.conf.arg(metavar="steps|LEVEL")] = None
+    """What later chunks of a stream see of one, as in ``rehyat generate``; as the model was trained when not given."""
+
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")] = Path("sprites.json")
     """Where every figure and the record of the run are to stand; written anew whenever a subject is measured."""
 
@@ -118,11 +122,15 @@ def _run(options: Sprites) -> None:
         if why is not None:
             print(f"rehyat: {why}; the figures of streams are left out", file=sys.stderr)
         display("load", 1, 1)
-        sampling = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+        sampling = {
+            "num_inference_steps": options.steps, "guidance_scale": options.guidance,
+            "remember": parse_remember(options.remember),
+        }  # fmt: skip
         settings = pipe.settings(num_frames=sample.frames, height=64, width=64, **sampling)  # type: ignore[arg-type]
         resolved = dataclasses.asdict(options) | dataclasses.asdict(sample) | {
             "num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale,
             "schedule": dataclasses.asdict(settings.schedule), "solver": str(settings.solver),
+            "remember": settings.remember,
         }  # fmt: skip
 
         def write(found: list[Measurement]) -> None:

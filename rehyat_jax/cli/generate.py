@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
     from rehyat_jax.record import Phases
     from rehyat_jax.sampling import FlowSchedule, Solver
+    from rehyat_jax.sampling.sweep import Remember
     from rehyat_jax.settings import Settings
 
 
@@ -48,7 +49,12 @@ class Generate:
     sweep: Annotated[Literal["per-step", "per-chunk"] | None, tyro.conf.arg(metavar="per-step|per-chunk")] = None
     """per-step: all frames at each step; any model. per-chunk: all steps at each chunk of frames, in memory that does
     not grow, written while it is made; a model whose blocks are all converted. When not given: per-chunk where the
-    model can (the video is the same, but for a last chunk that is cut), else per-step."""
+    model can, else per-step. The video is the same, but for a last chunk that is cut and for --remember."""
+
+    remember: Annotated[str | None, tyro.conf.arg(metavar="steps|LEVEL")] = None
+    """What the later chunks of a per-chunk sweep see of one. steps: what it was at their own noise level, so that the
+    video is that of a per-step sweep. A noise level from 0 to below 1: the finished chunk with so much noise, in the
+    memory of one step; for a model that was trained so. When not given: as the model was trained."""
 
     resume: bool = False
     """Go on with a per-chunk video that was interrupted or killed, from FILE.mp4.state: the same command with
@@ -109,6 +115,9 @@ def _run(options: Generate) -> None:
         raise RehyatError(f"--out must end in .mp4, not {options.out.name!r}")
     if options.resume and options.sweep == "per-step":
         raise RehyatError("--resume goes on with a per-chunk sweep; a per-step one leaves nothing to go on with")
+    if options.remember is not None and options.sweep == "per-step":
+        raise RehyatError("--remember is of a per-chunk sweep: in a per-step one chunks see each other as they stand")
+    remember = parse_remember(options.remember)
     hybrid = _parse_hybrid(options.hybrid)
     # Now, not after minutes of work.
     outputs = Outputs(video=options.out, sheet=options.out.with_suffix(".png"), record=options.out.with_suffix(".json"))
@@ -145,6 +154,7 @@ def _run(options: Generate) -> None:
                 "guidance_scale": options.guidance,
                 "schedule": _schedule(options, pipe.schedule),
                 "solver": _solver(options, pipe.solver),
+                "remember": remember,
             },
         )
         asked = {name: getattr(options, name)
@@ -203,6 +213,15 @@ def _parse_hybrid(text: str | None) -> HybridConfig | Literal["auto"]:
     from rehyat_jax.hybrid_config import HybridConfig
 
     return HybridConfig(chunk_frames=int(match[1]), overlap_frames=int(match[2]))
+
+
+def parse_remember(text: str | None) -> Remember | None:
+    if text is None or text == "steps":
+        return text  # type: ignore[return-value]
+    try:
+        return float(text)
+    except ValueError:
+        raise RehyatError(f"--remember must be steps or a noise level from 0 to below 1, not {text[:80]!r}") from None
 
 
 def _parse_size(size: str | None) -> tuple[int | None, int | None]:

@@ -6,6 +6,9 @@
   at that same level. For a model whose blocks are all causal hybrids the two are the same function; this one needs
   memory for one chunk and the states, however long the video.
 
+What a chunk is remembered as is a choice of the second sweep: at every step's own noise level, or once, when it is
+finished (`Remember`).
+
 Noise belongs to a latent frame: it is drawn from the video's key and the frame's number alone, so that neither the
 length of a video nor its chunks change it, and both sweeps begin with the same.
 
@@ -15,13 +18,14 @@ The sweeps are to be called inside jit.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from rehyat_jax.errors import RehyatError
+from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.block import TextKV
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.sampling.guidance import Guidance, guided_velocity
@@ -31,9 +35,17 @@ from rehyat_jax.sampling.solvers import Solver
 #: The transformer's stream states: every leaf is ``[steps, branches, layers, …]``, see `init_states`.
 States: TypeAlias = PyTree[Array]
 
+#: How the per-chunk sweep remembers a chunk. ``"steps"``: at every step's noise level, one state each, which makes the
+#: video of a per-step sweep. A noise level from 0 to below 1: once, when it is finished, with so much noise (0: as it
+#: is), one state for all steps. That needs a model that was trained so (Diffusion Forcing, arXiv 2407.01392;
+#: Self-Forcing, arXiv 2506.08009): its states are as many times smaller as there are steps.
+Remember: TypeAlias = Literal["steps"] | float
+
 #: The same numbers on every device, whatever JAX is configured to draw by default.
 RANDOM = "threefry2x32"
 _LARGEST_SEED = (1 << 32) - 1
+#: Of the noise that a chunk is remembered with: the number of no frame.
+_AGAIN = (1 << 32) - 1
 
 
 def video_keys(seed: int, *, count: int) -> Key[Array, " count"]:
@@ -65,6 +77,24 @@ def frame_noise(
     return jax.vmap(jax.vmap(frame, (None, 0)), (0, None))(keys, numbers)
 
 
+def check_remember(value: Any) -> Remember:
+    """
+    Raises:
+        ConfigError: there is no such way to remember.
+    """
+    if value == "steps" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1):
+        return value
+    raise ConfigError(f'remember must be "steps" or a noise level from 0 to below 1, not {str(value)[:80]!r}')
+
+
+def memory_noise(
+    keys: Key[Array, " B"], shape: tuple[int, int, int, int], *, first_frame: int | Int[Array, ""]
+) -> Float[Array, "B T h w z"]:
+    """As `frame_noise`, and independent of it: what finished frames are remembered with."""
+    again = jax.vmap(lambda key: jax.random.fold_in(key, np.uint32(_AGAIN)))(keys)
+    return frame_noise(again, shape, first_frame=first_frame)
+
+
 def chunk_frames(model: WanTransformer) -> int:
     """Latent frames of a chunk.
 
@@ -81,6 +111,7 @@ def init_states(model: WanTransformer, *, steps: int, branches: int, batch: int,
     """The states before a video's first chunk: the model's own under leading axes of steps and guidance branches.
 
     Args:
+        steps: as many as `Remember` asks for: one a step, or 1.
         branches: 1 without guidance, 2 with: `Guidance.branches`.
         height, width: of the latents.
 
@@ -114,6 +145,8 @@ def denoise_chunk(
     solver: Solver,
     guidance: Guidance,
     text_tokens: int | None = None,
+    remember: Remember = "steps",
+    again: Float[Array, "B T h w z"] | None = None,
 ) -> tuple[Float[Array, "B T h w z"], States]:
     """One chunk through all steps: its latents, and the states after it.
 
@@ -125,33 +158,41 @@ def denoise_chunk(
         text: `read_text`'s; other prompts' from chunk to chunk, if one likes.
         states: `init_states`', or those that came with the chunk before.
         first_frame: the chunk's first latent frame, counted from the video's beginning; may be traced.
+        again: where the chunk is remembered with noise: `memory_noise`.
 
     Raises:
         RehyatError: the model cannot stream.
     """
-    branches = jnp.arange(text.k.shape[0], dtype=jnp.int32)
+    branches, by_step = jnp.arange(text.k.shape[0], dtype=jnp.int32), remember == "steps"
+    first = jnp.zeros((), jnp.int32)
+
+    def forward(states: States, latents: Array, time: Any, number: Any, *, keep: bool) -> tuple[States, Array]:
+        """Every branch's velocity, from the states of a step's number; these are kept as they are, or replaced."""
+        x = latents.astype(model.dtype)
+        t = jnp.broadcast_to(jnp.asarray(time, jnp.float32), x.shape[:1])
+
+        def branch(states: States, each: tuple[Int[Array, ""], TextKV]) -> tuple[States, Array]:
+            place, prompt = each
+            mine = jax.tree.map(lambda s: _at(s, number, place), states)
+            velocity, mine = model.stream(x, t, prompt, mine, first_frame=first_frame, text_tokens=text_tokens)
+            if keep:
+                states = jax.tree.map(lambda s, new: _replaced(s, new, number, place), states, mine)
+            return states, velocity.astype(latents.dtype)
+
+        return jax.lax.scan(branch, states, (branches, text))
 
     def step(carry: tuple[Any, States], x: tuple[Int[Array, ""], Steps]) -> tuple[tuple[Any, States], None]:
         (state, states), (number, row) = carry, x
-        latents = state.latents.astype(model.dtype)
-        t = jnp.broadcast_to(jnp.asarray(row.timestep, jnp.float32), latents.shape[:1])
-
-        def branch(states: States, x: tuple[Int[Array, ""], TextKV]) -> tuple[States, Array]:
-            place, prompt = x
-            mine = jax.tree.map(lambda s: _at(s, number, place), states)
-            velocity, mine = model.stream(
-                latents, t, prompt, mine, first_frame=first_frame, text_tokens=text_tokens
-            )
-            states = jax.tree.map(lambda s, new: _replaced(s, new, number, place), states, mine)
-            return states, velocity.astype(state.latents.dtype)
-
-        states, velocities = jax.lax.scan(branch, states, (branches, text))
+        states, velocities = forward(states, state.latents, row.timestep, number if by_step else first, keep=by_step)
         state = solver.step(state, guidance.combine(list(velocities)), coefficients=row.coefficients)
         return (state, states), None
 
     rows = jax.tree.map(jnp.asarray, steps)
     numbers = jnp.arange(rows.timestep.shape[0], dtype=jnp.int32)
     (state, states), _ = jax.lax.scan(step, (solver.init(noise), states), (numbers, rows))
+    if remember != "steps":
+        seen = state.latents if again is None else (1 - remember) * state.latents + remember * again
+        states, _ = forward(states, seen, 1000 * remember, first, keep=True)
     return state.latents, states
 
 
@@ -166,6 +207,7 @@ def per_chunk(
     steps: Steps,
     solver: Solver,
     guidance: Guidance,
+    remember: Remember = "steps",
 ) -> tuple[Float[Array, "B T h w z"], States]:
     """The next latent frames of a video, a scan over chunks of a scan over steps, and the states after them.
 
@@ -188,7 +230,8 @@ def per_chunk(
         first = first_frame + number * chunk
         latents, states = denoise_chunk(
             model, frame_noise(keys, (frames, *shape[1:]), first_frame=first), read, states, first_frame=first,
-            steps=steps, solver=solver, guidance=guidance,
+            steps=steps, solver=solver, guidance=guidance, remember=remember,
+            again=memory_noise(keys, (frames, *shape[1:]), first_frame=first) if remember != "steps" else None,
         )  # fmt: skip
         return states, latents
 

@@ -79,6 +79,7 @@ def _streamed(
             latents, states = denoise_chunk(
                 weights, states, keys, read, jnp.asarray(number * chunk, jnp.int32), plan, graph=graph,
                 shape=shape, solver=settings.solver, guidance=settings.guidance, text_tokens=state.text.shape[-2],
+                remember=settings.remember,
             )  # fmt: skip
             for i in range(chunk):
                 latent = latents[:, i : i + 1]
