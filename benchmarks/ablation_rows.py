@@ -28,8 +28,11 @@ class Row:
     history: History = History()
 
 
+_NONE, _HISTORY = History(), History(share=0.75)
+
+
 def _row(*stages: Stage, loss: Literal["l1", "score"] = "l1", headline: bool = False, streamed: bool = False,
-         history: History = History(), **fields: Any) -> Row:  # fmt: skip
+         history: History = _NONE, **fields: Any) -> Row:  # fmt: skip
     """By what differs from chunks of three frames, an overlap of one, all blocks, length_norm where it can be."""
     can = fields.get("kind", "hybrid") == "hybrid" and fields.get("causal", True)
     return Row(
@@ -37,8 +40,6 @@ def _row(*stages: Stage, loss: Literal["l1", "score"] = "l1", headline: bool = F
         headline=headline, streamed=streamed, history=history,
     )  # fmt: skip
 
-
-_HISTORY = History(share=0.75)
 
 ROWS: dict[str, Row] = {
     "base": _row(headline=True, streamed=True),
