@@ -25,11 +25,9 @@ import math
 import shutil
 import statistics
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -195,8 +193,6 @@ class Work:
     def __init__(self, study: Study, job: Job) -> None:
         self.study, self.sizes, self.row, self.seed = study, study.sizes, ROWS[job.row], job.seed
         self.folder = study.out / "students" / f"{job.row.replace(' ', '-')}-{job.seed}{'-warm' * study.warm}"
-        #: Threads that trace one function together would not make the same program each time.
-        self.judging = threading.Lock()
         self.dtype: Any = study.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def run(self) -> dict[str, Any]:
@@ -253,7 +249,10 @@ class Work:
         )  # fmt: skip
 
     def measured(self, model: Path, *, begun: bool) -> dict[str, dict[str, Any]]:
-        """Figures by subject, with their seconds; all subjects side by side, for most of it is compiling.
+        """Figures by subject, with their seconds.
+
+        One after the other: cuDNN captures a graph when a program of its own is first run, and a thread that uses the
+        GPU meanwhile ends one of the two, or fills a clip with garbage (seen in JAX 0.11.2 on H100 and H200).
 
         Args:
             begun: it has been through a stage; a conversion that has not is not there to be measured.
@@ -261,7 +260,7 @@ class Work:
         sizes, seed, hybrid = self.sizes, _FIRST_SEED + self.seed, self.row.hybrid
         if hybrid is not None and not begun:
             return {}
-        parts: dict[str, Callable[[], Any]] = {}
+        parts: dict[str, Callable[[TextToVideo], dict[str, Any]]] = {}
         if sizes.clips:
             parts["plain"] = functools.partial(self._plain, clips=sizes.clips, frames=sizes.frames, seed=seed)
         for wait in sizes.waits if sizes.occlusions else ():
@@ -280,8 +279,7 @@ class Work:
             begin = time.perf_counter()
             return part(pipe) | {"seconds": round(time.perf_counter() - begin, 1)}
 
-        with ThreadPoolExecutor() as pool:
-            return dict(zip(parts, pool.map(timed, parts.values()), strict=True))
+        return {name: timed(part) for name, part in parts.items()}
 
     def _plain(
         self, pipe: TextToVideo, *, clips: int, frames: int, seed: int, streamed: bool = False
@@ -289,14 +287,12 @@ class Work:
         scenes, hybrid = unseen_scenes(clips, seed=seed), self.row.hybrid
         video = self._clips(pipe, captions(scenes), frames=frames, width=WIDTH, seed=seed, streamed=streamed)
         chunk = _FRAMES_OF_A_CHUNK if hybrid is None else hybrid.chunk_frames * pipe.vae.config.temporal_factor
-        with self.judging:
-            return _figures(report(video, scenes, chunk=chunk))
+        return _figures(report(video, scenes, chunk=chunk))
 
     def _behind(self, wait: int, pipe: TextToVideo, *, seed: int) -> dict[str, Any]:
         scenes, frames = occlusion_scenes(self.sizes.occlusions, wait=wait, seed=seed), occlusion_frames(wait)
         video = self._clips(pipe, captions(scenes), frames=frames, width=OCCLUSION_WIDTH, seed=seed + wait)
-        with self.judging:
-            return _figures(report_occlusions(video, scenes))
+        return _figures(report_occlusions(video, scenes))
 
     def _clips(
         self, pipe: TextToVideo, texts: list[str], *, frames: int, width: int, seed: int, streamed: bool = False

@@ -77,8 +77,6 @@ def _process(number: int, *, workers: int, gpus: int, logs: Path) -> ProcessPool
         environment = {
             "CUDA_VISIBLE_DEVICES": names[gpu] if gpu < len(names) and names[gpu] else str(gpu),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
-            # Of programs that threads run side by side, one's graph cannot be captured while another allocates.
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip(),
             "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_MEMORY / beside:.3f}",
         }
     logs.mkdir(parents=True, exist_ok=True)
