@@ -10,7 +10,7 @@ from typing import Any
 
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.sampling import FlowSchedule, Solver, UniPC, scheduler_from_config
-from rehyat_jax.sampling.sweep import Remember
+from rehyat_jax.sampling.sweep import Remember, check_remember
 from rehyat_jax.weights.files import read_json
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -48,6 +48,10 @@ class Defaults:
                 raise ConfigError(f"{DEFAULTS_FILE}: {name[:80]!r} is no setting; there are {', '.join(kinds)}")
             if not isinstance(value, kinds[name]) or isinstance(value, bool):
                 raise ConfigError(f"{DEFAULTS_FILE}: {name} cannot be {str(value)[:80]!r}")
+        try:
+            check_remember(source.get("remember", "steps"))
+        except ConfigError as error:
+            raise ConfigError(f"{DEFAULTS_FILE}: {error}") from error
         return cls(**source)
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling import Euler, FlowSchedule, Guidance, Solver, Steps, UniPC, plan_steps
 from rehyat_jax.sampling.schedule import Grid
-from rehyat_jax.sampling.sweep import Remember
+from rehyat_jax.sampling.sweep import Remember, check_remember
 
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "num_frames": int, "height": int, "width": int, "num_inference_steps": int, "guidance_scale": (int, float),
@@ -68,6 +68,7 @@ class Settings:
         """
         source = {"remember": "steps"} | dict(source)  # streams saved before there was another way
         numbers = _known({k: v for k, v in source.items() if k not in ("schedule", "solver")}, _NUMBERS, "settings")
+        check_remember(numbers["remember"])
         schedule, solver = source.get("schedule"), source.get("solver")
         if not isinstance(schedule, Mapping) or not isinstance(solver, Mapping):
             raise ConfigError("the settings name no schedule or no solver")

@@ -122,6 +122,8 @@ def test_sizes_that_do_not_divide_are_cut_and_said(rehyat, checkpoint, tmp_path)
         (["--shift", "0"], ["shift"]),
         (["--shift", "inf"], ["shift"]),
         (["--seed", "-1"], ["seed"]),
+        (["--remember", "1.5"], ["remember", "1.5"]),
+        (["--remember", "clean"], ["--remember", "clean"]),
         (["--grid", "diffusers-euler"], ["UniPC"]),
         (["--out", "a.gif"], [".mp4"]),
         (["--model", "no-such-model"], ["no-such-model", "bundled"]),

@@ -144,6 +144,27 @@ def test_the_sweep_is_the_one_the_model_can_do(rehyat, checkpoint, tmp_path):
     assert np.abs(videos["whole"] - videos["student"]).mean() < 4
 
 
+def test_what_a_stream_remembers_is_its_own(rehyat, stopped, checkpoint, tmp_path):
+    """The stream of Python with the same ``remember``; a run that was begun otherwise is not gone on with."""
+    out = tmp_path / "clean.mp4"
+    code, _, error = rehyat(out, "--frames", 13, "--remember", 0.25)
+    assert code == 0, error
+    assert json.loads(out.with_suffix(".json").read_text())["settings"]["remember"] == 0.25
+    pipe = TextToVideo.from_pretrained(checkpoint, hybrid=HybridConfig(chunk_frames=2, overlap_frames=1))
+    how = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0}
+    videos = [
+        np.concatenate([next(stream) for _ in range(2)])
+        for stream in (pipe.open_stream("a cat", remember=each, **how) for each in (0.25, "steps"))
+    ]
+    assert np.abs(read_video(out)[:, 8::16, 8::16].astype(float) - videos[0]).mean() < 4
+    assert (videos[0] != videos[1]).any()
+    out = stopped(2)
+    for option in ("0.25", "nothing", "1"):
+        words = ["was begun with remember steps, not 0.25"] if option == "0.25" else ["remember must be"]
+        assert_sentence(rehyat(out, "--resume", "--frames", SHORT, "--remember", option), *words)
+    assert_sentence(rehyat(tmp_path / "b.mp4", "--sweep", "per-step", "--remember", "0"), "per-chunk sweep")
+
+
 def test_a_model_that_cannot_stream_names_its_blocks(rehyat, tmp_path):
     for option in ("--sweep=per-chunk", "--resume"):
         result = rehyat(tmp_path / "a.mp4", option, how=SMALL[2:])

@@ -239,8 +239,10 @@ def test_unknown_models_are_sentences(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"height": "64"}', '{"height": true}', '{"height": 1.5}', '{"x": 1}', "[]", "{", '{"height": null}', ""]
-)
+    "text",
+    ['{"height": "64"}', '{"height": true}', '{"height": 1.5}', '{"x": 1}', "[]", "{", '{"height": null}', "",
+     '{"remember": "all"}', '{"remember": 1}', '{"remember": true}', '{"remember": NaN}'],
+)  # fmt: skip
 def test_hostile_defaults_are_sentences(checkpoint, tmp_path, cache, text):
     folder = shutil.copytree(checkpoint, tmp_path / "hostile")
     (folder / "rehyat_defaults.json").write_text(text)

@@ -329,12 +329,12 @@ def test_settings_that_have_no_form_on_disk(pipe, tmp_path):
 @hypothesis.settings(max_examples=50, deadline=None)
 @given(
     st.sampled_from([Euler(), UniPC(1), UniPC(3)]), st.sampled_from(["diffusers", "official"]), st.floats(0.1, 20),
-    st.floats(0, 20), st.integers(1, 100),
+    st.floats(0, 20), st.integers(1, 100), st.sampled_from(["steps", 0.0, 0.25]),
 )  # fmt: skip
-def test_settings_come_back_from_json(solver, grid, shift, guidance, steps):
+def test_settings_come_back_from_json(solver, grid, shift, guidance, steps, remember):
     settings = Settings(
         num_frames=9, height=480, width=832, num_inference_steps=steps, guidance_scale=guidance,
-        schedule=FlowSchedule(grid=grid, shift=shift), solver=solver,
+        schedule=FlowSchedule(grid=grid, shift=shift), solver=solver, remember=remember,
     )  # fmt: skip
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
@@ -376,6 +376,8 @@ HUGE = 10**400
         {"settings": {"schedule": {"shift": 0}}}, {"settings": {"schedule": {"shift": HUGE}}},
         {"settings": {"schedule": {"shift": float("inf")}}}, {"settings": {"schedule": {"num_train_timesteps": HUGE}}},
         {"settings": {"schedule": {"num_train_timesteps": 0}}},
+        {"settings": {"remember": 0.5}}, {"settings": {"remember": "all"}}, {"settings": {"remember": 1}},
+        {"settings": {"remember": float("nan")}},
         {"settings": {"solver": {"name": "os.system"}}}, {"settings": {"solver": {"name": 3}}},
         {"settings": {"solver": {"order": 7}}}, {"settings": {"solver": {"order": None}}},
         {"settings": {"solver": {"more": 1}}}, {"settings": {"solver": {"name": "Euler"}}},
@@ -408,6 +410,11 @@ def test_hostile_arrays_are_sentences(pipe, saved, tmp_path, name, change, match
     rewritten(saved[0], tmp_path, arrays={name: change(load_file(saved[0] / FILE).get(name))})
     with pytest.raises(CheckpointError, match=match):
         pipe.resume_stream(tmp_path)
+
+
+def test_a_stream_saved_before_remember_was_a_setting(pipe, saved, tmp_path):
+    rewritten(saved[0], tmp_path, header={"settings": {"remember": None}})
+    assert pipe.resume_stream(tmp_path).settings.remember == "steps"
 
 
 def test_what_is_no_stream_is_a_sentence(pipe, saved, tmp_path):
