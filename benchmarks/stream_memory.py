@@ -1,11 +1,12 @@
 """Memory of a stream at Wan-1.3B's sizes: what the compiled programs need, and with ``--run`` what a device used.
 
     python -m benchmarks.stream_memory
+    python -m benchmarks.stream_memory --remember 0
     python -m benchmarks.stream_memory --run
 
-The first compiles for this machine's backend, without any weights (half a minute on two cores): the program that a
+The first two compile for this machine's backend, without any weights (half a minute on two cores): the program that a
 stream runs for every chunk, the one that decodes a latent frame, and the whole sweep as one program for each length,
-whose result is the whole video's latents. The second makes a stream of random weights and says after each of the
+whose result is the whole video's latents. The last makes a stream of random weights and says after each of the
 lengths what was in use at most since the process began; at 999 latent frames, 333 chunks, it is for a GPU.
 """
 
@@ -52,6 +53,8 @@ class Options:
     guidance: float = 1.0
     chunk_frames: int = 3
     overlap_frames: int = 1
+    #: See `rehyat_jax.sampling.sweep.Remember`.
+    remember: Literal["steps"] | float = "steps"
     #: Latent frames.
     lengths: tuple[int, ...] = (9, 999)
     #: Make the stream instead of compiling it.
@@ -62,7 +65,7 @@ class Options:
         return Settings(
             num_frames=1 + 4 * (self.chunk_frames - 1), height=self.height, width=self.width,
             num_inference_steps=self.steps, guidance_scale=self.guidance, schedule=FlowSchedule(shift=3.0),
-            solver=UniPC(),
+            solver=UniPC(), remember=self.remember,
         )  # fmt: skip
 
 
@@ -89,7 +92,9 @@ def programs(options: Options) -> dict[str, Any]:
     size = (settings.height // space, settings.width // space, vae.config.z_dim)
     read = read_text.eval_shape(weights, state.text, graph=graph)
     steps = jax.tree.map(lambda table: jax.ShapeDtypeStruct(table.shape, jnp.float32), settings.plan())
-    how: dict[str, Any] = {"solver": settings.solver, "guidance": settings.guidance}
+    how: dict[str, Any] = {
+        "solver": settings.solver, "guidance": settings.guidance, "remember": settings.remember
+    }  # fmt: skip
 
     named = {
         "a chunk of a stream": denoise_chunk.lower(

@@ -194,9 +194,10 @@ def test_a_text_is_read_once_for_all_chunks_and_steps():
     assert products(program, (1, 5, TINY.dim)) == 2 * (1 + 2 * TINY.num_layers)
 
 
-def test_memory_does_not_grow_with_the_length():
+@pytest.mark.parametrize("remember", ["steps", 0.0])
+def test_memory_does_not_grow_with_the_length(remember):
     """By XLA's account, 9 latent frames and 999 need the same beside the weights and the latents they result in."""
-    options = stream_memory.Options(model="tiny", width=48, height=32, lengths=(9, 999))
+    options = stream_memory.Options(model="tiny", width=48, height=32, lengths=(9, 999), remember=remember)
     lowered = list(stream_memory.programs(options).values())[-2:]
     short, long = (program.compile().memory_analysis() for program in lowered)
     assert short.argument_size_in_bytes == long.argument_size_in_bytes
