@@ -3,6 +3,7 @@
     rehyat prepare VIDEOS wan-1.3b-clips --model Wan2.1-T2V-1.3B-Diffusers --frames 81 --size 832x480   # once
     rehyat finetune wan_1_3b_finetune                                   # the same command on every host
     rehyat finetune wan_1_3b_finetune --source MODEL --accumulate 8     # 8 chips; of 16 GB, 16
+    rehyat finetune wan_1_3b_finetune --history.share 0.75 --remember 0    # streams with one state for all steps
     rehyat plan wan_1_3b_finetune --topology v5e:16x16           # what it takes, without a chip
 
 The mesh follows from the chips that there are: 64 clips a step are one a chip on 64; on 256 a clip's time is cut in

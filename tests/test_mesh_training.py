@@ -46,7 +46,8 @@ def _finetuning(**options):
 
 
 def _differences():
-    """Of a finetune step with a teacher, in two parts, on each mesh: the loss's and the gradients' largest from those
+    """Of a finetune step with a teacher, in two parts, each frame at its own time and a part of them learned, on each
+    mesh: the loss's and the gradients' largest from those
     of one device, as a share of an array's largest number."""
     student, teacher = (
         _random(lambda hybrid=hybrid: WanTransformer(WAN, hybrid=hybrid, rngs=nnx.Rngs(0)), seed)
@@ -57,7 +58,8 @@ def _differences():
     noisy, velocity, text = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 5, 16, 16, 4), (16, 5, 16, 16, 4), (16, 7, 16))
     )
-    batch = Batch(noisy, jnp.linspace(50.0, 950.0, 16), text, velocity)
+    times, learned = rng.uniform(0, 1000, (16, 5)), rng.random((16, 5)) < 0.7
+    batch = Batch(noisy, jnp.asarray(times, jnp.float32), text, velocity, jnp.asarray(learned, jnp.float32))
     training = _finetuning()
     loss = training.loss(graph, teacher_graph, longest=5)
 
