@@ -239,7 +239,7 @@ class Work:
         return kind(
             out=self.folder / "student", source=source, anew="distill" not in self.row.stages, hybrid=self.row.hybrid,
             buckets=(plain, behind) if sizes.occlusion_batch else (plain,), history=self.row.history,
-            remember=0.0 if self.row.history.share else "steps",
+            remember=self.row.history.noise / 2 if self.row.history.share else "steps",
             steps=sizes.finetune_steps, steps_per_round=_STEPS_PER_ROUND, unroll=True, shift=5.0, seed=self.seed,
             dtype=self.dtype,
             optimizer=OptimizerConfig(
