@@ -193,6 +193,7 @@ def test_info_tells_of_each_network(rehyat, checkpoint):
     for word in ("transformer", "vae", "text_encoder", "diffusers", "num_layers 2"):
         assert word in output
     assert_sentence(rehyat("info", checkpoint / "nothing"), "does not exist")
+    assert "hybrid      blocks 0-9 of 10" in rehyat("info", "mini-sprites")[1]
 
 
 def test_convert_makes_a_folder_that_runs(rehyat, checkpoint, tmp_path):

@@ -13,12 +13,13 @@ import tyro
 class Info:
     """Tell what a checkpoint holds: dialect, sizes, tensors, bytes. No tensor is read."""
 
-    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="PATH")]]
-    """A checkpoint's folder, a component's folder, or a file."""
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="PATH|NAME")]]
+    """A checkpoint's folder, a component's folder, or a file; or a bundled model's name."""
 
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(Info, args=argv, prog="rehyat info")
+    from rehyat_jax.model_folder import bundled_models
     from rehyat_jax.weights.inspect import describe
 
-    print(describe(options.path))
+    print(describe(bundled_models().get(str(options.path), options.path)))

@@ -51,7 +51,7 @@ class HybridInfo:
             *([f"finetuned   {self.softmax}"] if self.softmax else []),
             f"state       a block: {self.sums_nbytes:,} bytes of sums in float32, {kept:,} of kept tokens in bfloat16",
             f"            all {len(blocks)}: {len(blocks) * (self.sums_nbytes + kept):,} bytes a chunk",
-            f"            ({where}; for each step and guidance branch)",
+            f"            ({where}; for each guidance branch, and each step unless finished chunks are remembered)",
         ]
         if why := why_not_stream(self.config, self.converted):
             lines.append(f"            {why}")
