@@ -52,7 +52,7 @@ class Sprites:
 
     clips: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Clips of training length for each seed; a quarter as many (2 at least) for each wait, an eighth as many long
-    ones (1 at least). When not given: 256 on an accelerator, and 4 on a CPU: a small sample, some nine minutes on two
+    ones (1 at least). When not given: 256 on an accelerator, and 4 on a CPU: a small sample, some eight minutes on two
     cores."""
 
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
