@@ -60,7 +60,7 @@ def denoise_chunk(
     return sweep.denoise_chunk(
         nnx.merge(graph, weights), noise, text, states, first_frame=first_frame, steps=steps, solver=solver,
         guidance=guidance, text_tokens=text_tokens, remember=remember,
-        again=sweep.memory_noise(keys, shape, first_frame=first_frame) if remember != "steps" else None,
+        again=sweep.memory_noise(keys, shape, first_frame=first_frame, remember=remember),
     )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def test_a_finished_chunk_is_remembered_at_its_own_level(remember, decay):
             velocities = [call(whole, times, each)[:, first:] for each in text]
             state = UniPC().step(state, GUIDED.combine(velocities), coefficients=row.coefficients)
         assert difference(state.latents, made[:, first : first + frames]) <= 1e-4
-        again = memory_noise(keys, (frames, *size), first_frame=first)
+        again = memory_noise(keys, (frames, *size), first_frame=first, remember=remember)
         seen = jnp.concatenate([seen, (1 - remember) * state.latents + remember * again], axis=1)
     assert difference(made, swept(model, (7, *size), by=per_step, steps=steps)) > 0.01
 

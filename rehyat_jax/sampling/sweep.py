@@ -88,9 +88,11 @@ def check_remember(value: Any) -> Remember:
 
 
 def memory_noise(
-    keys: Key[Array, " B"], shape: tuple[int, int, int, int], *, first_frame: int | Int[Array, ""]
-) -> Float[Array, "B T h w z"]:
-    """As `frame_noise`, and independent of it: what finished frames are remembered with."""
+    keys: Key[Array, " B"], shape: tuple[int, int, int, int], *, first_frame: int | Int[Array, ""], remember: Remember
+) -> Float[Array, "B T h w z"] | None:
+    """As `frame_noise`, and independent of it: what finished frames are remembered with, where they are."""
+    if remember == "steps":
+        return None
     again = jax.vmap(lambda key: jax.random.fold_in(key, np.uint32(_AGAIN)))(keys)
     return frame_noise(again, shape, first_frame=first_frame)
 
@@ -231,7 +233,7 @@ def per_chunk(
         latents, states = denoise_chunk(
             model, frame_noise(keys, (frames, *shape[1:]), first_frame=first), read, states, first_frame=first,
             steps=steps, solver=solver, guidance=guidance, remember=remember,
-            again=memory_noise(keys, (frames, *shape[1:]), first_frame=first) if remember != "steps" else None,
+            again=memory_noise(keys, (frames, *shape[1:]), first_frame=first, remember=remember),
         )  # fmt: skip
         return states, latents
 
