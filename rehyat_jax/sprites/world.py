@@ -232,6 +232,13 @@ def positions(
     return fold(scenes.starts[:, None] + velocity * frame, span).astype(jnp.float32) / UNITS
 
 
+def seen_again(scenes: Occlusions, *, num_frames: int) -> Bool[Array, "B F"]:
+    """The frames in which some of the object shows on the other side of the pillar."""
+    x = positions(scenes, num_frames=num_frames)[:, :, 0, 1]
+    out = jnp.where(scenes.sides[:, None] == 0, x + SPRITE, OCCLUSION_WIDTH - x)
+    return out > (OCCLUSION_WIDTH + PILLAR) / 2
+
+
 def render(
     scenes: Scenes | Occlusions,
     *,
