@@ -163,9 +163,11 @@ def test_occlusion_timeline():
     beyond = np.where(np.asarray(few.sides)[:, None] == 0, np.arange(96) >= 66, np.arange(96) < 30)
     shows = (np.abs(video - video[:, -1:, :1, :1]).max((2, 4)) > 1e-3) & beyond[:, None]
     shows = shows.any(2)
-    assert marked[shows].all() and shows.any(1).all()
+    assert marked[shows].all()
+    assert shows.any(1).all()
     late = np.argmax(shows, axis=1) - np.argmax(marked, axis=1)
-    assert late.min() >= 0 and late.max() <= 8
+    assert late.min() >= 0
+    assert late.max() <= 8
     assert [world.occlusion_frames(w) for w in (0, 16, 48, 96, 256)] == [81, 97, 129, 177, 337]
     moving = np.where(left_first, 0, 4)
     assert not world.HELD_OUT[np.asarray(scenes.objects), moving].any()

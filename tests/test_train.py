@@ -162,7 +162,15 @@ def test_a_bucket_is_drawn_during_its_part_of_the_run():
 
 @pytest.mark.parametrize(
     "change",
-    [{"frames": 0}, {"batch": 0}, {"share": -1.0}, {"share": math.nan}, {"columns": 65}, {"seen_again": 2.0}, {"during": (0.5, 0.5)}],
+    [
+        {"frames": 0},
+        {"batch": 0},
+        {"share": -1.0},
+        {"share": math.nan},
+        {"columns": 65},
+        {"seen_again": 2.0},
+        {"during": (0.5, 0.5)},
+    ],
 )
 def test_impossible_buckets_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
