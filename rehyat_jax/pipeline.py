@@ -170,6 +170,7 @@ class TextToVideo:
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
         remember: Remember | None = None,
+        beginning: UInt8[np.ndarray, "F H W 3"] | None = None,
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
 
@@ -178,12 +179,14 @@ class TextToVideo:
                 stays, frames are then those that a call makes of the same seed, for every number of frames that is
                 whole chunks. A noise level from 0 to below 1: the finished chunk, with so much noise; memory is that
                 of one step. When not given, as the model was trained.
+            beginning: frames that the stream goes on from; of its size, and so many that they are whole chunks: of
+                chunks of 3 latent frames 9, 21, 33, … Its own frames come after these.
 
         Other arguments as for a call.
 
         Raises:
             RehyatError: a block of the transformer prevents it (the message names it); an impossible size, number or
-                seed.
+                seed; a beginning of another size or length.
         """
         frames = 1 + self.vae.config.temporal_factor * (chunk_frames(self.transformer) - 1)
         settings = self.settings(
@@ -192,7 +195,7 @@ class TextToVideo:
         )  # fmt: skip
         return Stream.start(
             prompt, transformer=self.transformer, vae=self.vae, text=self.text, settings=settings,
-            negative_prompt=negative_prompt, seed=seed,
+            negative_prompt=negative_prompt, seed=seed, beginning=beginning,
         )  # fmt: skip
 
     def stream(self, prompt: str, **options: Any) -> Iterator[np.ndarray]:

@@ -64,6 +64,31 @@ def denoise_chunk(
     )  # fmt: skip
 
 
+@partial(jax.jit, static_argnames=("graph", "text_tokens", "remember"), donate_argnames="states")
+def read_chunk(
+    weights: Any, states: Any, latents: Array, keys: Array, text: TextKV, first_frame: Array, steps: Steps, *,
+    graph: Any, text_tokens: int | None = None, remember: sweep.Remember = "steps",
+) -> Any:  # fmt: skip
+    """The states after a chunk of a video's beginning, which is given."""
+    _, frames, height, width, channels = latents.shape
+    shape = frames, height, width, channels
+    return sweep.read_chunk(
+        nnx.merge(graph, weights), latents, sweep.frame_noise(keys, shape, first_frame=first_frame), text, states,
+        first_frame=first_frame, steps=steps, text_tokens=text_tokens, remember=remember,
+        again=sweep.memory_noise(keys, shape, first_frame=first_frame, remember=remember),
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("graph", "frames_per_step"))
+def encode(
+    weights: Any, video: UInt8[Array, "B F H W 3"], *, graph: Any, frames_per_step: int
+) -> Float[Array, "B T h w z"]:
+    """A video's latents, as the transformer takes them."""
+    vae = nnx.merge(graph, weights)
+    latents = vae.encode(video.astype(jnp.float32) / 127.5 - 1, frames_per_step=frames_per_step)
+    return vae.normalize(latents.astype(jnp.float32))
+
+
 @partial(jax.jit, static_argnames=("graph", "pixels"))
 def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Callable[[Array], Array]) -> tuple[Array, Any]:
     """A video's first latent frame, and what the decoder needs of it."""

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from rehyat_jax.beginning import begun
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.models.block import TextKV
 from rehyat_jax.models.dit import WanTransformer
@@ -33,7 +34,7 @@ class Stream(Iterator[np.ndarray]):
     """One video, a chunk at a time: made by ``TextToVideo.open_stream`` and ``resume_stream``.
 
     Iterating gives uint8 blocks [F, H, W, 3]: 1 + 4 (T_c - 1) frames first, then 4 T_c for every chunk of T_c latent
-    frames, for as long as one asks.
+    frames, for as long as one asks. A beginning's frames are not among them.
 
     Attributes:
         state: the stream after the blocks handed out so far. Its arrays are given away to the next chunk: copy them to
@@ -54,16 +55,19 @@ class Stream(Iterator[np.ndarray]):
     @classmethod
     def start(
         cls, prompt: str, *, transformer: WanTransformer, vae: WanVAE, text: Text, settings: Settings,
-        negative_prompt: str = "", seed: int = 0,
+        negative_prompt: str = "", seed: int = 0, beginning: UInt8[np.ndarray, "F H W 3"] | None = None,
     ) -> Stream:  # fmt: skip
-        """A new stream.
+        """A new stream, which goes on from a beginning if there is one.
 
         Raises:
-            RehyatError: the transformer cannot stream, a prompt is not a text, or the seed is impossible.
+            RehyatError: the transformer cannot stream, a prompt is not a text, or the seed is impossible; a beginning
+                of another size or length than `rehyat_jax.beginning` takes.
         """
         keys = video_keys(seed, count=1)
         rows = _embedded(text, prompt, negative_prompt, settings, transformer)
         state = StreamState.zeros(transformer, vae, settings, keys=keys, text=rows)
+        if beginning is not None:
+            state, _ = begun(state, beginning[None], transformer=transformer, vae=vae, settings=settings)
         return cls(
             transformer=transformer, vae=vae, text=text, settings=settings, state=state, prompt=prompt,
             negative_prompt=negative_prompt,
@@ -102,7 +106,7 @@ class Stream(Iterator[np.ndarray]):
 
     @property
     def frames_done(self) -> int:
-        """Frames handed out so far."""
+        """Frames of the video so far: those handed out, and before them the beginning's."""
         latents = int(self._living().first_frame)
         return latents and 1 + self._vae.config.temporal_factor * (latents - 1)
 

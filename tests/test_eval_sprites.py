@@ -8,16 +8,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 from tiny_checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import cli
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.hybrid_config import HybridConfig
+from rehyat_jax.models.hybrid import HYBRID_PARAMETERS
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
-from rehyat_jax.sprites.clips import generated, quantized
+from rehyat_jax.sprites.clips import _emptied, generated, quantized, through_vae
 from rehyat_jax.sprites.evaluation import Measurement, to_dict
 from rehyat_jax.sprites.headline import headline
 from rehyat_jax.sprites.occlusion import report_occlusions, swapped_occlusions
@@ -77,6 +79,7 @@ def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path):
         *(("training length", source) for source in ("per step", "streamed", "teacher", *controls)),
         *(("long", source) for source in ("streamed", *controls)),
         *(("hidden wait 0", source) for source in ("streamed", "teacher", controls[0], controls[2])),
+        *(("continued, hidden wait 0", source) for source in ("streamed", "… emptied", controls[0])),
     ]
     # Controls that do not pass through this autoencoder, which is random.
     assert found["training length", "swapped"]["directions"] == 1
@@ -121,6 +124,8 @@ def test_a_softmax_model_has_no_streams_and_is_told_so(rehyat, teacher):
         ("gpu", [], (256, 32, 64), (0, 16, 48, 96)),
         ("cpu", ["--clips", "16", "--waits", "0", "96"], (16, 2, 4), (0, 96)),
         ("gpu", ["--clips", "4", "--waits", "48", "--long", "0"], (4, 0, 2), (48,)),
+        ("cpu", ["--clips", "0", "--occlusions", "16", "--long", "0"], (0, 0, 16), (48,)),
+        ("cpu", ["--occlusions", "0"], (4, 1, 0), (48,)),
     ],
 )
 def test_the_default_sample_is_the_devices_and_options_win(
@@ -145,6 +150,7 @@ def test_the_default_sample_is_the_devices_and_options_win(
         (["dreams"], ["sprites", "'dreams'"]),
         (["sprites", "--clips", "1"], ["--clips", "2"]),
         (["sprites", "--seeds", "0"], ["--seeds"]),
+        (["sprites", "--occlusions", "1"], ["--occlusions", "2"]),
         (["sprites", "--frames", "64"], ["--frames", "4k + 1"]),
         (["sprites", "--long", "-3"], ["--long"]),
         (["sprites", "--waits", "-1"], ["--waits"]),
@@ -185,6 +191,31 @@ def test_clips_are_the_streams_and_the_whole_videos_of_their_seeds(student):
             whole = generated(pipe, texts, settings, sweep="per-step", **how)
             assert steps[-1] == (4, 4)
             assert np.abs(streamed.astype(int) - whole).max() <= 1
+
+
+def test_clips_go_on_from_true_ones_with_or_without_what_they_remember(student):
+    pipe, rng = TextToVideo.from_pretrained(student), np.random.default_rng(0)
+    state = nnx.state(pipe.transformer, HYBRID_PARAMETERS)  # far from their start, so that the past counts
+    nnx.update(pipe.transformer, jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape, np.float32), state))
+    settings = pipe.settings(num_frames=21, height=16, width=32, num_inference_steps=2, guidance_scale=2.0)
+    true = rng.integers(0, 256, (2, 13, 16, 32, 3), np.uint8)
+    how = {"sweep": "per-chunk", "seed": 5, "batch": 2, "progress": lambda *done: None, "beginnings": true}
+    clips, emptied = (generated(pipe, ["a", "b"], settings, emptied=e, **how) for e in (False, True))
+    through = through_vae(pipe.vae, true, batch=2)
+    assert np.abs(clips[:, :13].astype(int) - through).max() <= 1
+    one = pipe.open_stream(
+        "b", height=16, width=32, num_inference_steps=2, guidance_scale=2.0, seed=6, beginning=true[1]
+    )
+    assert np.abs(next(one).astype(int) - clips[1, 13:]).max() <= 1
+    np.testing.assert_array_equal(emptied[:, :13], clips[:, :13])
+    assert (emptied[:, 13:] != clips[:, 13:]).any()
+
+    state = one.state.states
+    left = _emptied(state)
+    assert not any(np.asarray(x).any() for x in (left.s, left.z))
+    assert np.asarray(state.z).any()
+    for name in ("k", "v", "features_k"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(state, name))
 
 
 def test_no_prompt_is_one_of_training():

@@ -27,8 +27,8 @@ from tiny_checkpoint import save_tiny_checkpoint
 from rehyat_jax import HybridConfig, TextToVideo, load_transformer, streaming
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.hybrid import HYBRID_PARAMETERS
-from rehyat_jax.programs import read_text
-from rehyat_jax.sampling import Euler, FlowSchedule, UniPC
+from rehyat_jax.programs import read_text, to_uint8
+from rehyat_jax.sampling import Euler, FlowSchedule, UniPC, sweep
 from rehyat_jax.sampling.sweep import video_keys
 from rehyat_jax.settings import Settings
 from rehyat_jax.stream import MOST_FRAMES, StreamState, load_state
@@ -87,6 +87,48 @@ def test_a_stream_has_the_frames_of_a_call(pipe):
     apart = np.abs(np.concatenate(blocks).astype(int) - whole)
     assert apart.max() <= 1
     assert apart.mean() < 0.001
+
+
+@pytest.mark.parametrize("remember", ["steps", 0.0])
+def test_a_stream_goes_on_from_a_beginning(pipe, tmp_path, remember):
+    """Its first frames are those of the whole video's latents, decoded at once: the given and what was made after."""
+    video = np.random.default_rng(0).integers(0, 256, (13, 32, 48, 3), np.uint8)
+    stream = pipe.open_stream("a cat", seed=3, beginning=video, remember=remember, **SMALL)
+    assert stream.frames_done == 13
+    stream.save(tmp_path)
+    block = next(stream)
+    assert (block.shape, stream.frames_done) == ((8, 32, 48, 3), 21)
+    np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path)), block)
+
+    vae, settings = pipe.vae, stream.settings
+    given = vae.normalize(vae.encode(jnp.asarray(video, jnp.float32)[None] / 127.5 - 1))
+    keys, size = video_keys(3, count=1), given.shape[2:]
+    text = jnp.stack([pipe.text("a cat"), pipe.text("dull")])
+    read = sweep.read_text(pipe.transformer, text)
+    states = sweep.init_states(
+        pipe.transformer, steps=3 if remember == "steps" else 1, branches=2, batch=1, height=size[0], width=size[1]
+    )
+    options = {"steps": settings.plan(), "remember": remember}
+    for first in (0, 2):
+        states = sweep.read_chunk(
+            pipe.transformer, given[:, first : first + 2], sweep.frame_noise(keys, (2, *size), first_frame=first), read,
+            states, first_frame=first, **options,
+        )  # fmt: skip
+    made, _ = sweep.denoise_chunk(
+        pipe.transformer, sweep.frame_noise(keys, (2, *size), first_frame=4), read, states, first_frame=4,
+        solver=settings.solver, guidance=settings.guidance, **options,
+    )  # fmt: skip
+    whole = vae.decode(vae.denormalize(jnp.concatenate([given, made], axis=1)))
+    want = np.asarray(to_uint8(whole))[0, 13:]
+    assert np.abs(block.astype(int) - want).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [((12, 32, 48, 3), "8k - 3 frames"), ((9, 32, 48, 3), "8k - 3"), ((5, 32, 32, 3), "32x32")]
+)
+def test_a_beginning_that_does_not_fit_is_a_sentence(pipe, shape, words):
+    with pytest.raises(RehyatError, match=words):
+        pipe.open_stream("a cat", beginning=np.zeros(shape, np.uint8), **SMALL)
 
 
 def test_streams_differ_by_seed_alone(pipe, saved):

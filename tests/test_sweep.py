@@ -26,6 +26,7 @@ from rehyat_jax.sampling.sweep import (
     memory_noise,
     per_chunk,
     per_step,
+    read_chunk,
     read_text,
     video_keys,
 )
@@ -120,6 +121,47 @@ def test_a_finished_chunk_is_remembered_at_its_own_level(remember, decay):
         again = memory_noise(keys, (frames, *size), first_frame=first, remember=remember)
         seen = jnp.concatenate([seen, (1 - remember) * state.latents + remember * again], axis=1)
     assert difference(made, swept(model, (7, *size), by=per_step, steps=steps)) > 0.01
+
+
+@pytest.mark.parametrize("remember", ["steps", 0.0, 0.1])
+def test_a_beginning_is_read_as_if_it_had_been_made(remember):
+    """Two given chunks, then one that is made: against calls on the whole video, the given frames at the level and time
+    that the newest chunk has, or at those of what is finished; the solver by hand."""
+    model, size = random_model(HybridConfig(chunk_frames=3, overlap_frames=1)), (4, 6, 4)
+    steps = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=5)
+    keys, text = video_keys(3, count=1), random_text(2, 1)
+    begun = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, *size)), jnp.float32)
+    noises = frame_noise(keys, (6, *size))
+    again = memory_noise(keys, (6, *size), first_frame=0, remember=remember)
+
+    @quickly_compiled
+    def made_after(states):
+        read = read_text(model, text)
+        for first in (0, 3):
+            part = slice(first, first + 3)
+            states = read_chunk(
+                model, begun[:, part], noises[:, part], read, states, first_frame=first, steps=steps,
+                remember=remember, again=None if again is None else again[:, part],
+            )  # fmt: skip
+        noise = frame_noise(keys, (3, *size), first_frame=6)
+        return denoise_chunk(
+            model, noise, read, states, first_frame=6, steps=steps, solver=UniPC(), guidance=GUIDED, remember=remember
+        )[0]
+
+    states = init_states(model, steps=5 if remember == "steps" else 1, branches=2, batch=1, height=4, width=6)
+    made = made_after(states)
+
+    call = quickly_compiled(lambda x, t, row: model(x, t, row))
+    state = UniPC().init(frame_noise(keys, (3, *size), first_frame=6))
+    for i in range(5):
+        row = steps.at(i)
+        level = row.timestep / 1000 if remember == "steps" else remember
+        past = (1 - level) * begun + level * (noises if remember == "steps" else again)
+        whole = jnp.concatenate([past, state.latents], axis=1)
+        times = jnp.where(jnp.arange(9) < 6, 1000 * level, row.timestep)[None]
+        velocities = [call(whole, times, each)[:, 6:] for each in text]
+        state = UniPC().step(state, GUIDED.combine(velocities), coefficients=row.coefficients)
+    assert difference(state.latents, made) <= 1e-4
 
 
 @pytest.mark.parametrize("remember", ["step", "0.5", -0.1, 1.0, float("nan"), True, None])

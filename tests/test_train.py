@@ -22,7 +22,7 @@ from rich.console import Console
 from rehyat_jax.config import TextEncoderConfig, VAEConfig
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.umt5 import UMT5Encoder
-from rehyat_jax.sprites.world import NAMES, Occlusions
+from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text import Tokenizer, embed_prompts
 from rehyat_jax.weights import load_vae
 from train.checkpoint import Checkpoints
@@ -162,15 +162,7 @@ def test_a_bucket_is_drawn_during_its_part_of_the_run():
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"frames": 0},
-        {"batch": 0},
-        {"share": -1.0},
-        {"share": math.nan},
-        {"columns": 65},
-        {"seen_again": 2.0},
-        {"during": (0.5, 0.5)},
-    ],
+    [{"frames": 0}, {"batch": 0}, {"share": -1.0}, {"share": math.nan}, {"columns": 65}, {"during": (0.5, 0.5)}],
 )
 def test_impossible_buckets_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
@@ -205,16 +197,6 @@ def test_a_vae_is_trained_on_lengths_that_it_can_encode():
         VAETraining(
             out=Path("unused"), buckets=tuple(Bucket(kind=k, frames=5, batch=1) for k in ("plain", "occlusion"))
         )
-
-
-def test_frames_after_the_pillar_may_count_more():
-    assert Bucket(kind="occlusion", frames=9, batch=1).weights(None, temporal_factor=4) is None
-    place, none = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
-    clip = Occlusions(objects=none, sides=none, waits=none, starts=place, grounds=none)
-    # From the edge: 10 frames of rest and 66 - 24 = 42 to the pillar's end; frame 53 is the first beyond, the first of
-    # latent frame 14.
-    weights = Bucket(kind="occlusion", frames=81, batch=1, seen_again=5.0).weights(clip, temporal_factor=4)
-    assert weights.tolist() == [[1.0] * 14 + [5.0] * 7]
 
 
 def test_columns_are_cut_from_the_clip_at_a_place_of_its_own():

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
@@ -43,9 +42,6 @@ class Bucket(AnyBucket):
     kind: Literal["plain", "occlusion"]
     #: Occlusion: hidden-wait frames are drawn from 0 to this.
     longest_wait: int = 0
-    #: Occlusion: what a latent frame in which the object is seen again counts in flow matching's loss, others 1. Who it
-    #: is can be told there by remembering alone, and is a small part of all that there is to learn of a clip.
-    seen_again: float = 1.0
     #: Plain: the share of clips with two objects, a half or more; the rest has one.
     pairs: float = 0.5
     #: Of each clip only so many neighbouring columns, from a place drawn for it; none: all of them.
@@ -55,8 +51,6 @@ class Bucket(AnyBucket):
         super().__post_init__()
         if self.longest_wait < 0:
             raise ConfigError(f"a bucket's longest_wait must be 0 or more, not {self.longest_wait}")
-        if not 0 < self.seen_again < math.inf or (self.kind == "plain" and self.seen_again != 1):
-            raise ConfigError(f"a bucket's seen_again must be above 0, and 1 for plain clips, not {self.seen_again}")
         if not 0.5 <= self.pairs <= 1:
             raise ConfigError(f"a bucket's pairs must be 0.5 to 1, not {self.pairs}")
         if self.columns is not None and not 1 <= self.columns <= _WIDTHS[self.kind]:
@@ -72,14 +66,6 @@ class Bucket(AnyBucket):
         if self.kind == "plain":
             return world.sample_scenes(key, count, split="train", pairs=self.pairs)
         return world.sample_occlusions(key, count, waits=(0, self.longest_wait))
-
-    def weights(self, scenes: Any, *, temporal_factor: int) -> Float[Array, "B T"] | None:
-        """What each latent frame counts in the loss; none: all the same."""
-        if self.seen_again == 1:
-            return None
-        seen = world.seen_again(scenes, num_frames=self.frames)
-        first, rest = seen[:, :1], seen[:, 1:].reshape(len(seen), -1, temporal_factor).any(axis=-1)
-        return jnp.where(jnp.concatenate([first, rest], axis=1), self.seen_again, 1.0)
 
     def render(self, scenes: Any, *, first_frame: int | Int[Array, " B"] = 0) -> Float[Array, "B F H W 3"]:
         """The clips in whole, ``columns`` aside."""

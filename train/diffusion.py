@@ -110,7 +110,7 @@ class DiffusionTraining(FlowTraining):
             models = nnx.merge(graph, params)
             text = embed(models.text_encoder, Captions(*batch.text))
             velocity = models.transformer(batch.noisy, batch.timesteps, text, **self.forward)
-            value = flow_loss(velocity, batch.velocity, batch.weights)
+            value = flow_loss(velocity, batch.velocity)
             return value, {"loss": value}
 
         state = self.train(params, loss, vae=vae, tokenizer=tokenizer, phases=phases, devices=devices)

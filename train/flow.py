@@ -192,7 +192,7 @@ class FlowTraining:
             timesteps=sigma * 1000,
             text=jax.tree.map(mixed, pool.text, empty),
             velocity=noise - pool.latents,
-            weights=_product(weights, pool.weights),
+            weights=weights,
         )
 
     def levels(
@@ -389,16 +389,11 @@ def embed(encoder: UMT5Encoder, tokens: Captions) -> Float[Array, "B L D"]:
 def flow_loss(
     velocity: Float[Array, "B T h w z"], target: Float[Array, "B T h w z"], weights: Float[Array, "B T"] | None = None
 ) -> Float[Array, ""]:
-    """Mean squared error, in float32; each frame as much as it counts."""
+    """Mean squared error, in float32; of the frames that count."""
     squared = jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32))
     if weights is None:
         return jnp.mean(squared)
     return jnp.sum(jnp.mean(squared, axis=(2, 3, 4)) * weights) / jnp.maximum(jnp.sum(weights), 1)
-
-
-def _product(a: Array | None, b: Array | None) -> Array | None:
-    """Of what frames count for two reasons."""
-    return a * b if a is not None and b is not None else (b if a is None else a)
 
 
 def _padded(x: np.ndarray, length: int) -> np.ndarray:

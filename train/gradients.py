@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     text: PyTree
     #: What is to be learned: noise − video.
     velocity: Float[Array, "B T h w z"]
-    #: What each latent frame counts in the loss; none: all the same.
+    #: What each latent frame counts in the loss, 0 or 1; none: all the same.
     weights: Float[Array, "B T"] | None = None
 
 

@@ -34,8 +34,6 @@ class Pool(NamedTuple):
 
     latents: Float[Array, "M T h w z"]
     text: PyTree
-    #: What each latent frame counts in the loss; none: all the same.
-    weights: Float[Array, "M T"] | None = None
 
 
 #: Captions as a pool keeps them, from the parameters that do not learn.
@@ -75,7 +73,6 @@ class SpriteFeed:
     ) -> None:  # fmt: skip
         self._bucket, self._count, self._seed, self._tokens, self._read = bucket, count, seed, tokens, read
         self._vae, self.frozen = nnx.split(vae)
-        self._temporal_factor = vae.config.temporal_factor
         self._draw = functools.partial(bucket.sample, count=count)
         self._sample = jax.jit(self._draw)
         self._empty = tokens([""])
@@ -95,8 +92,7 @@ class SpriteFeed:
             # A loop over clips that are cut over devices would have each of them encode every clip.
             batch = spec("batch")
             encode = jax.shard_map(encode, in_specs=(batch, PartitionSpec()), out_specs=batch, check_vma=False)
-        weights = self._bucket.weights(scenes, temporal_factor=self._temporal_factor)
-        return Pool(encode(scenes, frozen), self._read(others, tokens), weights)
+        return Pool(encode(scenes, frozen), self._read(others, tokens))
 
     def nothing(self, frozen: PyTree, others: PyTree) -> PyTree:
         return self._read(others, self._empty)

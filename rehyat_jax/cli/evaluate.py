@@ -40,8 +40,10 @@ class Sprites:
     as JSON.
 
     At training length by the per-step sweep and, where the model streams, by the per-chunk one; at eight times the
-    longest training length, streamed; and what comes out from behind a pillar. Beside the model stand its ceiling (true
-    clips through its autoencoder) and controls (the first frame for the whole clip; identities swapped on the way).
+    longest training length, streamed; and what comes out from behind a pillar, made from a sentence, and going on with
+    true clips, so that it is known what went in. Beside the model stand its ceiling (true clips through its
+    autoencoder) and controls (the first frame for the whole clip; identities swapped on the way; a stream whose memory
+    of the true clip is emptied).
     """
 
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR")] = "mini-sprites"
@@ -51,9 +53,12 @@ class Sprites:
     """The model it was converted from, to measure beside it (its softmax part, per step)."""
 
     clips: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Clips of training length for each seed; a quarter as many (2 at least) for each wait, an eighth as many long
-    ones (1 at least). When not given: 256 on an accelerator, and 4 on a CPU: a small sample, some eight minutes on two
-    cores."""
+    """Clips of training length for each seed, and an eighth as many long ones (1 at least); 0: none. When not given:
+    256 on an accelerator, and 4 on a CPU: a small sample, some nine minutes on two cores."""
+
+    occlusions: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Clips with a pillar for each wait, made from a sentence, and as many that go on with true ones; 0: none. When not
+    given: a quarter of the clips (2 at least)."""
 
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """So many times with other prompts and other noise: the tables then show the spread."""
@@ -164,7 +169,11 @@ def _sample(options: Sprites) -> Sample:
     default = _ON_CPU if jax.default_backend() == "cpu" else _ON_ACCELERATOR
     clips = default.clips if options.clips is None else options.clips
     waits = default.waits if options.waits is None else options.waits
-    for name, value, least in (("clips", clips, 2), ("seeds", options.seeds, 1), ("frames", options.frames, 5),
+    occlusions = max(2, clips // 4) if options.occlusions is None else options.occlusions
+    for name, value in (("clips", clips), ("occlusions", occlusions)):
+        if value != 0 and not 2 <= value <= 1 << 16:
+            raise RehyatError(f"--{name} must be 0, or 2 to {1 << 16}, not {value}")
+    for name, value, least in (("seeds", options.seeds, 1), ("frames", options.frames, 5),
                                ("long", options.long, 0), *(("waits", wait, 0) for wait in waits)):  # fmt: skip
         if not least <= value <= 1 << 16:
             raise RehyatError(f"--{name} must be {least} to {1 << 16}, not {value}")
@@ -173,8 +182,8 @@ def _sample(options: Sprites) -> Sample:
             raise RehyatError(f"--{name} must be 4k + 1, not {value}")
     return Sample(
         clips=clips,
-        long_clips=max(1, clips // 8) if options.long else 0,
-        occlusions=max(2, clips // 4) if waits else 0,
+        long_clips=max(1, clips // 8) if options.long and clips else 0,
+        occlusions=occlusions if waits else 0,
         frames=options.frames,
         long_frames=options.long,
         waits=waits,

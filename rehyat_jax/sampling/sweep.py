@@ -165,23 +165,8 @@ def denoise_chunk(
     Raises:
         RehyatError: the model cannot stream.
     """
-    branches, by_step = jnp.arange(text.k.shape[0], dtype=jnp.int32), remember == "steps"
-    first = jnp.zeros((), jnp.int32)
-
-    def forward(states: States, latents: Array, time: Any, number: Any, *, keep: bool) -> tuple[States, Array]:
-        """Every branch's velocity, from the states of a step's number; these are kept as they are, or replaced."""
-        x = latents.astype(model.dtype)
-        t = jnp.broadcast_to(jnp.asarray(time, jnp.float32), x.shape[:1])
-
-        def branch(states: States, each: tuple[Int[Array, ""], TextKV]) -> tuple[States, Array]:
-            place, prompt = each
-            mine = jax.tree.map(lambda s: _at(s, number, place), states)
-            velocity, mine = model.stream(x, t, prompt, mine, first_frame=first_frame, text_tokens=text_tokens)
-            if keep:
-                states = jax.tree.map(lambda s, new: _replaced(s, new, number, place), states, mine)
-            return states, velocity.astype(latents.dtype)
-
-        return jax.lax.scan(branch, states, (branches, text))
+    by_step, first = remember == "steps", jnp.zeros((), jnp.int32)
+    forward = partial(_forward, model, text, first_frame=first_frame, text_tokens=text_tokens)
 
     def step(carry: tuple[Any, States], x: tuple[Int[Array, ""], Steps]) -> tuple[tuple[Any, States], None]:
         (state, states), (number, row) = carry, x
@@ -189,13 +174,69 @@ def denoise_chunk(
         state = solver.step(state, guidance.combine(list(velocities)), coefficients=row.coefficients)
         return (state, states), None
 
-    rows = jax.tree.map(jnp.asarray, steps)
-    numbers = jnp.arange(rows.timestep.shape[0], dtype=jnp.int32)
-    (state, states), _ = jax.lax.scan(step, (solver.init(noise), states), (numbers, rows))
+    (state, states), _ = jax.lax.scan(step, (solver.init(noise), states), _numbered(steps))
     if remember != "steps":
-        seen = state.latents if again is None else (1 - remember) * state.latents + remember * again
-        states, _ = forward(states, seen, 1000 * remember, first, keep=True)
+        states, _ = forward(states, _noisy(state.latents, again, remember), 1000 * remember, first, keep=True)
     return state.latents, states
+
+
+def read_chunk(
+    model: WanTransformer,
+    latents: Float[Array, "B T h w z"],
+    noise: Float[Array, "B T h w z"],
+    text: TextKV,
+    states: States,
+    *,
+    first_frame: int | Int[Array, ""],
+    steps: Steps,
+    text_tokens: int | None = None,
+    remember: Remember = "steps",
+    again: Float[Array, "B T h w z"] | None = None,
+) -> States:
+    """The states after a chunk that is given and not made, as `denoise_chunk` would leave them: a video's beginning.
+
+    With ``"steps"`` every step sees it on the straight line between its noise and its latents. Arguments and errors as
+    of `denoise_chunk`.
+    """
+    forward = partial(_forward, model, text, first_frame=first_frame, text_tokens=text_tokens)
+    if remember != "steps":
+        seen = _noisy(latents, again, remember)
+        return forward(states, seen, 1000 * remember, jnp.zeros((), jnp.int32), keep=True)[0]
+
+    def step(states: States, x: tuple[Int[Array, ""], Steps]) -> tuple[States, None]:
+        number, row = x
+        level = jnp.asarray(row.timestep, jnp.float32) / 1000
+        return forward(states, _noisy(latents, noise, level), row.timestep, number, keep=True)[0], None
+
+    return jax.lax.scan(step, states, _numbered(steps))[0]
+
+
+def _forward(
+    model: WanTransformer, text: TextKV, states: States, latents: Array, time: Any, number: Any, *,
+    first_frame: int | Int[Array, ""], text_tokens: int | None, keep: bool,
+) -> tuple[States, Array]:  # fmt: skip
+    """Every branch's velocity, from the states of a step's number; these are kept as they are, or replaced."""
+    x = latents.astype(model.dtype)
+    t = jnp.broadcast_to(jnp.asarray(time, jnp.float32), x.shape[:1])
+
+    def branch(states: States, each: tuple[Int[Array, ""], TextKV]) -> tuple[States, Array]:
+        place, prompt = each
+        mine = jax.tree.map(lambda s: _at(s, number, place), states)
+        velocity, mine = model.stream(x, t, prompt, mine, first_frame=first_frame, text_tokens=text_tokens)
+        if keep:
+            states = jax.tree.map(lambda s, new: _replaced(s, new, number, place), states, mine)
+        return states, velocity.astype(latents.dtype)
+
+    return jax.lax.scan(branch, states, (jnp.arange(text.k.shape[0], dtype=jnp.int32), text))
+
+
+def _numbered(steps: Steps) -> tuple[Int[Array, " steps"], Steps]:
+    rows = jax.tree.map(jnp.asarray, steps)
+    return jnp.arange(rows.timestep.shape[0], dtype=jnp.int32), rows
+
+
+def _noisy(latents: Array, noise: Array | None, level: Any) -> Array:
+    return latents if noise is None else (1 - level) * latents + level * noise
 
 
 def per_chunk(

@@ -12,10 +12,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from rehyat_jax.attention.scan import Sums
+from rehyat_jax.attention.state import HybridState
+from rehyat_jax.beginning import begun
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, read_text, to_uint8
-from rehyat_jax.sampling.sweep import chunk_frames, video_keys
+from rehyat_jax.sampling.sweep import States, chunk_frames, video_keys
 from rehyat_jax.settings import Settings
 from rehyat_jax.stream import StreamState
 from rehyat_jax.text import trimmed
@@ -27,9 +30,13 @@ Progress = Callable[[int, int], None]
 
 def generated(
     pipe: TextToVideo, texts: Sequence[str], settings: Settings, *, sweep: Sweep, seed: int, batch: int,
-    progress: Progress,
+    progress: Progress, beginnings: UInt8[np.ndarray, "B G H W 3"] | None = None, emptied: bool = False,
 ) -> UInt8[np.ndarray, "B F H W 3"]:  # fmt: skip
     """A clip for each text, the i-th with the noise of ``seed + i``; ``batch`` of them side by side.
+
+    Args:
+        beginnings: what each goes on from, part of the clip; of streams alone.
+        emptied: a control: after its beginning a stream has lost all but its softmax window.
 
     Raises:
         RehyatError: the model cannot do this sweep.
@@ -46,7 +53,12 @@ def generated(
                 pipe.run(some, settings, seed=seed + begin, on_step=functools.partial(_denoise_only, advanced))
             )
         else:
-            parts.append(_streamed(pipe, some, settings, seed=seed + begin, progress=advanced))
+            beginning = None if beginnings is None else beginnings[begin : begin + batch]
+            parts.append(
+                _streamed(
+                    pipe, some, settings, seed=seed + begin, progress=advanced, beginning=beginning, emptied=emptied
+                )
+            )
     return np.concatenate(parts)
 
 
@@ -56,8 +68,9 @@ def _denoise_only(progress: Progress, phase: str, done: int, total: int) -> None
 
 
 def _streamed(
-    pipe: TextToVideo, texts: list[str], settings: Settings, *, seed: int, progress: Progress
-) -> UInt8[np.ndarray, "B F H W 3"]:
+    pipe: TextToVideo, texts: list[str], settings: Settings, *, seed: int, progress: Progress,
+    beginning: UInt8[np.ndarray, "B G H W 3"] | None, emptied: bool,
+) -> UInt8[np.ndarray, "B F H W 3"]:  # fmt: skip
     """Several streams side by side; frames beyond ``settings.num_frames`` are cut off."""
     graph, weights = nnx.split(pipe.transformer)
     vae_graph, vae_weights = nnx.split(pipe.vae)
@@ -72,10 +85,17 @@ def _streamed(
         if settings.guidance.needs_negative:
             branches.append(jnp.repeat(pipe.text(""), len(texts), axis=0))
         state = StreamState.zeros(pipe.transformer, pipe.vae, settings, keys=keys, text=jnp.stack(branches))
+        if beginning is not None:
+            state, given = begun(
+                state, beginning, transformer=pipe.transformer, vae=pipe.vae, settings=settings
+            )  # fmt: skip
+            blocks.append(given)
         states, decoder, read = state.states, state.decoder, read_text(
             weights, trimmed(state.text), graph=graph, text_tokens=state.text.shape[-2]
         )
-        for number in range(total):
+        if emptied:
+            states = _emptied(states)
+        for number in range(int(state.first_frame) // chunk, total):
             latents, states = denoise_chunk(
                 weights, states, keys, read, jnp.asarray(number * chunk, jnp.int32), plan, graph=graph,
                 shape=shape, solver=settings.solver, guidance=settings.guidance, text_tokens=state.text.shape[-2],
@@ -90,6 +110,17 @@ def _streamed(
                 blocks.append(np.asarray(frames))
             progress(number + 1, total)
     return np.concatenate(blocks, axis=1)[:, : settings.num_frames]
+
+
+def _emptied(states: States) -> States:
+    """Without what is summed over the past: of a hybrid block, its softmax window is left."""
+
+    def block(state: Any) -> Any:
+        if isinstance(state, HybridState | Sums):
+            return state._replace(s=jnp.zeros_like(state.s), z=jnp.zeros_like(state.z))
+        return state
+
+    return jax.tree.map(block, states, is_leaf=lambda x: isinstance(x, HybridState | Sums))
 
 
 def quantized(video: Float[Array, "B F H W 3"]) -> UInt8[np.ndarray, "B F H W 3"]:

@@ -1,7 +1,10 @@
 """What a model of MovingSprites can do, against its teacher, its ceiling and the controls.
 
-Three subjects: clips of a training length, clips many times as long (streamed), and what comes out from behind a pillar
-after a wait. Every model, ceiling and control of a subject gets the same prompts and seeds.
+Four subjects: clips of a training length; clips many times as long (streamed); what comes out from behind a pillar
+after a wait, of clips made from a sentence; and the same of true clips that a stream goes on with. Only in the last is
+it known what went in: a model that is not told a name may draw an object that is none of the world's, or two in one,
+and whether that comes out again cannot be judged well. Every model, ceiling and control of a subject gets the same
+prompts and seeds.
 """
 
 from __future__ import annotations
@@ -21,14 +24,29 @@ from rehyat_jax.sprites.clips import Sweep, generated, quantized, through_vae
 from rehyat_jax.sprites.occlusion import OcclusionReport, report_occlusions, swapped_occlusions
 from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
 from rehyat_jax.sprites.report import Report, frozen, report, swapped
-from rehyat_jax.sprites.world import HEIGHT, OCCLUSION_WIDTH, WIDTH, Occlusions, Scenes, occlusion_frames, render
+from rehyat_jax.sprites.world import (
+    HEIGHT,
+    OCCLUSION_WIDTH,
+    WIDTH,
+    Occlusions,
+    Scenes,
+    occlusion_frames,
+    render,
+    seen_again,
+)
 
 #: Names of the sources that are models.
 MODELS, TEACHER = ("per step", "streamed"), "teacher"
+#: A stream without what it remembers of its beginning.
+EMPTIED = "… emptied"
 #: Called as (part, steps done, steps in all).
 OnStep = Callable[[str, int, int], None]
 #: Frames of a chunk where the model has none: three latent frames.
 _FRAMES_OF_A_CHUNK = 12
+#: Frames of a latent frame.
+_LATENT = 4
+#: Of the bundled model's training, frames: an object may well be hidden for so long.
+_LONGEST_WAIT = 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +108,9 @@ def evaluate(
             on_found(found)
         for wait in sample.waits if sample.occlusions else ():
             found += run.behind(wait, (streamed or whole) + beside, seed=seed)
+            on_found(found)
+        for wait in sample.waits if sample.occlusions and streams else ():
+            found += run.continued(wait, streamed[0], seed=seed)
             on_found(found)
     return found
 
@@ -157,16 +178,39 @@ class _Run:
         yield found("swapped", self._drawn(swapped_occlusions, scenes, frames))
         self.on_step(part, 2, 2)
 
+    def continued(self, wait: int, source: _Source, *, seed: int) -> Iterator[Measurement]:
+        """True clips up to the last chunk in which the object is hidden, then a stream's: of these, what comes out, as
+        late as in any clip of training. Beside it a stream whose state is emptied when it begins."""
+        subject = f"continued, hidden wait {wait}"
+        scenes, chunk = occlusion_scenes(self.sample.occlusions, wait=wait, seed=seed), self.chunk
+        frames = occlusion_frames(max(wait, _LONGEST_WAIT) + chunk)
+        truth = self._drawn(render, scenes, frames)
+        hidden = int(np.asarray(seen_again(scenes, num_frames=frames)).argmax(axis=1).min())
+        beginning = truth[:, : (hidden + _LATENT - 1) // chunk * chunk - _LATENT + 1]
+        for name, emptied in ((source.name, False), (EMPTIED, True)):
+            clips = self._clips(
+                dataclasses.replace(source, name=name), subject, scenes, frames=frames, width=OCCLUSION_WIDTH,
+                seed=seed + wait, beginnings=beginning, emptied=emptied,
+            )  # fmt: skip
+            yield Measurement(subject=subject, source=name, seed=seed, report=report_occlusions(clips, scenes))
+        self.on_step(f"{subject}, true clips", 0, 1)
+        through = through_vae(self.vae.vae, truth, batch=self._batch(frames))
+        yield Measurement(
+            subject=subject, source="true clips, VAE", seed=seed, report=report_occlusions(through, scenes)
+        )  # fmt: skip
+        self.on_step(f"{subject}, true clips", 1, 1)
+
     def _clips(
-        self, source: _Source, subject: str, scenes: Scenes | Occlusions, *, frames: int, width: int, seed: int
-    ) -> np.ndarray:
+        self, source: _Source, subject: str, scenes: Scenes | Occlusions, *, frames: int, width: int, seed: int,
+        **more: Any,
+    ) -> np.ndarray:  # fmt: skip
         settings = source.pipe.settings(num_frames=frames, height=HEIGHT, width=width, **self.sampling)
         part = f"{subject}, {source.name}"
         texts = captions(scenes)
         self.on_step(part, 0, 1)
         return generated(
             source.pipe, texts, settings, sweep=source.sweep, seed=seed, batch=self.sample.batch,
-            progress=lambda done, total: self.on_step(part, done, total),
+            progress=lambda done, total: self.on_step(part, done, total), **more,
         )  # fmt: skip
 
     def _drawn(self, draw: Callable[..., Any], scenes: Any, frames: int) -> np.ndarray:

@@ -1,0 +1,65 @@
+"""A stream that goes on from a given video: what it would carry, had it made these frames."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.programs import decode_first, decode_next, encode, precision, read_chunk, read_text, to_uint8
+from rehyat_jax.sampling.sweep import chunk_frames
+from rehyat_jax.settings import Settings
+from rehyat_jax.stream import StreamState
+from rehyat_jax.text import trimmed
+
+
+def begun(
+    state: StreamState, video: UInt8[np.ndarray, "B F H W 3"], *, transformer: WanTransformer, vae: WanVAE,
+    settings: Settings,
+) -> tuple[StreamState, UInt8[np.ndarray, "B F H W 3"]]:  # fmt: skip
+    """The state of a stream after these frames, and the frames as its autoencoder has them.
+
+    They are encoded, and read a chunk at a time, remembered as chunks that the stream makes are.
+
+    Args:
+        state: before the first chunk; its arrays are given away.
+
+    Raises:
+        RehyatError: the frames are not of the stream's size, or not whole chunks of latent frames.
+    """
+    chunk, time = chunk_frames(transformer), vae.config.temporal_factor
+    if video.shape[2:] != (settings.height, settings.width, 3):
+        raise RehyatError(
+            f"the beginning is {video.shape[3]}x{video.shape[2]}, and the video {settings.width}x{settings.height}"
+        )
+    latent_frames, rest = divmod(video.shape[1] - 1, time)
+    if rest or (latent_frames + 1) % chunk:
+        raise RehyatError(
+            f"a beginning has {chunk * time}k - {time - 1} frames ({chunk * time - time + 1}, "
+            f"{2 * chunk * time - time + 1}, …), not {video.shape[1]}"
+        )
+    graph, weights = nnx.split(transformer)
+    vae_graph, vae_weights = nnx.split(vae)
+    plan, frames, decoder, states = jax.tree.map(jnp.asarray, settings.plan()), [], state.decoder, state.states
+    with precision(transformer.dtype):
+        read = read_text(weights, trimmed(state.text), graph=graph, text_tokens=state.text.shape[-2])
+        latents = encode(vae_weights, jnp.asarray(video), graph=vae_graph, frames_per_step=chunk)
+        for first in range(0, latents.shape[1], chunk):
+            states = read_chunk(
+                weights, states, latents[:, first : first + chunk], state.keys, read, jnp.asarray(first, jnp.int32),
+                plan, graph=graph, text_tokens=state.text.shape[-2], remember=settings.remember,
+            )  # fmt: skip
+        for number in range(latents.shape[1]):
+            latent = latents[:, number : number + 1]
+            if number:
+                block, decoder = decode_next(vae_weights, latent, decoder, graph=vae_graph, pixels=to_uint8)
+            else:
+                block, decoder = decode_first(vae_weights, latent, graph=vae_graph, pixels=to_uint8)
+            frames.append(np.asarray(block))
+    first_frame = jnp.asarray(latents.shape[1], jnp.int32)
+    return StreamState(states, decoder, first_frame, state.keys, state.text), np.concatenate(frames, axis=1)
