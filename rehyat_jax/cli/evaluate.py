@@ -54,7 +54,7 @@ class Sprites:
 
     clips: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Clips of training length for each seed, and an eighth as many long ones (1 at least); 0: none. When not given:
-    256 on an accelerator, and 4 on a CPU: a small sample, some nine minutes on two cores."""
+    256 on an accelerator, and 4 on a CPU, a small sample."""
 
     occlusions: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Clips with a pillar for each wait, made from a sentence, and as many that go on with true ones; 0: none. When not
