@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.vae import WanVAE
-from rehyat_jax.programs import decode_first, decode_next, encode, precision, read_chunk, read_text, to_uint8
+from rehyat_jax.programs import decode_on, encode, precision, read_chunk, read_text, to_uint8
 from rehyat_jax.sampling.sweep import chunk_frames
 from rehyat_jax.settings import Settings
 from rehyat_jax.stream import StreamState
@@ -19,7 +19,7 @@ from rehyat_jax.text import trimmed
 
 
 def begun(
-    state: StreamState, video: UInt8[np.ndarray, "B F H W 3"], *, transformer: WanTransformer, vae: WanVAE,
+    state: StreamState, video: Shaped[np.ndarray, "..."], *, transformer: WanTransformer, vae: WanVAE,
     settings: Settings,
 ) -> tuple[StreamState, UInt8[np.ndarray, "B F H W 3"]]:  # fmt: skip
     """The state of a stream after these frames, and the frames as its autoencoder has them.
@@ -28,10 +28,13 @@ def begun(
 
     Args:
         state: before the first chunk; its arrays are given away.
+        video: uint8 [B, F, H, W, 3].
 
     Raises:
-        RehyatError: the frames are not of the stream's size, or not whole chunks of latent frames.
+        RehyatError: the frames are not uint8, not of the stream's size, or not whole chunks of latent frames.
     """
+    if video.dtype != np.uint8 or video.ndim != 5:
+        raise RehyatError(f"a beginning is uint8 [F, H, W, 3], not {video.dtype} {list(video.shape[1:])}")
     chunk, time = chunk_frames(transformer), vae.config.temporal_factor
     if video.shape[2:] != (settings.height, settings.width, 3):
         raise RehyatError(
@@ -45,7 +48,7 @@ def begun(
         )
     graph, weights = nnx.split(transformer)
     vae_graph, vae_weights = nnx.split(vae)
-    plan, frames, decoder, states = jax.tree.map(jnp.asarray, settings.plan()), [], state.decoder, state.states
+    plan, states = jax.tree.map(jnp.asarray, settings.plan()), state.states
     with precision(transformer.dtype):
         read = read_text(weights, trimmed(state.text), graph=graph, text_tokens=state.text.shape[-2])
         latents = encode(vae_weights, jnp.asarray(video), graph=vae_graph, frames_per_step=chunk)
@@ -54,12 +57,7 @@ def begun(
                 weights, states, latents[:, first : first + chunk], state.keys, read, jnp.asarray(first, jnp.int32),
                 plan, graph=graph, text_tokens=state.text.shape[-2], remember=settings.remember,
             )  # fmt: skip
-        for number in range(latents.shape[1]):
-            latent = latents[:, number : number + 1]
-            if number:
-                block, decoder = decode_next(vae_weights, latent, decoder, graph=vae_graph, pixels=to_uint8)
-            else:
-                block, decoder = decode_first(vae_weights, latent, graph=vae_graph, pixels=to_uint8)
-            frames.append(np.asarray(block))
+        blocks, decoder = decode_on(vae_weights, latents, state.decoder, first=0, graph=vae_graph, pixels=to_uint8)
+    frames = np.concatenate([np.asarray(block) for block in blocks], axis=1)
     first_frame = jnp.asarray(latents.shape[1], jnp.int32)
-    return StreamState(states, decoder, first_frame, state.keys, state.text), np.concatenate(frames, axis=1)
+    return StreamState(states, decoder, first_frame, state.keys, state.text), frames

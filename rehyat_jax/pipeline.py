@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.compilation import cache_folder, keep_compiled
 from rehyat_jax.errors import CheckpointError, RehyatError
@@ -170,7 +170,7 @@ class TextToVideo:
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
         remember: Remember | None = None,
-        beginning: UInt8[np.ndarray, "F H W 3"] | None = None,
+        beginning: Shaped[np.ndarray, "..."] | None = None,
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
 
@@ -179,8 +179,8 @@ class TextToVideo:
                 stays, frames are then those that a call makes of the same seed, for every number of frames that is
                 whole chunks. A noise level from 0 to below 1: the finished chunk, with so much noise; memory is that
                 of one step. When not given, as the model was trained.
-            beginning: frames that the stream goes on from; of its size, and so many that they are whole chunks: of
-                chunks of 3 latent frames 9, 21, 33, … Its own frames come after these.
+            beginning: frames that the stream goes on from, uint8 [F, H, W, 3]; of its size, and so many that
+                they are whole chunks: of chunks of 3 latent frames 9, 21, 33, … Its own frames come after these.
 
         Other arguments as for a call.
 

@@ -107,6 +107,23 @@ def decode_next(
     return pixels(video), state
 
 
+def decode_on(
+    weights: Any, latents: Float[Array, "B T h w z"], decoder: Any, *, first: int, graph: Any,
+    pixels: Callable[[Array], Array],
+) -> tuple[list[Array], Any]:  # fmt: skip
+    """Latent frames from number ``first`` of a video on into blocks of pixels, one after the other, and what the
+    decoder needs of them; ``decoder``, of the frames before, is given away."""
+    blocks = []
+    for i in range(latents.shape[1]):
+        latent = latents[:, i : i + 1]
+        if first + i:
+            frames, decoder = decode_next(weights, latent, decoder, graph=graph, pixels=pixels)
+        else:
+            frames, decoder = decode_first(weights, latent, graph=graph, pixels=pixels)
+        blocks.append(frames)
+    return blocks, decoder
+
+
 def to_float(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
     """From -1..1 to 0..1, as diffusers' ``VideoProcessor``."""
     return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.beginning import begun
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.models.block import TextKV
 from rehyat_jax.models.dit import WanTransformer
 from rehyat_jax.models.vae import WanVAE
-from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, read_text, to_uint8
+from rehyat_jax.programs import decode_on, denoise_chunk, precision, read_text, to_uint8
 from rehyat_jax.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.sampling import Steps
 from rehyat_jax.sampling.sweep import chunk_frames, video_keys
@@ -55,7 +55,7 @@ class Stream(Iterator[np.ndarray]):
     @classmethod
     def start(
         cls, prompt: str, *, transformer: WanTransformer, vae: WanVAE, text: Text, settings: Settings,
-        negative_prompt: str = "", seed: int = 0, beginning: UInt8[np.ndarray, "F H W 3"] | None = None,
+        negative_prompt: str = "", seed: int = 0, beginning: Shaped[np.ndarray, "..."] | None = None,
     ) -> Stream:  # fmt: skip
         """A new stream, which goes on from a beginning if there is one.
 
@@ -134,14 +134,9 @@ class Stream(Iterator[np.ndarray]):
                 graph=graph, shape=shape, solver=self.settings.solver, guidance=self.settings.guidance,
                 text_tokens=state.text.shape[-2], remember=self.settings.remember,
             )  # fmt: skip
-            blocks, decoder = [], state.decoder
-            for i in range(shape[0]):
-                latent = latents[:, i : i + 1]
-                if first + i:
-                    frames, decoder = decode_next(vae_weights, latent, decoder, graph=vae_graph, pixels=to_uint8)
-                else:
-                    frames, decoder = decode_first(vae_weights, latent, graph=vae_graph, pixels=to_uint8)
-                blocks.append(frames)
+            blocks, decoder = decode_on(
+                vae_weights, latents, state.decoder, first=first, graph=vae_graph, pixels=to_uint8
+            )
         self.state = StreamState(states, decoder, jnp.asarray(first + shape[0], jnp.int32), state.keys, state.text)
         return np.concatenate([np.asarray(frames) for frames in blocks], axis=1)[0]
 

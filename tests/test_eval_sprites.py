@@ -151,6 +151,7 @@ def test_the_default_sample_is_the_devices_and_options_win(
         (["sprites", "--clips", "1"], ["--clips", "2"]),
         (["sprites", "--seeds", "0"], ["--seeds"]),
         (["sprites", "--occlusions", "1"], ["--occlusions", "2"]),
+        (["sprites", "--clips", "0", "--occlusions", "0"], ["nothing"]),
         (["sprites", "--frames", "64"], ["--frames", "4k + 1"]),
         (["sprites", "--long", "-3"], ["--long"]),
         (["sprites", "--waits", "-1"], ["--waits"]),
@@ -209,6 +210,9 @@ def test_clips_go_on_from_true_ones_with_or_without_what_they_remember(student):
     assert np.abs(next(one).astype(int) - clips[1, 13:]).max() <= 1
     np.testing.assert_array_equal(emptied[:, :13], clips[:, :13])
     assert (emptied[:, 13:] != clips[:, 13:]).any()
+
+    with pytest.raises(RehyatError, match="per-chunk"):
+        generated(pipe, ["a", "b"], settings, **how | {"sweep": "per-step"})
 
     state = one.state.states
     left = _emptied(state)

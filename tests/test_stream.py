@@ -129,6 +129,9 @@ def test_a_stream_goes_on_from_a_beginning(pipe, tmp_path, remember):
 def test_a_beginning_that_does_not_fit_is_a_sentence(pipe, shape, words):
     with pytest.raises(RehyatError, match=words):
         pipe.open_stream("a cat", beginning=np.zeros(shape, np.uint8), **SMALL)
+    for odd in (np.zeros((13, 32, 48, 3), np.float32), np.zeros((1, 13, 32, 48, 3), np.uint8)):
+        with pytest.raises(RehyatError, match=r"uint8 \[F, H, W, 3\]"):
+            pipe.open_stream("a cat", beginning=odd, **SMALL)
 
 
 def test_streams_differ_by_seed_alone(pipe, saved):
@@ -281,7 +284,7 @@ def test_an_interrupt_in_a_chunk_costs_that_chunk(pipe, saved, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "decode_next", interrupted)
+        patch.setattr(streaming, "decode_on", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     for call in (lambda: next(stream), lambda: stream.save(folder), stream.fork):

@@ -173,6 +173,8 @@ def _sample(options: Sprites) -> Sample:
     for name, value in (("clips", clips), ("occlusions", occlusions)):
         if value != 0 and not 2 <= value <= 1 << 16:
             raise RehyatError(f"--{name} must be 0, or 2 to {1 << 16}, not {value}")
+    if not clips and not (occlusions and waits):
+        raise RehyatError("nothing is to be measured: --clips and --occlusions (or --waits) are none")
     for name, value, least in (("seeds", options.seeds, 1), ("frames", options.frames, 5),
                                ("long", options.long, 0), *(("waits", wait, 0) for wait in waits)):  # fmt: skip
         if not least <= value <= 1 << 16:

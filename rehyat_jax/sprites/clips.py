@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from rehyat_jax.attention.scan import Sums
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.beginning import begun
+from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.vae import WanVAE
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, precision, read_text, to_uint8
+from rehyat_jax.programs import decode_on, denoise_chunk, precision, read_text, to_uint8
 from rehyat_jax.sampling.sweep import States, chunk_frames, video_keys
 from rehyat_jax.settings import Settings
 from rehyat_jax.stream import StreamState
@@ -39,8 +40,10 @@ def generated(
         emptied: a control: after its beginning a stream has lost all but its softmax window.
 
     Raises:
-        RehyatError: the model cannot do this sweep.
+        RehyatError: the model cannot do this sweep, or the sweep cannot go on from a beginning.
     """
+    if beginnings is not None and sweep != "per-chunk":
+        raise RehyatError("only a per-chunk sweep goes on from a beginning")
     parts, groups = [], range(0, len(texts), batch)
     for number, begin in enumerate(groups):
 
@@ -86,9 +89,7 @@ def _streamed(
             branches.append(jnp.repeat(pipe.text(""), len(texts), axis=0))
         state = StreamState.zeros(pipe.transformer, pipe.vae, settings, keys=keys, text=jnp.stack(branches))
         if beginning is not None:
-            state, given = begun(
-                state, beginning, transformer=pipe.transformer, vae=pipe.vae, settings=settings
-            )  # fmt: skip
+            state, given = begun(state, beginning, transformer=pipe.transformer, vae=pipe.vae, settings=settings)
             blocks.append(given)
         states, decoder, read = state.states, state.decoder, read_text(
             weights, trimmed(state.text), graph=graph, text_tokens=state.text.shape[-2]
@@ -101,13 +102,10 @@ def _streamed(
                 shape=shape, solver=settings.solver, guidance=settings.guidance, text_tokens=state.text.shape[-2],
                 remember=settings.remember,
             )  # fmt: skip
-            for i in range(chunk):
-                latent = latents[:, i : i + 1]
-                if number or i:
-                    frames, decoder = decode_next(vae_weights, latent, decoder, graph=vae_graph, pixels=to_uint8)
-                else:
-                    frames, decoder = decode_first(vae_weights, latent, graph=vae_graph, pixels=to_uint8)
-                blocks.append(np.asarray(frames))
+            frames, decoder = decode_on(
+                vae_weights, latents, decoder, first=number * chunk, graph=vae_graph, pixels=to_uint8
+            )
+            blocks += [np.asarray(block) for block in frames]
             progress(number + 1, total)
     return np.concatenate(blocks, axis=1)[:, : settings.num_frames]
 

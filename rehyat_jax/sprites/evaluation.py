@@ -43,8 +43,6 @@ EMPTIED = "… emptied"
 OnStep = Callable[[str, int, int], None]
 #: Frames of a chunk where the model has none: three latent frames.
 _FRAMES_OF_A_CHUNK = 12
-#: Frames of a latent frame.
-_LATENT = 4
 #: Of the bundled model's training, frames: an object may well be hidden for so long.
 _LONGEST_WAIT = 48
 
@@ -179,14 +177,15 @@ class _Run:
         self.on_step(part, 2, 2)
 
     def continued(self, wait: int, source: _Source, *, seed: int) -> Iterator[Measurement]:
-        """True clips up to the last chunk in which the object is hidden, then a stream's: of these, what comes out, as
-        late as in any clip of training. Beside it a stream whose state is emptied when it begins."""
+        """True clips up to the last chunk in which the object is hidden, then a stream's, to a chunk after the latest
+        that any clip of training would show it whole. Beside it a stream whose state is emptied when it begins."""
         subject = f"continued, hidden wait {wait}"
         scenes, chunk = occlusion_scenes(self.sample.occlusions, wait=wait, seed=seed), self.chunk
+        rest = self.vae.vae.config.temporal_factor - 1  # of a video's first latent frame, which is one frame
         frames = occlusion_frames(max(wait, _LONGEST_WAIT) + chunk)
         truth = self._drawn(render, scenes, frames)
         hidden = int(np.asarray(seen_again(scenes, num_frames=frames)).argmax(axis=1).min())
-        beginning = truth[:, : (hidden + _LATENT - 1) // chunk * chunk - _LATENT + 1]
+        beginning = truth[:, : (hidden + rest) // chunk * chunk - rest]
         for name, emptied in ((source.name, False), (EMPTIED, True)):
             clips = self._clips(
                 dataclasses.replace(source, name=name), subject, scenes, frames=frames, width=OCCLUSION_WIDTH,
