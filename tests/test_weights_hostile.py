@@ -330,7 +330,7 @@ ODD = [None, True, -1, 0, 1 << 24, 10**40, 0.5, float("nan"), "2", [], [1 << 24]
 
 #: Without the tests' type checks, which would see the odd value before the configuration does.
 _TRY_CONFIGS = """
-import json, pathlib, sys, traceback
+import json, pathlib, sys, time
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax import weights
 
@@ -339,6 +339,7 @@ whole, loaded = json.loads((folder / "config.json").read_text()), 0
 for name in whole:
     for value in json.loads(sys.argv[3]):
         (folder / "config.json").write_text(json.dumps(whole | {name: value}))
+        begun = time.monotonic()
         try:
             load(folder)
             loaded += 1
@@ -346,6 +347,8 @@ for name in whole:
             pass
         except Exception as error:
             print(name, "=", value, "escaped as", repr(error)[:300])
+        if time.monotonic() - begun > 20:  # a refusal takes some hundredths of a second
+            print(name, "=", value, "took", time.monotonic() - begun, "s")
 print(len(whole), loaded)
 """
 

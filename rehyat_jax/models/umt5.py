@@ -39,22 +39,22 @@ def relative_position_buckets(length: int, *, num_buckets: int, max_distance: in
     return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
-def first_position_biases(config: TextEncoderConfig) -> Float[np.ndarray, "buckets heads"]:
+def first_position_biases(config: TextEncoderConfig) -> Float[Array, "buckets heads"]:
     """A fresh table: heads in pairs, one that looks back and one ahead, each less the farther a token is.
 
     ALiBi's slopes (arXiv:2108.12409), in both directions. With T5's random table a small encoder trained along with a
-    diffusion model stays a bag of words (docs/decisions.md).
+    diffusion model stays a bag of words (docs/decisions.md). In JAX, so that the shapes of a model cost nothing.
     """
     half, heads = config.relative_attention_num_buckets // 2, config.num_heads
     exact = half // 2  # the buckets of one distance each; beyond, a bucket's lower end grows geometrically
-    bucket = np.arange(half)
-    ratio = (config.relative_attention_max_distance / exact) ** (np.maximum(bucket - exact, 0) / (half - exact))
-    back = np.where(bucket < exact, bucket, exact * ratio)
-    offset = np.concatenate([-back, back])
-    pair = np.arange(heads) // 2
-    slope = 0.5 ** (1 + pair * min(1.0, 7 / max(1, pair[-1])))
-    sign = 1 - 2 * (np.arange(heads) % 2)
-    return -slope * np.abs(offset)[:, None] - 2.0 * (offset[:, None] * sign < 0)
+    bucket = jnp.arange(half, dtype=jnp.float32)
+    ratio = (config.relative_attention_max_distance / exact) ** (jnp.maximum(bucket - exact, 0) / (half - exact))
+    back = jnp.where(bucket < exact, bucket, exact * ratio)
+    offset = jnp.concatenate([-back, back])[:, None]
+    head, last_pair = jnp.arange(heads, dtype=jnp.float32)[None, :], max(1, (heads - 1) // 2)
+    slope = 0.5 ** (1 + head // 2 * min(1.0, 7 / last_pair))
+    sign = 1 - 2 * (head % 2)
+    return -slope * jnp.abs(offset) - jnp.where(offset * sign < 0, 2.0, 0.0)
 
 
 class T5LayerNorm(nnx.Module):
@@ -83,7 +83,7 @@ class SelfAttention(nnx.Module):
         self.o = _linear(inner, width, inner**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.relative_attention_bias = nnx.Embed(
             config.relative_attention_num_buckets, config.num_heads, dtype=jnp.float32, param_dtype=param_dtype,
-            embedding_init=lambda *_: jnp.asarray(first_position_biases(config), param_dtype), rngs=rngs,
+            embedding_init=lambda *_: first_position_biases(config).astype(param_dtype), rngs=rngs,
         )  # fmt: skip
         self.num_heads, self.d_kv = config.num_heads, config.d_kv
 
