@@ -31,13 +31,10 @@ QUICK = ["--clips", "2", "--frames", "13", "--long", "21", "--waits", "0", "--st
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    """Programs compiled for their values, not their speed."""
+def _cache(tmp_path_factory, quick_compilation):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +65,8 @@ def rehyat(capsys, monkeypatch, tmp_path):
     return run
 
 
-def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path):
+def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("rehyat_jax.sprites.evaluation._LONGEST_WAIT", 4)  # shorter clips
     code, output, error = rehyat("sprites", "--model", student, "--teacher", teacher, *QUICK)
     assert code == 0, error
     assert os.listdir(tmp_path) == ["sprites.json"]
@@ -79,7 +77,8 @@ def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path):
         *(("training length", source) for source in ("per step", "streamed", "teacher", *controls)),
         *(("long", source) for source in ("streamed", *controls)),
         *(("hidden wait 0", source) for source in ("streamed", "teacher", controls[0], controls[2])),
-        *(("continued, hidden wait 0", source) for source in ("streamed", "… emptied", controls[0])),
+        *((f"continued, hidden wait 0{when}", source) for when in ("", ", 4 frames later")
+          for source in ("streamed", "… emptied", controls[0])),
     ]
     # Controls that do not pass through this autoencoder, which is random.
     assert found["training length", "swapped"]["directions"] == 1

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.sampling.sweep import chunk_frames
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.clips import Sweep, generated, quantized, through_vae
-from rehyat_jax.sprites.occlusion import OcclusionReport, report_occlusions, swapped_occlusions
+from rehyat_jax.sprites.occlusion import OcclusionReport, judged, report_occlusions, swapped_occlusions
 from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
 from rehyat_jax.sprites.report import Report, frozen, report, swapped
+from rehyat_jax.sprites.verifier import Detections, detect
 from rehyat_jax.sprites.world import (
     HEIGHT,
     OCCLUSION_WIDTH,
@@ -177,27 +179,35 @@ class _Run:
         self.on_step(part, 2, 2)
 
     def continued(self, wait: int, source: _Source, *, seed: int) -> Iterator[Measurement]:
-        """True clips up to the last chunk in which the object is hidden, then a stream's, to a chunk after the latest
-        that any clip of training would show it whole. Beside it a stream whose state is emptied when it begins."""
+        """True clips up to the last chunk in which the object is hidden, then a stream's, judged a chunk after the
+        latest that any clip of training would show it whole, and again after one more of the longest waits, for no
+        caption says how long an object waits. Beside it a stream whose state is emptied when it begins."""
         subject = f"continued, hidden wait {wait}"
         scenes, chunk = occlusion_scenes(self.sample.occlusions, wait=wait, seed=seed), self.chunk
         rest = self.vae.vae.config.temporal_factor - 1  # of a video's first latent frame, which is one frame
-        frames = occlusion_frames(max(wait, _LONGEST_WAIT) + chunk)
+        in_time = occlusion_frames(max(wait, _LONGEST_WAIT) + chunk)
+        frames = in_time + _LONGEST_WAIT
         truth = self._drawn(render, scenes, frames)
         hidden = int(np.asarray(seen_again(scenes, num_frames=frames)).argmax(axis=1).min())
         beginning = truth[:, : (hidden + rest) // chunk * chunk - rest]
+        seen: dict[str, Detections] = {}
         for name, emptied in ((source.name, False), (EMPTIED, True)):
             clips = self._clips(
                 dataclasses.replace(source, name=name), subject, scenes, frames=frames, width=OCCLUSION_WIDTH,
                 seed=seed + wait, beginnings=beginning, emptied=emptied,
             )  # fmt: skip
-            yield Measurement(subject=subject, source=name, seed=seed, report=report_occlusions(clips, scenes))
-        self.on_step(f"{subject}, true clips", 0, 1)
-        through = through_vae(self.vae.vae, truth, batch=self._batch(frames))
-        yield Measurement(
-            subject=subject, source="true clips, VAE", seed=seed, report=report_occlusions(through, scenes)
-        )  # fmt: skip
-        self.on_step(f"{subject}, true clips", 1, 1)
+            seen[name] = detect(jnp.asarray(clips), pillar=True)
+        part = f"{subject}, true clips"
+        self.on_step(part, 0, 1)
+        seen["true clips, VAE"] = detect(
+            jnp.asarray(through_vae(self.vae.vae, truth, batch=self._batch(frames))), pillar=True
+        )
+        self.on_step(part, 1, 1)
+        for when, until in (("", in_time), (f", {_LONGEST_WAIT} frames later", frames)):
+            for name, found in seen.items():
+                so_far = jax.tree.map(lambda a, until=until: a[:, :until], found)
+                judgement = judged(so_far, scenes, width=OCCLUSION_WIDTH)
+                yield Measurement(subject=subject + when, source=name, seed=seed, report=judgement)
 
     def _clips(
         self, source: _Source, subject: str, scenes: Scenes | Occlusions, *, frames: int, width: int, seed: int,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from rehyat_jax.sprites.verifier import detect, nearest_ground
+from rehyat_jax.sprites.verifier import Detections, detect, nearest_ground
 from rehyat_jax.sprites.world import (
     NAMES,
     OCCLUSION_REST,
@@ -52,8 +52,11 @@ def report_occlusions(
 ) -> OcclusionReport:
     """Judge occlusion clips (uint8, or float in -1..1) that are long enough for their wait: see
     ``world.occlusion_frames``."""
-    found = detect(jnp.asarray(video), pillar=True)
-    width = video.shape[3]
+    return judged(detect(jnp.asarray(video), pillar=True), scenes, width=video.shape[3])
+
+
+def judged(found: Detections, scenes: Occlusions, *, width: int) -> OcclusionReport:
+    """The report from what was detected (with ``pillar``) in frames ``width`` pixels wide."""
     best, gain, x = (np.asarray(a) for a in (found.objects[..., 0], found.gains[..., 0], found.positions[..., 0, 1]))
     left_edge, right_edge = (width - PILLAR) / 2, (width + PILLAR) / 2
     left, right = x + 0.75 * SPRITE <= left_edge, x + 0.25 * SPRITE >= right_edge
