@@ -72,14 +72,6 @@ def test_every_row_of_the_ablations_is_a_training(tmp_path):
     assert len(made) == len(ablations.ROWS)  # "teacher" has no training, "softmax" no conversion
 
 
-@pytest.fixture
-def quickly():
-    """Programs compiled for their values, not their speed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def tiny_study(folder, *more):
     """The command on random networks; the lines after it."""
     teacher = folder / "teacher"
@@ -91,7 +83,7 @@ def tiny_study(folder, *more):
     return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
 
-@pytest.mark.usefixtures("quickly")
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys):
     """From the teacher to its figures; a run again does what is missing, and another seed compiles nothing new."""
     fewer = dataclasses.replace(ablations.TINY, occlusion_batch=0, occlusions=0, long_clips=0)

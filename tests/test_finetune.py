@@ -45,14 +45,12 @@ HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1, decay=True, length_norm=
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Programs compiled once, in whichever process, and for their values, not their speed."""
+def cache(tmp_path_factory, quick_compilation):
+    """Programs compiled once, in whichever process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         keep_compiled(cache_folder())
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _random(make, seed: int):
@@ -127,7 +125,6 @@ def save_and_die(self, step, state):
 
 Checkpoints.save = save_and_die
 keep_compiled(cache_folder())
-jax.config.update("jax_disable_most_optimizations", True)
 test_finetune._training(Path({str(model)!r}), Path({str(out)!r})).run()
 """
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

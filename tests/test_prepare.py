@@ -36,14 +36,12 @@ CAPTIONS = ("a lemon moving down", "a mushroom on a blue background", "a koala",
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Programs compiled once, in whichever process, and for their values, not their speed."""
+def cache(tmp_path_factory, quick_compilation):
+    """Programs compiled once, in whichever process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         keep_compiled(cache_folder())
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,6 @@ def dying(record):
     return pack(record)
 
 train.encoding._describe, train.encoding.pack = counting, dying
-jax.config.update("jax_disable_most_optimizations", True)
 sys.exit(cli.main({["prepare", str(videos), str(out), "--model", str(model), "--dtype", "float32",
                     "--videos-per-shard", "2", *more]!r}))
 """
@@ -257,7 +254,6 @@ def save_and_die(self, step, state):
 
 Checkpoints.save = save_and_die
 keep_compiled(cache_folder())
-jax.config.update("jax_disable_most_optimizations", True)
 test_prepare._tuned(Path({str(model)!r}), Path({str(data)!r}), Path({str(out)!r})).run()
 """
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
 from test_finetune import _log, _training, _write_teacher
 from virtual_devices import environment
@@ -45,7 +44,6 @@ def train(model: str, out: str, index: int, port: int, die_at: int | None) -> No
     processes = Processes(distributed=True, coordinator=f"127.0.0.1:{port}", count=2, index=index)
     processes.join()
     keep_compiled(cache_folder())
-    jax.config.update("jax_disable_most_optimizations", True)
     _run_of(Path(model), Path(out), processes=processes).run()
 
 

@@ -18,6 +18,7 @@ def environment(devices: int) -> dict[str, str]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
         "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled for values, not speed
         "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}",
     }
 
