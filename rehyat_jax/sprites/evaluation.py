@@ -1,10 +1,10 @@
 """What a model of MovingSprites can do, against its teacher, its ceiling and the controls.
 
 Four subjects: clips of a training length; clips many times as long (streamed); what comes out from behind a pillar
-after a wait, of clips made from a sentence; and the same of true clips that a stream goes on with. Only in the last is
-it known what went in: a model that is not told a name may draw an object that is none of the world's, or two in one,
-and whether that comes out again cannot be judged well. Every model, ceiling and control of a subject gets the same
-prompts and seeds.
+after a wait, of clips made from a sentence; and the same of true clips that a stream goes on with, judged early and
+late. Only in the last is it known what went in: a model that is not told a name may draw an object that is none of the
+world's, or two in one, and whether that comes out again cannot be judged well. Every model, ceiling and control of a
+subject gets the same prompts and seeds.
 """
 
 from __future__ import annotations
