@@ -1,5 +1,7 @@
 """Every test runs with array types checked (jaxtyping + beartype), promotion strict, and warnings as errors."""
 
+import gc
+
 from jaxtyping import install_import_hook
 
 # Before the packages are imported: their annotated signatures become checks.
@@ -19,6 +21,18 @@ def x64():
     """float64 for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Compiled programs end with their file.
+
+    Each holds a few dozen memory mappings, of which Linux gives a process 65,530; beyond, XLA dies of a segmentation
+    fault. And a file's programs do not depend on which ran before it.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

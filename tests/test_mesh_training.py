@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from test_distill import _training as _distillation
 from test_finetune import HYBRID, WAN, _random, _training
-from virtual_devices import on_devices
+from virtual_devices import largest_difference, on_devices
 
 from rehyat_jax.config import VAEConfig
 from rehyat_jax.errors import ConfigError
@@ -47,8 +47,7 @@ def _finetuning(**options):
 
 def _differences():
     """Of a finetune step with a teacher, in two parts, each frame at its own time and a part of them learned, on each
-    mesh: the loss's and the gradients' largest from those
-    of one device, as a share of an array's largest number."""
+    mesh: the largest, of the loss and the gradients, from those of one device."""
     student, teacher = (
         _random(lambda hybrid=hybrid: WanTransformer(WAN, hybrid=hybrid, rngs=nnx.Rngs(0)), seed)
         for seed, hybrid in ((0, HYBRID), (1, None))
@@ -75,8 +74,8 @@ def _differences():
     one, found = on(Devices(None)), []
     for sizes in MESHES:
         devices = dataclasses.replace(training, mesh=_mesh(sizes)).devices(VAE, WAN, HYBRID)
-        found.append(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y)) / np.max(np.abs(x))), one, on(devices)))
-    return [max(jax.tree.leaves(x)) for x in found]
+        found.append(largest_difference(one, on(devices)))
+    return found
 
 
 def _restored():
@@ -150,10 +149,8 @@ def _streaming():
         return seen, run(chunk, given, devices.batch(latents, latents), seen)
 
     one, eight = on(Devices(None)), on(Devices(_mesh((2, 2, 1, 2)).make()))
-    apart = jax.tree.map(
-        lambda x, y: float(np.max(np.abs(x - y)) / np.max(np.abs(x))), *map(jax.device_get, (one, eight))
-    )
-    return max(jax.tree.leaves(apart)), [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in eight[0]]
+    apart = largest_difference(*map(jax.device_get, (one, eight)))
+    return apart, [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in eight[0]]
 
 
 def measure():

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 
 def environment(devices: int) -> dict[str, str]:
     """This one's, for a process of so many virtual CPU devices."""
@@ -31,3 +34,14 @@ def on_devices(module: str, function: str, *, devices: int = 8) -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    """Of two trees of arrays: an array's largest difference as a share of its largest number.
+
+    Or of a thousandth of the tree's largest, where that is more: a gradient so small is a sum whose terms cancel, and
+    the roundings are the terms'.
+    """
+    floor = 1e-3 * max(float(np.max(np.abs(x))) for x in jax.tree.leaves(one))
+    shares = jax.tree.map(lambda x, y: float(np.max(np.abs(x - y)) / max(np.max(np.abs(x)), floor)), one, other)
+    return max(jax.tree.leaves(shares))
