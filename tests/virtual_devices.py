@@ -36,12 +36,12 @@ def on_devices(module: str, function: str, *, devices: int = 8) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def largest_difference(one: Any, other: Any) -> float:
-    """Of two trees of arrays: an array's largest difference as a share of its largest number.
+def largest_difference(one: Any, other: Any, *, least: float = 0.0) -> float:
+    """Of two trees of arrays: an array's largest difference as a share of its largest number; NaN if there is one.
 
-    Or of a thousandth of the tree's largest, where that is more: a gradient so small is a sum whose terms cancel, and
+    Or of ``least`` times the tree's largest, where that is more: a gradient so small is a sum whose terms cancel, and
     the roundings are the terms'.
     """
-    floor = 1e-3 * max(float(np.max(np.abs(x))) for x in jax.tree.leaves(one))
-    shares = jax.tree.map(lambda x, y: float(np.max(np.abs(x - y)) / max(np.max(np.abs(x)), floor)), one, other)
-    return max(jax.tree.leaves(shares))
+    sizes = [np.max(np.abs(x)) for x in jax.tree.leaves(one)]
+    apart = [np.max(np.abs(x)) for x in jax.tree.leaves(jax.tree.map(np.subtract, one, other))]
+    return float(np.max(np.divide(apart, np.maximum(sizes, least * np.max(sizes)))))
