@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from rehyat_jax.hybrid_config import HybridConfig
-from train.finetune import History
+from rehyat_jax.mixers.config import HybridConfig
+from train.stages.finetune import History
 
 Stage = Literal["distill", "finetune"]
 

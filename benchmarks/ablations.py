@@ -37,11 +37,11 @@ import tyro
 from benchmarks import workers
 from benchmarks.ablation_lines import Lines, draw, table
 from benchmarks.ablation_rows import ROWS
-from rehyat_jax.compilation import cache_folder, keep_compiled
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.record import Phases
+from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.clips import Sweep, generated
 from rehyat_jax.sprites.occlusion import report_occlusions
@@ -49,12 +49,12 @@ from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
 from rehyat_jax.sprites.report import report
 from rehyat_jax.sprites.world import HEIGHT, OCCLUSION_WIDTH, WIDTH, occlusion_frames
 from rehyat_jax.weights import load_transformer
-from train.clips import Bucket
-from train.distill import DistillTraining
-from train.finetune import FinetuneTraining
-from train.loop import Stopped
-from train.optimizer import OptimizerConfig
-from train.sources import Source
+from train.data.clips import Bucket
+from train.data.sources import Source
+from train.engine.loop import Stopped
+from train.engine.optimizer import OptimizerConfig
+from train.stages.distill import DistillTraining
+from train.stages.finetune import FinetuneTraining
 
 #: Of the prompts and the noise that rows of seed 0 are measured with, as ``rehyat eval sprites`` has it.
 _FIRST_SEED = 2026

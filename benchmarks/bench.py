@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"), help="folder")
     given = parser.parse_args(argv)
 
-    from rehyat_jax.files import check_writable
+    from rehyat_jax.runtime.files import check_writable
 
     for part in given.parts:
         check_writable(given.out / f"{part}.json")
@@ -44,7 +44,7 @@ def of_a_peer(case: str) -> bool:
 
 def _cases(part: str, tiny: bool) -> Iterator[tuple[str, Callable[[], dict]]]:
     from benchmarks import dit, hybrid_operator, stream, vae
-    from rehyat_jax.config import VAEConfig, WanConfig
+    from rehyat_jax.models.config import VAEConfig, WanConfig
 
     lengths = [6] if tiny else [21, 41, 81, 161]
     transformer, autoencoder = (dit.TINY, vae.TINY) if tiny else (WanConfig.t2v_1_3b(), VAEConfig())

@@ -41,20 +41,20 @@ from jax.sharding import NamedSharding
 
 from benchmarks import kernels
 from rehyat_jax.attention.api import hybrid_attention
-from rehyat_jax.attention.context import hybrid_over_devices
-from rehyat_jax.compilation import cache_folder, keep_compiled
-from rehyat_jax.config import WanConfig
-from rehyat_jax.hybrid_config import HybridConfig
-from rehyat_jax.mesh import spec
-from rehyat_jax.models.dit import WanTransformer
+from rehyat_jax.attention.sharded import hybrid_over_devices
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.mesh import spec
 from rehyat_jax.sampling import FlowSchedule, UniPC
-from train.devices import Devices
-from train.distill import DistillTraining
-from train.flow import flow_loss
-from train.hlo import work
-from train.optimizer import OptimizerConfig
-from train.sharding import MeshConfig
-from train.sources import OwnTrajectories, Source
+from train.data.sources import OwnTrajectories, Source
+from train.engine.optimizer import OptimizerConfig
+from train.parallel.devices import Devices
+from train.parallel.hlo import work
+from train.parallel.sharding import MeshConfig
+from train.stages.distill import DistillTraining
+from train.stages.flow import flow_loss
 
 GIB = 2**30
 KINDS = ("forward", "finetune", "distill", "past", "equal")

@@ -19,10 +19,10 @@ from flax import nnx
 from benchmarks import dit
 from benchmarks import vae as of_vae
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, walked
-from rehyat_jax.config import VAEConfig, WanConfig
-from rehyat_jax.models.vae import WanVAE
-from rehyat_jax.programs import decode_first, decode_next, denoise_chunk, read_text, to_uint8
-from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, plan_steps, sweep
+from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, plan_steps, rollout
+from rehyat_jax.sampling.programs import decode_first, decode_next, denoise_chunk, read_text, to_uint8
 
 CHUNK, STEPS = 3, 4
 
@@ -44,9 +44,9 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
     def chunks() -> tuple[Any, Any]:
         """From (number of the first frame, states) to latents and the next; and the first of them."""
         graph, weights = nnx.split(transformer())
-        keys = sweep.video_keys(0, count=1)
+        keys = rollout.video_keys(0, count=1)
         text = read_text(weights, normal(9, 1, 1, 512, config.text_dim), graph=graph)
-        states = sweep.init_states(transformer(), steps=STEPS, branches=1, batch=1, height=size[0], width=size[1])
+        states = rollout.init_states(transformer(), steps=STEPS, branches=1, batch=1, height=size[0], width=size[1])
 
         def step(carry: Any) -> Any:
             first, states = carry

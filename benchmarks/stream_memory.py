@@ -23,12 +23,12 @@ import tyro
 from flax import nnx
 
 from rehyat_jax import HybridConfig, Stream, StreamState
-from rehyat_jax.config import VAEConfig, WanConfig
-from rehyat_jax.models.dit import WanTransformer
-from rehyat_jax.models.vae import WanVAE
-from rehyat_jax.programs import decode_next, denoise_chunk, read_text, to_uint8
-from rehyat_jax.sampling import FlowSchedule, UniPC, sweep
-from rehyat_jax.settings import Settings
+from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.sampling import FlowSchedule, UniPC, rollout
+from rehyat_jax.sampling.programs import decode_next, denoise_chunk, read_text, to_uint8
+from rehyat_jax.sampling.settings import Settings
 
 GIB = 1 << 30
 MODELS = {
@@ -53,7 +53,7 @@ class Options:
     guidance: float = 1.0
     chunk_frames: int = 3
     overlap_frames: int = 1
-    #: See `rehyat_jax.sampling.sweep.Remember`.
+    #: See `rehyat_jax.sampling.rollout.Remember`.
     remember: Literal["steps"] | float = "steps"
     #: Latent frames.
     lengths: tuple[int, ...] = (9, 999)
@@ -80,7 +80,7 @@ def abstract_models(options: Options) -> tuple[WanTransformer, WanVAE]:
 
 def first_state(options: Options, transformer: WanTransformer, vae: WanVAE) -> StreamState:
     text = jnp.zeros((options.settings.guidance.branches, 1, 512, transformer.config.text_dim), jnp.float32)
-    return StreamState.zeros(transformer, vae, options.settings, keys=sweep.video_keys(0, count=1), text=text)
+    return StreamState.zeros(transformer, vae, options.settings, keys=rollout.video_keys(0, count=1), text=text)
 
 
 def programs(options: Options) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def programs(options: Options) -> dict[str, Any]:
 
         def whole(weights: Any, states: Any, keys: Any, text: Any, steps: Any, length: int = length) -> Any:
             model = nnx.merge(graph, weights)
-            return sweep.per_chunk(model, keys, text, states, shape=(length, *size), steps=steps, **how)
+            return rollout.per_chunk(model, keys, text, states, shape=(length, *size), steps=steps, **how)
 
         lowered = jax.jit(whole, donate_argnums=1).lower(weights, state.states, state.keys, state.text, steps)
         named[f"{length} latent frames in one program"] = lowered

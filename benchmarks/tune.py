@@ -36,7 +36,7 @@ from pallas_kernels import gpu, tpu
 from pallas_kernels.gpu.windows import Windows
 from pallas_kernels.tuning import Key, Table
 from rehyat_jax.attention.state import HybridState
-from rehyat_jax.files import whole_file
+from rehyat_jax.runtime.files import whole_file
 
 #: ‖x − default's‖ / ‖default's‖ of every result, at most.
 TOLERANCE = 1e-2

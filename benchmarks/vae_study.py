@@ -19,10 +19,10 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from rehyat_jax.config import VAEConfig
-from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sprites import world
-from train.optimizer import OptimizerConfig, TrainState
+from train.engine.optimizer import OptimizerConfig, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ two CPU cores took 23 minutes for 1,000 smaller steps.
 
 from pathlib import Path
 
-from rehyat_jax.hybrid_config import HybridConfig
-from train.distill import DistillTraining
-from train.optimizer import OptimizerConfig
-from train.sources import Source
+from rehyat_jax.mixers.config import HybridConfig
+from train.data.sources import Source
+from train.engine.optimizer import OptimizerConfig
+from train.stages.distill import DistillTraining
 
 config = DistillTraining(
     out=Path("out/sprites-distilled"),

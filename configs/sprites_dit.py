@@ -18,10 +18,10 @@ by sprites_dit_longer (docs/results.md).
 
 from pathlib import Path
 
-from rehyat_jax.config import TextEncoderConfig, WanConfig
-from train.clips import Bucket
-from train.diffusion import DiffusionTraining
-from train.optimizer import OptimizerConfig
+from rehyat_jax.models.config import TextEncoderConfig, WanConfig
+from train.data.clips import Bucket
+from train.engine.optimizer import OptimizerConfig
+from train.stages.diffusion import DiffusionTraining
 
 config = DiffusionTraining(
     out=Path("out/mini-sprites"),

@@ -18,10 +18,10 @@ it twice: first with occlusions of 129 frames alone, then as it is here with --s
 
 from pathlib import Path
 
-from rehyat_jax.config import TextEncoderConfig, WanConfig
-from train.clips import Bucket
-from train.diffusion import DiffusionTraining
-from train.optimizer import OptimizerConfig
+from rehyat_jax.models.config import TextEncoderConfig, WanConfig
+from train.data.clips import Bucket
+from train.engine.optimizer import OptimizerConfig
+from train.stages.diffusion import DiffusionTraining
 
 config = DiffusionTraining(
     out=Path("out/mini-sprites-longer"),

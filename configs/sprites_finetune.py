@@ -22,10 +22,10 @@ Result: the folder out/sprites-student, in the diffusers layout with its rehyat 
 
 from pathlib import Path
 
-from rehyat_jax.hybrid_config import HybridConfig
-from train.clips import Bucket
-from train.finetune import FinetuneTraining, History
-from train.optimizer import OptimizerConfig
+from rehyat_jax.mixers.config import HybridConfig
+from train.data.clips import Bucket
+from train.engine.optimizer import OptimizerConfig
+from train.stages.finetune import FinetuneTraining, History
 
 config = FinetuneTraining(
     out=Path("out/sprites-student"),

@@ -11,10 +11,10 @@ frames that went through it keep an identity recall of 0.993.
 
 from pathlib import Path
 
-from rehyat_jax.config import VAEConfig
-from train.clips import Bucket
-from train.optimizer import OptimizerConfig
-from train.vae import VAETraining
+from rehyat_jax.models.config import VAEConfig
+from train.data.clips import Bucket
+from train.engine.optimizer import OptimizerConfig
+from train.stages.vae import VAETraining
 
 config = VAETraining(
     out=Path("out/mini-sprites"),

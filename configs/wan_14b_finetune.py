@@ -15,12 +15,12 @@ Result: the folder out/wan-14b-student, in the diffusers layout with its rehyat 
 
 from pathlib import Path
 
-from rehyat_jax.config import WanConfig
-from rehyat_jax.hybrid_config import HybridConfig
-from train.finetune import FinetuneTraining
-from train.optimizer import OptimizerConfig
-from train.prepared import PreparedClips
-from train.sharding import MeshConfig
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.config import WanConfig
+from train.data.prepared import PreparedClips
+from train.engine.optimizer import OptimizerConfig
+from train.parallel.sharding import MeshConfig
+from train.stages.finetune import FinetuneTraining
 
 config = FinetuneTraining(
     out=Path("out/wan-14b-student"),

@@ -14,12 +14,12 @@ Result: the folder out/wan-1.3b-distilled, the teacher's with a rehyat part. No 
 
 from pathlib import Path
 
-from rehyat_jax.config import WanConfig
-from rehyat_jax.hybrid_config import HybridConfig
-from train.distill import DistillTraining
-from train.optimizer import OptimizerConfig
-from train.sharding import MeshConfig
-from train.sources import Source
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.config import WanConfig
+from train.data.sources import Source
+from train.engine.optimizer import OptimizerConfig
+from train.parallel.sharding import MeshConfig
+from train.stages.distill import DistillTraining
 
 config = DistillTraining(
     out=Path("out/wan-1.3b-distilled"),

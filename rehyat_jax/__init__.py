@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rehyat_jax.attention.api import hybrid_attention
-    from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
-    from rehyat_jax.hybrid_config import HybridConfig
+    from rehyat_jax.mixers.config import HybridConfig
+    from rehyat_jax.models.config import TextEncoderConfig, VAEConfig, WanConfig
     from rehyat_jax.pipeline import TextToVideo
-    from rehyat_jax.stream import StreamState
-    from rehyat_jax.streaming import Stream
+    from rehyat_jax.streams.state import StreamState
+    from rehyat_jax.streams.stream import Stream
     from rehyat_jax.weights import (
         load_text_encoder,
         load_transformer,
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "HybridConfig": "rehyat_jax.hybrid_config",
-    "Stream": "rehyat_jax.streaming",
-    "StreamState": "rehyat_jax.stream",
-    "TextEncoderConfig": "rehyat_jax.config",
+    "HybridConfig": "rehyat_jax.mixers.config",
+    "Stream": "rehyat_jax.streams.stream",
+    "StreamState": "rehyat_jax.streams.state",
+    "TextEncoderConfig": "rehyat_jax.models.config",
     "TextToVideo": "rehyat_jax.pipeline",
-    "VAEConfig": "rehyat_jax.config",
-    "WanConfig": "rehyat_jax.config",
+    "VAEConfig": "rehyat_jax.models.config",
+    "WanConfig": "rehyat_jax.models.config",
     "hybrid_attention": "rehyat_jax.attention.api",
     "load_text_encoder": "rehyat_jax.weights",
     "load_transformer": "rehyat_jax.weights",

@@ -18,20 +18,20 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from rehyat_jax.compilation import cache_folder, keep_compiled
 from rehyat_jax.errors import CheckpointError, RehyatError
-from rehyat_jax.hybrid_config import HybridConfig
-from rehyat_jax.model_folder import Defaults, find_model, read_defaults, read_scheduler
-from rehyat_jax.models.dit import WanTransformer
-from rehyat_jax.models.vae import WanVAE
-from rehyat_jax.programs import decode_first, decode_next, denoise_step, precision, to_float, to_uint8
-from rehyat_jax.prompt_encoder import PromptEncoder
-from rehyat_jax.record import Phases
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.folder import Defaults, find_model, read_defaults, read_scheduler
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
-from rehyat_jax.sampling.sweep import Remember, check_remember, chunk_frames, frame_noise, video_keys
-from rehyat_jax.settings import Settings
-from rehyat_jax.streaming import Stream
-from rehyat_jax.text import trimmed
+from rehyat_jax.sampling.programs import decode_first, decode_next, denoise_step, precision, to_float, to_uint8
+from rehyat_jax.sampling.rollout import Remember, check_remember, chunk_frames, frame_noise, video_keys
+from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.streams.stream import Stream
+from rehyat_jax.text.prompt_encoder import PromptEncoder
+from rehyat_jax.text.tokenizer import trimmed
 from rehyat_jax.weights import load_transformer, load_vae
 
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".

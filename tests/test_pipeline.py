@@ -17,8 +17,8 @@ from tiny_checkpoint import save_tiny_checkpoint, tiny_pipeline
 
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
-from rehyat_jax.model_folder import Defaults, bundled_models, find_model
-from rehyat_jax.record import Phases
+from rehyat_jax.models.folder import Defaults, bundled_models, find_model
+from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import Euler, FlowSchedule, UniPC
 from rehyat_jax.weights import load_transformer
 
@@ -281,7 +281,7 @@ def test_prompts_are_embedded_once(checkpoint, tmp_path, monkeypatch):
     settings = {**SMALL, "num_frames": 1, "guidance_scale": 1.0}
     first = TextToVideo.from_pretrained(checkpoint, cache_dir=tmp_path)("a cat", **settings)
     # A second process need not read the text encoder.
-    monkeypatch.setattr("rehyat_jax.prompt_encoder.load_text_encoder", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr("rehyat_jax.text.prompt_encoder.load_text_encoder", lambda *a, **k: pytest.fail("read again"))
     again = TextToVideo.from_pretrained(checkpoint, cache_dir=tmp_path)("a cat", **settings)
     np.testing.assert_array_equal(first, again)
 

@@ -22,7 +22,7 @@ def environment(devices: int) -> dict[str, str]:
         "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled for values, not speed
-        "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}",
+        "PYTHONPATH": os.pathsep.join(map(str, [folder.parent, folder, *filter(Path.is_dir, folder.iterdir())])),
     }
 
 

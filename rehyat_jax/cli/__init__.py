@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rehyat_jax import __version__
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.files import reason
+from rehyat_jax.runtime.files import reason
 
 #: Exit codes: done, failed by a defect, the user's mistake, interrupted (128 + SIGINT).
 DONE, MISTAKE, INTERRUPTED = 0, 2, 130

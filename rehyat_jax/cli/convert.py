@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rehyat_jax.cli.progress import ProgressDisplay
-from rehyat_jax.files import check_writable
+from rehyat_jax.runtime.files import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(Convert, args=argv, prog="rehyat convert")
     record = options.destination.parent / f"{options.destination.name}.json"
     check_writable(record)
-    from rehyat_jax.model_folder import find_model
-    from rehyat_jax.record import Phases, write_record
+    from rehyat_jax.models.folder import find_model
+    from rehyat_jax.runtime.record import Phases, write_record
     from rehyat_jax.weights.convert import convert
 
     phases = Phases()

@@ -12,7 +12,7 @@ import tyro
 from rehyat_jax.cli.generate import parse_remember
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.files import check_writable
+from rehyat_jax.runtime.files import check_writable
 
 if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
@@ -110,7 +110,7 @@ def _run(options: Sprites) -> None:
         from rich.console import Console
 
         from rehyat_jax.pipeline import TextToVideo
-        from rehyat_jax.record import Phases, write_record
+        from rehyat_jax.runtime.record import Phases, write_record
         from rehyat_jax.sprites.evaluation import Measurement, evaluate, to_dict
         from rehyat_jax.sprites.headline import headline
 

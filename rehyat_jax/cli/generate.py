@@ -16,15 +16,15 @@ import tyro
 from rehyat_jax.cli.generate_stream import Outputs, Request, check_outputs, stream_video
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.files import check_writable, whole_file
+from rehyat_jax.runtime.files import check_writable, whole_file
 
 if TYPE_CHECKING:
-    from rehyat_jax.hybrid_config import HybridConfig
+    from rehyat_jax.mixers.config import HybridConfig
     from rehyat_jax.pipeline import TextToVideo
-    from rehyat_jax.record import Phases
+    from rehyat_jax.runtime.record import Phases
     from rehyat_jax.sampling import FlowSchedule, Solver
-    from rehyat_jax.sampling.sweep import Remember
-    from rehyat_jax.settings import Settings
+    from rehyat_jax.sampling.rollout import Remember
+    from rehyat_jax.sampling.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _run(options: Generate) -> None:
 
     with ProgressDisplay() as display:
         display("load", 0, 1)
-        from rehyat_jax.record import Phases
+        from rehyat_jax.runtime.record import Phases
 
         phases = Phases()
         with phases.measure("load"):
@@ -177,8 +177,8 @@ def _whole_video(
     record: Mapping[str, Any],
 ) -> Settings:  # fmt: skip
     """The per-step sweep: the video is made, then written; nothing is left of one that is not whole."""
-    from rehyat_jax.record import write_record
-    from rehyat_jax.video import contact_sheet, write_video
+    from rehyat_jax.runtime.record import write_record
+    from rehyat_jax.video.io import contact_sheet, write_video
 
     settings = pipe.settings(num_frames=request.frames, **request.sampling)
     frames = pipe.run(
@@ -210,7 +210,7 @@ def _parse_hybrid(text: str | None) -> HybridConfig | Literal["auto"]:
     match = re.fullmatch(r"(\d{1,6})\+(\d{1,6})", text.strip(), flags=re.ASCII)
     if not match:
         raise RehyatError(f"--hybrid must be a chunk and an overlap in latent frames as 3+1, not {text!r}")
-    from rehyat_jax.hybrid_config import HybridConfig
+    from rehyat_jax.mixers.config import HybridConfig
 
     return HybridConfig(chunk_frames=int(match[1]), overlap_frames=int(match[2]))
 

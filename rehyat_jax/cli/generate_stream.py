@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.files import whole_file
+from rehyat_jax.runtime.files import whole_file
 
 if TYPE_CHECKING:
     from rehyat_jax.cli.progress import ProgressDisplay
     from rehyat_jax.pipeline import TextToVideo
-    from rehyat_jax.record import Phases
-    from rehyat_jax.settings import Settings
-    from rehyat_jax.streaming import Stream
-    from rehyat_jax.video_stream import GrowingVideo
+    from rehyat_jax.runtime.record import Phases
+    from rehyat_jax.sampling.settings import Settings
+    from rehyat_jax.streams.stream import Stream
+    from rehyat_jax.video.growing import GrowingVideo
 
 #: The state is saved after every chunk, unless saving it would then take more than a quarter of the time.
 _PATIENCE = 3.0
@@ -85,7 +85,7 @@ def check_outputs(outputs: Outputs, *, resume: bool) -> None:
 
 def _is_hardly_begun(path: Path) -> bool:
     """No frames, or the first block alone: what a run leaves that was killed before it saved a first state."""
-    from rehyat_jax.video_stream import whole_frames
+    from rehyat_jax.video.growing import whole_frames
 
     if not path.exists():
         return True
@@ -111,8 +111,8 @@ def stream_video(
     Raises:
         RehyatError: the model cannot stream, the state is not one of this request, or a file cannot be written.
     """
-    from rehyat_jax.sampling.sweep import chunk_frames
-    from rehyat_jax.video_stream import GrowingVideo, reopen_video
+    from rehyat_jax.sampling.rollout import chunk_frames
+    from rehyat_jax.video.growing import GrowingVideo, reopen_video
 
     chunk_frames(pipe.transformer)  # raises where the model cannot stream, before any file is made
     if not 1 <= request.frames <= _LONGEST:
@@ -158,7 +158,7 @@ def _resumed(pipe: TextToVideo, request: Request, outputs: Outputs) -> Stream:
     import jax
     import numpy as np
 
-    from rehyat_jax.sampling.sweep import video_keys
+    from rehyat_jax.sampling.rollout import video_keys
 
     stream = pipe.resume_stream(outputs.state)
     was, asked = stream.settings, pipe.settings(num_frames=stream.settings.num_frames, **request.sampling)
@@ -207,9 +207,9 @@ def _fill(
 
 def _finish(outputs: Outputs, *, fps: int, phases: Phases, settings: Mapping[str, Any]) -> None:
     """The three files appear together, then the state goes."""
-    from rehyat_jax.record import write_record
-    from rehyat_jax.video import contact_sheet
-    from rehyat_jax.video_stream import finish_video, spaced_frames
+    from rehyat_jax.runtime.record import write_record
+    from rehyat_jax.video.growing import finish_video, spaced_frames
+    from rehyat_jax.video.io import contact_sheet
 
     with ExitStack() as files:
         video, sheet, record = (
@@ -224,7 +224,7 @@ def _finish(outputs: Outputs, *, fps: int, phases: Phases, settings: Mapping[str
 
 def _is_finished(path: Path) -> bool:
     """An ordinary video, not a growing one."""
-    from rehyat_jax.video_stream import whole_frames
+    from rehyat_jax.video.growing import whole_frames
 
     return max(whole_frames(path), default=None) == 0
 

@@ -14,15 +14,15 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.attention.scan import Sums
 from rehyat_jax.attention.state import HybridState
-from rehyat_jax.beginning import begun
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.programs import decode_on, denoise_chunk, precision, read_text, to_uint8
-from rehyat_jax.sampling.sweep import States, chunk_frames, video_keys
-from rehyat_jax.settings import Settings
-from rehyat_jax.stream import StreamState
-from rehyat_jax.text import trimmed
+from rehyat_jax.sampling.programs import decode_on, denoise_chunk, precision, read_text, to_uint8
+from rehyat_jax.sampling.rollout import States, chunk_frames, video_keys
+from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.streams.prefill import begun
+from rehyat_jax.streams.state import StreamState
+from rehyat_jax.text.tokenizer import trimmed
 
 Sweep = Literal["per-step", "per-chunk"]
 #: Called as (steps done, steps in all).

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.sampling.sweep import chunk_frames
+from rehyat_jax.sampling.rollout import chunk_frames
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.clips import Sweep, generated, quantized, through_vae
 from rehyat_jax.sprites.occlusion import OcclusionReport, judged, report_occlusions, swapped_occlusions

@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from flax import nnx
 
-from rehyat_jax.config import TextEncoderConfig, VAEConfig, WanConfig
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.models.dit import WanTransformer
-from rehyat_jax.models.umt5 import UMT5Encoder
-from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.models.config import TextEncoderConfig, VAEConfig, WanConfig
+from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.weights import vae_names
 from rehyat_jax.weights.files import TensorInfo
 from rehyat_jax.weights.names import TRANSFORMER, UMT5, Dialect, Kind, Row, translate

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rehyat_jax.config import WanConfig
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.hybrid_config import HybridConfig
-from rehyat_jax.models.hybrid import hybrid_blocks
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.hybrid import hybrid_blocks
+from rehyat_jax.models.config import WanConfig
 from rehyat_jax.weights.copying import blocks, fill
 from rehyat_jax.weights.files import TensorSource, open_tensors, read_json
 from rehyat_jax.weights.plan import Plan, listed, make_plan, parameters

@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rehyat_jax.config import VAEConfig, WanConfig
-from rehyat_jax.hybrid_config import HybridConfig
-from rehyat_jax.models.hybrid import BlockState, empty_state, listed, why_not_stream
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.hybrid import BlockState, empty_state, listed, why_not_stream
+from rehyat_jax.models.config import VAEConfig, WanConfig
 from rehyat_jax.weights.component import BY_NAME, ComponentName, Config
 from rehyat_jax.weights.files import TensorInfo
 from rehyat_jax.weights.hybrid import find_hybrid, make_hybrid_plan
@@ -177,7 +177,7 @@ def _nbytes(state: BlockState) -> int:
 def _size(path: Path, transformer: WanConfig, vae: VAEConfig) -> tuple[str, int]:
     """A whole checkpoint's own size of video, and the tokens of its frames."""
     # A checkpoint's settings are read by a module that itself reads weights.
-    from rehyat_jax.model_folder import read_defaults
+    from rehyat_jax.models.folder import read_defaults
 
     defaults = read_defaults(path)
     rows, columns = (

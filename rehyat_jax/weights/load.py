@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.hybrid_config import HybridConfig
-from rehyat_jax.models.dit import WanTransformer
-from rehyat_jax.models.umt5 import UMT5Encoder
-from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.weights.component import narrow
 from rehyat_jax.weights.copying import fill
 from rehyat_jax.weights.hybrid import fill_hybrid, find_hybrid, make_hybrid_plan

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rehyat_jax.models.dit import WanTransformer
-from rehyat_jax.models.umt5 import UMT5Encoder
-from rehyat_jax.models.vae import WanVAE
+from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.weights.component import BY_NAME, ComponentName, narrow
 from rehyat_jax.weights.copying import blocks
 from rehyat_jax.weights.hybrid import outgoing, write_hybrid

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from rehyat_jax.config import VAEConfig
+from rehyat_jax.models.config import VAEConfig
 
 #: How a torch tensor becomes ours: ``conv3d`` OIDHW to DHWIO, ``conv2d`` OIHW to HWIO, ``gamma`` [C,1,1(,1)] to [C],
 #: ``vector`` as it is.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.files import reason
+from rehyat_jax.runtime.files import reason
 from rehyat_jax.weights.files import DTYPES
 
 #: Bytes of tensors in one file, at most, unless a single tensor is larger (the Hugging Face libraries' own habit).

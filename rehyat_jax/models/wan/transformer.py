@@ -1,0 +1,390 @@
+"""The Wan2.1 text-to-video diffusion transformer.
+
+Sources: Wan-Video/Wan2.1 ``wan/modules/model.py``; diffusers ``models/transformers/transformer_wan.py``.
+
+Dtypes follow diffusers: layer norms, modulation and gated residuals in float32, the stream between them in the compute
+dtype, the time embedder and modulation tables stored in float32 always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
+
+from rehyat_jax.attention.sharded import softmax_over_devices
+from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.hybrid import (
+    BlockState,
+    HybridAttention,
+    empty_state,
+    hybrid_blocks,
+    scan_layers,
+    take_parameters,
+    why_not_stream,
+)
+from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.block import Block, TextKV, modulate, modulation_table
+from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
+from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
+
+_xavier = nnx.initializers.xavier_uniform()
+_normal = nnx.initializers.normal(0.02)
+
+
+class TextEmbedder(nnx.Module):
+    """Text features to the transformer's width; also the shape of the time embedder, with another activation."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        activation: Callable[[Array], Array],
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        kinds = {"kernel_init": _normal, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.linear_1 = nnx.Linear(in_dim, dim, **kinds)
+        self.linear_2 = nnx.Linear(dim, dim, **kinds)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ConditionEmbedder(nnx.Module):
+    """Diffusion time and text, as the blocks take them."""
+
+    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TextEmbedder(
+            config.freq_dim, config.dim, jax.nn.silu, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs
+        )
+        self.time_proj = nnx.Linear(
+            config.dim, 6 * config.dim, kernel_init=_xavier, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.text_embedder = TextEmbedder(
+            config.text_dim, config.dim, _gelu_tanh, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+
+def _gelu_tanh(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    return jax.nn.gelu(x, approximate=True)
+
+
+class Embedded(NamedTuple):
+    """A call's latents and times as the blocks take them, and what the last projection needs."""
+
+    #: Tokens, time-major.
+    x: Float[Array, "B N C"]
+    #: Of all tokens (M = 1), or of each frame's.
+    modulation: Float[Array, "B M 6 C"]
+    rotary: CosSin
+    time: Float[Array, "B M C"]
+    #: Frames, rows, columns of tokens.
+    grid: tuple[int, int, int]
+
+
+class WanTransformer(nnx.Module):
+    """Velocity of a noisy latent video under a text.
+
+    The blocks are one module whose parameters have a leading axis of ``num_layers``; the forward pass scans over it.
+    What converted blocks have beside the teacher's parameters is another, ``hybrid_blocks``, with a leading axis of the
+    converted blocks alone: without it the model is the teacher, name by name.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        hybrid: HybridConfig | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """
+        Raises:
+            ConfigError: ``hybrid`` names a block that there is not.
+        """
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+        self.patch_embedding = nnx.Conv(
+            config.in_channels, config.dim, config.patch_size, strides=config.patch_size, padding="VALID",
+            kernel_init=_xavier, rngs=rngs, **kinds,
+        )  # fmt: skip
+        self.condition_embedder = ConditionEmbedder(config, rngs=rngs, **kinds)
+        self.blocks = nnx.vmap(lambda r: Block(config, rngs=r, **kinds), in_axes=0, out_axes=0)(
+            rngs.split(config.num_layers)
+        )
+        self.scale_shift_table = nnx.Param(modulation_table(rngs, 2, config.dim))
+        out = config.out_channels * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.proj_out = nnx.Linear(config.dim, out, kernel_init=nnx.initializers.zeros_init(), rngs=rngs, **kinds)
+        # Last, so that a student's other parameters are the teacher's of the same seed.
+        self.hybrid = hybrid
+        self.converted = (False,) * config.num_layers if hybrid is None else hybrid.converted(config.num_layers)
+        self.hybrid_blocks = None if hybrid is None else hybrid_blocks(config, hybrid, rngs=rngs, **kinds)
+
+    def with_hybrid(
+        self,
+        hybrid: HybridConfig | None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        blocks: HybridAttention | None = None,
+    ) -> WanTransformer:
+        """This model's teacher (the same arrays) with other hybrid blocks, or None.
+
+        Args:
+            rngs: initialise the hybrid blocks anew.
+            blocks: where ``rngs`` is not given: whose parameters the hybrid blocks have; this model's by default, so
+                that the chunks, the stabiliser or the implementation of a student can be changed.
+
+        Raises:
+            ConfigError: ``hybrid`` names a block that there is not, or the parameters do not fit it.
+        """
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        student = nnx.eval_shape(lambda: WanTransformer(self.config, hybrid=hybrid, **kinds, rngs=nnx.Rngs(0)))
+        if hybrid is not None and rngs is not None:
+            student.hybrid_blocks = hybrid_blocks(self.config, hybrid, rngs=rngs, **kinds)
+        elif hybrid is not None:
+            if blocks is None and student.converted != self.converted:
+                raise ConfigError("other blocks than this model's are to be hybrids: initialise them anew, with rngs")
+            take_parameters(student.hybrid_blocks, self.hybrid_blocks if blocks is None else blocks)
+        teacher = nnx.state(self)
+        teacher.pop("hybrid_blocks", None)
+        nnx.update(student, teacher)
+        return student
+
+    def __call__(
+        self,
+        latents: Float[Array, "B T H W {self.config.in_channels}"],
+        timesteps: Num[Array, "B *frames"],
+        text: Float[Array, "B L {self.config.text_dim}"],
+        *,
+        text_tokens: int | None = None,
+        remat: bool = False,
+        unroll: bool = False,
+    ) -> Float[Array, "B T H W {self.config.out_channels}"]:
+        """The velocity (noise − video) in the compute dtype.
+
+        On a mesh in force (`rehyat_jax.runtime.mesh`) the batch, time and heads are cut over its devices; a video is
+        padded at its end where its chunks do not divide by the devices, which changes nothing.
+
+        Args:
+            latents: normalised latents, channels last; T, H, W multiples of the patch.
+            timesteps: diffusion time in 0…1000, whole or fractional: a video's, or [B, T], each latent frame's own (as
+                Wan2.2's 5B, and diffusers with a time a token).
+            text: the encoder's output, zero beyond the prompt.
+            text_tokens: as many tokens as are attended to, zeros after ``text``'s (Wan: 512); by default those that it
+                has. The zeros cost one token: the rest have its keys and values.
+            remat: for training: keep each block's input alone and compute the block anew in the backward pass.
+            unroll: every block in the program in place of a loop over blocks. For training a small model: what a loop
+                keeps for the backward pass is copied in and out of its arrays. The larger program compiles longer.
+
+        Raises:
+            RehyatError: T, H or W is not a multiple of the patch, or T of the chunk where time is cut; there are not as
+                many times as frames.
+        """
+        frames = latents.shape[1]
+        chunk = self.config.patch_size[0] * (self.hybrid.chunk_frames if self.hybrid is not None else 1)
+        padding = frames_on_devices(frames, chunk) - frames
+        if timesteps.ndim == 2:
+            timesteps = jnp.pad(timesteps, ((0, 0), (0, padding)), mode="edge")
+        inputs = self.embed(jnp.pad(latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), timesteps)
+        embedded = self.embed_text(text, text_tokens)
+        how = {"text_repeats": text_repeats(embedded.shape[1], text_tokens)}
+        tokens = inputs.x.shape[1] * frames // (frames + padding)
+        graph, layers = nnx.split(self.blocks)
+        hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
+
+        def softmax(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            return softmax_over_devices(q, k, v, tokens=tokens), None
+
+        def teacher(x: Array, layer: Any) -> tuple[Array, None]:
+            x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, layer)
+            return block.attending(x, embedded, inputs.modulation, inputs.rotary, softmax, **how)
+
+        def student(x: Array, both: tuple[Any, Any]) -> tuple[Array, None]:
+            x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, both[0])
+            attention = nnx.merge(hybrid_graph, both[1])
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                return attention(q, k, v, frame=inputs.grid[1] * inputs.grid[2]), None
+
+            return block.attending(x, embedded, inputs.modulation, inputs.rotary, attend, **how)
+
+        if remat:
+            teacher, student = jax.checkpoint(teacher), jax.checkpoint(student)
+        x = scan_layers(teacher, student, inputs.x, layers, hybrids, self.converted, unroll=unroll)
+        return self.unembed(x, inputs)[:, :frames]
+
+    def init_stream(self, batch: int, height: int, width: int) -> BlockState:
+        """The state before a video's first chunk: every block's, stacked over a leading axis of layers.
+
+        Its size depends on the batch and on the latents' height and width, and on no number of frames but the overlap.
+
+        Raises:
+            RehyatError: the model cannot stream, or height or width is not a multiple of the patch.
+        """
+        hybrid = self._streaming()
+        _, rows, columns = self._grid((self.config.patch_size[0], height, width))
+        state = empty_state(self.config, hybrid, batch=batch, frame=rows * columns, dtype=self.dtype)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.config.num_layers, *x.shape)), state)
+
+    def read_text(self, text: Float[Array, "B L {self.config.text_dim}"], text_tokens: int | None = None) -> TextKV:
+        """A text as `stream` takes it: what every block sees of it, stacked over a leading axis of layers.
+
+        It depends on the text alone, so that all steps of all chunks share it. Its size is 2 · layers · L · width
+        numbers a text in the compute dtype: 94 MB for Wan-1.3B's 512 tokens in bfloat16; with ``text_tokens``, as in a
+        call on a whole video, only what differs.
+        """
+        embedded = self.embed_text(text, text_tokens)
+        graph, layers = nnx.split(self.blocks)
+
+        def read(layer: Any) -> TextKV:
+            seen = nnx.merge(graph, layer).read_text(embedded)
+            return TextKV(*(laid_out(x, "batch", None, "heads", None) for x in seen))
+
+        return jax.lax.map(read, layers)
+
+    def stream(
+        self,
+        latents: Float[Array, "B T H W {self.config.in_channels}"],
+        timesteps: Num[Array, "B *frames"],
+        text: TextKV,
+        state: BlockState,
+        *,
+        first_frame: int | Int[Array, ""],
+        text_tokens: int | None = None,
+    ) -> tuple[Float[Array, "B T H W {self.config.out_channels}"], BlockState]:
+        """The velocity of the next frames of a video, and the state after them.
+
+        Calls on consecutive pieces, each of whole chunks save a last one, equal one call on the whole video at the same
+        time and text.
+
+        Args:
+            latents: one chunk, or several; as in a call on a whole video.
+            text: `read_text`'s, which may change between calls.
+            state: of the frames before: `init_stream`'s, or what the call before this one returned.
+            first_frame: the first of these latent frames, counted from the video's beginning; may be traced, so that
+                one compilation serves every chunk. Exact up to 2²⁴.
+            text_tokens: what `read_text` was told.
+
+        Raises:
+            RehyatError: the model cannot stream; the sizes are not multiples of the patch; more than one chunk that
+                are no whole number of chunks.
+        """
+        hybrid = self._streaming()
+        inputs = self.embed(latents, timesteps, first_frame=first_frame)
+        frames, rows, columns = inputs.grid
+        if frames > hybrid.chunk_frames and frames % hybrid.chunk_frames:
+            raise RehyatError(f"{frames} frames are not a whole number of chunks of {hybrid.chunk_frames}")
+        first = jnp.asarray(first_frame, jnp.int32) // self.config.patch_size[0]
+        how = {"text_repeats": text_repeats(text.k.shape[2], text_tokens)}
+        graph, layers = nnx.split(self.blocks)
+        hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
+
+        def step(x: Array, layer: tuple[Any, Any, TextKV, BlockState]) -> tuple[Array, BlockState]:
+            attention = nnx.merge(hybrid_graph, layer[1])
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, BlockState]:
+                return attention.stream(q, k, v, layer[3], frame=rows * columns, first=first)
+
+            return nnx.merge(graph, layer[0]).attending(x, layer[2], inputs.modulation, inputs.rotary, attend, **how)
+
+        x, state = jax.lax.scan(step, inputs.x, (layers, hybrids, text, state))
+        return self.unembed(x, inputs), state
+
+    def why_not_stream(self) -> str | None:
+        """None for a model that can stream; else one sentence that names the blocks that prevent it."""
+        return why_not_stream(self.hybrid, self.converted)
+
+    def _streaming(self) -> HybridConfig:
+        why = self.why_not_stream()
+        if why is not None or self.hybrid is None:
+            raise RehyatError(why or "")
+        return self.hybrid
+
+    def embed(
+        self,
+        latents: Float[Array, "B T H W {self.config.in_channels}"],
+        timesteps: Num[Array, "B *frames"],
+        *,
+        first_frame: int | Int[Array, ""] = 0,
+    ) -> Embedded:
+        """All that comes before the blocks but the text, see `embed_text`; ``first_frame`` as in `stream`.
+
+        Raises:
+            RehyatError: T, H or W is not a multiple of the patch; there are not as many times as frames.
+        """
+        batch, frames, height, width = latents.shape[:4]
+        grid = self._grid((frames, height, width))
+        first = jnp.asarray(first_frame, jnp.int32) // self.config.patch_size[0]
+        positions = first + jnp.arange(grid[0], dtype=jnp.int32)
+
+        x = self.patch_embedding(latents.astype(self.dtype)).reshape(batch, -1, self.config.dim)
+        condition = self.condition_embedder
+        if timesteps.shape not in ((batch,), (batch, frames)):
+            raise RehyatError(f"{batch} videos of {frames} frames cannot have times of shape {timesteps.shape}")
+        # [B, M]: of frames that share a patch, the first one's.
+        times = timesteps.reshape(batch, -1)[:, :: self.config.patch_size[0]]
+        time = condition.time_embedder(timestep_embedding(times, self.config.freq_dim)).astype(self.dtype)
+        modulation = condition.time_proj(jax.nn.silu(time)).astype(jnp.float32)
+        return Embedded(
+            x=x,
+            modulation=modulation.reshape(*times.shape, 6, -1),
+            rotary=rotary_embedding(self.config.attention_head_dim, positions, *grid[1:]),
+            time=time,
+            grid=grid,
+        )
+
+    def embed_text(
+        self, text: Float[Array, "B L {self.config.text_dim}"], text_tokens: int | None = None
+    ) -> Float[Array, "B K C"]:
+        """The text as the blocks read it, and one token of zeros after it where there are to be more ``text_tokens``.
+
+        Raises:
+            RehyatError: the text has more.
+        """
+        if text_tokens is not None and text_tokens < text.shape[1]:
+            raise RehyatError(f"a text of {text.shape[1]} tokens does not fit into {text_tokens}")
+        if text_tokens is not None and text_tokens > text.shape[1]:
+            text = jnp.pad(text, ((0, 0), (0, 1), (0, 0)))
+        return self.condition_embedder.text_embedder(text.astype(self.dtype))
+
+    def unembed(self, x: Float[Array, "B N C"], inputs: Embedded) -> Float[Array, "B T H W {self.config.out_channels}"]:
+        """All that comes after the blocks: their output into the velocity."""
+        shift, scale = (
+            self.scale_shift_table[...][None, i : i + 1] + inputs.time.astype(jnp.float32) for i in range(2)
+        )
+        out = self.proj_out(modulate(x, shift, scale, self.config.eps))
+        return _unpatchify(out, inputs.grid, self.config.patch_size)
+
+    def _grid(self, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+        patch = self.config.patch_size
+        if any(size % p for size, p in zip(sizes, patch, strict=True)):
+            raise RehyatError(f"latents of {[*sizes]} frames, rows, columns are not divisible into patches of {patch}")
+        frames, rows, columns = (size // p for size, p in zip(sizes, patch, strict=True))
+        return frames, rows, columns
+
+
+def text_repeats(embedded: int, text_tokens: int | None) -> int:
+    """How many of these the last of the embedded tokens stands for."""
+    return 1 if text_tokens is None else text_tokens - embedded + 1
+
+
+def _unpatchify(
+    x: Float[Array, "B N C"], grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> Float[Array, "B T H W D"]:
+    """Tokens, time-major, each the values of its patch (patch time, row, column, channel), back to a latent video."""
+    x = x.reshape(x.shape[0], *grid, *patch, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(x.shape[0], *(size * p for size, p in zip(grid, patch, strict=True)), -1)

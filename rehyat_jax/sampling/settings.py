@@ -1,0 +1,96 @@
+"""How a video is made, and the same as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.sampling import Euler, FlowSchedule, Guidance, Solver, Steps, UniPC, plan_steps
+from rehyat_jax.sampling.rollout import Remember, check_remember
+from rehyat_jax.sampling.schedule import Grid
+
+_NUMBERS: dict[str, type | tuple[type, ...]] = {
+    "num_frames": int, "height": int, "width": int, "num_inference_steps": int, "guidance_scale": (int, float),
+    "remember": (str, int, float),
+}  # fmt: skip
+_SCHEDULE: dict[str, type | tuple[type, ...]] = {"grid": str, "shift": (int, float), "num_train_timesteps": int}
+_SOLVERS: dict[str, type[Euler] | type[UniPC]] = {"Euler": Euler, "UniPC": UniPC}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a video is made, every value resolved: see ``TextToVideo.settings``."""
+
+    #: Of a stream: the first block's.
+    num_frames: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    schedule: FlowSchedule
+    solver: Solver
+    #: How a stream remembers its chunks.
+    remember: Remember = "steps"
+
+    @property
+    def guidance(self) -> Guidance:
+        """The two prompts one after the other, in the memory of one."""
+        return Guidance(scale=self.guidance_scale, forward="two")
+
+    def plan(self) -> Steps:
+        """
+        Raises:
+            ConfigError: the schedule has no such number of steps, or the solver does not accept its levels.
+        """
+        return plan_steps(self.schedule, self.solver, num_steps=self.num_inference_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it.
+
+        Raises:
+            ConfigError: the solver is none of this package's.
+        """
+        name = type(self.solver).__name__
+        if type(self.solver) is not _SOLVERS.get(name):
+            raise ConfigError(f"a stream with the solver {name} cannot be saved: only with {' or '.join(_SOLVERS)}")
+        numbers = {key: getattr(self, key) for key in _NUMBERS}
+        solver = {"name": name, **dataclasses.asdict(self.solver)}
+        return numbers | {"schedule": dataclasses.asdict(self.schedule), "solver": solver}
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Settings:
+        """From ``to_dict``'s; what the values mean to a model is not checked.
+
+        Raises:
+            ConfigError: a name is unknown or missing, or a value is not of its kind.
+        """
+        source = {"remember": "steps"} | dict(source)  # streams saved before there was another way
+        numbers = _known({k: v for k, v in source.items() if k not in ("schedule", "solver")}, _NUMBERS, "settings")
+        check_remember(numbers["remember"])
+        schedule, solver = source.get("schedule"), source.get("solver")
+        if not isinstance(schedule, Mapping) or not isinstance(solver, Mapping):
+            raise ConfigError("the settings name no schedule or no solver")
+        name = solver.get("name")
+        kind = _SOLVERS.get(name) if isinstance(name, str) else None
+        if kind is None:
+            raise ConfigError(f"there is no solver {str(name)[:80]!r}")
+        order: dict[str, type | tuple[type, ...]] = {"order": int} if kind is UniPC else {}
+        options = _known({k: v for k, v in solver.items() if k != "name"}, order, f"solver {name}")
+        schedule = _known(schedule, _SCHEDULE, "schedule")
+        if schedule["grid"] not in get_args(Grid):
+            raise ConfigError(f"there is no grid of noise levels {schedule['grid'][:80]!r}")
+        return cls(**numbers, schedule=FlowSchedule(**schedule), solver=kind(**options))
+
+
+def _known(source: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], what: str) -> dict[str, Any]:
+    if source.keys() != kinds.keys():
+        wrong = str(min(source.keys() ^ kinds.keys()))[:80]
+        raise ConfigError(f"the {what} {'lacks' if wrong in kinds else 'knows no'} {wrong!r}")
+    for name, value in source.items():
+        # No number that is of use is larger; NaN is not smaller.
+        wild = isinstance(value, int | float) and not abs(value) < 1e12
+        if not isinstance(value, kinds[name]) or isinstance(value, bool) or wild:
+            raise ConfigError(f"{name} in the {what} cannot be {str(value)[:80]!r}")
+    return dict(source)

@@ -1,0 +1,233 @@
+"""What a stream carries from chunk to chunk, and how it lies on disk: one safetensors file, whole or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from rehyat_jax.errors import CheckpointError, ConfigError
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import State, WanVAE
+from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.sampling.programs import decode_first, to_uint8
+from rehyat_jax.sampling.rollout import RANDOM, States, init_states
+from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.weights.files import DTYPES
+from rehyat_jax.weights.plan import parameters
+from rehyat_jax.weights.writing import INTEGERS, Outgoing, write_file
+
+#: Positions in time are exact up to here: 48 days of video at 16 frames a second.
+MOST_FRAMES = 1 << 24
+_FILE = "stream.safetensors"
+#: The one entry of the file's metadata, JSON.
+_HEADER = "rehyat_stream"
+_VERSION = 1
+
+
+class StreamState(NamedTuple):
+    """A stream after the chunks made so far; a pytree whose shapes do not depend on how many there were."""
+
+    #: The transformer's, for each step (of a finished chunk: one) and guidance branch: leaves [steps, branches, layers,
+    #: B, …].
+    states: States
+    #: What the decoder needs of the frames before; zeros before the first.
+    decoder: State
+    #: The latent frames made so far: the number of the next one.
+    first_frame: Int[Array, ""]
+    #: Of the noise of each video of the batch.
+    keys: Key[Array, " B"]
+    #: The prompts' embeddings and, with guidance, the negative prompts' after them.
+    text: Float[Array, "branches B L D"]
+
+    @classmethod
+    def zeros(
+        cls,
+        transformer: WanTransformer,
+        vae: WanVAE,
+        settings: Settings,
+        *,
+        keys: Key[Array, " B"],
+        text: Float[Array, "branches B L D"],
+    ) -> StreamState:
+        """Before the first chunk.
+
+        Raises:
+            RehyatError: the transformer cannot stream.
+        """
+        batch, space = keys.shape[0], vae.config.spatial_factor
+        height, width = settings.height // space, settings.width // space
+        states = init_states(
+            transformer, steps=settings.num_inference_steps if settings.remember == "steps" else 1,
+            branches=settings.guidance.branches, batch=batch, height=height, width=width,
+        )  # fmt: skip
+        graph, weights = nnx.split(vae)
+        latents = jax.ShapeDtypeStruct((batch, 1, height, width, vae.config.z_dim), jnp.float32)
+        _, decoder = jax.eval_shape(lambda w, x: decode_first(w, x, graph=graph, pixels=to_uint8), weights, latents)
+        decoder = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decoder)
+        return cls(states, decoder, jnp.zeros((), jnp.int32), keys, text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamRecord:
+    """What lies beside a stream's arrays: how they are to be continued."""
+
+    settings: Settings
+    #: `fingerprint` of the transformer and the autoencoder that made them.
+    model: str
+    prompt: str
+    negative_prompt: str
+
+
+def fingerprint(transformer: WanTransformer, vae: WanVAE) -> str:
+    """Tells a model from every other: its configurations and every bit of its parameters, the same on any device."""
+    configs = [transformer.config, transformer.hybrid and transformer.hybrid.to_dict(), vae.config]
+    digest = hashlib.sha256(repr(configs).encode())
+    for module in (transformer, vae):
+        for name, variable in sorted(parameters(nnx.state(module)).items()):
+            array = np.asarray(variable.get_value())
+            digest.update(f"{name} {array.shape} {array.dtype}".encode())
+            digest.update(_bytes(array).data)
+    return digest.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def save_stream(folder: str | os.PathLike[str], state: StreamState, record: StreamRecord) -> None:
+    """Write a stream into a folder, which is made if need be: the new state whole, or the one before it as it was.
+
+    Raises:
+        RehyatError: the folder cannot be written, or the settings have no form on disk.
+    """
+    folder = Path(folder)
+    content = {
+        "version": _VERSION, "model": record.model, "prompt": record.prompt, "negative_prompt": record.negative_prompt,
+        "settings": record.settings.to_dict(),
+    }  # fmt: skip
+    with whole_file(folder / _FILE) as partial:
+        arrays = [_outgoing(name, leaf) for name, leaf in _leaves(_plain(state))]
+        write_file(partial, arrays, metadata={_HEADER: json.dumps(content)})
+    with suppress(OSError):  # the new name as well, where the system can be asked for that
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    for left in folder.glob(f".{_FILE}.*.partial"):  # by a process that was killed
+        with suppress(OSError):
+            left.unlink()
+
+
+def _outgoing(name: str, leaf: Array) -> Outgoing:
+    return Outgoing(name=name, dtype=leaf.dtype, shape=leaf.shape, blocks=lambda: [_bytes(np.asarray(leaf))])
+
+
+def read_record(folder: str | os.PathLike[str]) -> StreamRecord:
+    """What a saved stream says of itself; its arrays are not read.
+
+    Raises:
+        CheckpointError: there is no stream, or it is damaged or foreign.
+    """
+    return _record(_header(Path(folder) / _FILE), Path(folder) / _FILE)
+
+
+def load_state(folder: str | os.PathLike[str], template: StreamState) -> StreamState:
+    """A saved stream's arrays, each checked before it is believed.
+
+    Args:
+        template: arrays or shapes of the same stream, as ``jax.eval_shape`` of `StreamState.zeros` gives them.
+
+    Raises:
+        CheckpointError: the file is damaged, or not of a stream like the template.
+    """
+    path = Path(folder) / _FILE
+    wanted = dict(_leaves(jax.eval_shape(_plain, template)))
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            if odd := sorted(wanted.keys() ^ set(file.keys())):
+                raise CheckpointError(f"{path} {'lacks' if odd[0] in wanted else 'has no use for'} {odd[0][:200]!r}")
+            arrays = {name: _checked(file, name, like, path) for name, like in wanted.items()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+    tree = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(_plain, template)), list(arrays.values()))
+    state = cast(StreamState, tree)
+    if not 0 <= int(state.first_frame) <= MOST_FRAMES:
+        raise CheckpointError(f"{path} says that {int(state.first_frame)} latent frames came before")
+    return state._replace(keys=jax.random.wrap_key_data(state.keys, impl=RANDOM))
+
+
+def _checked(file: Any, name: str, like: Any, path: Path) -> Array:
+    """One array, once its shape and type are known to be right, and all its numbers."""
+    entry = file.get_slice(name)
+    shape, dtype = tuple(entry.get_shape()), (DTYPES | INTEGERS).get(entry.get_dtype())
+    if shape != like.shape or dtype != like.dtype:
+        raise CheckpointError(
+            f"{path}: {name!r} is {entry.get_dtype()} {list(shape)} in the file, and this model's is {like.dtype.name} "
+            f"{list(like.shape)}"
+        )
+    array = file.get_tensor(name)
+    whole = np.issubdtype(array.dtype, np.integer)
+    if (array < 0).any() if whole else not all(np.isfinite(part).all() for part in _parts(array)):
+        raise CheckpointError(f"{path}: {name!r} holds {'a negative count' if whole else 'NaN or infinity'}")
+    return jnp.asarray(array)
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """A few megabytes at a time, so that a check takes no memory worth counting."""
+    flat = array.reshape(-1)
+    return (flat[start : start + (1 << 20)] for start in range(0, flat.size, 1 << 20))
+
+
+def _plain(state: StreamState) -> StreamState:
+    """Random keys as their numbers."""
+    return state._replace(keys=jax.random.key_data(state.keys))
+
+
+def _leaves(state: StreamState) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree.leaves_with_path(state):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"there is no saved stream in {path.parent}: {path.name} is missing")
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        content = json.loads(metadata.get(_HEADER, ""))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or no saved stream: {_first_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no saved stream") from error
+    if not isinstance(content, dict) or content.get("version") != _VERSION:
+        raise CheckpointError(f"{path} is no saved stream, or one of another version of this program")
+    return content
+
+
+def _record(content: Mapping[str, Any], path: Path) -> StreamRecord:
+    texts = {name: content.get(name) for name in ("model", "prompt", "negative_prompt")}
+    settings = content.get("settings")
+    if not all(isinstance(text, str) for text in texts.values()) or not isinstance(settings, dict):
+        raise CheckpointError(f"{path} is no saved stream: it lacks its settings")
+    try:
+        return StreamRecord(settings=Settings.from_dict(settings), **cast(dict[str, str], texts))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]

@@ -1,0 +1,82 @@
+"""Prompts into embeddings, on disk once made: the text encoder, Wan's largest network, is read only for new prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.runtime.files import sample_digest
+from rehyat_jax.text.tokenizer import PromptCache, Tokenizer, embed_tokens
+from rehyat_jax.weights import load_text_encoder
+from rehyat_jax.weights.layout import locate
+from rehyat_jax.weights.plan import open_component
+
+#: Tokens that Wan's transformer was trained on: shorter prompts are padded with zero embeddings, longer ones cut.
+TEXT_LENGTH = 512
+
+
+class PromptEncoder:
+    """A tokenizer, and a UMT5 encoder that is read from disk when first needed."""
+
+    def __init__(self, folder: Path, *, dtype: DTypeLike = jnp.float32, cache: Path | None = None) -> None:
+        """Open a checkpoint's text part: sizes and headers are checked, the weights not yet read.
+
+        Args:
+            folder: a whole checkpoint's, diffusers or original layout.
+            dtype: of the encoder's weights and computation.
+            cache: a folder for embeddings; ``None``: made anew each time.
+
+        Raises:
+            CheckpointError, ConfigError: tokenizer or encoder is missing, damaged or foreign, or they do not fit.
+        """
+        self._folder, self._dtype = folder, dtype
+        self._cache = None if cache is None else PromptCache(cache)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        opened = open_component(locate(folder, "text_encoder"))
+        self._config, self._weights = opened.config, opened.weights
+        if self.tokenizer.vocab_size > self._config.vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the encoder {self._config.vocab_size}"
+            )
+
+    @property
+    def text_dim(self) -> int:
+        """Width of an embedding."""
+        return self._config.d_model
+
+    @cached_property
+    def encoder(self) -> UMT5Encoder:
+        """The network, read at the first use."""
+        return load_text_encoder(self._folder, dtype=self._dtype)
+
+    def __call__(self, prompt: str) -> Float[Array, "1 L D"]:
+        """The prompt's embedding in float32, zero beyond its last token, as ``WanPipeline`` makes it.
+
+        Raises:
+            CheckpointError: the weights are damaged.
+        """
+        tokens = self.tokenizer.encode(prompt, TEXT_LENGTH)
+        key = f"{self._identity} {tokens.ids.tolist()} {tokens.mask.sum()}"
+        rows = None if self._cache is None else self._cache.get(key, shape=(1, TEXT_LENGTH, self.text_dim))
+        if rows is None:
+            rows = np.asarray(embed_tokens(self.encoder, tokens).astype(jnp.float32))
+            if self._cache is not None:
+                self._cache.put(key, rows)
+        return jnp.asarray(rows)
+
+    @cached_property
+    def _identity(self) -> str:
+        """What an embedding depends on beside the tokens: the encoder's files (their content), sizes and dtype."""
+        digest = hashlib.sha256(f"{self._config} {jnp.dtype(self._dtype).name}".encode())
+        for path in sorted(self._weights.parent.iterdir()):
+            if path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+                digest.update(sample_digest(path))
+        return digest.hexdigest()

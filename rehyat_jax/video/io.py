@@ -1,0 +1,154 @@
+"""Videos on disk: mp4 through PyAV, and a contact sheet to see a video at a glance."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterable
+from typing import Literal
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.files import whole_file
+
+#: Frames smaller than this on their shorter side are enlarged: 4:2:0 halves the colour planes, and a video of 64 x 64
+#: pixels is a stamp in a text-book player.
+_COMFORTABLE = 256
+#: The same for a frame in a contact sheet.
+_THUMBNAIL = 128
+
+Codec = Literal["h264", "rgb"]
+#: Encoder, pixel format and options. "h264" plays everywhere; "rgb" is lossless: x264 in RGB at quantiser 0.
+_CODECS: dict[Codec, tuple[str, str, dict[str, str]]] = {
+    "h264": ("libx264", "yuv420p", {"crf": "16", "preset": "medium"}),
+    "rgb": ("libx264rgb", "rgb24", {"crf": "0", "preset": "medium"}),
+}
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    frames: UInt8[np.ndarray, "F H W 3"] | Iterable[UInt8[np.ndarray, "_F H W 3"]],
+    *,
+    fps: int = 16,
+    scale: int | None = None,
+    codec: Codec = "h264",
+) -> None:
+    """Write an mp4 under a partial name and rename it when whole.
+
+    Args:
+        path: where the video is to stand; missing folders are made.
+        frames: all frames, or an iterator of blocks of frames (a stream), RGB.
+        fps: frames a second.
+        scale: whole number by which each side is enlarged (nearest neighbour). ``None``: for "h264" the smallest that
+            makes the shorter side at least 256 pixels and both sides even; for "rgb" 1.
+        codec: "h264" (4:2:0, for people) or "rgb" (lossless, for measuring).
+
+    Raises:
+        RehyatError: there are no frames, blocks differ in size, a side is odd under "h264", or the file cannot be
+            written (full disk, read-only folder, …). Nothing is left behind then, nor on an interrupt.
+    """
+    blocks = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first = next((block for block in blocks if len(block)), None)
+    if first is None:
+        raise RehyatError(f"cannot write {path}: there are no frames")
+    picture = Picture.of(first, fps=fps, scale=scale, codec=codec)
+    # FFmpeg's own errors of writing (full disk, …) are OSErrors.
+    with whole_file(path) as partial, av.open(os.fspath(partial), "w", format="mp4") as container:
+        stream = picture.add_stream(container)
+        for block in itertools.chain([first], blocks):
+            if block.shape[1:3] != first.shape[1:3]:
+                raise RehyatError(f"frames of {block.shape[1:3]} follow frames of {first.shape[1:3]} in {path}")
+            for frame in block:
+                container.mux(stream.encode(picture.image(frame)))
+        container.mux(stream.encode())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture:
+    """How frames become a video's pictures. Made by :meth:`of`, which checks."""
+
+    height: int
+    width: int
+    scale: int
+    fps: int
+    codec: Codec
+
+    @classmethod
+    def of(cls, block: UInt8[np.ndarray, "F H W 3"], *, fps: int, scale: int | None, codec: Codec) -> Picture:
+        """For frames like these; arguments and errors as :func:`write_video`."""
+        if fps < 1 or (scale is not None and scale < 1):
+            raise RehyatError(f"fps and scale must be at least 1, not {fps} and {scale}")
+        height, width = block.shape[1:3]
+        scale = scale or (1 if codec == "rgb" else _comfortable_scale(height, width))
+        height, width = height * scale, width * scale
+        if codec == "h264" and (height % 2 or width % 2):
+            raise RehyatError(f"an h264 video needs even sides, not {width} x {height}")
+        return cls(height=height, width=width, scale=scale, fps=fps, codec=codec)
+
+    def add_stream(self, container: av.container.OutputContainer, **options: str) -> av.VideoStream:
+        """The encoder, in a container; ``options`` are more of its own."""
+        encoder, pixel_format, settings = _CODECS[self.codec]
+        stream = container.add_stream(encoder, rate=self.fps, options=settings | options)
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, pixel_format
+        return stream
+
+    def image(self, frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
+        return av.VideoFrame.from_ndarray(_enlarged(frame, self.scale), format="rgb24")
+
+
+def read_video(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "F H W 3"]:
+    """All frames of a video, RGB. Exact for videos written with ``codec="rgb"`` and ``scale=1``.
+
+    Raises:
+        RehyatError: the file is missing or is no video.
+    """
+    try:
+        with av.open(os.fspath(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.error.FFmpegError, IndexError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RehyatError(f"cannot read a video from {path}: {why}") from error
+    if not frames:
+        raise RehyatError(f"cannot read a video from {path}: it holds no frames")
+    return np.stack(frames)
+
+
+def contact_sheet(
+    path: str | os.PathLike[str], frames: UInt8[np.ndarray, "F H W 3"], *, columns: int = 4, rows: int = 3
+) -> None:
+    """Write a PNG of up to ``columns * rows`` frames, evenly spaced in time, first and last among them.
+
+    Small frames are enlarged by a whole number (nearest neighbour).
+
+    Raises:
+        RehyatError: there are no frames, or the file cannot be written.
+    """
+    count, height, width = frames.shape[:3]
+    if not count:
+        raise RehyatError(f"cannot write {path}: there are no frames")
+    chosen = np.unique(np.linspace(0, count - 1, columns * rows).round().astype(int))
+    columns = min(columns, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    scale, gap = max(1, math.ceil(_THUMBNAIL / min(height, width))), 2
+    height, width = height * scale, width * scale
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for place, index in enumerate(chosen):
+        top, left = place // columns * (height + gap), place % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = _enlarged(frames[index], scale)
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        Image.fromarray(sheet).save(file, format="png")
+
+
+def _enlarged(frame: UInt8[np.ndarray, "H W 3"], scale: int) -> UInt8[np.ndarray, "_H _W 3"]:
+    return np.repeat(np.repeat(frame, scale, axis=0), scale, axis=1)
+
+
+def _comfortable_scale(height: int, width: int) -> int:
+    scale = max(1, math.ceil(_COMFORTABLE / min(height, width)))
+    return scale if height * scale % 2 == 0 and width * scale % 2 == 0 else scale + scale % 2

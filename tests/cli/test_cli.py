@@ -1,0 +1,293 @@
+"""The program as a user meets it: what it makes, and what each mistake says."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_checkpoint import save_tiny_checkpoint
+
+from rehyat_jax import __version__, cli
+from rehyat_jax.models.folder import find_model
+from rehyat_jax.video.io import read_video
+
+SMALL = ["--frames", "5", "--size", "32x16", "--steps", "2", "--guidance", "1"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def rehyat(capsys):
+    """Run the program in this process: (exit code, standard output, standard error)."""
+
+    def run(*argv: object):
+        code = cli.main([str(argument) for argument in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def program(*argv: object, **kwargs) -> list[str]:
+    return [sys.executable, "-m", "rehyat_jax", *map(str, argv)]
+
+
+def assert_sentence(result, *words: str) -> None:
+    """Exit code 2, one line on the standard error that says these words, and no traceback."""
+    code, _, error = result
+    assert code == 2
+    last = error.strip().split("\n")[-1]
+    assert last.startswith("rehyat: ")
+    assert "Traceback" not in error
+    for word in words:
+        assert word in last
+
+
+def test_generate_writes_video_sheet_and_record(rehyat, checkpoint, tmp_path):
+    out = tmp_path / "new" / "a.mp4"
+    code, output, error = rehyat("generate", "a cat", "--model", checkpoint, *SMALL, "--seed", 7, "--out", out)
+    assert code == 0, error
+    assert str(out) in output
+    assert sorted(os.listdir(out.parent)) == ["a.json", "a.mp4", "a.png"]
+    assert read_video(out).shape == (5, 256, 512, 3)
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["settings"]["seed"] == 7
+    assert record["settings"]["prompt"] == "a cat"
+    assert (record["settings"]["width"], record["settings"]["height"]) == (32, 16)
+    assert record["settings"]["schedule"]["shift"] == 3.0
+    assert {"load", "text", "denoise", "decode", "write"} == set(record["phases"])
+    assert record["versions"]["jax"] == jax.__version__
+    assert "denoise: 2/2" in error
+
+
+def test_sampling_options_are_resolved(rehyat, checkpoint, tmp_path):
+    out = tmp_path / "a.mp4"
+    options = ["--solver", "euler", "--grid", "official", "--shift", "8", "--negative", "static", "--guidance", "2"]
+    code, _, error = rehyat("generate", "a cat", "--model", checkpoint, *SMALL, *options, "--out", out)
+    assert code == 0, error
+    settings = json.loads(out.with_suffix(".json").read_text())["settings"]
+    assert settings["solver"] == "Euler()"
+    assert settings["schedule"] == {"grid": "official", "shift": 8.0, "num_train_timesteps": 1000}
+    assert (settings["negative"], settings["guidance_scale"]) == ("static", 2.0)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "x " * 50_000, "😀\ud800\0\n\u202e"], ids=["empty", "100,000 characters", "odd"]
+)
+def test_any_prompt_makes_a_video(rehyat, checkpoint, tmp_path, prompt):
+    out = tmp_path / "a.mp4"
+    code, _, error = rehyat("generate", prompt, "--model", checkpoint, *SMALL, "--out", out)
+    assert code == 0, error
+    assert len(read_video(out)) == 5
+
+
+def test_sizes_that_do_not_divide_are_cut_and_said(rehyat, checkpoint, tmp_path):
+    options = [*SMALL, "--frames", "7", "--size", "33x31", "--out", tmp_path / "a.mp4"]
+    code, output, error = rehyat("generate", "a cat", "--model", checkpoint, *options)
+    assert code == 0, error
+    assert "rehyat: this model makes 4k + 1 frames: 5 instead of 7" in error
+    assert "32x16 instead of 33x31" in error
+    assert "5 frames of 32x16" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--size", "0x16"], ["width"]),
+        (["--size", "8x8"], ["too small"]),
+        (["--size", "99999x99999"], ["height"]),
+        (["--size", "64"], ["--size", "832x480"]),
+        (["--size", "-16x16"], ["--size"]),
+        (["--frames", "0"], ["num_frames"]),
+        (["--frames", "-5"], ["num_frames"]),
+        (["--frames", "999999999999"], ["num_frames"]),
+        (["--steps", "0"], ["steps"]),
+        (["--steps", "5000"], ["steps"]),
+        (["--guidance", "nan"], ["finite"]),
+        (["--shift", "0"], ["shift"]),
+        (["--shift", "inf"], ["shift"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--remember", "1.5"], ["remember", "1.5"]),
+        (["--remember", "clean"], ["--remember", "clean"]),
+        (["--grid", "diffusers-euler"], ["UniPC"]),
+        (["--out", "a.gif"], [".mp4"]),
+        (["--model", "no-such-model"], ["no-such-model", "bundled"]),
+        (["--model", "/no/such/folder"], ["/no/such/folder"]),
+        (["--model", "/dev/null"], ["/dev/null"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_no_file(rehyat, checkpoint, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    assert_sentence(rehyat("generate", "a cat", "--model", checkpoint, *SMALL, *options), *words)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate"],
+        ["generate", "a", "b"],
+        ["generate", "a", "--frames", "many"],
+        ["generate", "a", "--nope"],
+        ["generate", "a", "--dtype", "int8"],
+        ["generate", "a", "--sweep", "per-week"],
+        ["info"],
+        ["convert", "a"],
+        ["dance"],
+        [""],
+        [],
+    ],
+)
+def test_wrong_arguments_exit_with_2(rehyat, argv):
+    code, output, error = rehyat(*argv)
+    assert (code, output) == (2, "")
+    assert error
+    assert "Traceback" not in error
+
+
+def test_paths_that_cannot_be_written_are_known_before_the_work(rehyat, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    for out, words in [("file/a.mp4", ["is a file, not a folder"]), ("folder.mp4", ["is a folder"])]:
+        # The model does not exist either: the output is looked at first.
+        assert_sentence(rehyat("generate", "a", "--model", "none", "--out", tmp_path / out), *words)
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_no_file(rehyat, checkpoint, tmp_path, monkeypatch):
+    """Every file of the run goes to /dev/full, where each write says that no space is left."""
+    monkeypatch.setattr("rehyat_jax.runtime.record.write_record", lambda path, **_: Path("/dev/full").write_text("x"))
+    result = rehyat("generate", "a cat", "--model", checkpoint, *SMALL, "--out", tmp_path / "a.mp4")
+    assert_sentence(result, "no space is left on the disk")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_truncated_checkpoints(rehyat, checkpoint, tmp_path, part):
+    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    weights = next((folder / part).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    generate = ["generate", "a cat", "--model", folder, *SMALL, "--out", tmp_path / "a.mp4"]
+    for argv in (generate, ["info", folder], ["convert", folder, tmp_path / "converted"]):
+        assert_sentence(rehyat(*argv), part, "truncated")
+    assert os.listdir(tmp_path) == ["broken"]
+
+
+def test_info_tells_of_each_network(rehyat, checkpoint):
+    code, output, _ = rehyat("info", checkpoint)
+    assert code == 0
+    for word in ("transformer", "vae", "text_encoder", "diffusers", "num_layers 2"):
+        assert word in output
+    assert_sentence(rehyat("info", checkpoint / "nothing"), "does not exist")
+    assert "hybrid      blocks 0-9 of 10" in rehyat("info", "mini-sprites")[1]
+
+
+def test_convert_makes_a_folder_that_runs(rehyat, checkpoint, tmp_path):
+    code, output, _ = rehyat("convert", checkpoint, tmp_path / "half", "--dtype", "bfloat16")
+    assert (code, output.strip()) == (0, str(tmp_path / "half"))
+    assert json.loads((tmp_path / "half.json").read_text())["settings"]["dtype"] == "bfloat16"
+    code, _, error = rehyat("generate", "a", "--model", tmp_path / "half", *SMALL, "--out", tmp_path / "a.mp4")
+    assert code == 0, error
+    assert_sentence(rehyat("convert", checkpoint, tmp_path / "half"), "not empty")
+    for teacher, words in ((checkpoint, "no student"), ("no-such-model", "no-such-model")):
+        assert_sentence(rehyat("convert", checkpoint, tmp_path / "both", "--teacher", teacher), words)
+    assert not (tmp_path / "both").exists()
+    # The bundled model has both, and is written anew with both.
+    bundled = find_model("mini-sprites")
+    assert rehyat("convert", bundled, tmp_path / "both", "--teacher", "mini-sprites")[0] == 0
+    for part in ("", "rehyat/transformer/"):
+        file = f"transformer/{part}diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "both" / file).read_bytes() == (bundled / file).read_bytes()
+
+
+def test_help_is_quick_and_lists_the_commands():
+    """It imports none of the packages that take long (0.2 s on two idle cores)."""
+    script = "import sys, runpy, atexit; atexit.register(lambda: print('jax' in sys.modules))"
+    script += "; sys.argv[1:] = ['--help']; runpy.run_module('rehyat_jax', run_name='__main__')"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert told.endswith("\nFalse\n")
+    for name in ("generate", "info", "convert", "pretrain"):
+        assert f"\n  {name}" in told
+
+
+def test_version(rehyat):
+    assert rehyat("--version") == (0, f"rehyat {__version__}\n", "")
+
+
+def remember(argv: list[str]) -> None:
+    print(f"dancing {argv}")
+
+
+def run_out_of_host_memory(argv: list[str]) -> None:
+    raise MemoryError
+
+
+def run_out_of_device_memory(argv: list[str]) -> None:
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nmore")
+
+
+def stumble(argv: list[str]) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Make a function of this file the program's command "dance"."""
+
+    def install(function) -> None:
+        point = EntryPoint("dance", f"{__name__}:{function.__name__}", "rehyat.commands")
+        monkeypatch.setattr(cli, "_commands", lambda: {"dance": point})
+
+    return install
+
+
+def test_commands_of_other_packages_run(rehyat, command):
+    command(remember)
+    assert rehyat("dance", "--fast") == (0, "dancing ['--fast']\n", "")
+
+
+@pytest.mark.parametrize("function", [run_out_of_host_memory, run_out_of_device_memory])
+def test_too_little_memory_is_a_sentence(rehyat, command, function):
+    command(function)
+    assert_sentence(rehyat("dance"), "not enough memory")
+
+
+def test_a_defect_keeps_its_traceback(rehyat, command):
+    command(stumble)
+    with pytest.raises(ZeroDivisionError):
+        rehyat("dance")
+
+
+@pytest.mark.parametrize("line", ["load: 1/1", "denoise: "])
+def test_an_interrupt_leaves_no_broken_file(checkpoint, tmp_path, line):
+    """Ctrl-C in the middle: exit code 130, one line, and the folder as it was (an old video stays)."""
+    out = tmp_path / "a.mp4"
+    out.write_bytes(b"old")
+    argv = program("generate", "a cat", "--model", checkpoint, "--size", "96x96", "--frames", "161", "--steps", "1000",
+                   "--out", out)  # fmt: skip
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for said in process.stderr:
+            if said.startswith(line):
+                break
+        process.send_signal(signal.SIGINT)
+        output, error = process.communicate()
+    assert process.returncode == 130, error
+    assert "rehyat: interrupted; nothing was written" in error
+    assert "Traceback" not in error
+    assert output == ""
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert out.read_bytes() == b"old"

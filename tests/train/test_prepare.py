@@ -1,0 +1,343 @@
+"""Videos with captions into shards, and training that reads them: exact numbers, kills, bad folders."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_finetune import _log, _training, _write_teacher
+
+from rehyat_jax import cli
+from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.sampling import Euler, FlowSchedule, Guidance
+from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
+from rehyat_jax.video.io import write_video
+from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_vae
+from train.data.clips import Bucket
+from train.data.footage import clips, find_footage
+from train.data.prepared import File, Prepared, PreparedClips
+from train.data.sources import PreparedInputs, Source
+from train.data.trajectories import Sampling
+from train.engine.optimizer import OptimizerConfig
+from train.stages.distill import DistillTraining
+from train.stages.flow import Validation
+
+CAPTIONS = ("a lemon moving down", "a mushroom on a blue background", "a koala", "a red lemon moving up", "a lemon")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory, quick_compilation):
+    """Programs compiled once, in whichever process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        keep_compiled(cache_folder())
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return _write_teacher(tmp_path_factory.mktemp("model"))
+
+
+def _pixels(frames: int, *, seed: int, height: int = 32, width: int = 32) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), np.uint8)
+
+
+def _write(path: Path, video: np.ndarray, caption: str, *, fps: int = 16) -> None:
+    write_video(path, video, fps=fps, codec="rgb")
+    path.with_suffix(".txt").write_text(caption + "\n")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Five videos; the second has two clips of five frames and a rest."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number, caption in enumerate(CAPTIONS):
+        _write(folder / f"{number}.mp4", _pixels(12 if number == 1 else 5, seed=number), caption)
+    return folder
+
+
+def _prepare_alone(videos: Path, out: Path, model: Path, *more: str, die_after: int = 0) -> subprocess.CompletedProcess:
+    """The command in a process of its own, killed by SIGKILL inside the shard after so many whole ones."""
+    script = f"""
+import os, signal, sys
+sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
+import conftest, jax
+import train.data.encoding
+from rehyat_jax import cli
+
+describe, count = train.data.encoding._describe, 0
+pack = train.data.encoding.pack
+
+def counting(path, *, clips):
+    global count
+    describe(path, clips=clips)
+    count += 1
+
+def dying(record):
+    if {die_after} and count == {die_after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pack(record)
+
+train.data.encoding._describe, train.data.encoding.pack = counting, dying
+sys.exit(cli.main({["prepare", str(videos), str(out), "--model", str(model), "--dtype", "float32",
+                    "--videos-per-shard", "2", *more]!r}))
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def data(videos, model, tmp_path_factory) -> Path:
+    """Three shards, made without a stop."""
+    out = tmp_path_factory.mktemp("data") / "clips"
+    done = _prepare_alone(videos, out, model)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out)
+    return out
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_records_are_what_the_models_own_networks_make(data, model):
+    prepared = Prepared.open(data)
+    assert [shard.clips for shard in prepared.shards] == [3, 2, 1]
+    assert (prepared.plan.latents, prepared.plan.text) == ((3, 16, 16, 4), (7, 16))
+    vae, encoder, tokenizer = load_vae(model), load_text_encoder(model), Tokenizer.from_folder(model)
+    cut = [(0, 0), (1, 0), (1, 5), (2, 0), (3, 0), (4, 0)]
+    source = prepared.clips(0)
+    assert len(source) == len(prepared) == 6
+    for index, (number, first) in enumerate(cut):
+        record = source[index]
+        video = jnp.asarray(_pixels(12 if number == 1 else 5, seed=number)[None, first : first + 5], jnp.float32)
+        expected = vae.normalize(vae.encode(video / 127.5 - 1.0))[0]
+        # Float32, of order one; the programs are other ones.
+        np.testing.assert_allclose(record["latents"], expected, atol=1e-4)
+        text = embed_prompts(encoder, tokenizer, CAPTIONS[number], max_length=7)[0]
+        np.testing.assert_allclose(record["text"], text, atol=1e-5)
+    assert prepared.empty_text().shape == (1, 7, 16)
+    assert not prepared.empty_text()[0, 1:].any()
+    record = json.loads(data.with_name("clips.json").read_text())
+    assert (record["command"], record["clips"]) == ("rehyat prepare", 6)
+
+
+def test_killed_in_a_shard_and_continued_is_uninterrupted(data, videos, model, tmp_path):
+    out = tmp_path / "clips"
+    killed = _prepare_alone(videos, out, model, die_after=2)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert any(name.endswith(".partial") for name in os.listdir(out))
+    with pytest.raises(ConfigError, match="is not finished: the same rehyat prepare continues it"):
+        Prepared.open(out)
+    before = {name: (out / name).stat().st_mtime_ns for name in os.listdir(out) if name.endswith(".array_record")}
+    assert len(before) == 2
+    # One of the two was damaged since: it is made anew, the other is not.
+    damaged = out / "clips-00001-of-00003.array_record"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    resumed = _prepare_alone(videos, out, model)
+    assert resumed.returncode == 0, resumed.stderr
+    assert _files(out) == _files(data)
+    assert (out / "clips-00000-of-00003.array_record").stat().st_mtime_ns == before["clips-00000-of-00003.array_record"]
+
+
+def test_parts_make_the_whole(data, videos, model, tmp_path):
+    out = tmp_path / "clips"
+    first = _prepare_alone(videos, out, model, "--part", "1/2")
+    assert first.returncode == 0, first.stderr
+    with pytest.raises(ConfigError, match="not finished"):
+        Prepared.open(out)
+    assert _prepare_alone(videos, out, model, "--part", "2/2").returncode == 0
+    assert _files(out) == _files(data)
+
+
+def test_frames_are_taken_at_the_models_rate_and_fitted(tmp_path):
+    video = _pixels(20, seed=0)
+    for fps, expected in [(32, video[::2]), (16, video), (8, np.repeat(video, 2, axis=0))]:
+        _write(tmp_path / "a.mp4", video, "a", fps=fps)
+        (found,) = find_footage(tmp_path)
+        taken = np.concatenate(list(clips(found.path, frames=5, fps=16, height=32, width=32)))
+        np.testing.assert_array_equal(taken, expected[: len(taken)])
+        assert len(taken) == len(expected) // 5 * 5
+    # Twice as wide and scaled by half: columns from a quarter to three quarters of the width.
+    wide = np.zeros((5, 64, 128, 3), np.uint8)
+    wide[:, :, 32:96] = 200
+    _write(tmp_path / "a.mp4", wide, "a")
+    (clip,) = clips(tmp_path / "a.mp4", frames=5, fps=16, height=32, width=32)
+    assert clip.shape == (5, 32, 32, 3)
+    assert (clip[:, :, 2:-2] == 200).all()
+
+
+def test_captions_of_a_list(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "a.mp4", _pixels(5, seed=0), codec="rgb")
+    listed = tmp_path / "metadata.jsonl"
+    listed.write_text('{"file_name": "in/a.mp4", "caption": " a lemon "}\n')
+    assert find_footage(tmp_path) == [(tmp_path / "in" / "a.mp4", "a lemon")]
+    for line, words in [
+        ('{"file_name": "b.mp4", "caption": "a"}', "line 1 of .* names b.mp4, which is not there"),
+        ('{"file_name": "in/a.mp4", "caption": ""}', "line 1 of .* has no caption for in/a.mp4"),
+        ('{"file_name": "in/a.mp4"}', 'line 1 of .* is not {"file_name"'),
+        ("no", "line 1 of .* is not"),
+    ]:
+        listed.write_text(line)
+        with pytest.raises(ConfigError, match=words):
+            find_footage(tmp_path)
+
+
+def test_what_is_wrong_with_videos_is_one_sentence(data, videos, model, tmp_path, capsys):
+    def said(*argv: object) -> str:
+        assert cli.main(["prepare", *map(str, argv), "--model", str(model)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("rehyat: ")
+        assert "\n" not in error
+        return error
+
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    assert "has no videos" in said(folder, out)
+    assert "there is no folder" in said(tmp_path / "nowhere", out)
+    write_video(folder / "a.mp4", _pixels(5, seed=0), codec="rgb")
+    assert "a.mp4 has no caption: there is no a.txt beside it" in said(folder, out)
+    (folder / "a.txt").write_text("\n")
+    assert "a.mp4 has no caption: a.txt is empty" in said(folder, out)
+    (folder / "a.txt").write_text("a lemon")
+    assert "a.mp4 is too short: 5 frames at 16 a second, and 9 are needed" in said(folder, out, "--frames", 9)
+    assert "6 frames are not 2k + 1" in said(folder, out, "--frames", 6)
+    assert "a side of 24 is no multiple of 16" in said(folder, out, "--size", "32x24")
+    assert "--size must be" in said(folder, out, "--size", "32")
+    assert "--part 3/2 is no part" in said(folder, out, "--part", "3/2")
+    (folder / "b.mp4").write_bytes(b"no video")
+    (folder / "b.txt").write_text("a lemon")
+    assert f"cannot read a video from {folder / 'b.mp4'}" in said(folder, out)
+    assert not out.exists()
+    same = "--dtype", "float32", "--videos-per-shard", "2"
+    assert "made with frames 5 instead of 3" in said(videos, data, *same, "--frames", 3)
+    (folder / "b.mp4").unlink()
+    assert "made with other videos or captions" in said(folder, data, *same)
+    assert "is not empty and was not made by rehyat prepare" in said(folder, videos)
+
+
+def _tuned(model: Path, data: Path, out: Path, **options):
+    """Prepared clips and drawn ones in turn, of one length."""
+    return _training(model, out, **{
+        "teacher": None, "teacher_weight": 0.0, "steps": 32, "reuse": 2,
+        "buckets": (PreparedClips(folder=data, frames=5, batch=4), Bucket(kind="plain", frames=5, batch=8)),
+    } | options)  # fmt: skip
+
+
+def _tune_alone(model: Path, data: Path, out: Path, *, die_at: int | None = None) -> subprocess.CompletedProcess:
+    """A finetuning in a process of its own, killed as soon as the checkpoint of step ``die_at`` is written."""
+    script = f"""
+import os, signal, sys
+sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
+from pathlib import Path
+import conftest, jax, test_prepare
+from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from train.engine.checkpoint import Checkpoints
+
+save = Checkpoints.save
+
+def save_and_die(self, step, state):
+    save(self, step, state)
+    if step == {die_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoints.save = save_and_die
+keep_compiled(cache_folder())
+test_prepare._tuned(Path({str(model)!r}), Path({str(data)!r}), Path({str(out)!r})).run()
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+def test_finetuning_on_prepared_clips_resumes_exactly(model, data, tmp_path):
+    whole, cut = (_tuned(model, data, tmp_path / name) for name in ("whole", "cut"))
+    done = _tune_alone(model, data, whole.out)
+    assert done.returncode == 0, done.stderr
+    killed = _tune_alone(model, data, cut.out, die_at=16)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert _tune_alone(model, data, cut.out).returncode == 0
+    assert [entry["from_step"] for entry in _log(cut)] == [0, 0, 16, 16]
+    assert [entry["loss"] for entry in _log(cut)] == [entry["loss"] for entry in _log(whole)]
+    for path in (whole.out / "transformer").rglob("*.safetensors"):
+        assert (cut.out / path.relative_to(whole.out)).read_bytes() == path.read_bytes()
+    before, after = (load_transformer(folder) for folder in (model, whole.out))
+    assert float(jnp.abs(before.proj_out.kernel[...] - after.proj_out.kernel[...]).max()) > 0
+
+
+def test_what_is_wrong_with_a_prepared_folder_is_one_sentence(model, data, tmp_path):
+    def said(folder: Path, error: type = ConfigError, **options: object) -> str:
+        with pytest.raises(error) as raised:
+            _tuned(model, folder, tmp_path / "out", **options).run()
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    nine = (PreparedClips(folder=data, frames=9, batch=4),)
+    assert "has clips of 5 frames, and the bucket says 9" in said(data, buckets=nine)
+    assert "is no folder that rehyat prepare made" in said(tmp_path)
+    validation = Validation(every=8, clips=6)
+    assert "6 clips, of which 6 are held out: none are left" in said(data, validation=validation)
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    shard = copy / "clips-00001-of-00003.array_record"
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard} is missing or damaged: the same rehyat prepare makes it anew" in said(copy)
+    # Damage that no sample saw, in a large file, is met when the record is read.
+    records = Prepared(
+        folder=copy, plan=Prepared.open(data).plan, empty=Prepared.open(data).empty,
+        shards=(File.of(shard, clips=2),),
+    )  # fmt: skip
+    for damage in (range(5000, 5010), range(len(content) - 9, len(content))):  # in a record, at the end of the file
+        torn = bytearray(content)
+        for place in damage:
+            torn[place] ^= 255
+        shard.write_bytes(torn)
+        with pytest.raises(RehyatError, match=r"00001-of-00003.array_record is damaged"):
+            [records.clips(0)[index] for index in range(2)]
+    shutil.copytree(model, tmp_path / "other")
+    vae = load_vae(model)
+    vae.quant_conv.bias.set_value(vae.quant_conv.bias.get_value() + 1)
+    shutil.rmtree(tmp_path / "other" / "vae")
+    save_vae(vae, tmp_path / "other" / "vae")
+    with pytest.raises(ConfigError, match="was prepared with another VAE than that of"):
+        _tuned(tmp_path / "other", data, tmp_path / "out").run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_distillation_reads_prepared_clips(model, data, tmp_path):
+    training = DistillTraining(
+        out=tmp_path / "student", teacher=model, hybrid=HybridConfig(chunk_frames=1, overlap_frames=1),
+        sources=(Source(prepared=data, frames=5, height=32, width=32, batch=4),), num_inference_steps=2,
+        guidance_scale=1.0, steps=4, held_out=2, measure_rounds=0, dtype="float32", checkpoint_seconds=0.0,
+        optimizer=OptimizerConfig(learning_rate=5e-2, warmup_steps=4, weight_decay=0.0),
+    )  # fmt: skip
+    assert training.sources[0].held_out(2) == list(CAPTIONS[:2])
+    training.run()
+    assert [entry["step"] for entry in _log(training)] == [1, 2, 3, 4]
+    assert load_transformer(training.out).hybrid == training.hybrid
+    # The four clips that are not held out, each with its text and at a level of noise of its own.
+    sampling = Sampling(schedules=(FlowSchedule(shift=3.0),), solver=Euler(), num_steps=2, guidance=Guidance(scale=1.0))
+    prepared = Prepared.open(data)
+    inputs = PreparedInputs(training.sources[0], prepared, sampling=sampling, dtype=jnp.dtype("float32"),
+                            key=jax.random.key(0), seed=0, held_out=2)  # fmt: skip
+    _, points = jax.jit(inputs.points)(None, inputs.turn(0), inputs.frozen)
+    rest = [prepared.clips(2)[index]["text"] for index in range(4)]
+    assert points.text.shape == (4, 7, 16)
+    assert {row.tobytes() for row in np.asarray(points.text)} == {row.tobytes() for row in rest}
+    levels = np.asarray(points.timesteps) / 1000
+    # One in each quarter, before the shift of 3 is taken back.
+    assert np.floor(4 * levels / (3 - 2 * levels)).tolist() == [0, 1, 2, 3]
+    small = dataclasses.replace(training.sources[0], width=64)
+    with pytest.raises(ConfigError, match="has clips of 32x32, and the source says 64x32"):
+        dataclasses.replace(training, out=tmp_path / "other", sources=(small,)).run()

@@ -1,0 +1,145 @@
+"""Distillation's inputs: trajectories against `sample`, prompts held out, clips at every level of noise."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_finetune import _write_teacher
+
+from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sample
+from rehyat_jax.sprites.captions import parse
+from rehyat_jax.weights import load_transformer, load_vae
+from train.data.sources import NoisyClips, Source
+from train.data.trajectories import Sampling
+
+#: For values, not speed.
+QUICKLY = {"xla_backend_optimization_level": 0}
+quick = functools.partial(jax.jit, compiler_options=QUICKLY)
+
+# Trajectories --------------------------------------------------------------------------------------------------------
+
+
+def _sampling(steps: int, *shifts: float, scale: float = 3.0) -> Sampling:
+    return Sampling(
+        schedules=tuple(FlowSchedule(shift=shift) for shift in shifts or (3.0,)), solver=UniPC(), num_steps=steps,
+        guidance=Guidance(scale=scale),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(4, 3), (3, 5), (1, 4), (5, 5), (2, 1)])
+def test_turns_go_step_by_step_and_mix_the_levels(batch, steps):
+    sampling = _sampling(steps, 3.0, 5.0)
+    step, schedule, used = np.zeros(batch, int), np.arange(batch) % 2, set(range(batch))
+    for index in range(3 * steps):
+        turn = sampling.turn(index, batch, lambda numbers: jnp.zeros((len(numbers), 1, 1)))
+        assert len(turn.fresh) == -(-batch // steps)
+        fresh = [int(row) for row in turn.fresh if row < batch]
+        for row, number in zip(turn.fresh, turn.numbers, strict=True):
+            if row < batch:
+                assert int(number) not in used
+                used.add(int(number))
+        step[fresh], schedule[fresh] = 0, 1 - schedule[fresh]
+        np.testing.assert_array_equal(turn.places, schedule * steps + step)
+        if index >= steps:  # all have begun anew once: levels are as different as can be
+            counts = np.bincount(step, minlength=steps)
+            assert counts.max() - counts.min() <= 1
+        step += 1
+        assert step.max() <= steps
+
+
+def test_trajectories_are_those_of_sampling():
+    """A row that begins at some turn and ends S turns later has what `sample` makes of its noise: float32 rounding."""
+    steps, batch, shape = 4, 2, (1, 2, 2, 3)
+    sampling, key = _sampling(steps, 3.0, 6.0), jax.random.key(5)
+    texts = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2, 3)), jnp.float32)
+    negative = jnp.ones((1, 2, 3))
+
+    def model(latents, t, text):
+        return jnp.tanh(latents * text.mean((1, 2))[:, None, None, None, None] + t[:, None, None, None, None] / 1000)
+
+    @quick
+    def turn_of(rollouts, turn):
+        rollouts = sampling.restart(rollouts, turn, key)
+        points = sampling.points(rollouts, sampling.table.at(turn.places), negative)
+        return sampling.advance(rollouts, sampling.table.at(turn.places), model(*points))
+
+    rollouts = sampling.begin(key, jnp.arange(batch), texts[:batch], shape=shape)
+    ended, running, began = {}, {0: 0, 1: 1}, {0: 0, 1: 0}
+    for index in range(10):
+        turn = sampling.turn(index, batch, lambda numbers: texts[jnp.asarray(numbers)])
+        for row, number in zip(turn.fresh.tolist(), turn.numbers.tolist(), strict=True):
+            if row < batch:
+                running[row], began[row] = number, index
+        rollouts = turn_of(rollouts, turn)
+        for row, number in running.items():
+            if index + 1 - began[row] == steps:
+                ended[number] = (row, rollouts.solver.latents[row])
+    assert len(ended) == 4
+    for number, (row, latents) in ended.items():
+        noise = jax.random.normal(jax.random.fold_in(key, number), shape)[None]
+        velocity = guided_velocity(model, texts[number][None], negative=negative, guidance=sampling.guidance)
+        schedule = sampling.schedules[(row + number // batch) % 2]
+        expected = sample(velocity, noise, schedule=schedule, solver=UniPC(), num_steps=steps)
+        np.testing.assert_allclose(latents, expected[0], atol=1e-5)
+
+
+def test_without_guidance_there_is_one_branch():
+    sampling = _sampling(2, scale=1.0)
+    rollouts = sampling.begin(jax.random.key(0), jnp.arange(3), jnp.zeros((3, 2, 3)), shape=(1, 2, 2, 3))
+    points = sampling.points(rollouts, sampling.table.at(jnp.zeros(3, jnp.int32)), jnp.zeros((1, 2, 3)))
+    assert points.latents.shape == (3, 1, 2, 2, 3)
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_those_of_training_and_others_are_held_out(tmp_path):
+    plain = Source(frames=9, batch=2)
+    texts = plain.texts(seed=0, reserved=4)
+    drawn = [texts(number) for number in (0, 1, 1023, 1024, 5000)]
+    assert drawn == [plain.texts(seed=0, reserved=4)(number) for number in (0, 1, 1023, 1024, 5000)]
+    assert len({*drawn, plain.texts(seed=1, reserved=4)(0)}) == 6
+    assert all(parse(text).movements for text in drawn)
+    assert not set(plain.held_out(64)) & {texts(number) for number in range(2048)}
+    assert not parse(Source(prompts="occlusion", width=96, frames=9, batch=2).texts(seed=0, reserved=0)(0)).movements
+
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\n two \nthree\nfour\n")
+    source = Source(prompts=str(path), frames=9, batch=2)
+    assert source.held_out(1) == ["one"]
+    of_file = source.texts(seed=0, reserved=1)
+    # Every epoch has each once, in an order of its own.
+    assert all({of_file(3 * epoch + i) for i in range(3)} == {"two", "three", "four"} for epoch in range(4))
+    assert len({tuple(of_file(3 * epoch + i) for i in range(3)) for epoch in range(8)}) > 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return _write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def test_clips_come_at_every_level_of_noise(folder):
+    vae = load_vae(folder)
+    source = Source(frames=3, batch=8, videos=True)
+    clips = NoisyClips(source, sampling=_sampling(4, 3.0, 1.0), vae=vae, key=jax.random.key(0),
+                       embed=lambda texts: jnp.asarray([[[len(text)]] for text in texts], jnp.float32))  # fmt: skip
+    turn = clips.turn(3)
+    _, points = quick(clips.points)(None, turn, clips.frozen)
+    assert points.latents.shape == (8, *source.latent_shape(vae.config, load_transformer(folder).config))
+    sigma = np.asarray(points.timesteps) / 1000
+    shift = np.tile([3.0, 1.0], 4)
+    even = sigma / (shift - (shift - 1) * sigma)
+    assert np.all((even * 8 >= np.arange(8)) & (even * 8 < np.arange(8) + 1))
+    # Nearly a clip at low noise, nearly noise (of variance 1) at high.
+    scenes, key, _ = turn
+    clean = quick(lambda scenes: vae.normalize(vae.encode(clips._bucket.render(scenes))))(scenes)
+    assert float(jnp.abs(points.latents[0] - clean[0]).mean()) < 0.4
+    noise = jax.random.normal(jax.random.split(key)[1], clean.shape)
+    np.testing.assert_allclose(
+        points.latents, (1 - sigma)[:, None, None, None, None] * clean + sigma[:, None, None, None, None] * noise,
+        atol=1e-4,
+    )  # fmt: skip
+    assert points.text.shape == (8, 1, 1)

@@ -1,0 +1,131 @@
+"""What the commands of training share: ``rehyat COMMAND CONFIG [--field value …]``, its help, its record, its exit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import tyro
+
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.runtime.files import check_writable
+from rehyat_jax.runtime.record import Phases
+from train.cli.config_files import bundled_configs, load_config
+from train.parallel.devices import Processes, first_process
+
+
+@runtime_checkable
+class Training(Protocol):
+    """A stage of training: a frozen dataclass whose fields are what a user may set."""
+
+    @property
+    def processes(self) -> Processes:
+        """What it runs in."""
+        ...
+
+    @property
+    def result(self) -> Path:
+        """The folder that stands when the run is done, and not before."""
+        ...
+
+    @property
+    def train_folder(self) -> Path:
+        """Checkpoints and metrics."""
+        ...
+
+    def run(self, phases: Phases | None = None) -> None:
+        """All of it, from the newest checkpoint on."""
+        ...
+
+
+#: The classes that ``config`` may be of; a function, so that telling the usage loads none of them.
+Kinds = Callable[[], tuple[type, ...]]
+
+
+def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> int:
+    """``rehyat COMMAND CONFIG [--field value …]``; continues from the checkpoints in ``--out`` by itself.
+
+    Args:
+        command: its name.
+        about: what the command does, for its help.
+
+    Returns:
+        0: done, or stopped by SIGTERM with a checkpoint saved.
+
+    Raises:
+        KeyboardInterrupt: stopped by Ctrl-C, with a checkpoint saved.
+        RehyatError: a mistake in the file, a field or the output folder; training diverged.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(command, about), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name, *fields = argv
+    if name.startswith("-"):
+        raise ConfigError(f"the configuration comes before its fields: rehyat {command} CONFIG {name[:80]} …")
+    training = parse(command, name, fields, kinds=kinds())
+    training.processes.join()
+    record = training.result.with_name(f"{training.result.name}.json")
+    check_writable(record)  # now, not after the training
+
+    from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+    from rehyat_jax.runtime.record import write_record
+    from train.engine.loop import Stopped
+
+    keep_compiled(cache_folder())
+    phases = Phases()
+    try:
+        training.run(phases)
+    except Stopped as stop:
+        said = f"step {stop.step} is saved, and the same command continues from there"
+        if stop.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt(said) from None
+        if first_process():
+            print(f"rehyat: stopped; {said}", file=sys.stderr)
+        return 0
+    if not first_process():
+        return 0
+    write_record(
+        record,
+        command=f"rehyat {command}",
+        settings={"config": name, **dataclasses.asdict(training)},  # type: ignore[call-overload]
+        phases=phases,
+        last=_last_metrics(training.train_folder / "metrics.jsonl"),
+    )
+    print(training.result)
+    return 0
+
+
+def parse(command: str, name: str, fields: list[str], *, kinds: tuple[type, ...]) -> Training:
+    """The file's configuration with fields replaced."""
+    config, about = load_config(name, kinds=kinds)
+    training, unknown = tyro.cli(
+        type(config), default=config, args=fields, prog=f"rehyat {command} {name}", description=about,
+        return_unknown_args=True,
+    )  # fmt: skip
+    if unknown:
+        raise ConfigError(f"{name} has no field {unknown[0][:80]!r}; rehyat {command} {name} --help tells its fields")
+    return training
+
+
+def _help(command: str, about: str) -> str:
+    configs = "\n".join(f"  {name}" for name in bundled_configs())
+    return (
+        f"usage: rehyat {command} CONFIG [--field value …]\n\n"
+        f"{about.replace('`', '').strip()}\n\n"
+        "CONFIG is the path of a Python file, or the name of one in the package configs. It is executed, so take\n"
+        "files from people you trust only.\n\n"
+        f"Configurations that ship with the package:\n{configs}\n\n"
+        f"rehyat {command} CONFIG --help tells what it does and its fields. A run that was stopped goes on when the\n"
+        "same command is given again."
+    )
+
+
+def _last_metrics(path: Path) -> Any:
+    """What was logged last: the loss, the rate, the step that this process began at."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[-1]) if lines else None

@@ -1,0 +1,361 @@
+"""A training's step, compiled ahead of time for a TPU slice that need not be there: does it fit, and how long does it
+take?
+
+    rehyat plan CONFIG --topology v5p:8x8x8 [--frames N] [--size WxH] [--batch N] [--field value …]
+
+Works on a machine without any accelerator; needs the compiler, `pip install 'jax[tpu]'`. CONFIG is what `rehyat
+finetune` or `rehyat distill` takes; no weights and no data are read. What does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.sampling import FlowSchedule, UniPC
+from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
+from train.cli.command import parse
+from train.data.pools import Pool
+from train.data.prepared import PreparedClips
+from train.data.sources import OwnTrajectories
+from train.engine.arithmetic import PEAK_TFLOPS
+from train.parallel.devices import Devices
+from train.parallel.hlo import Work, work
+from train.stages.distill import DistillTraining
+from train.stages.finetune import FinetuneTraining
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What JAX calls a device of a TPU slice, as Google Cloud's documentation has it."""
+
+    gigahertz: float
+    #: Memory that a program may have, in GiB, by what the compiler says when it is too little.
+    memory: float
+    #: Between neighbours along one axis of the slice, both ways together, in bytes a second.
+    link: float
+    #: Of the hybrid kernels forward and backward: their products' share of the chip's peak, by
+    #: `benchmarks.tpu_compiled`'s count of scheduled bundles.
+    kernel_share: float
+
+
+CHIPS = {
+    "TPU v5 lite": Chip(gigahertz=1.5, memory=15.75, link=9e10, kernel_share=0.74),
+    "TPU v5": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.73),
+    "TPU v5p": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.73),
+    "TPU v6 lite": Chip(gigahertz=1.75, memory=31.25, link=1.8e11, kernel_share=0.31),
+}
+
+
+class Slice(NamedTuple):
+    """Devices that need not be here."""
+
+    devices: list[Any]
+    chip: Chip
+    peak: float
+    #: Chips along each axis.
+    sides: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """A training's step, not compiled yet."""
+
+    lowered: jax.stages.Lowered
+    #: Counted operations over all devices in one run, and the optimiser steps that this is.
+    flops: float
+    steps: int
+    mesh: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a plan says. Bytes and times are of one chip and one run of the program."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    #: Seconds: XLA's own account of its instructions, the kernels, and collectives that nothing hides.
+    xla: float
+    kernels: float
+    collectives: float
+    utilisation: float
+    compiled: Work
+
+    @property
+    def seconds(self) -> float:
+        return self.xla + self.kernels + self.collectives
+
+
+class _Feed:
+    """Latents and embeddings of a round, in the host's memory; a `train.data.pools.Feed`."""
+
+    def __init__(self, count: int, latents: tuple[int, ...], width: int, dtype: Any) -> None:
+        self._text, self._dtype = (TEXT_LENGTH, width), dtype
+        self._shapes = {
+            "latents": jax.ShapeDtypeStruct((count, *latents), jnp.bfloat16),
+            "text": jax.ShapeDtypeStruct((count, *self._text), jnp.bfloat16),
+        }
+        self.frozen: PyTree = {"empty": jax.ShapeDtypeStruct((1, *self._text), dtype)}
+
+    def turn(self, index: int) -> PyTree:
+        raise NotImplementedError
+
+    def turn_shapes(self) -> PyTree:
+        return self._shapes
+
+    def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:
+        return Pool(turn["latents"].astype(jnp.float32), turn["text"].astype(self._dtype))
+
+    def nothing(self, frozen: PyTree, others: PyTree) -> Array:
+        return frozen["empty"]
+
+
+def find_slice(topology: str) -> Slice:
+    """As ``v5e:16x16`` names it.
+
+    Raises:
+        ConfigError: there is no such slice, or no compiler.
+    """
+    from jax.experimental import topologies
+
+    # The compiler is on this machine, and there is no network to ask what else is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
+        raise ConfigError(f"a topology is named as v5e:16x16 or v5p:8x8x8, not {topology[:80]!r}")
+    try:
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # of many kinds
+        why = str(error).strip().split("\n")[0][:160]
+        raise ConfigError(
+            f"{topology} is no slice that jax[tpu], if it is installed, can compile for: {why}"
+        ) from error
+    kind = str(getattr(devices[0], "device_kind", "device"))
+    if kind not in CHIPS:
+        raise ConfigError(f"the speed of a {kind} is not known here; known are {', '.join(sorted(CHIPS))}")
+    sides = tuple(int(n) for n in topology.split(":")[1].split("x"))
+    return Slice(devices, CHIPS[kind], PEAK_TFLOPS[kind] * 1e12, sides)
+
+
+def finetune_program(training: FinetuneTraining, devices: Sequence[Any], *, size: tuple[int, int]) -> list[Program]:
+    """The rounds of a finetuning on latents of videos this wide and high, a program a bucket.
+
+    Raises:
+        ConfigError: the configuration does not say what the model is, or the mesh does not divide.
+    """
+    model, vae = _model(training.model, training.source), VAEConfig.wan()
+    hybrid = on_tpu(training.hybrid or HybridConfig())
+    dtype, longest = jnp.dtype(training.dtype), training.longest(vae)
+    on = training.devices(vae, model, hybrid, among=devices)
+
+    def transformer(hybrid: HybridConfig | None) -> Any:
+        abstract = nnx.eval_shape(lambda: WanTransformer(model, hybrid=hybrid, dtype=dtype, rngs=nnx.Rngs(0)))
+        return nnx.split(abstract, nnx.Param)
+
+    (graph, params), (teacher_graph, frozen) = transformer(hybrid), transformer(None)
+    if training.teacher is None:
+        teacher_graph, frozen = None, {}
+    loss = training.loss(graph, teacher_graph, longest=longest)
+    state, programs = jax.eval_shape(training.optimizer.init, params), []
+    for bucket in training.buckets:
+        width, height = size if isinstance(bucket, PreparedClips) else (bucket.width, 64)
+        shape = _latents(vae, model, frames=bucket.frames, size=(width, height))
+        feed = _Feed(training.pool(bucket), shape, model.text_dim, dtype)
+        lowered = training.lower(
+            bucket, feed, loss, state, {"teacher": frozen} if frozen else {}, shares=training.shares(params), devices=on
+        )
+        clips = bucket.batch * training.steps_per_round
+        flops = float(clips * training.flops(model, hybrid, shape[:3], longest=longest))
+        programs.append(Program(lowered, flops, training.steps_per_round, on.shape))
+    return programs
+
+
+def distill_program(training: DistillTraining, devices: Sequence[Any]) -> list[Program]:
+    """The rounds of a distillation on the teacher's own trajectories, a program a source.
+
+    Raises:
+        ConfigError: the configuration does not say what the model is, or the mesh does not divide.
+    """
+    training = dataclasses.replace(training, hybrid=on_tpu(training.hybrid))
+    model, vae, dtype = _model(training.model, training.teacher), VAEConfig.wan(), jnp.dtype(training.dtype)
+    shapes = [source.latent_shape(vae, model) for source in training.sources]
+    on = training.devices(model, shapes, among=devices)
+    graph, params = nnx.split(
+        nnx.eval_shape(lambda: WanTransformer(model, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    )
+    sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
+    learner = training.learner(model, graph, sampling=sampling, devices=on)
+    blocks = nnx.state(nnx.eval_shape(lambda: training.blocks(model)))
+    state, programs = jax.eval_shape(jax.vmap(training.optimizer.init), blocks), []
+
+    def embed(texts: Sequence[str]) -> Array:
+        return jnp.zeros((len(texts), TEXT_LENGTH, model.text_dim), dtype)
+
+    for source, shape in zip(training.sources, shapes, strict=True):
+        inputs = OwnTrajectories(
+            source, sampling=sampling, texts=lambda number: "", embed=embed, shape=shape, key=jax.random.key(0)
+        )
+        carried = jax.eval_shape(lambda inputs=inputs: inputs.begin(Devices(None)))
+        lowered = learner.lower(inputs, state, carried, params, shape=shape)
+        programs.append(Program(lowered, training.flops(model, source, shape), training.steps_per_round, on.shape))
+    return programs
+
+
+def on_tpu(hybrid: HybridConfig) -> HybridConfig:
+    """As a TPU would choose: what this machine would is another thing."""
+    if hybrid.kind == "hybrid" and hybrid.implementation == "auto":
+        return dataclasses.replace(hybrid, implementation="pallas")
+    return hybrid
+
+
+def estimate(program: Program, on: Slice) -> Estimate:
+    """Compile, and read the program.
+
+    Raises:
+        RehyatError: it does not fit; the largest arrays are named.
+    """
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = re.search(r"total memory required.*?\(([\d.]+\w)\).*?HBM \(([\d.]+\w)\)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or "HBM" not in str(error):
+            raise
+        needed = f"{said[1]} of {said[2]} a chip are" if said else "more than a chip has is"
+        raise _too_large(program, needed) from error
+    memory: Any = compiled.memory_analysis()
+    temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # The compiler counts temporaries alone.
+    if (held := (memory.argument_size_in_bytes + temporary) / 2**30) > on.chip.memory:
+        raise _too_large(program, f"{held:.2f}G of {on.chip.memory:.2f}G a chip are")
+    found = work(compiled.as_text() or "", devices=len(on.devices))
+    xla, kernels = found.cycles / on.chip.gigahertz / 1e9, found.kernel_flops / on.chip.kernel_share / on.peak
+    moved: dict[bool, float] = {False: 0.0, True: 0.0}
+    for collective in found.collectives:
+        moved[collective.overlaps] += collective.bytes / (on.chip.link * _axes(on.sides, collective.group))
+    exposed = moved[False] + max(moved[True] - xla - kernels, 0.0)
+    seconds = xla + kernels + exposed
+    return Estimate(
+        argument_bytes=memory.argument_size_in_bytes, temporary_bytes=temporary,
+        xla=xla, kernels=kernels, collectives=exposed, compiled=found,
+        utilisation=program.flops / len(on.devices) / on.peak / seconds,
+    )  # fmt: skip
+
+
+def _too_large(program: Program, needed: str) -> RehyatError:
+    return RehyatError(
+        f"it does not fit: {needed} needed; the largest arrays of the program, over all chips, are "
+        f"{'; '.join(largest(program.lowered.as_text()))}"
+    )
+
+
+def largest(program: str, *, count: int = 4) -> list[str]:
+    """The largest arrays of a program before it is divided among devices."""
+    widths = {"f32": 4, "bf16": 2, "i32": 4, "f64": 8, "ui32": 4}
+    found = {}
+    for text in set(re.findall(r"tensor<((?:\d+x)+(?:f32|bf16|i32|ui32|f64))>", program)):
+        *sides, kind = text.split("x")
+        found[f"{kind}[{','.join(sides)}]"] = math.prod(map(int, sides)) * widths[kind]
+    names = sorted(found, key=lambda name: -found[name])[:count]
+    return [f"{name} {found[name] / 2**30:.1f} GiB" for name in names]
+
+
+def _axes(sides: tuple[int, ...], group: int) -> int:
+    """Over how many of the slice's axes a group of devices exchanges."""
+    used, count = 1, 0
+    for side in sorted(sides, reverse=True):
+        if used >= group:
+            break
+        used, count = used * side, count + 1
+    return max(count, 1)
+
+
+def _model(said: WanConfig | None, folder: Any) -> WanConfig:
+    if said is None:
+        raise ConfigError(f"the configuration says nothing of the sizes of {folder}: give it a model, as WanConfig")
+    return said
+
+
+def _latents(vae: VAEConfig, model: WanConfig, *, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    width, height = (side // vae.spatial_factor for side in size)
+    if (frames - 1) % vae.temporal_factor or any(
+        side % (vae.spatial_factor * patch) for side, patch in zip(size[::-1], model.patch_size[1:], strict=True)
+    ):
+        raise ConfigError(f"videos of {frames} frames, {size[0]}x{size[1]}, do not fit the VAE and the patches")
+    return (frames - 1) // vae.temporal_factor + 1, height, width, vae.z_dim
+
+
+def report(program: Program, found: Estimate, on: Slice, *, name: str, compile_seconds: float) -> str:
+    """A plan in words and figures."""
+    gib = 2**30
+    mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.items() if size > 1)
+    moved = ", ".join(f"{kind} {size / gib:.2f} GiB" for kind, size in sorted(found.compiled.bytes_by_kind().items()))
+    steps = f" ({program.steps} optimiser steps)" if program.steps > 1 else ""
+    return "\n".join([
+        f"{name}: {len(on.devices)} chips, {mesh}; compiled in {compile_seconds:.0f} s",
+        f"  memory a chip   {(found.argument_bytes + found.temporary_bytes) / gib:.2f} GiB: state and batch "
+        f"{found.argument_bytes / gib:.2f}, temporaries {found.temporary_bytes / gib:.2f}",
+        f"  arithmetic      {program.flops / len(on.devices) / 1e12:.1f} TFLOP a chip, "
+        f"{program.flops / 1e15:.3g} PFLOP in all",
+        f"  received a chip {moved or 'nothing'}",
+        f"  a round         {found.seconds:.2f} s{steps}: XLA {found.xla:.2f}, kernels {found.kernels:.2f}, waiting "
+        f"for collectives {found.collectives:.2f}",
+        f"  utilisation     {found.utilisation:.1%} of {on.peak / 1e12:.0f} TFLOP/s a chip",
+    ])  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """``rehyat plan CONFIG --topology NAME …``.
+
+    Raises:
+        ConfigError: a mistake in the configuration or the topology.
+        RehyatError: it does not fit.
+    """
+    parser = argparse.ArgumentParser(
+        prog="rehyat plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config")
+    parser.add_argument("--topology", required=True, help="a slice, as v5e:16x16, v5p:4x4x4, v6e:16x16")
+    parser.add_argument("--frames", type=int, help="of every clip, in place of the configuration's")
+    parser.add_argument("--size", default="832x480", help="of prepared clips, and of trajectories: WxH")
+    parser.add_argument("--batch", type=int, help="clips a step, in place of the configuration's")
+    given, fields = parser.parse_known_args(argv)
+    if not re.fullmatch(r"\d+x\d+", given.size):
+        raise ConfigError(f"a size is width x height, as 832x480, not {given.size[:80]!r}")
+    width, height = (int(side) for side in given.size.split("x"))
+    jax.config.update("jax_platforms", "cpu")
+    training: Any = parse("plan", given.config, fields, kinds=(FinetuneTraining, DistillTraining))
+    changes = {name: x for name, x in (("frames", given.frames), ("batch", given.batch)) if x is not None}
+    on = find_slice(given.topology)
+    if isinstance(training, FinetuneTraining):
+        buckets = tuple(dataclasses.replace(bucket, **changes) for bucket in training.buckets)
+        training = dataclasses.replace(training, buckets=buckets)
+        programs = finetune_program(training, on.devices, size=(width, height))
+        clips: Any = training.buckets
+    else:
+        sizes = {} if training.sources[0].of_sprites else {"width": width, "height": height}
+        sources = tuple(dataclasses.replace(source, **changes, **sizes) for source in training.sources)
+        training = dataclasses.replace(training, sources=sources)
+        programs = distill_program(training, on.devices)
+        clips = training.sources
+    for program, each in zip(programs, clips, strict=True):
+        begun = time.monotonic()
+        found = estimate(program, on)
+        name = f"{given.config} on {given.topology}, {each.batch} clips of {each.frames} frames"
+        print(report(program, found, on, name=name, compile_seconds=time.monotonic() - begun))
+        sys.stdout.flush()
+    return 0

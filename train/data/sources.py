@@ -1,0 +1,306 @@
+"""Where distillation's inputs come from: the teacher's own trajectories, or clips with noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.files import reason
+from rehyat_jax.sprites import world
+from rehyat_jax.sprites.captions import captions
+from train.data.clips import Bucket
+from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
+from train.data.trajectories import Points, Prompts, Sampling, Turn
+from train.parallel.devices import WHOLE, Devices, Rows
+
+#: Captions are drawn so many at a time.
+_CAPTIONS = 1024
+#: Frames of latents that the VAE encodes at a time.
+_ENCODE_FRAMES = 8
+_KINDS = {"plain": world.WIDTH, "occlusion": world.OCCLUSION_WIDTH}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Inputs of one shape, from one kind of prompts. ``share`` is the part of the rounds that draw from it."""
+
+    #: "plain" or "occlusion": captions of MovingSprites, drawn as for pretraining. Else a text file, a prompt a line.
+    prompts: str = "plain"
+    frames: int
+    height: int = world.HEIGHT
+    width: int = world.WIDTH
+    #: Trajectories, or clips, side by side.
+    batch: int
+    share: float = 1.0
+    #: Clips of MovingSprites with noise in place of the teacher's own trajectories.
+    videos: bool = False
+    #: A folder that `rehyat prepare` made: its clips with noise in their place. Its first clips' captions are held out.
+    prepared: Path | None = None
+    #: Of clips with a pillar: hidden-wait frames are drawn from 0 to this.
+    longest_wait: int = 48
+
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("batch", 1), ("share", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ConfigError(f"a source's {name} must be {least} or more, not {getattr(self, name)}")
+        if self.videos and self.prepared is not None:
+            raise ConfigError("a source has videos or a prepared folder, not both")
+        if self.videos and (self.height, self.width) != (world.HEIGHT, _KINDS.get(self.prompts)):
+            raise ConfigError(
+                f"a source with videos has prompts 'plain' (64x64) or 'occlusion' (96x64), not {self.prompts!r} "
+                f"({self.width}x{self.height})"
+            )
+
+    @property
+    def of_sprites(self) -> bool:
+        """Whether the prompts are captions of the world, and not a file's."""
+        return self.prepared is None and self.prompts in _KINDS
+
+    @property
+    def samples(self) -> bool:
+        """Whether its inputs are the teacher's own trajectories."""
+        return self.prepared is None and not self.videos
+
+    def latent_shape(self, vae: VAEConfig, model: WanConfig) -> tuple[int, int, int, int]:
+        """[T, h, w, z] of its latents.
+
+        Raises:
+            ConfigError: the VAE or the model's patches cannot have such a size.
+        """
+        if (self.frames - 1) % vae.temporal_factor:
+            raise ConfigError(f"{self.frames} frames are not {vae.temporal_factor}k + 1")
+        for side, patch in zip((self.height, self.width), model.patch_size[1:], strict=True):
+            if side % (vae.spatial_factor * patch):
+                raise ConfigError(f"a side of {side} is no multiple of {vae.spatial_factor * patch} pixels")
+        frames = (self.frames - 1) // vae.temporal_factor + 1
+        return frames, self.height // vae.spatial_factor, self.width // vae.spatial_factor, vae.z_dim
+
+    def texts(self, *, seed: int, reserved: int) -> Callable[[int], str]:
+        """Prompt number i of training, for every i ≥ 0.
+
+        Args:
+            reserved: of a file, so many lines at its beginning are `held_out`.
+
+        Raises:
+            ConfigError: the file cannot be read, or has too few prompts.
+        """
+        if self.of_sprites:
+            draw = functools.lru_cache(maxsize=2)(functools.partial(self._captions, seed, "train"))
+            return lambda number: draw(number // _CAPTIONS)[number % _CAPTIONS]
+        lines = self._lines(reserved)[reserved:]
+
+        def of_file(number: int) -> str:
+            epoch, place = divmod(number, len(lines))
+            return lines[np.random.default_rng((seed, epoch)).permutation(len(lines))[place]]
+
+        return of_file
+
+    def held_out(self, count: int) -> list[str]:
+        """Prompts that are never trained on: captions kept for testing, or the file's first lines.
+
+        There are only as many occlusion captions as grounds: they are the same as in training.
+
+        Raises:
+            ConfigError: as `texts`.
+        """
+        if self.prepared is not None:
+            return Prepared.open(self.prepared).captions(count)
+        if self.of_sprites:
+            return self._captions(0, "unseen", 0)[:count]
+        return self._lines(count)[:count]
+
+    def _captions(self, seed: int, split: Any, block: int) -> list[str]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), block)
+        if self.prompts == "occlusion":
+            return captions(world.sample_occlusions(key, _CAPTIONS))
+        return captions(world.sample_scenes(key, _CAPTIONS, split=split))
+
+    def _lines(self, reserved: int) -> list[str]:
+        try:
+            text = Path(self.prompts).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"prompts {self.prompts[:200]!r} are neither 'plain' nor 'occlusion' nor a file: {reason(error)}"
+            ) from error
+        except ValueError as error:  # not UTF-8, or a null character in the name
+            raise ConfigError(f"prompts {self.prompts[:200]!r} are not a text file") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if len(lines) <= reserved:
+            raise ConfigError(f"{self.prompts} has {len(lines)} prompts, of which {reserved} are to be held out")
+        return lines
+
+
+def check_prepared(source: Source, model: Path) -> None:
+    """
+    Raises:
+        ConfigError: the source's folder is not finished, damaged, of another size, or of another model.
+    """
+    bucket = PreparedClips(folder=source.prepared or Path(), frames=source.frames, batch=source.batch)
+    plan = open_prepared([bucket], model)[bucket.folder].plan
+    if (plan.width, plan.height) != (source.width, source.height):
+        raise ConfigError(
+            f"{bucket.folder} has clips of {plan.width}x{plan.height}, and the source says "
+            f"{source.width}x{source.height}"
+        )
+
+
+#: Embeddings [R, L, D] of texts.
+Embed = Callable[[Sequence[str]], Float[Array, "R L D"]]
+
+
+@runtime_checkable
+class Inputs(Protocol):
+    """One source at work: what it carries from round to round on the device, and what a round needs from the host."""
+
+    #: Arrays that its programs read.
+    frozen: PyTree
+
+    def begin(self, devices: Devices) -> PyTree:
+        """What is carried, before the first round."""
+        ...
+
+    def turn(self, index: int) -> PyTree:
+        """For its round ``index``, from the host: all of it, or this process's rows."""
+        ...
+
+    def turn_shapes(self) -> PyTree:
+        """Shapes and dtypes of a whole turn."""
+        ...
+
+    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
+        """What goes into the teacher; inside jit."""
+        ...
+
+    def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
+        """What is carried on, after the teacher's answer; inside jit."""
+        ...
+
+
+class OwnTrajectories:
+    """The teacher's own trajectories: see `train.data.trajectories`."""
+
+    def __init__(
+        self, source: Source, *, sampling: Sampling, texts: Callable[[int], str], embed: Embed,
+        shape: tuple[int, ...], key: Key[Array, ""],
+    ) -> None:  # fmt: skip
+        self._batch, self._sampling, self._shape, self._key = source.batch, sampling, shape, key
+        self._prompts: Prompts = lambda numbers: embed([texts(int(number)) for number in numbers])
+        # The key among them, so that every seed has the same programs.
+        self.frozen = {"table": sampling.table, "negative": embed([""]), "key": key}
+
+    def begin(self, devices: Devices) -> PyTree:
+        numbers = np.arange(self._batch, dtype=np.int32)
+        begin = functools.partial(self._sampling.begin, shape=self._shape)
+        return devices.made_batch(begin, self._key, numbers, self._prompts(numbers))
+
+    def turn(self, index: int) -> Turn:
+        return self._sampling.turn(index, self._batch, self._prompts)
+
+    def turn_shapes(self) -> Turn:
+        return _shapes(self.turn(0))
+
+    def points(self, carried: PyTree, turn: Turn, frozen: PyTree) -> tuple[PyTree, Points]:
+        rollouts = self._sampling.restart(carried, turn, frozen["key"])
+        return rollouts, self._sampling.points(rollouts, frozen["table"].at(turn.places), frozen["negative"])
+
+    def after(self, carried: PyTree, turn: Turn, frozen: PyTree, velocity: Array) -> PyTree:
+        return self._sampling.advance(carried, frozen["table"].at(turn.places), velocity)
+
+
+class NoisyClips:
+    """Clips of the world, encoded, at every level of noise: nothing is carried from round to round."""
+
+    def __init__(self, source: Source, *, sampling: Sampling, embed: Embed, vae: WanVAE, key: Key[Array, ""]) -> None:
+        self._bucket = Bucket(
+            kind="plain" if source.prompts == "plain" else "occlusion", frames=source.frames, batch=source.batch,
+            longest_wait=source.longest_wait,
+        )  # fmt: skip
+        self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)
+        self._embed, self._key = embed, key
+        self._draw = jax.jit(functools.partial(self._bucket.sample, count=source.batch))
+        self._vae, self.frozen = nnx.split(vae)
+
+    def begin(self, devices: Devices) -> PyTree:
+        return None
+
+    def turn_shapes(self) -> PyTree:
+        return _shapes(self.turn(0))
+
+    def turn(self, index: int) -> PyTree:
+        draw, noise = jax.random.split(jax.random.fold_in(self._key, index))
+        scenes = self._draw(draw)
+        return scenes, noise, self._embed(captions(scenes))
+
+    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
+        scenes, key, text = turn
+        vae = nnx.merge(self._vae, frozen)
+        video = self._bucket.render(scenes)
+        latents = vae.normalize(vae.encode(video, frames_per_step=_ENCODE_FRAMES).astype(jnp.float32))
+        return None, _noisy(latents, text, key, self._shifts)
+
+    def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
+        return None
+
+
+class PreparedInputs:
+    """Clips of a prepared folder, at every level of noise; as exact to resume as its reader is."""
+
+    def __init__(
+        self, source: Source, data: Prepared, *, sampling: Sampling, dtype: jnp.dtype, key: Key[Array, ""], seed: int,
+        held_out: int, rows: Rows = WHOLE,
+    ) -> None:  # fmt: skip
+        self._feed = PreparedFeed(
+            data, count=source.batch, seed=seed, dtype=dtype, place=lambda index: index, first=held_out,
+            rows=rows,
+        )  # fmt: skip
+        self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)
+        self._key = key
+        self.frozen = self._feed.frozen
+
+    def begin(self, devices: Devices) -> PyTree:
+        return None
+
+    def turn_shapes(self) -> PyTree:
+        return self._feed.turn_shapes(), _shapes(self._key)
+
+    def turn(self, index: int) -> PyTree:
+        return self._feed.turn(index), jax.random.fold_in(self._key, index)
+
+    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
+        pool = self._feed.pool(turn[0], frozen, None)
+        return None, _noisy(pool.latents, pool.text, turn[1], self._shifts)
+
+    def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
+        return None
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _noisy(
+    latents: Float[Array, "B T h w z"], text: Float[Array, "B L D"], key: Key[Array, ""], shifts: np.ndarray
+) -> Points:
+    """Each clip at a level of noise of its own."""
+    time_key, noise_key = jax.random.split(key)
+    rows: Int[Array, " B"] = jnp.arange(latents.shape[0], dtype=jnp.int32)
+    even = (rows.astype(jnp.float32) + jax.random.uniform(time_key, rows.shape)) / len(rows)
+    # Rows next to each other have nearly the same level: each shift gets all levels.
+    shift = jnp.asarray(shifts)[rows % len(shifts)]
+    sigma = shift * even / (1 + (shift - 1) * even)
+    wide = sigma[:, None, None, None, None]
+    noisy = (1 - wide) * latents + wide * jax.random.normal(noise_key, latents.shape)
+    return Points(noisy, sigma * 1000, text)

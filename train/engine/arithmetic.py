@@ -1,0 +1,86 @@
+"""The arithmetic of Wan's transformer, counted from its sizes, and what devices can do at most.
+
+XLA's own cost analysis counts the body of a loop (over layers, over chunks) once and a kernel of ours not at all; this
+counts the products of the equations: multiplications and additions, two for each element of a product.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.config import WanConfig
+
+#: Peak arithmetic of one device in bfloat16, dense, in TFLOP/s, by what JAX calls the device; from the data sheets of
+#: NVIDIA (A100, H100, H200, GH200, B200) and Google Cloud (TPU v4 to v7).
+PEAK_TFLOPS: dict[str, float] = {
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA GH200 480GB": 989.0,
+    "NVIDIA B200": 2250.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "TPU7x": 2307.0,
+}
+
+
+def forward_flops(
+    model: WanConfig, hybrid: HybridConfig | None, *, shape: tuple[int, int, int], text_tokens: int = 512
+) -> int:
+    """Floating-point operations of one forward pass on one clip; a pass with its gradient is three times that.
+
+    Args:
+        hybrid: None: softmax over all tokens in every block.
+        shape: the clip's latent frames, rows and columns.
+        text_tokens: padding among them: Wan's text is not masked.
+    """
+    frames, rows, columns = (side // patch for side, patch in zip(shape, model.patch_size, strict=True))
+    frame, patch, width = rows * columns, math.prod(model.patch_size), model.dim
+    tokens = frames * frame
+    ends = tokens * patch * (model.in_channels + model.out_channels) * width
+    text = text_tokens * (model.text_dim + width) * width
+    time = (model.freq_dim + 7 * width) * width
+    projections = (6 * tokens + 2 * text_tokens) * width**2
+    block = projections + 2 * tokens * text_tokens * width + 2 * tokens * width * model.ffn_dim
+    converted = [False] * model.num_layers if hybrid is None else hybrid.converted(model.num_layers)
+    whole = 2 * tokens**2 * width
+    attention = sum(
+        whole if hybrid is None or not is_hybrid else _hybrid_products(model, hybrid, frames=frames, frame=frame)
+        for is_hybrid in converted
+    )
+    return 2 * (ends + text + time + model.num_layers * block + attention)
+
+
+def distillation_flops(
+    model: WanConfig, hybrid: HybridConfig, *, shape: tuple[int, int, int], updates: int, text_tokens: int = 512
+) -> int:
+    """Floating-point operations of a round on one point: the teacher's forward pass, and so many updates of every
+    converted block's maps on it."""
+    frames, rows, columns = (side // patch for side, patch in zip(shape, model.patch_size, strict=True))
+    attention = _hybrid_products(model, hybrid, frames=frames, frame=rows * columns)
+    blocks = sum(hybrid.converted(model.num_layers))
+    return forward_flops(model, None, shape=shape, text_tokens=text_tokens) + 6 * updates * blocks * attention
+
+
+def _hybrid_products(model: WanConfig, hybrid: HybridConfig, *, frames: int, frame: int) -> int:
+    """Products of a converted block's attention: the window's, the feature maps', the state's."""
+    width, head_dim, tokens = model.dim, model.attention_head_dim, frames * frame
+    pairs = 0
+    for start in range(0, frames, hybrid.chunk_frames):
+        end = min(start + hybrid.chunk_frames, frames)
+        first = max(start - hybrid.overlap_frames, 0)
+        pairs += (end - start) * (end - first + min(hybrid.sink_frames, first)) * frame**2
+    window = 0 if hybrid.kind == "linear" else 2 * pairs * width
+    if hybrid.kind == "window":
+        return window
+    features = hybrid.degree * head_dim
+    maps = 2 * tokens * model.num_attention_heads * (head_dim * features + (hybrid.layers - 1) * features**2)
+    return window + maps + 2 * tokens * width * features

@@ -1,0 +1,157 @@
+"""Checkpoints of a run, by Orbax: each is sealed when whole, the newest few are kept, and a damaged one is passed over.
+
+Orbax renames a checkpoint into place once all of it is written, but it neither notices every kind of damage done later
+(a flipped bit inside a tensor is restored as it is) nor tells damage from a checkpoint of another model. So each gets a
+seal: the checksums of its files, and the names, dtypes and shapes of its arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.runtime.files import whole_file
+from train.parallel.devices import first_process, wait_for_all
+
+_SEAL = "seal.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``folder``; a context manager."""
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False),
+        )
+
+    def restore(self, template: PyTree, *, report: Callable[[str], None] = print) -> PyTree | None:
+        """The newest whole checkpoint in the dtypes and on the devices of ``template``, or None where there is none.
+
+        Checkpoints that are newer but damaged, or were never finished, are removed, and ``report`` is told.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+        """
+        for path in sorted(Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*")):
+            report(f"the checkpoint {path} was not finished: passed over and removed")
+            if first_process():
+                shutil.rmtree(path, ignore_errors=True)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            seal = self._seal(step)
+            if seal is None:
+                report(f"the checkpoint {self._path(step)} is damaged or was not finished: passed over and removed")
+                self._manager.delete(step)
+                continue
+            if (difference := _difference(seal["arrays"], _arrays(template))) is not None:
+                raise CheckpointError(
+                    f"{self._manager.directory} holds checkpoints of another model ({difference}); choose another --out"
+                )
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return None
+
+    def read(self, template: PyTree, *, step: int | None = None) -> PyTree:
+        """A whole checkpoint, of ``step`` or the newest; nothing is removed. As `restore`, but for what is raised.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another model.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            held = f" (there are {', '.join(map(str, steps))})" if steps else ""
+            raise CheckpointError(f"{self._manager.directory} has {what}{held}")
+        step = steps[-1] if step is None else step
+        seal = self._seal(step)
+        if seal is None:
+            raise CheckpointError(f"the checkpoint {self._path(step)} is damaged or was not finished")
+        if (difference := _difference(seal["arrays"], _arrays(template))) is not None:
+            raise CheckpointError(f"the checkpoint {self._path(step)} is of another model than this ({difference})")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Write the checkpoint of ``step``, whole or not at all, and remove the oldest beyond those to keep.
+
+        Raises:
+            CheckpointError: it cannot be written (full disk, …).
+        """
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            why = str(error).strip().split("\n")[0][:200]
+            raise CheckpointError(f"cannot write a checkpoint in {self._manager.directory}: {why}") from error
+        folder = self._path(step)
+        if first_process():
+            seal = {"arrays": _arrays(state), "files": _checksums(folder)}
+            with whole_file(folder / _SEAL) as partial:
+                partial.write_text(json.dumps(seal, indent=1), encoding="utf-8")
+        wait_for_all("seal")
+
+    def _seal(self, step: int) -> dict[str, Any] | None:
+        """The seal of a checkpoint that is as it was written; of several processes the first looks for all."""
+        whole = _read_seal(self._path(step)) if first_process() else None
+        if jax.process_count() == 1:
+            return whole
+        if not multihost_utils.broadcast_one_to_all(np.array(whole is not None)):
+            return None
+        return whole or json.loads((self._path(step) / _SEAL).read_text(encoding="utf-8"))
+
+    def _path(self, step: int) -> Path:
+        return Path(self._manager.directory) / str(step)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+
+def _read_seal(folder: Path) -> dict[str, Any] | None:
+    """The seal of a checkpoint that is as it was written, else None."""
+    try:
+        seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        return seal if seal["files"] == _checksums(folder) and isinstance(seal["arrays"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    def checksum(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    paths = [
+        path for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _SEAL and not path.name.endswith(".partial")
+    ]  # fmt: skip
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing is outside Python's lock
+        sums = list(pool.map(checksum, paths))
+    return dict(zip((path.relative_to(folder).as_posix() for path in paths), sums, strict=True))
+
+
+def _arrays(tree: PyTree) -> dict[str, str]:
+    """For each array: its path, and "float32[2,3]"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves}
+
+
+def _difference(theirs: dict[str, str], ours: dict[str, str]) -> str | None:
+    """The first array that differs, in words."""
+    for name in (*ours, *theirs):
+        if theirs.get(name) != ours.get(name):
+            return f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+    return None

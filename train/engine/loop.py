@@ -1,0 +1,198 @@
+"""The loop every stage shares: compile, advance, log, checkpoint, stop when asked to, resume."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+from jaxtyping import Array, Int
+from rich.console import Console
+
+from rehyat_jax.errors import RehyatError
+from train.engine.arithmetic import PEAK_TFLOPS
+from train.engine.checkpoint import Checkpoints
+from train.engine.metrics import Metrics, all_finite, mean_of_finite
+from train.engine.optimizer import Skipped
+from train.engine.progress import TrainingDisplay
+from train.parallel.devices import Agreement, first_process
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """What a run carries: a pytree that counts its steps, as `train.engine.optimizer.TrainState`."""
+
+    @property
+    def step(self) -> Int[Array, ""]: ...
+
+    @property
+    def skipped(self) -> Skipped: ...
+
+
+State = TypeVar("State", bound=Stepping)
+#: From the state and its step: the state some optimiser steps later, and device values to log.
+Advance = Callable[[State, int], tuple[State, dict[str, Any]]]
+#: Values to log that are measured now and then, from the state and its step.
+Validate = Callable[[State, int], dict[str, float]]
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop. Its state is in a checkpoint, and the same call continues it."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.signal_number, self.step = signal_number, step
+
+
+def compile_all(lowerings: Sequence[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:
+    """Compile several programs side by side: XLA compiles outside Python's lock.
+
+    They are traced one after the other: threads that trace together share their functions' parts by chance, and a
+    program that differs in them would not be found in the compilation cache.
+    """
+    tracing = threading.Lock()
+
+    def compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        with tracing:
+            lowered = lower()
+        return lowered.compile()
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return list(pool.map(compiled, lowerings))
+
+
+def run(
+    state: State,
+    advance: Advance[State],
+    *,
+    steps: int,
+    steps_per_advance: int,
+    folder: Path,
+    checkpoint_seconds: float = 60.0,
+    log_seconds: float = 5.0,
+    most_skipped: int = 20,
+    validate: Validate[State] | None = None,
+    validate_steps: int = 0,
+    flops: Callable[[int], float] | None = None,
+    devices: int | None = None,
+    console: Console | None = None,
+) -> State:
+    """Advance ``state`` to ``steps`` steps or just beyond; continue from ``folder``'s newest checkpoint if it has one.
+
+    The host prepares the next round while the device works on this one. Several processes save, log and stop after the
+    same round, which a signal to one of them decides for all. Values to log go, with the step, the rate, the
+    seconds of this process so far and the step it began at, to ``metrics.jsonl`` and TensorBoard in ``folder``, and
+    with the time left to the console.
+
+    Args:
+        most_skipped: so many steps in a row may have no finite gradients, which changes nothing but their count.
+        validate: called after the round that reaches a multiple of ``validate_steps``, and after the last.
+        flops: floating-point operations of the round that begins at a step; shown as a rate, and as a share of the
+            devices' peak where that is known (`train.engine.arithmetic.PEAK_TFLOPS`).
+        devices: how many are at work; none: all.
+
+    Raises:
+        RehyatError: too many steps in a row were skipped, or a value is not finite although gradients are.
+        CheckpointError: the folder's checkpoints are of another model, or one cannot be written.
+        Stopped: SIGINT (Ctrl-C) or SIGTERM came; the round under way was finished and saved. A second one interrupts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        TrainingDisplay(steps, console=console if first_process() else Console(quiet=True)) as display,
+        Checkpoints(folder / "checkpoints") as checkpoints,
+        _stop_signals() as signals,
+    ):
+        if (restored := checkpoints.restore(state, report=display.note)) is not None:
+            state = restored
+            display.note(f"resumed from step {int(state.step)}")
+        step = first = logged = int(state.step)
+        agreement = Agreement()
+        peak = _peak_flops(devices, display.note) if flops and step < steps else None
+        with Metrics(folder, first_step=first) as log:
+            begun = last_log = last_save = time.monotonic()
+            previous: dict[str, Any] = {}
+            skipped, done = int(jax.device_get(state.skipped.total).sum()), 0.0
+            while step < steps:
+                done += flops(step) if flops else 0.0
+                state, metrics = advance(state, step)
+                step += steps_per_advance
+                # At most one round waits on the device, so that the clock below is the device's.
+                jax.block_until_ready(previous)
+                now = time.monotonic()
+                stop, due, logs = agreement.of(
+                    max(signals[:1], default=0), now - last_save >= checkpoint_seconds, now - last_log >= log_seconds
+                )
+                saves = stop or step >= steps or due
+                validates = validate and validate_steps and (step % validate_steps < steps_per_advance or step >= steps)
+                if saves or validates or logs:
+                    measured, counts = jax.device_get((metrics, state.skipped))
+                    values = {name: mean_of_finite(value) for name, value in measured.items()}
+                    total, in_a_row = int(counts.total.sum()), int(counts.in_a_row.max())
+                    if in_a_row >= most_skipped:
+                        raise RehyatError(
+                            f"training diverged: the last {in_a_row} steps before step {step} had no finite gradients; "
+                            "lower the learning rate"
+                        )
+                    if total == skipped and not all(map(all_finite, measured.values())):
+                        raise RehyatError(
+                            f"training diverged: a loss is not finite at step {step}; lower the learning rate"
+                        )
+                    if total > skipped:
+                        display.note(f"steps skipped so far, for gradients that are not finite: {total}")
+                        skipped = total
+                    now = time.monotonic()
+                    rate = (step - logged) / (now - last_log)
+                    if flops:
+                        values["tflops_per_s"] = done / (now - last_log) / 1e12
+                    if peak:
+                        values["utilisation"] = done / (now - last_log) / peak
+                    left = (steps - step) * (now - begun) / (step - first)
+                    if validates and validate:
+                        values |= validate(state, step)
+                    entry = values | {"skipped": total, "steps_per_s": rate}
+                    log.write(step, entry | {"seconds": now - begun, "from_step": first})
+                    display.step(step, values, per_second=rate, seconds_left=left)
+                    last_log, logged, done = time.monotonic(), step, 0.0
+                if saves:
+                    checkpoints.save(step, state)
+                    last_save = time.monotonic()
+                if stop:
+                    raise Stopped(stop, step)
+                previous = metrics
+    return state
+
+
+def _peak_flops(devices: int | None, note: Callable[[str], None]) -> float | None:
+    """Of all devices together; None, and said, where it is not known."""
+    kind = jax.devices()[0].device_kind
+    if kind not in PEAK_TFLOPS:
+        note(f"the peak arithmetic of a device {kind!r} is not known here: its utilisation is not shown")
+        return None
+    return PEAK_TFLOPS[kind] * 1e12 * (devices or jax.device_count())
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The SIGINTs and SIGTERMs that came: the first waits for the loop to see it, a second interrupts at once."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+        yield came
+        return
+
+    def receive(number: int, _: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

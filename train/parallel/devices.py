@@ -1,0 +1,270 @@
+"""The devices of a run: one, or a mesh over those of every process; how arrays come to lie on them, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.runtime.mesh import ALONG
+from train.parallel.sharding import MeshConfig, on_mesh, parameter_specs
+
+#: Larger arrays come to the host a layer at a time.
+_AT_ONCE = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """One program in several processes, each with devices of its own: the same command, once for each."""
+
+    #: Find the others: TPU slices, Slurm and Open MPI say where they are, if nothing below does.
+    distributed: bool = False
+    #: Address and port of the first process.
+    coordinator: str | None = None
+    #: How many processes there are, and which of them this is.
+    count: int | None = None
+    index: int | None = None
+
+    def join(self) -> None:
+        """Before anything asks JAX for devices; once.
+
+        Raises:
+            ConfigError: the settings do not fit together, or the others cannot be found.
+        """
+        given = [x is not None for x in (self.coordinator, self.count, self.index)]
+        if not self.distributed:
+            if any(given):
+                raise ConfigError("processes' coordinator, count and index need processes.distributed")
+            return
+        if any(given) != all(given):
+            raise ConfigError("processes' coordinator, count and index go together, or all are left out")
+        if self.count is not None and not 0 <= (self.index or 0) < self.count:
+            raise ConfigError(f"processes.index must be 0 to {self.count - 1}, not {self.index}")
+        if jax.distributed.is_initialized():
+            return
+        try:
+            jax.distributed.initialize(self.coordinator, self.count, self.index)
+        except (RuntimeError, ValueError) as error:
+            why = str(error).strip().split("\n")[0][:200]
+            raise ConfigError(f"the processes of this run cannot find each other: {why}") from error
+
+
+class Rows(NamedTuple):
+    """A process's share of a batch: this of so many parts, which other processes may have as well."""
+
+    part: int
+    parts: int
+
+
+WHOLE = Rows(0, 1)
+
+
+class Devices:
+    """One device, where ``mesh`` is None: then arrays stay as and where they are."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self.mesh = mesh
+
+    @classmethod
+    def of(
+        cls, config: MeshConfig, *, chunks: int = 1, batch: int | None = None,
+        among: Sequence[jax.Device] | None = None,
+    ) -> Devices:  # fmt: skip
+        """All devices by a mesh, or the first where the configuration has one alone.
+
+        Args:
+            chunks: of the shortest video.
+            batch: clips that are at work side by side.
+            among: devices that need not be here; none: those that are.
+
+        Raises:
+            ConfigError: the mesh does not divide the devices.
+        """
+        if config.single and among is None:
+            if jax.process_count() > 1:
+                raise ConfigError(f"{jax.process_count()} processes need a mesh of more than one device")
+            return cls(None)
+        return cls(config.make(among, chunks=chunks, batch=batch))
+
+    @property
+    def count(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Devices along each axis; nothing on one device."""
+        return {} if self.mesh is None else dict(self.mesh.shape)
+
+    @property
+    def batch_pieces(self) -> int:
+        """Into how many a batch is cut."""
+        return math.prod(self.shape.get(axis, 1) for axis in ALONG["batch"])
+
+    def rows(self) -> Rows:
+        """Of a batch over the mesh: what this process's devices hold.
+
+        Raises:
+            ConfigError: the processes' shares of a batch overlap in part.
+        """
+        if self.mesh is None:
+            return WHOLE
+        axes, pieces = ALONG["batch"], self.batch_pieces
+        held: dict[int, set[int]] = {}
+        places: Any = NamedSharding(self.mesh, PartitionSpec(axes)).devices_indices_map((pieces,))
+        for device, (place,) in places.items():
+            held.setdefault(device.process_index, set()).add(place.start or 0)
+        shares = sorted({tuple(sorted(places)) for places in held.values()})
+        if sum(map(len, shares)) != pieces or len({len(share) for share in shares}) > 1:
+            raise ConfigError("the mesh cuts a batch otherwise than by process: make data x fsdp a multiple of them")
+        return Rows(shares.index(tuple(sorted(held[jax.process_index()]))), len(shares))
+
+    def parameter_shardings(self, tree: PyTree) -> PyTree:
+        """By `train.parallel.sharding.RULES`; None on one device."""
+        return None if self.mesh is None else on_mesh(self.mesh, parameter_specs(tree))
+
+    def batch_shardings(self, tree: PyTree) -> PyTree:
+        """By the first axis where that divides, else whole on every device; None on one device."""
+        if self.mesh is None:
+            return None
+        mesh, axes, pieces = self.mesh, ALONG["batch"], self.batch_pieces
+
+        def of(x: Any) -> NamedSharding:
+            divides = len(x.shape) > 0 and x.shape[0] % pieces == 0 and x.shape[0] > 0
+            return NamedSharding(mesh, PartitionSpec(axes) if divides else PartitionSpec())
+
+        return jax.tree.map(of, tree)
+
+    @property
+    def whole(self) -> NamedSharding | None:
+        """On every device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """Arrays that every process has, whole on every device."""
+        return self._put(tree, jax.tree.map(lambda _: self.whole, tree))
+
+    def parameters(self, tree: PyTree) -> PyTree:
+        """Arrays that every process has, by `parameter_shardings`."""
+        return self._put(tree, self.parameter_shardings(tree))
+
+    def made_batch(self, make: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
+        """What ``make`` makes of arrays that every process has, as `batch_shardings` has it."""
+        if self.mesh is None:
+            return jax.jit(make)(*arrays)
+        cut = self.batch_shardings(jax.eval_shape(make, *arrays))
+        return jax.jit(make, out_shardings=cut)(*(self.everywhere(x) for x in arrays))
+
+    def made(self, make: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+        """What ``make`` makes of parameters that lie here, cut as they are."""
+        if self.mesh is None:
+            return make(params)
+        return jax.jit(make, out_shardings=self.parameter_shardings(jax.eval_shape(make, params)))(params)
+
+    def batch(self, turn: PyTree, shapes: PyTree) -> PyTree:
+        """A batch of these shapes, from this process's `rows` of it or from the whole."""
+        if self.mesh is None:
+            return turn
+
+        def place(x: Any, shape: Any, sharding: NamedSharding) -> jax.Array:
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return self._put(x, sharding)
+            return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape.shape)
+
+        return jax.tree.map(place, turn, shapes, self.batch_shardings(shapes))
+
+    def described(self, tree: PyTree, shardings: PyTree) -> PyTree:
+        """Shapes, dtypes and shardings, to compile with."""
+        if self.mesh is None:
+            return tree
+        shardings = jax.tree.broadcast(shardings, tree)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def lower(
+        self, function: Callable[..., Any], *described: PyTree, donate: tuple[int, ...] = (), out: PyTree = None
+    ) -> jax.stages.Lowered:
+        """``function`` with the mesh in force, ready to compile; ``out``: its results' shardings."""
+        if self.mesh is None:
+            return jax.jit(function, donate_argnums=donate).lower(*described)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(function, donate_argnums=donate, out_shardings=out).lower(*described)
+
+    def on_host(self, tree: PyTree) -> PyTree:
+        """The same arrays whole in this process's memory; on one device, as they are. Every process has to call it."""
+        if self.mesh is None:
+            return tree
+        whole = jax.jit(lambda x: x, out_shardings=self.whole)
+
+        def fetch(x: jax.Array) -> np.ndarray:
+            if x.nbytes > _AT_ONCE and x.ndim > 1:
+                return np.stack([fetch(x[index]) for index in range(x.shape[0])])
+            return np.asarray(whole(x))
+
+        return jax.tree.map(fetch, tree)
+
+    def _put(self, tree: PyTree, shardings: PyTree) -> PyTree:
+        if self.mesh is None:
+            return tree
+
+        def put(x: Any, sharding: NamedSharding) -> jax.Array:
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+            host = np.asarray(x)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(put, tree, shardings)
+
+
+class Agreement:
+    """What one process finds, all find at the same round: they have to save and to stop together.
+
+    Of several processes the numbers of a round are known in the next, so that no round waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._found: jax.Array | None = None
+
+    def of(self, *numbers: int) -> list[int]:
+        """The largest of each over the processes; of several, as of the call before (0 at first)."""
+        if jax.process_count() == 1:
+            return [int(number) for number in numbers]
+        before = [0] * len(numbers) if self._found is None else np.asarray(self._found).tolist()
+        mesh = Mesh(np.array(jax.devices()), ("devices",))
+        mine = np.broadcast_to(np.array(numbers, np.int32), (jax.local_device_count(), len(numbers)))
+        given = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("devices")), mine)
+        largest = jax.jit(_largest, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._found = largest(given)
+        return before
+
+
+def _largest(numbers: jax.Array) -> jax.Array:
+    return numbers.max(axis=0)
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes what all have."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def loading(mesh: MeshConfig) -> AbstractContextManager[Any]:
+    """In which weights are read: for a mesh into the host's memory, for one device may be too small for them."""
+    if mesh.single:
+        return nullcontext()
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return nullcontext()

@@ -1,0 +1,171 @@
+"""One forward pass of a teacher in which every block's self-attention is seen, and learned from, on the way.
+
+A scan over the layers: its body computes a block's q, k, v and softmax output y, goes on with y, and hands them to a
+visitor with what belongs to that block alone. So there is the memory of one block, and no gradient from one to another:
+the pass itself is never differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from rehyat_jax.attention.sharded import softmax_over_devices
+from rehyat_jax.mixers.hybrid import HybridAttention
+from rehyat_jax.models.wan.transformer import WanTransformer, text_repeats
+from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
+from train.data.trajectories import Points
+from train.engine.optimizer import OptimizerConfig, TrainState
+from train.stages.attention_loss import Health, health, relative_error, score_loss, weights
+
+#: Queries of a video whose weights are looked at one by one.
+_QUERIES = 256
+
+
+class Seen(NamedTuple):
+    """A block's self-attention: what goes in, after norm and positions, and what the teacher makes of it.
+
+    On a mesh that cuts time the video may be padded at its end, where y is 0.
+    """
+
+    q: Float[Array, "R N H D"]
+    k: Float[Array, "R N H D"]
+    v: Float[Array, "R N H D"]
+    y: Float[Array, "R N H D"]
+
+
+#: From what belongs to a block, what is seen of it, and the tokens of a frame: whatever the caller wants back.
+Visit = Callable[[PyTree, Seen, int], PyTree]
+
+
+def observe(
+    teacher: WanTransformer, points: Points, visit: Visit, own: PyTree, *, converted: tuple[bool, ...], chunk: int = 1,
+    text_tokens: int | None = None,
+) -> tuple[Float[Array, "R T h w z"], PyTree]:
+    """The teacher's velocity, and what the visits to the converted blocks gave, over a leading axis of these.
+
+    Args:
+        own: what belongs to each converted block, over the same axis.
+        chunk: latent frames that stay together where time is cut.
+        text_tokens: see `WanTransformer`'s call.
+    """
+    frames = points.latents.shape[1]
+    padding = frames_on_devices(frames, chunk) - frames
+    inputs = teacher.embed(jnp.pad(points.latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), points.timesteps)
+    text = teacher.embed_text(points.text, text_tokens)
+    how = {"text_repeats": text_repeats(text.shape[1], text_tokens)}
+    tokens = inputs.x.shape[1] * frames // (frames + padding)
+    frame = inputs.grid[1] * inputs.grid[2]
+    graph, layers = nnx.split(teacher.blocks)
+    numbers = np.flatnonzero(converted)
+    if not all(converted):
+        # A layer that is not converted has its neighbour's, and no use for it.
+        own = jax.tree.map(lambda x: x[np.maximum(np.cumsum(converted) - 1, 0)], own)
+
+    def layer(x: Array, params: tuple[Any, Any, Array]) -> tuple[Array, Any]:
+        x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, params[0])
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            y = softmax_over_devices(q, k, v, tokens=tokens)
+            seen = Seen(q, k, v, y)
+            if all(converted):
+                return y, visit(params[1], seen, frame)
+            nothing = jax.tree.map(
+                lambda z: jnp.zeros(z.shape, z.dtype), jax.eval_shape(lambda: visit(params[1], seen, frame))
+            )
+            return y, jax.lax.cond(params[2], lambda: visit(params[1], seen, frame), lambda: nothing)
+
+        return block.attending(x, text, inputs.modulation, inputs.rotary, attend, **how)
+
+    x, given = jax.lax.scan(layer, inputs.x, (layers, own, jnp.array(converted)))
+    if not all(converted):
+        given = jax.tree.map(lambda z: z[numbers], given)
+    return teacher.unembed(x, inputs)[:, :frames], given
+
+
+class Order(NamedTuple):
+    """Of every optimiser step on what was seen: its part of the rows, and the queries of the score loss."""
+
+    rows: Int[Array, "steps P"]
+    queries: Int[Array, "steps Q"]
+
+
+def draw_order(key: Key[Array, ""], *, rows: int, tokens: int, passes: int, parts: int) -> Order:
+    """``passes`` times all rows, each time cut anew into ``parts``."""
+    row_key, query_key = jax.random.split(key)
+    passes_of_rows = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(row_key, passes))
+    queries = jax.random.randint(query_key, (passes * parts, min(_QUERIES, tokens)), 0, tokens)
+    return Order(passes_of_rows.reshape(passes * parts, rows // parts), queries)
+
+
+def learn(
+    block: TrainState,
+    seen: Seen,
+    order: Order,
+    rate: Float[Array, ""],
+    *,
+    graph: Any,
+    frame: int,
+    loss: Literal["l1", "score"],
+    optimizer: OptimizerConfig,
+    tokens: int | None = None,
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One block after an optimiser step for each of ``order``'s, and the loss that the first of them saw.
+
+    Args:
+        graph: of the block's `HybridAttention`, whose parameters ``block`` has.
+        tokens: how many there are; those after them are padding.
+    """
+    rows = seen.q.shape[0]
+
+    def objective(params: PyTree, part: Seen, queries: Array) -> Array:
+        attention = nnx.merge(graph, params)
+        if loss == "score":
+            return score_loss(weights(attention, part.q[:, :tokens], part.k[:, :tokens], queries=queries, frame=frame))
+        return _error(attention, part, frame=frame, tokens=tokens)
+
+    def step(block: TrainState, x: Order) -> tuple[TrainState, Array]:
+        # The whole needs no copy.
+        part = seen if x.rows.shape[0] == rows else jax.tree.map(lambda a: a[x.rows], seen)
+        value, gradients = jax.value_and_grad(objective)(block.params, part, x.queries)
+        return optimizer.apply(block, gradients, rate), value
+
+    block, values = jax.lax.scan(step, block, order)
+    return block, values[0]
+
+
+class Figures(NamedTuple):
+    """How a block does: at a step of sampling, or over all of them."""
+
+    #: Σ|ŷ − y| / Σ|y|.
+    error: Float[Array | np.ndarray, "*shape"]
+    #: n_L / (n_S + n_L), mean over queries.
+    share: Float[Array | np.ndarray, "*shape"]
+    #: The least n_S + n_L.
+    normaliser: Float[Array | np.ndarray, "*shape"]
+
+
+def measure(params: PyTree, seen: Seen, *, graph: Any, frame: int, tokens: int | None = None) -> Figures:
+    """One block as it is; ``tokens`` as in `learn`."""
+    attention = nnx.merge(graph, params)
+    tokens = seen.q.shape[1] if tokens is None else tokens
+    error = _error(attention, seen, frame=frame, tokens=tokens)
+    # Evenly spread, the last token among them.
+    queries = jnp.asarray(np.linspace(0, tokens - 1, min(_QUERIES, tokens)).astype(np.int32))
+    q, k = seen.q[:, :tokens], seen.k[:, :tokens]
+    found: Health = health(weights(attention, q, k, queries=queries, frame=frame))
+    return Figures(error, found.share, found.normaliser)
+
+
+def _error(attention: HybridAttention, seen: Seen, *, frame: int, tokens: int | None) -> Float[Array, ""]:
+    guess = attention(seen.q, seen.k, seen.v, frame=frame)
+    if tokens is not None and tokens < guess.shape[1]:
+        real = jnp.arange(guess.shape[1], dtype=jnp.int32) < tokens
+        guess = jnp.where(real[None, :, None, None], guess, jnp.zeros((), guess.dtype))
+    return relative_error(guess, seen.y)

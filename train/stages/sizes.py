@@ -1,0 +1,20 @@
+"""What a configuration says of its model, against the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.config import WanConfig
+
+
+def check_sizes(said: WanConfig | None, found: WanConfig, *, where: Path) -> None:
+    """
+    Raises:
+        ConfigError: the model at ``where`` is of other sizes than the configuration says.
+    """
+    for name in ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim"):
+        if said is not None and getattr(said, name) != getattr(found, name):
+            raise ConfigError(
+                f"{where} has {name} {getattr(found, name)}, and the configuration's model {getattr(said, name)}"
+            )
