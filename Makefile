@@ -10,6 +10,7 @@ demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
 
 test: .venv/installed-test  ## lint, types, then every test that two cores can run
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 

@@ -18,8 +18,13 @@ _SHOWN = {
     "long": {"recall": "recall", "directions": "directions", "speed": "speed"},
 }
 #: Those that are drawn.
-_DRAWN = {("distillation", "error"), ("plain", "recall"), ("plain", "directions"), ("plain", "speed"),
-          ("wait", "recall")}  # fmt: skip
+_DRAWN = {
+    ("distillation", "error"),
+    ("plain", "recall"),
+    ("plain", "directions"),
+    ("plain", "speed"),
+    ("wait", "recall"),
+}
 
 Line = dict[str, Any]
 

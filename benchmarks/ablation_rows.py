@@ -31,14 +31,24 @@ class Row:
 _NONE, _HISTORY = History(), History(share=0.75)
 
 
-def _row(*stages: Stage, loss: Literal["l1", "score"] = "l1", headline: bool = False, streamed: bool = False,
-         history: History = _NONE, **fields: Any) -> Row:  # fmt: skip
+def _row(
+    *stages: Stage,
+    loss: Literal["l1", "score"] = "l1",
+    headline: bool = False,
+    streamed: bool = False,
+    history: History = _NONE,
+    **fields: Any,
+) -> Row:
     """By what differs from chunks of three frames, an overlap of one, all blocks, length_norm where it can be."""
     can = fields.get("kind", "hybrid") == "hybrid" and fields.get("causal", True)
     return Row(
-        hybrid=HybridConfig(**{"length_norm": can} | fields), stages=stages or ("distill", "finetune"), loss=loss,
-        headline=headline, streamed=streamed, history=history,
-    )  # fmt: skip
+        hybrid=HybridConfig(**{"length_norm": can} | fields),
+        stages=stages or ("distill", "finetune"),
+        loss=loss,
+        headline=headline,
+        streamed=streamed,
+        history=history,
+    )
 
 
 ROWS: dict[str, Row] = {

@@ -95,17 +95,29 @@ class Sizes:
     def warming(self) -> Sizes:
         """A round of each stage: the same programs, useless results."""
         return dataclasses.replace(
-            self, distill_steps=min(self.distill_steps, _MINIBATCHES),
+            self,
+            distill_steps=min(self.distill_steps, _MINIBATCHES),
             finetune_steps=min(self.finetune_steps, _STEPS_PER_ROUND),
-        )  # fmt: skip
+        )
 
 
 _MINIBATCHES, _STEPS_PER_ROUND = 4, 8
 TINY = Sizes(
-    distill_steps=4, distill_batch=2, finetune_steps=8, finetune_batch=2, frames=21, occlusion_batch=2,
-    occlusion_frames=21, longest_wait=0, clips=2, occlusions=1, waits=(0,), long_clips=1, long_frames=33,
+    distill_steps=4,
+    distill_batch=2,
+    finetune_steps=8,
+    finetune_batch=2,
+    frames=21,
+    occlusion_batch=2,
+    occlusion_frames=21,
+    longest_wait=0,
+    clips=2,
+    occlusions=1,
+    waits=(0,),
+    long_clips=1,
+    long_frames=33,
     sampling_steps=2,
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,33 +232,52 @@ class Work:
     def distillation(self) -> DistillTraining:
         assert self.row.hybrid is not None
         return DistillTraining(
-            out=self.folder / "distilled", teacher=self.study.model,
-            hybrid=dataclasses.replace(self.row.hybrid, length_norm=False), loss=self.row.loss,
+            out=self.folder / "distilled",
+            teacher=self.study.model,
+            hybrid=dataclasses.replace(self.row.hybrid, length_norm=False),
+            loss=self.row.loss,
             sources=(Source(frames=self.sizes.frames, batch=self.sizes.distill_batch),),
-            num_inference_steps=self.sizes.sampling_steps, guidance_scale=self.sizes.guidance,
-            steps=self.sizes.distill_steps, minibatches=_MINIBATCHES, held_out=2,
-            measure_rounds=-(-self.sizes.distill_steps // _MINIBATCHES), seed=self.seed, dtype=self.dtype,
-            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, weight_decay=0.0), checkpoint_seconds=1e9,
-        )  # fmt: skip
+            num_inference_steps=self.sizes.sampling_steps,
+            guidance_scale=self.sizes.guidance,
+            steps=self.sizes.distill_steps,
+            minibatches=_MINIBATCHES,
+            held_out=2,
+            measure_rounds=-(-self.sizes.distill_steps // _MINIBATCHES),
+            seed=self.seed,
+            dtype=self.dtype,
+            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, weight_decay=0.0),
+            checkpoint_seconds=1e9,
+        )
 
     def finetuning(self, source: Path) -> FinetuneTraining:
         sizes, kind = self.sizes, _Softmax if self.row.hybrid is None else FinetuneTraining
         plain = Bucket(kind="plain", frames=sizes.frames, batch=sizes.finetune_batch, share=0.65)
         behind = Bucket(
-            kind="occlusion", frames=sizes.occlusion_frames, batch=max(sizes.occlusion_batch, 1), share=0.35,
+            kind="occlusion",
+            frames=sizes.occlusion_frames,
+            batch=max(sizes.occlusion_batch, 1),
+            share=0.35,
             longest_wait=sizes.longest_wait,
-        )  # fmt: skip
+        )
         return kind(
-            out=self.folder / "student", source=source, anew="distill" not in self.row.stages, hybrid=self.row.hybrid,
-            buckets=(plain, behind) if sizes.occlusion_batch else (plain,), history=self.row.history,
+            out=self.folder / "student",
+            source=source,
+            anew="distill" not in self.row.stages,
+            hybrid=self.row.hybrid,
+            buckets=(plain, behind) if sizes.occlusion_batch else (plain,),
+            history=self.row.history,
             remember=self.row.history.noise / 2 if self.row.history.share else "steps",
-            steps=sizes.finetune_steps, steps_per_round=_STEPS_PER_ROUND, unroll=True, shift=5.0, seed=self.seed,
+            steps=sizes.finetune_steps,
+            steps_per_round=_STEPS_PER_ROUND,
+            unroll=True,
+            shift=5.0,
+            seed=self.seed,
             dtype=self.dtype,
             optimizer=OptimizerConfig(
                 method="muon", learning_rate=3e-3, warmup_steps=30, schedule="linear", ema_decay=0.98
             ),
             checkpoint_seconds=1e9,
-        )  # fmt: skip
+        )
 
     def measured(self, model: Path, *, begun: bool) -> dict[str, dict[str, Any]]:
         """Figures by subject, with their seconds.
@@ -299,9 +330,12 @@ class Work:
     ) -> Any:
         sweep: Sweep = "per-chunk" if streamed or self.row.history.share else "per-step"
         settings = pipe.settings(
-            num_frames=frames, height=HEIGHT, width=width, num_inference_steps=self.sizes.sampling_steps,
+            num_frames=frames,
+            height=HEIGHT,
+            width=width,
+            num_inference_steps=self.sizes.sampling_steps,
             guidance_scale=self.sizes.guidance,
-        )  # fmt: skip
+        )
         return generated(
             pipe, texts, settings, sweep=sweep, seed=seed, batch=_AT_ONCE, progress=lambda done, total: None
         )
@@ -312,9 +346,11 @@ def _errors(training: DistillTraining) -> dict[str, Any]:
     lines = [json.loads(line) for line in (training.train_folder / "blocks.jsonl").read_text().splitlines()]
     first, last = lines[0], lines[-1]
     return {
-        "before": statistics.mean(first["error"]), "error": statistics.mean(last["error"]),
-        "share": statistics.mean(last["share"]), "error_by_block": [round(error, 4) for error in last["error"]],
-    }  # fmt: skip
+        "before": statistics.mean(first["error"]),
+        "error": statistics.mean(last["error"]),
+        "share": statistics.mean(last["share"]),
+        "error_by_block": [round(error, 4) for error in last["error"]],
+    }
 
 
 def _figures(found: Any) -> dict[str, Any]:
@@ -378,9 +414,15 @@ def _run(study: Study) -> None:
 
 def _work(study: Study, write: Callable[[dict[str, Any]], None], jobs: list[Job]) -> None:
     workers.run(
-        functools.partial(line_of, study), jobs, write, died=lambda job, why: dataclasses.asdict(job) | {"error": why},
-        workers=study.workers, gpus=study.gpus, seconds=study.seconds, logs=study.out / "logs",
-    )  # fmt: skip
+        functools.partial(line_of, study),
+        jobs,
+        write,
+        died=lambda job, why: dataclasses.asdict(job) | {"error": why},
+        workers=study.workers,
+        gpus=study.gpus,
+        seconds=study.seconds,
+        logs=study.out / "logs",
+    )
 
 
 def _tell(line: dict[str, Any]) -> None:

@@ -74,9 +74,15 @@ def worst_error(check: Check) -> dict[str, Any]:
         outputs, ends = [], [0, cut, check.tokens] if cut else [0, check.tokens]
         for begin, end in itertools.pairwise(ends):
             out, state = hybrid_attention(
-                *(x[:, begin:end] for x in arrays), chunk=check.chunk, overlap=check.overlap, decay=decay,
-                stabilizer=stabilizer, initial_state=state, return_state=True, implementation=implementation,
-            )  # fmt: skip
+                *(x[:, begin:end] for x in arrays),
+                chunk=check.chunk,
+                overlap=check.overlap,
+                decay=decay,
+                stabilizer=stabilizer,
+                initial_state=state,
+                return_state=True,
+                implementation=implementation,
+            )
             outputs.append(out)
         return jnp.concatenate(outputs, axis=1), state.s, state.z
 
@@ -97,14 +103,21 @@ def worst_error(check: Check) -> dict[str, Any]:
     state = None
     if check.earlier:
         _, state = hybrid_attention(
-            *(a[:, : check.earlier] for a in arrays), chunk=check.chunk, overlap=check.overlap, decay=decay,
-            return_state=True, implementation="reference",
-        )  # fmt: skip
+            *(a[:, : check.earlier] for a in arrays),
+            chunk=check.chunk,
+            overlap=check.overlap,
+            decay=decay,
+            return_state=True,
+            implementation="reference",
+        )
     arrays = [a[:, check.earlier :] for a in arrays]
     rng = np.random.default_rng(1)
     batch, _, heads, width = arrays[2].shape
-    shapes = [(arrays[2].shape, check.dtype), ((batch, heads, check.features, width), "float32"),
-              ((batch, heads, check.features), "float32")]  # fmt: skip
+    shapes = [
+        (arrays[2].shape, check.dtype),
+        ((batch, heads, check.features, width), "float32"),
+        ((batch, heads, check.features), "float32"),
+    ]
     # The output's as coarse as the cotangent of such an output is.
     weights = [jnp.asarray(rng.normal(size=shape), dtype).astype(jnp.float32) for shape, dtype in shapes]
     poison()
@@ -249,8 +262,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         TINY, sizes, lengths = True, hybrid_operator.TINY, [6, 8]
         checks = {
             name: dataclasses.replace(
-                check, tokens=check.tokens // 10, chunk=check.chunk // 10, overlap=check.overlap // 10,
-                earlier=check.earlier // 10, cut=check.chunk // 10 * 2 if check.cut else 0, head_dim=32, features=32,
+                check,
+                tokens=check.tokens // 10,
+                chunk=check.chunk // 10,
+                overlap=check.overlap // 10,
+                earlier=check.earlier // 10,
+                cut=check.chunk // 10 * 2 if check.cut else 0,
+                head_dim=32,
+                features=32,
             )
             for name, check in CHECKS.items()
         }

@@ -144,8 +144,10 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[Case]:
 
     def matrices() -> dict[str, Any]:
         size = 8192 if sizes.frame > 100 else 256
-        pairs = [tuple(jax.random.normal(jax.random.key(2 * i + j), (size, size), jnp.bfloat16) for j in range(2))
-                 for i in range(2)]  # fmt: skip
+        pairs = [
+            tuple(jax.random.normal(jax.random.key(2 * i + j), (size, size), jnp.bfloat16) for j in range(2))
+            for i in range(2)
+        ]
         return rated(milliseconds(jnp.matmul, pairs), 2 * size**3)
 
     def peer(frames: int) -> dict[str, Any]:
@@ -176,9 +178,7 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[Case]:
         return rated(milliseconds(peer_softmax, [tuple(arrays)]), flops)
 
     def whole(implementation: str, frames: int) -> dict[str, Any]:
-        ms = milliseconds(
-            functools.partial(with_features, implementation), [(phi()[1], *x[:3]) for x in data(frames)]
-        )  # fmt: skip
+        ms = milliseconds(functools.partial(with_features, implementation), [(phi()[1], *x[:3]) for x in data(frames)])
         figures = {"ms": round(ms, 3), "ms_a_frame": round(ms / frames, 4)}
         if frames not in peers:
             return figures

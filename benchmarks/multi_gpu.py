@@ -97,9 +97,7 @@ def mesh_of(count: int, *, fsdp: int | None = None, context: int = 1) -> Devices
     return Devices(MeshConfig(fsdp=fsdp, context=context).make(jax.devices()[:count]))
 
 
-def timed(
-    program: jax.stages.Compiled, arrays: tuple[Any, ...], samples: int, *, carries: int = 0
-) -> dict[str, float]:
+def timed(program: jax.stages.Compiled, arrays: tuple[Any, ...], samples: int, *, carries: int = 0) -> dict[str, float]:
     """Milliseconds of one call: the median, after a warm-up. Its first ``carries`` results are its next arguments."""
     if not samples:
         return {}
@@ -131,11 +129,14 @@ def line(kind: str, devices: Devices, program: jax.stages.Compiled, **more: Any)
     moved = work(program.as_text() or "", devices=devices.count).bytes_by_kind()
     mesh = {axis: size for axis, size in devices.shape.items() if size > 1}
     return {
-        "case": kind, "devices": devices.count, "mesh": mesh, **more,
+        "case": kind,
+        "devices": devices.count,
+        "mesh": mesh,
+        **more,
         "program_gib": round((held + memory.temp_size_in_bytes) / GIB, 3),
         "peak_gib": round(stats["peak_bytes_in_use"] / GIB, 3) if "peak_bytes_in_use" in stats else None,
         "received_gib": {name: round(size / GIB, 4) for name, size in moved.items()},
-    }  # fmt: skip
+    }
 
 
 def model_of(sizes: Sizes, devices: Devices, *, param_dtype: Any) -> tuple[Any, Any]:
@@ -236,9 +237,12 @@ def past(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     heads, width = sizes.model.num_attention_heads, sizes.model.attention_head_dim
     features = sizes.hybrid.degree * width
     settings: dict[str, Any] = {
-        "chunk": chunk, "overlap": overlap, "causal": True, "stabilizer": sizes.hybrid.stabilizer,
+        "chunk": chunk,
+        "overlap": overlap,
+        "causal": True,
+        "stabilizer": sizes.hybrid.stabilizer,
         "implementation": "auto",
-    }  # fmt: skip
+    }
     cut = NamedSharding(devices.mesh, spec("batch", "time", "heads", None))  # type: ignore[arg-type]
 
     def draw() -> list[jax.Array]:
@@ -295,15 +299,25 @@ def equal(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
         for (path, x), y in zip(
             jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(gradients_here), strict=True
         )
-    )  # fmt: skip
-    yield {"case": "equal", "devices": count, "mesh": {"fsdp": count // context, "context": context},
-           "forward": apart(velocity, velocity_here), "gradient": apart(gradients, gradients_here),
-           "worst_array": worst[0], "of": worst[1]}  # fmt: skip
+    )
+    yield {
+        "case": "equal",
+        "devices": count,
+        "mesh": {"fsdp": count // context, "context": context},
+        "forward": apart(velocity, velocity_here),
+        "gradient": apart(gradients, gradients_here),
+        "worst_array": worst[0],
+        "of": worst[1],
+    }
 
 
 CASES: dict[str, Callable[[Sizes, int], Iterator[dict[str, Any]]]] = {
-    "forward": forward, "finetune": finetune, "distill": distill, "past": past, "equal": equal,
-}  # fmt: skip
+    "forward": forward,
+    "finetune": finetune,
+    "distill": distill,
+    "past": past,
+    "equal": equal,
+}
 
 
 def scaling(lines: list[dict[str, Any]]) -> None:

@@ -95,10 +95,17 @@ def transformer(config: WanConfig) -> Any:
     fields = {
         name: getattr(config, name)
         for name in (
-            "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "out_channels",
-            "text_dim", "freq_dim", "patch_size",
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "ffn_dim",
+            "in_channels",
+            "out_channels",
+            "text_dim",
+            "freq_dim",
+            "patch_size",
         )
-    }  # fmt: skip
+    }
     return made(WanTransformer3DModel, **fields)
 
 
@@ -134,8 +141,15 @@ def sana(size: tuple[int, int], frames: int, *, tiny: bool) -> dict[str, Any]:
     """A linear video transformer of 2B parameters, trained as one."""
     from diffusers import SanaVideoTransformer3DModel
 
-    less = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "num_cross_attention_heads": 2,
-            "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16}  # fmt: skip
+    less = {
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 12,
+        "cross_attention_dim": 24,
+        "caption_channels": 16,
+    }
     model = made(SanaVideoTransformer3DModel, **(less if tiny else {}))
     inputs = random(1, 16, frames, *size), random(1, 300, model.config.caption_channels)
     times = torch.full((1,), 500.0, device=device())
@@ -146,8 +160,12 @@ def sana(size: tuple[int, int], frames: int, *, tiny: bool) -> dict[str, Any]:
 def autoencoder(config: VAEConfig, size: tuple[int, int], frames: int, *, way: str) -> dict[str, Any]:
     from diffusers import AutoencoderKLWan
 
-    fields = {"base_dim": config.base_dim, "z_dim": config.z_dim, "dim_mult": list(config.dim_mult),
-              "num_res_blocks": config.num_res_blocks}  # fmt: skip
+    fields = {
+        "base_dim": config.base_dim,
+        "z_dim": config.z_dim,
+        "dim_mult": list(config.dim_mult),
+        "num_res_blocks": config.num_res_blocks,
+    }
     model = made(AutoencoderKLWan, **fields)
     latent = (frames - 1) // config.temporal_factor + 1
     height, width = (config.spatial_factor * side for side in size)

@@ -1,6 +1,6 @@
 """Times and memory against a video's length, from the lines of the other benchmarks; needs matplotlib.
 
-    python -m benchmarks.plots --lines gpu_check.json dit.json --out length.png
+python -m benchmarks.plots --lines gpu_check.json dit.json --out length.png
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 #: A case that is a length: what it is of, and its latent frames.
 _CASE = re.compile(r"(softmax, cudnn|operator with φ|softmax, forward|hybrid, forward), (\d+) frames")
 _NAMES = {
-    "softmax, cudnn": "full softmax, cuDNN", "operator with φ": "hybrid operator",
-    "softmax, forward": "transformer, full softmax", "hybrid, forward": "transformer, hybrid",
-}  # fmt: skip
+    "softmax, cudnn": "full softmax, cuDNN",
+    "operator with φ": "hybrid operator",
+    "softmax, forward": "transformer, full softmax",
+    "hybrid, forward": "transformer, hybrid",
+}
 
 
 def draw(lines: Sequence[dict], path: Path) -> None:
@@ -29,9 +31,11 @@ def draw(lines: Sequence[dict], path: Path) -> None:
         if (match := _CASE.fullmatch(line["case"])) and "ms" in line:
             found[match[1]].append((int(match[2]), line))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    panels = [("ms", "ms, a layer's attention", ("softmax, cudnn", "operator with φ")),
-              ("ms", "ms, forward", ("softmax, forward", "hybrid, forward")),
-              ("program_gib", "GiB, forward", ("softmax, forward", "hybrid, forward"))]  # fmt: skip
+    panels = [
+        ("ms", "ms, a layer's attention", ("softmax, cudnn", "operator with φ")),
+        ("ms", "ms, forward", ("softmax, forward", "hybrid, forward")),
+        ("program_gib", "GiB, forward", ("softmax, forward", "hybrid, forward")),
+    ]
     for panel, (field, label, cases) in zip(axes, panels, strict=True):
         for case in cases:
             points = sorted((frames, line[field]) for frames, line in found[case])

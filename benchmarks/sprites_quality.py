@@ -71,9 +71,12 @@ class Sample:
         @functools.partial(jax.jit, static_argnames="scale")
         def denoise(params: Any, noise: jax.Array, text: jax.Array, *, scale: float) -> jax.Array:
             velocity = guided_velocity(
-                nnx.merge(graph, params), text, negative=jnp.broadcast_to(negative, text.shape),
-                guidance=Guidance(scale=scale), dtype=dtype,
-            )  # fmt: skip
+                nnx.merge(graph, params),
+                text,
+                negative=jnp.broadcast_to(negative, text.shape),
+                guidance=Guidance(scale=scale),
+                dtype=dtype,
+            )
             schedule = FlowSchedule(shift=self.shift)
             return sample(velocity, noise, schedule=schedule, solver=UniPC(), num_steps=self.steps)
 

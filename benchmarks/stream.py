@@ -51,9 +51,17 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
         def step(carry: Any) -> Any:
             first, states = carry
             latents, states = denoise_chunk(
-                weights, states, keys, text, first, steps, graph=graph,
-                shape=(CHUNK, *size, config.in_channels), solver=solver, guidance=Guidance(scale=1.0),
-            )  # fmt: skip
+                weights,
+                states,
+                keys,
+                text,
+                first,
+                steps,
+                graph=graph,
+                shape=(CHUNK, *size, config.in_channels),
+                solver=solver,
+                guidance=Guidance(scale=1.0),
+            )
             return latents, (first + CHUNK, states)
 
         return step, (jnp.zeros((), jnp.int32), states)

@@ -63,10 +63,15 @@ class Options:
     @property
     def settings(self) -> Settings:
         return Settings(
-            num_frames=1 + 4 * (self.chunk_frames - 1), height=self.height, width=self.width,
-            num_inference_steps=self.steps, guidance_scale=self.guidance, schedule=FlowSchedule(shift=3.0),
-            solver=UniPC(), remember=self.remember,
-        )  # fmt: skip
+            num_frames=1 + 4 * (self.chunk_frames - 1),
+            height=self.height,
+            width=self.width,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            schedule=FlowSchedule(shift=3.0),
+            solver=UniPC(),
+            remember=self.remember,
+        )
 
 
 def abstract_models(options: Options) -> tuple[WanTransformer, WanVAE]:
@@ -92,20 +97,28 @@ def programs(options: Options) -> dict[str, Any]:
     size = (settings.height // space, settings.width // space, vae.config.z_dim)
     read = read_text.eval_shape(weights, state.text, graph=graph)
     steps = jax.tree.map(lambda table: jax.ShapeDtypeStruct(table.shape, jnp.float32), settings.plan())
-    how: dict[str, Any] = {
-        "solver": settings.solver, "guidance": settings.guidance, "remember": settings.remember
-    }  # fmt: skip
+    how: dict[str, Any] = {"solver": settings.solver, "guidance": settings.guidance, "remember": settings.remember}
 
     named = {
         "a chunk of a stream": denoise_chunk.lower(
-            weights, state.states, state.keys, read, state.first_frame, steps, graph=graph,
-            shape=(options.chunk_frames, *size), **how,
+            weights,
+            state.states,
+            state.keys,
+            read,
+            state.first_frame,
+            steps,
+            graph=graph,
+            shape=(options.chunk_frames, *size),
+            **how,
         ),
         "a latent frame decoded": decode_next.lower(
-            vae_weights, jax.ShapeDtypeStruct((1, 1, *size), jnp.float32), state.decoder, graph=vae_graph,
+            vae_weights,
+            jax.ShapeDtypeStruct((1, 1, *size), jnp.float32),
+            state.decoder,
+            graph=vae_graph,
             pixels=to_uint8,
         ),
-    }  # fmt: skip
+    }
     for length in options.lengths:
 
         def whole(weights: Any, states: Any, keys: Any, text: Any, steps: Any, length: int = length) -> Any:
@@ -121,9 +134,13 @@ def print_analysis(options: Options) -> None:
     transformer, vae = abstract_models(options)
     state = jax.eval_shape(lambda: first_state(options, transformer, vae))
     graph, weights = nnx.split(transformer)
-    parts = {"transformer": weights, "VAE": nnx.state(vae), "linear states and overlaps": state.states,
-             "text's keys and values": read_text.eval_shape(weights, state.text, graph=graph),
-             "decoder's past": state.decoder}  # fmt: skip
+    parts = {
+        "transformer": weights,
+        "VAE": nnx.state(vae),
+        "linear states and overlaps": state.states,
+        "text's keys and values": read_text.eval_shape(weights, state.text, graph=graph),
+        "decoder's past": state.decoder,
+    }
     for name, part in parts.items():
         print(f"{name:32s} {_nbytes(part) / GIB:7.3f} GiB")
     print(f"{'GiB':32s} {'arguments':>9s} {'results':>9s} {'of them in place':>17s} {'temporary':>10s} {'all':>7s}")
@@ -132,8 +149,10 @@ def print_analysis(options: Options) -> None:
         memory = lowered.compile().memory_analysis()
         given, made = memory.argument_size_in_bytes, memory.output_size_in_bytes
         shared, temporary = memory.alias_size_in_bytes, memory.temp_size_in_bytes
-        print(f"{name:32s} {given / GIB:9.3f} {made / GIB:9.3f} {shared / GIB:17.3f} {temporary / GIB:10.4f} "
-              f"{(given + made - shared + temporary) / GIB:7.3f}")  # fmt: skip
+        print(
+            f"{name:32s} {given / GIB:9.3f} {made / GIB:9.3f} {shared / GIB:17.3f} {temporary / GIB:10.4f} "
+            f"{(given + made - shared + temporary) / GIB:7.3f}"
+        )
         most.append(made - shared + temporary)
     # The first two programs take turns, and all that a stream holds is there meanwhile.
     print(f"a stream in all: {(sum(map(_nbytes, parts.values())) + max(most[:2])) / GIB:.3f} GiB")
@@ -156,17 +175,24 @@ def run(options: Options) -> None:
         raise NotImplementedError("this stream has no prompt")
 
     stream = Stream(
-        transformer=transformer, vae=vae, text=no_text, settings=options.settings,
-        state=first_state(options, transformer, vae), prompt="", negative_prompt="",
-    )  # fmt: skip
+        transformer=transformer,
+        vae=vae,
+        text=no_text,
+        settings=options.settings,
+        state=first_state(options, transformer, vae),
+        prompt="",
+        negative_prompt="",
+    )
     begin, peaks = time.perf_counter(), []
     for length in sorted(options.lengths):
         while int(stream.state.first_frame) < length:
             next(stream)
         stats = jax.devices()[0].memory_stats() or {}
         peaks.append(stats.get("peak_bytes_in_use", 0))
-        print(f"{length:6d} latent frames, {stream.frames_done} frames, {time.perf_counter() - begin:7.1f} s: "
-              f"{peaks[-1] / GIB:.4f} GiB at most, {stats.get('bytes_in_use', 0) / GIB:.4f} GiB now")  # fmt: skip
+        print(
+            f"{length:6d} latent frames, {stream.frames_done} frames, {time.perf_counter() - begin:7.1f} s: "
+            f"{peaks[-1] / GIB:.4f} GiB at most, {stats.get('bytes_in_use', 0) / GIB:.4f} GiB now"
+        )
     if peaks[0]:
         print(f"the longest over the shortest: {peaks[-1] / peaks[0]:.5f}")
 

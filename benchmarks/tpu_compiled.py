@@ -113,9 +113,12 @@ def compiled(device: Any, shape: Shape, *, backward: bool, blocks: Blocks | None
     arrays: dict[str, Any] = {
         **{name: array(*tokens, head_dim) for name in ("q", "k", "v")},
         **{name: array(*tokens, features) for name in ("features_q", "features_k")},
-        "s": wide(1, heads, features, head_dim), "z": wide(1, heads, features), "decay": wide(heads),
-        **{name: array(*past, head_dim) for name in ("past_k", "past_v")}, "past_features_k": array(*past, features),
-    }  # fmt: skip
+        "s": wide(1, heads, features, head_dim),
+        "z": wide(1, heads, features),
+        "decay": wide(heads),
+        **{name: array(*past, head_dim) for name in ("past_k", "past_v")},
+        "past_features_k": array(*past, features),
+    }
 
     def forward(arrays: dict[str, Any], seen: jax.Array) -> Any:
         return hybrid(**arrays, seen=seen, chunk=shape.chunk, causal=True, stabilizer="row_max", blocks=blocks)
@@ -160,14 +163,18 @@ def measure(name: str, *, backward: bool, shape: Shape, blocks: Blocks | None = 
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         given = {
-            "topology": GENERATIONS[name].topology, "backward": backward, "shape": dataclasses.asdict(shape),
+            "topology": GENERATIONS[name].topology,
+            "backward": backward,
+            "shape": dataclasses.asdict(shape),
             "blocks": dataclasses.asdict(blocks) if blocks else None,
-        }  # fmt: skip
+        }
         code = "import sys; from benchmarks import tpu_compiled; tpu_compiled.in_this_process(sys.argv[1])"
         run = subprocess.run(
             [sys.executable, "-c", code, json.dumps(given)],
-            env={**os.environ, "LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
-        )  # fmt: skip
+            env={**os.environ, "LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
         if run.returncode:
             return {"generation": name, "error": run.stderr.strip().splitlines()[-1][:300]}
         report = json.loads(run.stdout.splitlines()[-1])
@@ -176,11 +183,15 @@ def measure(name: str, *, backward: bool, shape: Shape, blocks: Blocks | None = 
     floor = (shape.flops_both_ways() if backward else shape.flops()) / generation.tflops / 1e9
     scheduled = sum(kernels.values()) / generation.ghz / 1e6
     return {
-        "generation": name, "direction": "forward and backward" if backward else "forward",
-        "floor_ms": round(floor, 2), "report_ms": report["report_ms"], "schedule_ms": round(scheduled, 2),
-        "of_floor": round(floor / scheduled, 2) if scheduled else None, "temporary_mib": report["temporary_mib"],
+        "generation": name,
+        "direction": "forward and backward" if backward else "forward",
+        "floor_ms": round(floor, 2),
+        "report_ms": report["report_ms"],
+        "schedule_ms": round(scheduled, 2),
+        "of_floor": round(floor / scheduled, 2) if scheduled else None,
+        "temporary_mib": report["temporary_mib"],
         "kernels_ms": {kernel: round(bundles / generation.ghz / 1e6, 2) for kernel, bundles in kernels.items()},
-    }  # fmt: skip
+    }
 
 
 def in_this_process(given: str) -> None:
@@ -191,8 +202,10 @@ def in_this_process(given: str) -> None:
     )
     seconds = program.cost_analysis().get("optimal_seconds", -1)
     # A kernel of which the report knows nothing counts for −1 s.
-    report = {"report_ms": round(1e3 * seconds, 2) if seconds > 0 else None,
-              "temporary_mib": round(program.memory_analysis().temp_size_in_bytes / 2**20)}  # fmt: skip
+    report = {
+        "report_ms": round(1e3 * seconds, 2) if seconds > 0 else None,
+        "temporary_mib": round(program.memory_analysis().temp_size_in_bytes / 2**20),
+    }
     print(json.dumps(report))
 
 

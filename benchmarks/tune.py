@@ -185,38 +185,65 @@ def searches(platform: str, device_kind: str, sizes: Sizes, frames: int, dtype: 
     def layers(seed: int) -> gpu.Layers:
         shapes = ((width, wide), (wide,), (wide, wide), (wide,))
         spreads = (width**-0.5, 0.02, wide**-0.5, 0.02)
-        return gpu.Layers(*(
-            normal(seed + i, sizes.heads, *shape, dtype=dtype) * spread
-            for i, (shape, spread) in enumerate(zip(shapes, spreads, strict=True))
-        ))  # fmt: skip
+        return gpu.Layers(
+            *(
+                normal(seed + i, sizes.heads, *shape, dtype=dtype) * spread
+                for i, (shape, spread) in enumerate(zip(shapes, spreads, strict=True))
+            )
+        )
 
     def features(kernels: gpu.FeatureKernels, x: jax.Array, layers: gpu.Layers) -> jax.Array:
         return here(kernels).forward(degree, "softplus", x, layers, None)
 
-    fields = {"tokens": (16, 32), "stages": (3,)} if tiny else {
-        "tokens": (64, 128, 256), "hidden": (64, 128), "columns": (32, 64, 128), "stages": (2, 3, 4), "warps": (4, 8),
-    }  # fmt: skip
+    fields = (
+        {"tokens": (16, 32), "stages": (3,)}
+        if tiny
+        else {
+            "tokens": (64, 128, 256),
+            "hidden": (64, 128),
+            "columns": (32, 64, 128),
+            "stages": (2, 3, 4),
+            "warps": (4, 8),
+        }
+    )
     # No more than a head has: the kernel takes no more either.
     fields |= {name: sorted({min(x, width) for x in fields[name]}) for name in ("hidden", "columns") if name in fields}
     yield Search(
-        name="φ", kernels=gpu.FeatureKernels, fields=fields, run=features,
+        name="φ",
+        kernels=gpu.FeatureKernels,
+        fields=fields,
+        run=features,
         given=lambda: [(x, layers(4 * i)) for i, (x,) in enumerate(some(width))],
-    )  # fmt: skip
+    )
 
 
 def _of_tpu(sizes: Sizes, length: int, some: Callable[..., Given], *, tiny: bool) -> Iterator[Search]:
     """The whole operator, features given: its kernels are told one set of blocks. VMEM's limit is left as it is."""
     state = HybridState.zeros(
-        1, heads=sizes.heads, head_dim=sizes.width, feature_dim=sizes.features, overlap=sizes.cut["overlap"],
+        1,
+        heads=sizes.heads,
+        head_dim=sizes.width,
+        feature_dim=sizes.features,
+        overlap=sizes.cut["overlap"],
         dtype=some(sizes.width)[0][0].dtype,
-    )  # fmt: skip
+    )
 
     def forward(blocks: tpu.Blocks, state: HybridState, *arrays: jax.Array) -> jax.Array:
         return tpu.hybrid(
-            *arrays, s=state.s, z=state.z, past_k=state.k, past_v=state.v, past_features_k=state.features_k,
-            seen=state.seen, decay=jnp.ones(sizes.heads, jnp.float32), chunk=sizes.cut["chunk"], causal=True,
-            stabilizer="row_max", blocks=blocks, interpret=tiny,
-        )[0]  # fmt: skip
+            *arrays,
+            s=state.s,
+            z=state.z,
+            past_k=state.k,
+            past_v=state.v,
+            past_features_k=state.features_k,
+            seen=state.seen,
+            decay=jnp.ones(sizes.heads, jnp.float32),
+            chunk=sizes.cut["chunk"],
+            causal=True,
+            stabilizer="row_max",
+            blocks=blocks,
+            interpret=tiny,
+        )[0]
 
     def both(blocks: tpu.Blocks, state: HybridState, *given: jax.Array) -> Any:
         y, back = jax.vjp(functools.partial(forward, blocks, state), *given[:-1])
@@ -242,16 +269,17 @@ def _of_tpu(sizes: Sizes, length: int, some: Callable[..., Given], *, tiny: bool
     fields = up_to(chunk, "queries_backward", 640, 1280, 2560) | up_to(window, "keys_backward", 256, 512, 1024)
     fields |= up_to(window, "resident", 2048, 4096, 8192)
     yield Search(
-        name="forward and backward", kernels=tpu.Blocks, fields=fields, run=both,
+        name="forward and backward",
+        kernels=tpu.Blocks,
+        fields=fields,
+        run=both,
         given=functools.partial(given, sizes.width),
-    )  # fmt: skip
+    )
 
 
 def _some(shape: tuple[int, int, int], dtype: Any, *widths: int) -> Given:
     """Two sets of arrays [1, N, H, width]."""
-    return [
-        tuple(normal(100 * i + j, *shape, width, dtype=dtype) for j, width in enumerate(widths)) for i in range(2)
-    ]  # fmt: skip
+    return [tuple(normal(100 * i + j, *shape, width, dtype=dtype) for j, width in enumerate(widths)) for i in range(2)]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -261,10 +289,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", nargs="+", choices=names, default=names, help="all that this device is given")
     parser.add_argument("--platform", choices=TABLES, help="with --tiny, whose kernels are interpreted")
     for name, field, of in (
-        ("heads", "heads", ""), ("head-dim", "width", ""), ("features", "features", "of a head"),
-        ("frame", "frame", "tokens of a latent frame"), ("chunk-frames", "chunk_frames", ""),
-        ("overlap-frames", "overlap_frames", ""), ("frames", "frames", "21 in all"),
-    ):  # fmt: skip
+        ("heads", "heads", ""),
+        ("head-dim", "width", ""),
+        ("features", "features", "of a head"),
+        ("frame", "frame", "tokens of a latent frame"),
+        ("chunk-frames", "chunk_frames", ""),
+        ("overlap-frames", "overlap_frames", ""),
+        ("frames", "frames", "21 in all"),
+    ):
         default = getattr(Sizes(), field, None)
         parser.add_argument(f"--{name}", dest=field, type=int, metavar="N", help=f"{default or ''} {of}".strip())
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

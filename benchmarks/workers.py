@@ -21,9 +21,16 @@ Line = TypeVar("Line")
 
 
 def run(
-    function: Callable[[Job], Line], jobs: Sequence[Job], write: Callable[[Line], None], *,
-    died: Callable[[Job, str], Line], workers: int, gpus: int, seconds: float, logs: Path,
-) -> None:  # fmt: skip
+    function: Callable[[Job], Line],
+    jobs: Sequence[Job],
+    write: Callable[[Line], None],
+    *,
+    died: Callable[[Job, str], Line],
+    workers: int,
+    gpus: int,
+    seconds: float,
+    logs: Path,
+) -> None:
     """``function`` of all jobs in their order, each result to ``write`` as soon as it is known.
 
     Args:
@@ -81,9 +88,11 @@ def _process(number: int, *, workers: int, gpus: int, logs: Path) -> ProcessPool
         }
     logs.mkdir(parents=True, exist_ok=True)
     return ProcessPoolExecutor(
-        1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin,
+        1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin,
         initargs=(environment, logs / f"worker-{number}.log", os.getpid()),
-    )  # fmt: skip
+    )
 
 
 def _begin(environment: dict[str, str], log: Path, parent: int) -> None:

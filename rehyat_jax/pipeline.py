@@ -58,9 +58,15 @@ class TextToVideo:
     fps = 16
 
     def __init__(
-        self, *, transformer: WanTransformer, vae: WanVAE, text: PromptEncoder, schedule: FlowSchedule, solver: Solver,
+        self,
+        *,
+        transformer: WanTransformer,
+        vae: WanVAE,
+        text: PromptEncoder,
+        schedule: FlowSchedule,
+        solver: Solver,
         defaults: Defaults,
-    ) -> None:  # fmt: skip
+    ) -> None:
         channels = (transformer.config.in_channels, transformer.config.out_channels)
         if channels != (vae.config.z_dim, vae.config.z_dim):
             raise CheckpointError(
@@ -150,9 +156,14 @@ class TextToVideo:
             RehyatError: an impossible size, number, seed or noise.
         """
         settings = self.settings(
-            num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, schedule=schedule, solver=solver,
-        )  # fmt: skip
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            schedule=schedule,
+            solver=solver,
+        )
         return self.run(
             prompt, settings, negative_prompt=negative_prompt, seed=seed, noise=noise, output=output, on_step=on_step
         )
@@ -190,13 +201,25 @@ class TextToVideo:
         """
         frames = 1 + self.vae.config.temporal_factor * (chunk_frames(self.transformer) - 1)
         settings = self.settings(
-            num_frames=frames, height=height, width=width, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, schedule=schedule, solver=solver, remember=remember,
-        )  # fmt: skip
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            schedule=schedule,
+            solver=solver,
+            remember=remember,
+        )
         return Stream.start(
-            prompt, transformer=self.transformer, vae=self.vae, text=self.text, settings=settings,
-            negative_prompt=negative_prompt, seed=seed, beginning=beginning,
-        )  # fmt: skip
+            prompt,
+            transformer=self.transformer,
+            vae=self.vae,
+            text=self.text,
+            settings=settings,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            beginning=beginning,
+        )
 
     def stream(self, prompt: str, **options: Any) -> Iterator[np.ndarray]:
         """Blocks of frames, uint8 [F, H, W, 3], for as long as one asks: `open_stream`, its arguments and errors."""
@@ -299,8 +322,11 @@ class TextToVideo:
 
     def _size(self, *, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Frames, height and width as they can be made; diffusers' rounding and warnings."""
-        for name, value, most in (("num_frames", num_frames, _MOST_TOKENS * 4), ("height", height, _LARGEST_SIDE),
-                                  ("width", width, _LARGEST_SIDE)):  # fmt: skip
+        for name, value, most in (
+            ("num_frames", num_frames, _MOST_TOKENS * 4),
+            ("height", height, _LARGEST_SIDE),
+            ("width", width, _LARGEST_SIDE),
+        ):
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise RehyatError(f"{name} must be a whole number from 1 to {most}, not {value}")
         time, space = self.vae.config.temporal_factor, self.vae.config.spatial_factor
@@ -315,8 +341,10 @@ class TextToVideo:
         if frames != num_frames:
             _warn(f"this model makes {time}k + 1 frames: {frames} instead of {num_frames}")
         if size != (height, width):
-            _warn(f"this model makes sides that are multiples of {space * patch[2]} and {space * patch[1]}: "
-                  f"{size[1]}x{size[0]} instead of {width}x{height}")  # fmt: skip
+            _warn(
+                f"this model makes sides that are multiples of {space * patch[2]} and {space * patch[1]}: "
+                f"{size[1]}x{size[0]} instead of {width}x{height}"
+            )
         tokens = ((frames - 1) // time + 1) // patch[0] * rows * columns
         if tokens > _MOST_TOKENS:
             raise RehyatError(
@@ -328,8 +356,12 @@ class TextToVideo:
         self, settings: Settings, *, count: int, seed: int, noise: Float[Array | np.ndarray, "..."] | None
     ) -> Float[Array, "B T h w z"]:
         time, space = self.vae.config.temporal_factor, self.vae.config.spatial_factor
-        shape = ((settings.num_frames - 1) // time + 1, settings.height // space, settings.width // space,
-                 self.vae.config.z_dim)  # fmt: skip
+        shape = (
+            (settings.num_frames - 1) // time + 1,
+            settings.height // space,
+            settings.width // space,
+            self.vae.config.z_dim,
+        )
         if noise is not None:
             if noise.shape != (count, *shape):
                 raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
@@ -363,9 +395,16 @@ class TextToVideo:
         on_step("denoise", 0, count)
         for i in range(count):
             state = denoise_step(
-                weights, state, jax.tree.map(lambda table, i=i: table[i], plan), text, negative,
-                graph=graph, solver=settings.solver, guidance=guidance, text_tokens=text_tokens,
-            )  # fmt: skip
+                weights,
+                state,
+                jax.tree.map(lambda table, i=i: table[i], plan),
+                text,
+                negative,
+                graph=graph,
+                solver=settings.solver,
+                guidance=guidance,
+                text_tokens=text_tokens,
+            )
             jax.block_until_ready(state)
             on_step("denoise", i + 1, count)
         return state.latents

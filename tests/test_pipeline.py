@@ -240,9 +240,21 @@ def test_unknown_models_are_sentences(name, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"height": "64"}', '{"height": true}', '{"height": 1.5}', '{"x": 1}', "[]", "{", '{"height": null}', "",
-     '{"remember": "all"}', '{"remember": 1}', '{"remember": true}', '{"remember": NaN}'],
-)  # fmt: skip
+    [
+        '{"height": "64"}',
+        '{"height": true}',
+        '{"height": 1.5}',
+        '{"x": 1}',
+        "[]",
+        "{",
+        '{"height": null}',
+        "",
+        '{"remember": "all"}',
+        '{"remember": 1}',
+        '{"remember": true}',
+        '{"remember": NaN}',
+    ],
+)
 def test_hostile_defaults_are_sentences(checkpoint, tmp_path, cache, text):
     folder = shutil.copytree(checkpoint, tmp_path / "hostile")
     (folder / "rehyat_defaults.json").write_text(text)
@@ -267,9 +279,16 @@ def test_a_missing_or_truncated_part_is_known_before_denoising(checkpoint, tmp_p
 
 def test_parts_that_do_not_fit_are_refused(checkpoint, tmp_path, cache):
     other = tiny_pipeline().transformer.__class__(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-        text_dim=64, freq_dim=32, ffn_dim=48, num_layers=1,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=64,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=1,
+    )
     folder = shutil.copytree(checkpoint, tmp_path / "mixed")
     shutil.rmtree(folder / "transformer")
     other.save_pretrained(folder / "transformer")

@@ -24,9 +24,16 @@ def tiny_pipeline(*, seed: int = 0, patch: tuple[int, int, int] = (1, 2, 2), shi
     """Random networks with activations of order one."""
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
-        patch_size=patch, num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=32,
-        freq_dim=32, ffn_dim=48, num_layers=2,
-    )  # fmt: skip
+        patch_size=patch,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=2,
+    )
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True]
     )

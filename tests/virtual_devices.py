@@ -29,9 +29,7 @@ def environment(devices: int) -> dict[str, str]:
 def on_devices(module: str, function: str, *, devices: int = 8) -> Any:
     """What a function of a test file returns, as JSON; types checked and promotion strict as in every test."""
     program = f"import conftest, json, {module}; print(json.dumps({module}.{function}()))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(devices)
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment(devices))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 

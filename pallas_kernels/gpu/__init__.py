@@ -17,9 +17,18 @@ from pallas_kernels.gpu.windows import Kernels
 from pallas_kernels.tuning import Table
 
 __all__ = [
-    "TABLE", "CudnnBackward", "FeatureKernels", "HopperKernels", "Kernels", "Layers", "TritonKernels",
-    "feature_kernels", "feature_map", "hybrid", "kernels",
-]  # fmt: skip
+    "TABLE",
+    "CudnnBackward",
+    "FeatureKernels",
+    "HopperKernels",
+    "Kernels",
+    "Layers",
+    "TritonKernels",
+    "feature_kernels",
+    "feature_map",
+    "hybrid",
+    "kernels",
+]
 
 TABLE = Table(
     pathlib.Path(__file__).with_name("tuning.json"),

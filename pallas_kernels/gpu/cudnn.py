@@ -55,9 +55,7 @@ class CudnnBackward:
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for group in _groups(windows):
             queries, of_rows, of_y, of_d_y = (group.own(x) for x in (q, rows, y, d_y))
-            of_chunks = attention_backward(
-                queries, group.keys(k), group.keys(v), of_rows.swapaxes(1, 2), of_y, of_d_y
-            )  # fmt: skip
+            of_chunks = attention_backward(queries, group.keys(k), group.keys(v), of_rows.swapaxes(1, 2), of_y, of_d_y)
             dq.append(of_chunks[0].reshape(q.shape[0], -1, *q.shape[2:]))
             dk, dv = (x + group.added_back(d, x.shape) for x, d in zip((dk, dv), of_chunks[1:], strict=True))
         return jnp.concatenate(dq, axis=1), dk.astype(k.dtype), dv.astype(v.dtype)
@@ -77,10 +75,21 @@ def attention_backward(
     """
     none = jnp.zeros(0, q.dtype)
     dq, dk, dv = _cudnn._dot_product_attention_bwd_p_wrapper.bind(
-        q, k, v, *[none] * 7, rows, y, d_y, scale=q.shape[3] ** -0.5, seed=0, dropout_rate=0.0,
-        variadic_args=(False, False), mask_type=_cudnn.MaskType.NO_MASK, layout=_cudnn.AttentionLayout.BTNH.value,
+        q,
+        k,
+        v,
+        *[none] * 7,
+        rows,
+        y,
+        d_y,
+        scale=q.shape[3] ** -0.5,
+        seed=0,
+        dropout_rate=0.0,
+        variadic_args=(False, False),
+        mask_type=_cudnn.MaskType.NO_MASK,
+        layout=_cudnn.AttentionLayout.BTNH.value,
         sliding_window_length=None,
-    )  # fmt: skip
+    )
     return dq, dk, dv
 
 

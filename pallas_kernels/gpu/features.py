@@ -62,10 +62,13 @@ class FeatureKernels:
         sizes = _Sizes(*blocks, degree, positive, weight is not None, tanh)
         weights = jnp.ones((1, 1), jnp.float32) if weight is None else weight.T.astype(jnp.float32)
         features = pl.pallas_call(
-            functools.partial(_forward, sizes=sizes), grid=(pl.cdiv(length, self.tokens), heads, batch), out_shape=like,
-            interpret=self.interpret, name="features_forward",
+            functools.partial(_forward, sizes=sizes),
+            grid=(pl.cdiv(length, self.tokens), heads, batch),
+            out_shape=like,
+            interpret=self.interpret,
+            name="features_forward",
             compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=self.stages),
-        )(x, *layers, weights)  # fmt: skip
+        )(x, *layers, weights)
         return features.swapaxes(1, 2)
 
 

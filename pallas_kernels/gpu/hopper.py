@@ -82,11 +82,14 @@ class HopperKernels:
             )
 
         out, total, largest = mgpu.kernel(
-            entry, out_type=[jax.ShapeDtypeStruct(q.shape, v.dtype), rows, rows],
+            entry,
+            out_type=[jax.ShapeDtypeStruct(q.shape, v.dtype), rows, rows],
             grid=(whole * pl.cdiv(windows.chunk, queries) + pl.cdiv(rest, queries), heads, batch),
-            grid_names=("block", "head", "sample"), num_threads=_COMPUTE + 1, thread_name="wg",
+            grid_names=("block", "head", "sample"),
+            num_threads=_COMPUTE + 1,
+            thread_name="wg",
             compiler_params=mgpu.CompilerParams(approx_math=True),
-        )(q, k, v, seen[None])  # fmt: skip
+        )(q, k, v, seen[None])
         return out, total, largest
 
     def backward(

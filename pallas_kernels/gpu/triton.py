@@ -32,9 +32,14 @@ class TritonKernels:
         call = _Call(windows, q, self.queries or (64 if wide else 128), self.keys or (32 if wide else 64))
         rows = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
         out, total, largest = call(
-            _forward, (*call.padded(q, k, v), seen[None]), [call.like(q, v.dtype), rows, rows],
-            grid=call.by_queries, warps=8, stages=2 if wide else 3, interpret=self.interpret,
-        )  # fmt: skip
+            _forward,
+            (*call.padded(q, k, v), seen[None]),
+            [call.like(q, v.dtype), rows, rows],
+            grid=call.by_queries,
+            warps=8,
+            stages=2 if wide else 3,
+            interpret=self.interpret,
+        )
         return out[..., : q.shape[3]], total, largest
 
     def backward(
@@ -72,18 +77,27 @@ class _Call:
         return jax.ShapeDtypeStruct((*x.shape[:3], self.padded_width), dtype)
 
     def __call__(
-        self, kernel: Callable[..., None], arrays: Any, outputs: Any, *, grid: int, warps: int, stages: int,
+        self,
+        kernel: Callable[..., None],
+        arrays: Any,
+        outputs: Any,
+        *,
+        grid: int,
+        warps: int,
+        stages: int,
         interpret: bool,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         factor = self.width**-0.5
         return pl.pallas_call(
             functools.partial(
                 kernel, windows=self.windows, queries=self.queries, keys=self.keys, factor=factor * math.log2(math.e)
             ),
-            grid=(grid, self.heads, self.batch), out_shape=outputs, interpret=interpret,
+            grid=(grid, self.heads, self.batch),
+            out_shape=outputs,
+            interpret=interpret,
             compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
             name="hybrid_windows" + kernel.__name__,
-        )(*arrays)  # fmt: skip
+        )(*arrays)
 
 
 def _forward(q_ref, k_ref, v_ref, seen_ref, out_ref, total_ref, largest_ref, *, windows, queries, keys, factor):
@@ -109,9 +123,10 @@ def _forward(q_ref, k_ref, v_ref, seen_ref, out_ref, total_ref, largest_ref, *, 
         return out, total * rescale + weights.sum(axis=1), above
 
     carry = (
-        jnp.zeros((queries, v_ref.shape[3]), jnp.float32), jnp.zeros(queries, jnp.float32),
+        jnp.zeros((queries, v_ref.shape[3]), jnp.float32),
+        jnp.zeros(queries, jnp.float32),
         jnp.full(queries, -jnp.inf, jnp.float32),
-    )  # fmt: skip
+    )
     whole, _ = _divided(end - begin, keys)
     carry = jax.lax.fori_loop(0, whole, lambda j, carry: step(begin + j * keys, carry, False), carry)
     # All queries of a chunk see its tokens: a window is never empty, though its last block may be.

@@ -73,9 +73,16 @@ def attend(
 
 
 def _forward(
-    kernels: Kernels, windows: Windows, stabilizer: Stabilizer, q: Array, k: Array, v: Array, seen: Array, a: Array,
+    kernels: Kernels,
+    windows: Windows,
+    stabilizer: Stabilizer,
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Array,
+    a: Array,
     n: Array,
-) -> tuple[Array, Any]:  # fmt: skip
+) -> tuple[Array, Any]:
     softmax, total, largest = kernels.forward(windows, q, k, v, seen)
     total, largest = (x.swapaxes(1, 2) for x in (total, largest))
     match stabilizer:

@@ -76,10 +76,21 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
     by_query, by_chunk = _spec(3), _spec(None)
     keys, blocks, scratch = _window(plan, sizes, segments, dimension=4)
     out, rows = call(
-        functools.partial(_forward_kernel, plan=plan), seen, q, _scaled(plan, segments), features_q, s, z,
-        grid=(batch, heads, chunks, pl.cdiv(count, sizes.queries), blocks), prefetched=1, sequential=2,
+        functools.partial(_forward_kernel, plan=plan),
+        seen,
+        q,
+        _scaled(plan, segments),
+        features_q,
+        s,
+        z,
+        grid=(batch, heads, chunks, pl.cdiv(count, sizes.queries), blocks),
+        prefetched=1,
+        sequential=2,
         in_specs=[
-            by_query(sizes.queries, width), keys, by_query(sizes.queries, features), by_chunk(width, features),
+            by_query(sizes.queries, width),
+            keys,
+            by_query(sizes.queries, features),
+            by_chunk(width, features),
             by_chunk(1, features),
         ],
         out_specs=[by_query(sizes.queries, width), _row_spec(3, sizes.queries, query=3)],
@@ -90,8 +101,10 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
         scratch=[*(pltpu.VMEM((rows, sizes.queries), jnp.float32) for rows in (1, 1, width)), scratch],
         flops=batch * heads * chunks * count * (4 * window * width + 2 * features * (width + 1)),
         exponentials=batch * heads * chunks * count * window,
-        vmem=plan.vmem, interpret=plan.interpret, name="hybrid_forward",
-    )  # fmt: skip
+        vmem=plan.vmem,
+        interpret=plan.interpret,
+        name="hybrid_forward",
+    )
     return out, (*arguments, out, rows)
 
 
@@ -155,10 +168,19 @@ def _softmax_backward(plan: Plan, q: Array, segments: Any, d_softmax: Array, row
     keys, blocks, scratch = _window(plan, sizes, segments, dimension=3)
     dq, d_segments = call(
         functools.partial(_softmax_backward_kernel, plan=plan, count=count),
-        seen, q, d_softmax, rows, _scaled(plan, segments),
-        grid=(batch, heads, chunks, blocks, pl.cdiv(count, sizes.queries)), prefetched=1, sequential=2,
+        seen,
+        q,
+        d_softmax,
+        rows,
+        _scaled(plan, segments),
+        grid=(batch, heads, chunks, blocks, pl.cdiv(count, sizes.queries)),
+        prefetched=1,
+        sequential=2,
         in_specs=[
-            by_query(sizes.queries, width), by_query(sizes.queries, width), _row_spec(2, sizes.queries, query=4), keys
+            by_query(sizes.queries, width),
+            by_query(sizes.queries, width),
+            _row_spec(2, sizes.queries, query=4),
+            keys,
         ],
         out_specs=[
             pl.BlockSpec((None, None, None, None, sizes.queries, width), lambda b, h, t, j, i, _: (j, b, h, t, i, 0)),
@@ -171,12 +193,15 @@ def _softmax_backward(plan: Plan, q: Array, segments: Any, d_softmax: Array, row
         ],
         scratch=[
             pltpu.VMEM((width, sizes.queries), jnp.float32),
-            *(pltpu.VMEM((sizes.resident, width), jnp.float32) for _ in range(2)), scratch,
+            *(pltpu.VMEM((sizes.resident, width), jnp.float32) for _ in range(2)),
+            scratch,
         ],
         flops=10 * batch * heads * chunks * count * window * width,
         exponentials=batch * heads * chunks * count * window,
-        vmem=plan.vmem, interpret=plan.interpret, name="hybrid_backward_softmax",
-    )  # fmt: skip
+        vmem=plan.vmem,
+        interpret=plan.interpret,
+        name="hybrid_backward_softmax",
+    )
     return dq[0] if blocks == 1 else dq.sum(axis=0).astype(q.dtype), d_segments
 
 
@@ -219,17 +244,27 @@ def _linear_backward(plan: Plan, features_q: Array, s: Array, z: Array, d_linear
     width, size = out.shape[4], plan.backward.queries
     by_query, by_chunk = _spec(3), _spec(None)
     return call(
-        functools.partial(_linear_backward_kernel, count=count), features_q, s, z, d_linear, out,
+        functools.partial(_linear_backward_kernel, count=count),
+        features_q,
+        s,
+        z,
+        d_linear,
+        out,
         grid=(batch, heads, chunks, pl.cdiv(count, size)),
         in_specs=[
-            by_query(size, features), by_chunk(width, features), by_chunk(1, features), by_query(size, width),
+            by_query(size, features),
+            by_chunk(width, features),
+            by_chunk(1, features),
+            by_query(size, width),
             by_query(size, width),
         ],
         out_specs=[by_query(size, features), by_chunk(width, features), by_chunk(1, features)],
         out_shapes=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (features_q, s, z)],
         flops=4 * batch * heads * chunks * count * features * width,
-        vmem=plan.vmem, interpret=plan.interpret, name="hybrid_backward_linear",
-    )  # fmt: skip
+        vmem=plan.vmem,
+        interpret=plan.interpret,
+        name="hybrid_backward_linear",
+    )
 
 
 def _linear_backward_kernel(features_q, s, z, d_linear, out, d_features, ds, dz, *, count):

@@ -54,9 +54,15 @@ def hybrid(
     q, k, v, features_q, features_k = (_by_chunk(x.swapaxes(1, 2), chunk) for x in (q, k, v, features_q, features_k))
 
     states, last = _states(
-        (s.swapaxes(2, 3), z[:, :, None]), (past_features_k, past_v), (features_k, v), decay=decay, length=length,
-        causal=causal, blocks=blocks, interpret=interpret,
-    )  # fmt: skip
+        (s.swapaxes(2, 3), z[:, :, None]),
+        (past_features_k, past_v),
+        (features_k, v),
+        decay=decay,
+        length=length,
+        causal=causal,
+        blocks=blocks,
+        interpret=interpret,
+    )
     first = jnp.arange(chunks, dtype=jnp.int32) * chunk
     segments = [(k, v)]
     if overlap:
@@ -69,14 +75,19 @@ def hybrid(
         segments, starts, aligned = [(keys, values)], (), chunk
     window = aligned + overlap
     plan = attend.Plan(
-        stabilizer=stabilizer, starts=starts, vmem=blocks.vmem, interpret=interpret,
+        stabilizer=stabilizer,
+        starts=starts,
+        vmem=blocks.vmem,
+        interpret=interpret,
         forward=_sizes(chunk, window, blocks.queries, blocks.keys, blocks.resident),
         backward=_sizes(chunk, window, blocks.queries_backward, blocks.keys_backward, blocks.resident),
-    )  # fmt: skip
+    )
     visible = [
-        jnp.zeros_like(first), jnp.minimum(length - first, chunk), aligned + jnp.maximum(overlap - seen - first, 0),
+        jnp.zeros_like(first),
+        jnp.minimum(length - first, chunk),
+        aligned + jnp.maximum(overlap - seen - first, 0),
         jnp.full_like(first, window),
-    ]  # fmt: skip
+    ]
     out = attend.attend(plan, q, tuple(segments), features_q, *states, jnp.stack(visible, axis=1))
     out = out.reshape(*out.shape[:2], -1, out.shape[4])[:, :, :length].swapaxes(1, 2)
     return out, last[0].swapaxes(2, 3), last[1][:, :, 0]
@@ -111,9 +122,12 @@ def _states(
     # Not the window's of the last chunk: nothing reads their sums. Everything is "after" some chunk otherwise.
     summed = max(chunks - 1 - whole, 0) if causal else chunks
     plan = sums.Plan(
-        chunks=summed, split=chunk - rest, tokens=divided(chunk, blocks.tokens, TILE), vmem=blocks.vmem,
+        chunks=summed,
+        split=chunk - rest,
+        tokens=divided(chunk, blocks.tokens, TILE),
+        vmem=blocks.vmem,
         interpret=interpret,
-    )  # fmt: skip
+    )
     parts = sums.sums(plan, *tokens) if summed else ()
 
     def faded(sums: Sums) -> Sums:

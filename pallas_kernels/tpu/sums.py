@@ -40,14 +40,18 @@ def _forward(plan: Plan, features: Array, v: Array) -> tuple[tuple[Array, Array]
     count, width = features.shape[4], v.shape[4]
     shapes = [(*v.shape[:2], plan.chunks, 2, rows, count) for rows in (width, 1)]
     s, z = call(
-        functools.partial(_forward_kernel, split=plan.split, count=v.shape[3]), features, v,
+        functools.partial(_forward_kernel, split=plan.split, count=v.shape[3]),
+        features,
+        v,
         grid=(*v.shape[:2], plan.chunks, pl.cdiv(v.shape[3], plan.tokens)),
         in_specs=[_tokens(plan, count), _tokens(plan, width)],
         out_specs=[_sums(plan, width, count), _sums(plan, 1, count)],
         out_shapes=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        flops=2 * v.size // v.shape[2] * plan.chunks * count, vmem=plan.vmem, interpret=plan.interpret,
+        flops=2 * v.size // v.shape[2] * plan.chunks * count,
+        vmem=plan.vmem,
+        interpret=plan.interpret,
         name="hybrid_sums",
-    )  # fmt: skip
+    )
     return (s, z), (features, v)
 
 
@@ -73,14 +77,19 @@ def _backward(plan: Plan, kept: Any, cotangents: Any) -> tuple[Array, Array]:
     features, v = kept
     count, width = features.shape[4], v.shape[4]
     return call(
-        functools.partial(_backward_kernel, plan=plan), features, v, *cotangents,
+        functools.partial(_backward_kernel, plan=plan),
+        features,
+        v,
+        *cotangents,
         grid=(*v.shape[:3], pl.cdiv(v.shape[3], plan.tokens)),
         in_specs=[_tokens(plan, count), _tokens(plan, width), _sums(plan, width, count), _sums(plan, 1, count)],
         out_specs=[_tokens(plan, count), _tokens(plan, width)],
         out_shapes=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (features, v)],
-        flops=4 * v.size // v.shape[2] * plan.chunks * count, vmem=plan.vmem, interpret=plan.interpret,
+        flops=4 * v.size // v.shape[2] * plan.chunks * count,
+        vmem=plan.vmem,
+        interpret=plan.interpret,
         name="hybrid_sums_backward",
-    )  # fmt: skip
+    )
 
 
 def _backward_kernel(features, v, ds, dz, d_features, dv, *, plan):

@@ -24,22 +24,40 @@ _log = logging.getLogger(__name__)
 
 @overload
 def hybrid_attention(
-    q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"],
-    features_q: Float[Array, "B N H F"], features_k: Float[Array, "B N H F"], *,
-    chunk: int, overlap: int, causal: bool = ..., stabilizer: Stabilizer = ..., implementation: Implementation = ...,
-    decay: Float[Array, " H"] | None = ..., initial_state: HybridState | None = ...,
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    features_q: Float[Array, "B N H F"],
+    features_k: Float[Array, "B N H F"],
+    *,
+    chunk: int,
+    overlap: int,
+    causal: bool = ...,
+    stabilizer: Stabilizer = ...,
+    implementation: Implementation = ...,
+    decay: Float[Array, " H"] | None = ...,
+    initial_state: HybridState | None = ...,
     return_state: Literal[False] = ...,
-) -> Float[Array, "B N H D"]: ...  # fmt: skip
+) -> Float[Array, "B N H D"]: ...
 
 
 @overload
 def hybrid_attention(
-    q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"],
-    features_q: Float[Array, "B N H F"], features_k: Float[Array, "B N H F"], *,
-    chunk: int, overlap: int, causal: bool = ..., stabilizer: Stabilizer = ..., implementation: Implementation = ...,
-    decay: Float[Array, " H"] | None = ..., initial_state: HybridState | None = ...,
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    features_q: Float[Array, "B N H F"],
+    features_k: Float[Array, "B N H F"],
+    *,
+    chunk: int,
+    overlap: int,
+    causal: bool = ...,
+    stabilizer: Stabilizer = ...,
+    implementation: Implementation = ...,
+    decay: Float[Array, " H"] | None = ...,
+    initial_state: HybridState | None = ...,
     return_state: Literal[True],
-) -> tuple[Float[Array, "B N H D"], HybridState]: ...  # fmt: skip
+) -> tuple[Float[Array, "B N H D"], HybridState]: ...
 
 
 def hybrid_attention(
@@ -84,8 +102,11 @@ def hybrid_attention(
     _check_settings(chunk, overlap, stabilizer, implementation)
     _check_arrays(q, k, v, features_q, features_k, decay)
     if not causal:
-        for name, given in {"initial_state": initial_state is not None, "return_state": return_state,
-                            "decay": decay is not None}.items():  # fmt: skip
+        for name, given in {
+            "initial_state": initial_state is not None,
+            "return_state": return_state,
+            "decay": decay is not None,
+        }.items():
             if given:
                 raise ConfigError(f"non-causal hybrid attention has no past to carry: {name} needs causal=True")
     state = empty_state(q, v, features_k, overlap) if initial_state is None else initial_state
@@ -94,16 +115,27 @@ def hybrid_attention(
         decay = jnp.ones(q.shape[2], state.s.dtype)
     by_kernels = functools.partial(pallas, begins=initial_state is None)
     named: dict[str, Callable[..., tuple[jax.Array, HybridState]]] = {
-        "reference": reference, "scan": scan, "pallas": by_kernels
-    }  # fmt: skip
+        "reference": reference,
+        "scan": scan,
+        "pallas": by_kernels,
+    }
     if implementation == "auto":
         fits = jax.default_backend() in ("tpu", "gpu") and not lacking(q, v, features_q) and whole_on_each_device()
         implementation = "pallas" if fits else "scan"
         _log.debug("hybrid_attention of q %s %s: %s", q.dtype, q.shape, implementation)
     out, state = named[implementation](
-        q, k, v, features_q, features_k, chunk=chunk, overlap=overlap, causal=causal, stabilizer=stabilizer,
-        decay=decay.astype(state.s.dtype), state=state,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        features_q,
+        features_k,
+        chunk=chunk,
+        overlap=overlap,
+        causal=causal,
+        stabilizer=stabilizer,
+        decay=decay.astype(state.s.dtype),
+        state=state,
+    )
     return (out, state) if return_state else out
 
 
@@ -126,8 +158,9 @@ def _check_settings(chunk: int, overlap: int, stabilizer: str, implementation: s
     if overlap < 0:
         raise ConfigError(f"overlap must be at least 0 tokens, not {overlap}")
     for name, value, known in [
-        ("stabilizer", stabilizer, get_args(Stabilizer)), ("implementation", implementation, get_args(Implementation))
-    ]:  # fmt: skip
+        ("stabilizer", stabilizer, get_args(Stabilizer)),
+        ("implementation", implementation, get_args(Implementation)),
+    ]:
         if value not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
 
@@ -141,9 +174,11 @@ def _check_arrays(
             f"{features_q.shape}"
         )
     for name, array, expected in [
-        ("k", k, q.shape), ("v", v, q.shape), ("features_q", features_q, (*q.shape[:3], features_q.shape[3])),
+        ("k", k, q.shape),
+        ("v", v, q.shape),
+        ("features_q", features_q, (*q.shape[:3], features_q.shape[3])),
         ("features_k", features_k, features_q.shape),
-    ]:  # fmt: skip
+    ]:
         if array.shape != expected:
             raise RehyatError(f"{name} is {array.shape} where {expected} was expected")
     if k.dtype != q.dtype or features_k.dtype != features_q.dtype:

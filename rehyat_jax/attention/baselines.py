@@ -40,16 +40,30 @@ class WindowState(NamedTuple):
 
 @overload
 def window_attention(
-    q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], *, chunk: int, overlap: int,
-    sink: int = ..., initial_state: WindowState | None = ..., return_state: Literal[False] = ...,
-) -> Float[Array, "B N H D"]: ...  # fmt: skip
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    *,
+    chunk: int,
+    overlap: int,
+    sink: int = ...,
+    initial_state: WindowState | None = ...,
+    return_state: Literal[False] = ...,
+) -> Float[Array, "B N H D"]: ...
 
 
 @overload
 def window_attention(
-    q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], *, chunk: int, overlap: int,
-    sink: int = ..., initial_state: WindowState | None = ..., return_state: Literal[True],
-) -> tuple[Float[Array, "B N H D"], WindowState]: ...  # fmt: skip
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    *,
+    chunk: int,
+    overlap: int,
+    sink: int = ...,
+    initial_state: WindowState | None = ...,
+    return_state: Literal[True],
+) -> tuple[Float[Array, "B N H D"], WindowState]: ...
 
 
 def window_attention(
@@ -108,18 +122,30 @@ def window_attention(
 
 @overload
 def linear_attention(
-    features_q: Float[Array, "B N H F"], features_k: Float[Array, "B N H F"], v: Float[Array, "B N H D"], *,
-    chunk: int, causal: bool = ..., decay: Float[Array, " H"] | None = ..., initial_state: Sums | None = ...,
+    features_q: Float[Array, "B N H F"],
+    features_k: Float[Array, "B N H F"],
+    v: Float[Array, "B N H D"],
+    *,
+    chunk: int,
+    causal: bool = ...,
+    decay: Float[Array, " H"] | None = ...,
+    initial_state: Sums | None = ...,
     return_state: Literal[False] = ...,
-) -> Float[Array, "B N H D"]: ...  # fmt: skip
+) -> Float[Array, "B N H D"]: ...
 
 
 @overload
 def linear_attention(
-    features_q: Float[Array, "B N H F"], features_k: Float[Array, "B N H F"], v: Float[Array, "B N H D"], *,
-    chunk: int, causal: bool = ..., decay: Float[Array, " H"] | None = ..., initial_state: Sums | None = ...,
+    features_q: Float[Array, "B N H F"],
+    features_k: Float[Array, "B N H F"],
+    v: Float[Array, "B N H D"],
+    *,
+    chunk: int,
+    causal: bool = ...,
+    decay: Float[Array, " H"] | None = ...,
+    initial_state: Sums | None = ...,
     return_state: Literal[True],
-) -> tuple[Float[Array, "B N H D"], Sums]: ...  # fmt: skip
+) -> tuple[Float[Array, "B N H D"], Sums]: ...
 
 
 def linear_attention(
@@ -161,9 +187,11 @@ def linear_attention(
         return sums, ratio(*read(sums, features_q)).astype(v.dtype)
 
     state, out = over_chunks(
-        step, empty if initial_state is None else initial_state, (features_q, features_k, v),
+        step,
+        empty if initial_state is None else initial_state,
+        (features_q, features_k, v),
         chunk if causal else v.shape[1],
-    )  # fmt: skip
+    )
     return (out, state) if return_state else out
 
 

@@ -59,10 +59,22 @@ def pallas(
     def run(hybrid: Callable[..., tuple[Array, Array, Array]], *arrays: Any) -> tuple[Array, Array, Array]:
         q, k, v, features_q, features_k, state, decay = arrays
         return hybrid(
-            q, k, v, features_q, features_k, s=state.s, z=state.z, past_k=state.k, past_v=state.v,
-            past_features_k=state.features_k, seen=state.seen, decay=decay, chunk=chunk, causal=causal,
+            q,
+            k,
+            v,
+            features_q,
+            features_k,
+            s=state.s,
+            z=state.z,
+            past_k=state.k,
+            past_v=state.v,
+            past_features_k=state.features_k,
+            seen=state.seen,
+            decay=decay,
+            chunk=chunk,
+            causal=causal,
             stabilizer=stabilizer,
-        )  # fmt: skip
+        )
 
     blocks = tpu.tuned(device, dtype=q.dtype, head_dim=q.shape[3], features=features_q.shape[3])
     on_tpu, on_cpu = (functools.partial(tpu.hybrid, blocks=blocks, interpret=here) for here in (False, True))
@@ -71,9 +83,17 @@ def pallas(
 
     # By the platform compiled for, which need not be this machine's.
     out, s, z = jax.lax.platform_dependent(
-        q, k, v, features_q, features_k, state, decay,
-        tpu=functools.partial(run, on_tpu), cuda=functools.partial(run, on_gpu), cpu=functools.partial(run, on_cpu),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        features_q,
+        features_k,
+        state,
+        decay,
+        tpu=functools.partial(run, on_tpu),
+        cuda=functools.partial(run, on_gpu),
+        cpu=functools.partial(run, on_cpu),
+    )
     new = q.shape[1]
     last_k, last_v, last_features = (
         jnp.concatenate([past, now], axis=1)[:, new:]

@@ -51,9 +51,13 @@ def hybrid_over_devices(
         RehyatError: time is cut, and not into whole chunks.
     """
     attention = partial(
-        hybrid_attention, chunk=chunk, overlap=overlap, causal=causal, stabilizer=stabilizer,
+        hybrid_attention,
+        chunk=chunk,
+        overlap=overlap,
+        causal=causal,
+        stabilizer=stabilizer,
         implementation=implementation,
-    )  # fmt: skip
+    )
     arrays = q, k, v, features_q, features_k
     if mesh_in_force() is None:
         return attention(*arrays, decay=decay)

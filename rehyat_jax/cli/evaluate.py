@@ -92,8 +92,10 @@ class Sprites:
 def main(argv: list[str]) -> None:
     """``rehyat eval WORLD …``; there is one world."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: rehyat eval sprites [--model NAME|DIR] …\n\nrehyat eval sprites --help tells its arguments.",
-              file=sys.stdout if argv else sys.stderr)  # fmt: skip
+        print(
+            "usage: rehyat eval sprites [--model NAME|DIR] …\n\nrehyat eval sprites --help tells its arguments.",
+            file=sys.stdout if argv else sys.stderr,
+        )
         raise SystemExit(0 if argv else 2)
     if argv[0] != "sprites":
         raise RehyatError(f"a model can be measured on sprites, not on {argv[0][:80]!r}")
@@ -128,21 +130,31 @@ def _run(options: Sprites) -> None:
             print(f"rehyat: {why}; the figures of streams are left out", file=sys.stderr)
         display("load", 1, 1)
         sampling = {
-            "num_inference_steps": options.steps, "guidance_scale": options.guidance,
+            "num_inference_steps": options.steps,
+            "guidance_scale": options.guidance,
             "remember": parse_remember(options.remember),
-        }  # fmt: skip
+        }
         settings = pipe.settings(num_frames=sample.frames, height=64, width=64, **sampling)  # type: ignore[arg-type]
-        resolved = dataclasses.asdict(options) | dataclasses.asdict(sample) | {
-            "num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale,
-            "schedule": dataclasses.asdict(settings.schedule), "solver": str(settings.solver),
-            "remember": settings.remember,
-        }  # fmt: skip
+        resolved = (
+            dataclasses.asdict(options)
+            | dataclasses.asdict(sample)
+            | {
+                "num_inference_steps": settings.num_inference_steps,
+                "guidance_scale": settings.guidance_scale,
+                "schedule": dataclasses.asdict(settings.schedule),
+                "solver": str(settings.solver),
+                "remember": settings.remember,
+            }
+        )
 
         def write(found: list[Measurement]) -> None:
             write_record(
-                options.out, command="rehyat eval sprites", settings=resolved, phases=phases,
+                options.out,
+                command="rehyat eval sprites",
+                settings=resolved,
+                phases=phases,
                 measurements=[to_dict(each) for each in found],
-            )  # fmt: skip
+            )
 
         with phases.measure("evaluate"):
             found = evaluate(pipe, sample, sampling=sampling, teacher=teacher, on_step=display, on_found=write)
@@ -152,9 +164,11 @@ def _run(options: Sprites) -> None:
         console.width = 120
     for table in headline(found):
         console.print(table)
-    print(f"{options.model}: {_in_words(sample)}; {settings.num_inference_steps} steps, guidance "
-          f"{settings.guidance_scale:g}, seeds {', '.join(map(str, sample.seeds))}; "
-          f"all figures are in {options.out}")  # fmt: skip
+    print(
+        f"{options.model}: {_in_words(sample)}; {settings.num_inference_steps} steps, guidance "
+        f"{settings.guidance_scale:g}, seeds {', '.join(map(str, sample.seeds))}; "
+        f"all figures are in {options.out}"
+    )
 
 
 def _sample(options: Sprites) -> Sample:
@@ -175,8 +189,12 @@ def _sample(options: Sprites) -> Sample:
             raise RehyatError(f"--{name} must be 0, or 2 to {1 << 16}, not {value}")
     if not clips and not (occlusions and waits):
         raise RehyatError("nothing is to be measured: --clips and --occlusions (or --waits) are none")
-    for name, value, least in (("seeds", options.seeds, 1), ("frames", options.frames, 5),
-                               ("long", options.long, 0), *(("waits", wait, 0) for wait in waits)):  # fmt: skip
+    for name, value, least in (
+        ("seeds", options.seeds, 1),
+        ("frames", options.frames, 5),
+        ("long", options.long, 0),
+        *(("waits", wait, 0) for wait in waits),
+    ):
         if not least <= value <= 1 << 16:
             raise RehyatError(f"--{name} must be {least} to {1 << 16}, not {value}")
     for name, value in (("frames", options.frames), ("long", options.long)):

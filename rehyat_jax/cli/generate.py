@@ -139,8 +139,10 @@ def _run(options: Generate) -> None:
                 options.model, dtype=jnp.dtype(options.dtype), hybrid=hybrid, cache_dir=options.cache_dir
             )
         if options.hybrid is not None:
-            _note(f"all {pipe.transformer.config.num_layers} blocks were converted on loading, with feature maps that "
-                  "are untrained: expect a worse picture than the model's own")  # fmt: skip
+            _note(
+                f"all {pipe.transformer.config.num_layers} blocks were converted on loading, with feature maps that "
+                "are untrained: expect a worse picture than the model's own"
+            )
         display("load", 1, 1)
         request = Request(
             prompt=options.prompt,
@@ -157,8 +159,9 @@ def _run(options: Generate) -> None:
                 "remember": remember,
             },
         )
-        asked = {name: getattr(options, name)
-                 for name in ("prompt", "negative", "model", "hybrid", "seed", "dtype", "out")}  # fmt: skip
+        asked = {
+            name: getattr(options, name) for name in ("prompt", "negative", "model", "hybrid", "seed", "dtype", "out")
+        }
         streams = pipe.transformer.why_not_stream() is None
         if options.sweep == "per-chunk" or options.resume or (options.sweep is None and streams):
             settings = stream_video(
@@ -168,14 +171,21 @@ def _run(options: Generate) -> None:
         else:
             settings = _whole_video(pipe, request, outputs, display=display, phases=phases, record=asked)
             count = settings.num_frames
-    print(f"{outputs.video}: {count} frames of {settings.width}x{settings.height}, {count / pipe.fps:.1f} s "
-          f"(see also {outputs.sheet.name}, {outputs.record.name})")  # fmt: skip
+    print(
+        f"{outputs.video}: {count} frames of {settings.width}x{settings.height}, {count / pipe.fps:.1f} s "
+        f"(see also {outputs.sheet.name}, {outputs.record.name})"
+    )
 
 
 def _whole_video(
-    pipe: TextToVideo, request: Request, outputs: Outputs, *, display: ProgressDisplay, phases: Phases,
+    pipe: TextToVideo,
+    request: Request,
+    outputs: Outputs,
+    *,
+    display: ProgressDisplay,
+    phases: Phases,
     record: Mapping[str, Any],
-) -> Settings:  # fmt: skip
+) -> Settings:
     """The per-step sweep: the video is made, then written; nothing is left of one that is not whole."""
     from rehyat_jax.runtime.record import write_record
     from rehyat_jax.video.io import contact_sheet, write_video

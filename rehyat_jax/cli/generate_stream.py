@@ -96,9 +96,15 @@ def _is_hardly_begun(path: Path) -> bool:
 
 
 def stream_video(
-    pipe: TextToVideo, request: Request, outputs: Outputs, *, resume: bool, display: ProgressDisplay, phases: Phases,
+    pipe: TextToVideo,
+    request: Request,
+    outputs: Outputs,
+    *,
+    resume: bool,
+    display: ProgressDisplay,
+    phases: Phases,
     record: Mapping[str, Any],
-) -> Settings:  # fmt: skip
+) -> Settings:
     """Make the video, or the rest of it; then its contact sheet and its record.
 
     Args:
@@ -132,9 +138,11 @@ def stream_video(
             _fill(video, stream, outputs, frames=request.frames, display=display, phases=phases)
             display("write", 0, 1)
             made = dataclasses.asdict(stream.settings) | {
-                "solver": str(stream.settings.solver), "num_frames": video.frames, "sweep": "per-chunk",
+                "solver": str(stream.settings.solver),
+                "num_frames": video.frames,
+                "sweep": "per-chunk",
                 "resumed_after": after,
-            }  # fmt: skip
+            }
             _finish(outputs, fps=pipe.fps, phases=phases, settings=dict(record) | made)
             display("write", 1, 1)
         except KeyboardInterrupt:

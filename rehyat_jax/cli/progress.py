@@ -42,8 +42,13 @@ class ProgressDisplay:
         console = Console(stderr=True)
         self._bars = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), _Rate(),
-                       TimeRemainingColumn(elapsed_when_finished=True))  # fmt: skip
+            columns = (
+                TextColumn("{task.description:8}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+            )
             self._bars = Progress(*columns, console=console)
         self._tasks: dict[str, TaskID] = {}
         self._part, self._start, self._said, self._ended, self._before = "", 0.0, 0.0, False, 0

@@ -22,11 +22,21 @@ Implementation = Literal["auto", "reference", "scan", "pallas"]
 #: More than any model or video has; small enough that products of them stay meaningful.
 _MOST_FRAMES = 1 << 16
 _MOST_BLOCKS = 1 << 12
-_CHOICES = {"kind": Kind, "stabilizer": Stabilizer, "activation": Activation, "positive": Positive,
-            "implementation": Implementation}  # fmt: skip
+_CHOICES = {
+    "kind": Kind,
+    "stabilizer": Stabilizer,
+    "activation": Activation,
+    "positive": Positive,
+    "implementation": Implementation,
+}
 #: Least and most.
-_RANGES = {"chunk_frames": (1, _MOST_FRAMES), "overlap_frames": (0, _MOST_FRAMES), "sink_frames": (0, _MOST_FRAMES),
-           "degree": (1, 8), "layers": (1, 8)}  # fmt: skip
+_RANGES = {
+    "chunk_frames": (1, _MOST_FRAMES),
+    "overlap_frames": (0, _MOST_FRAMES),
+    "sink_frames": (0, _MOST_FRAMES),
+    "degree": (1, 8),
+    "layers": (1, 8),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,12 +41,18 @@ class HybridAttention(nnx.Module):
         if hybrid.kind != "window":
             self.phi_q, self.phi_k = (
                 FeatureMap(
-                    config.num_attention_heads, config.attention_head_dim, layers=hybrid.layers, degree=hybrid.degree,
-                    activation=hybrid.activation, positive=hybrid.positive, dtype=dtype, param_dtype=param_dtype,
+                    config.num_attention_heads,
+                    config.attention_head_dim,
+                    layers=hybrid.layers,
+                    degree=hybrid.degree,
+                    activation=hybrid.activation,
+                    positive=hybrid.positive,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
                     rngs=rngs,
                 )
                 for _ in range(2)
-            )  # fmt: skip
+            )
         if hybrid.decay:
             self.decay_rate = nnx.Param(jnp.zeros(config.num_attention_heads, jnp.float32))
         if hybrid.length_norm:
@@ -118,9 +124,18 @@ class HybridAttention(nnx.Module):
         if hybrid.kind == "linear":
             return partial(linear_attention, *features, v, chunk=chunk, causal=hybrid.causal, decay=self.decay)
         return partial(
-            hybrid_attention, q, k, v, *features, chunk=chunk, overlap=overlap, causal=hybrid.causal,
-            stabilizer=hybrid.stabilizer, implementation=implementation, decay=self.decay,
-        )  # fmt: skip
+            hybrid_attention,
+            q,
+            k,
+            v,
+            *features,
+            chunk=chunk,
+            overlap=overlap,
+            causal=hybrid.causal,
+            stabilizer=hybrid.stabilizer,
+            implementation=implementation,
+            decay=self.decay,
+        )
 
 
 @jax.custom_vjp

@@ -68,9 +68,17 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         _check_integers(
-            self, "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "out_channels",
-            "text_dim", "freq_dim", "rope_max_seq_len",
-        )  # fmt: skip
+            self,
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "ffn_dim",
+            "in_channels",
+            "out_channels",
+            "text_dim",
+            "freq_dim",
+            "rope_max_seq_len",
+        )
         _check_positive(self, "eps")
         if len(self.patch_size) != 3 or not all(_is_whole(p, 16) for p in self.patch_size):
             raise ConfigError(f"WanConfig.patch_size must be three whole numbers from 1 to 16, not {self.patch_size!r}")
@@ -110,8 +118,15 @@ class WanConfig:
         if "dim" in source and "num_heads" in source:
             source = cls._from_original(source)
         kind = "Wan transformer configuration"
-        _check_fixed(kind, source, cross_attn_norm=True, qk_norm="rms_norm_across_heads", image_dim=None,
-                     added_kv_proj_dim=None, pos_embed_seq_len=None)  # fmt: skip
+        _check_fixed(
+            kind,
+            source,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            image_dim=None,
+            added_kv_proj_dim=None,
+            pos_embed_seq_len=None,
+        )
         known = {f.name for f in dataclasses.fields(cls)}
         if missing := {"num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim"} - set(source):
             raise ConfigError(f"{kind}: {', '.join(sorted(missing))} missing")
@@ -127,18 +142,32 @@ class WanConfig:
         dim, heads = source["dim"], source["num_heads"]
         if not (isinstance(dim, int) and isinstance(heads, int) and heads > 0 and dim % heads == 0):
             raise ConfigError(f"dim {dim!r} is not a multiple of num_heads {heads!r}")
-        names = {"num_layers": "num_layers", "ffn_dim": "ffn_dim", "in_dim": "in_channels", "out_dim": "out_channels",
-                 "text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps", "patch_size": "patch_size"}  # fmt: skip
+        names = {
+            "num_layers": "num_layers",
+            "ffn_dim": "ffn_dim",
+            "in_dim": "in_channels",
+            "out_dim": "out_channels",
+            "text_dim": "text_dim",
+            "freq_dim": "freq_dim",
+            "eps": "eps",
+            "patch_size": "patch_size",
+        }
         values = {ours: source[theirs] for theirs, ours in names.items() if theirs in source}
         return values | {"num_attention_heads": heads, "attention_head_dim": dim // heads}
 
     def to_dict(self) -> dict[str, Any]:
         """diffusers' ``WanTransformer3DModel`` configuration, complete."""
         return {
-            "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.36.0",
-            **dataclasses.asdict(self), "patch_size": list(self.patch_size), "cross_attn_norm": True,
-            "qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None,
-        }  # fmt: skip
+            "_class_name": "WanTransformer3DModel",
+            "_diffusers_version": "0.36.0",
+            **dataclasses.asdict(self),
+            "patch_size": list(self.patch_size),
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "image_dim": None,
+            "added_kv_proj_dim": None,
+            "pos_embed_seq_len": None,
+        }
 
 
 #: Wan2.1's published latent statistics (diffusers, ``AutoencoderKLWan``'s defaults).
@@ -196,9 +225,13 @@ class VAEConfig:
     def mini_sprites(cls) -> VAEConfig:
         """The bundled model: a quarter of Wan's width, and one downsampling fewer: its videos are small."""
         return cls(
-            base_dim=24, dim_mult=(1, 2, 3), temperal_downsample=(True, True), num_res_blocks=1,
-            latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
-        )  # fmt: skip
+            base_dim=24,
+            dim_mult=(1, 2, 3),
+            temperal_downsample=(True, True),
+            num_res_blocks=1,
+            latents_mean=(0.0,) * 16,
+            latents_std=(1.0,) * 16,
+        )
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> VAEConfig:
@@ -207,8 +240,16 @@ class VAEConfig:
         Raises:
             ConfigError: a value is impossible, or the file describes another autoencoder (Wan2.2's, …).
         """
-        _check_fixed("Wan VAE configuration", source, is_residual=False, patch_size=None, decoder_base_dim=None,
-                     in_channels=3, out_channels=3, dropout=0.0)  # fmt: skip
+        _check_fixed(
+            "Wan VAE configuration",
+            source,
+            is_residual=False,
+            patch_size=None,
+            decoder_base_dim=None,
+            in_channels=3,
+            out_channels=3,
+            dropout=0.0,
+        )
         values = {k: v for k, v in source.items() if k in {f.name for f in dataclasses.fields(cls)}}
         for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
             if name in values:
@@ -240,9 +281,16 @@ class TextEncoderConfig:
 
     def __post_init__(self) -> None:
         _check_integers(
-            self, "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
+            self,
+            "vocab_size",
+            "d_model",
+            "d_kv",
+            "d_ff",
+            "num_layers",
+            "num_heads",
+            "relative_attention_num_buckets",
             "relative_attention_max_distance",
-        )  # fmt: skip
+        )
         _check_positive(self, "layer_norm_epsilon")
 
     @classmethod
@@ -267,9 +315,20 @@ class TextEncoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """transformers' ``UMT5Config`` for ``UMT5EncoderModel``, complete."""
         return {
-            "architectures": ["UMT5EncoderModel"], "model_type": "umt5", **dataclasses.asdict(self),
-            "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True, "dropout_rate": 0.0,
-            "initializer_factor": 1.0, "is_encoder_decoder": True, "num_decoder_layers": self.num_layers,
-            "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": True,
-            "use_cache": True, "classifier_dropout": 0.0,
-        }  # fmt: skip
+            "architectures": ["UMT5EncoderModel"],
+            "model_type": "umt5",
+            **dataclasses.asdict(self),
+            "feed_forward_proj": "gated-gelu",
+            "dense_act_fn": "gelu_new",
+            "is_gated_act": True,
+            "dropout_rate": 0.0,
+            "initializer_factor": 1.0,
+            "is_encoder_decoder": True,
+            "num_decoder_layers": self.num_layers,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+            "tie_word_embeddings": True,
+            "use_cache": True,
+            "classifier_dropout": 0.0,
+        }

@@ -28,9 +28,17 @@ def precision(dtype: DTypeLike) -> AbstractContextManager[None]:
 
 @partial(jax.jit, static_argnames=("graph", "solver", "guidance", "text_tokens"), donate_argnames="state")
 def denoise_step(
-    weights: Any, state: Any, step: Steps, text: Array, negative: Array | None, *, graph: Any, solver: Solver,
-    guidance: Guidance, text_tokens: int | None = None,
-) -> Any:  # fmt: skip
+    weights: Any,
+    state: Any,
+    step: Steps,
+    text: Array,
+    negative: Array | None,
+    *,
+    graph: Any,
+    solver: Solver,
+    guidance: Guidance,
+    text_tokens: int | None = None,
+) -> Any:
     """The per-step sweep's step: a whole video from one noise level to the next."""
     model = nnx.merge(graph, weights)
     padded = partial(model, text_tokens=text_tokens)
@@ -47,36 +55,71 @@ def read_text(
 
 
 @partial(
-    jax.jit, static_argnames=("graph", "shape", "solver", "guidance", "text_tokens", "remember"),
+    jax.jit,
+    static_argnames=("graph", "shape", "solver", "guidance", "text_tokens", "remember"),
     donate_argnames="states",
 )
 def denoise_chunk(
-    weights: Any, states: Any, keys: Array, text: TextKV, first_frame: Array, steps: Steps, *, graph: Any,
-    shape: tuple[int, int, int, int], solver: Solver, guidance: Guidance, text_tokens: int | None = None,
+    weights: Any,
+    states: Any,
+    keys: Array,
+    text: TextKV,
+    first_frame: Array,
+    steps: Steps,
+    *,
+    graph: Any,
+    shape: tuple[int, int, int, int],
+    solver: Solver,
+    guidance: Guidance,
+    text_tokens: int | None = None,
     remember: rollout.Remember = "steps",
-) -> tuple[Array, Any]:  # fmt: skip
+) -> tuple[Array, Any]:
     """The per-chunk sweep's chunk, from its noise to its latents: one program for every chunk of a video."""
     noise = rollout.frame_noise(keys, shape, first_frame=first_frame)
     return rollout.denoise_chunk(
-        nnx.merge(graph, weights), noise, text, states, first_frame=first_frame, steps=steps, solver=solver,
-        guidance=guidance, text_tokens=text_tokens, remember=remember,
+        nnx.merge(graph, weights),
+        noise,
+        text,
+        states,
+        first_frame=first_frame,
+        steps=steps,
+        solver=solver,
+        guidance=guidance,
+        text_tokens=text_tokens,
+        remember=remember,
         again=rollout.memory_noise(keys, shape, first_frame=first_frame, remember=remember),
-    )  # fmt: skip
+    )
 
 
 @partial(jax.jit, static_argnames=("graph", "text_tokens", "remember"), donate_argnames="states")
 def read_chunk(
-    weights: Any, states: Any, latents: Array, keys: Array, text: TextKV, first_frame: Array, steps: Steps, *,
-    graph: Any, text_tokens: int | None = None, remember: rollout.Remember = "steps",
-) -> Any:  # fmt: skip
+    weights: Any,
+    states: Any,
+    latents: Array,
+    keys: Array,
+    text: TextKV,
+    first_frame: Array,
+    steps: Steps,
+    *,
+    graph: Any,
+    text_tokens: int | None = None,
+    remember: rollout.Remember = "steps",
+) -> Any:
     """The states after a chunk of a video's beginning, which is given."""
     _, frames, height, width, channels = latents.shape
     shape = frames, height, width, channels
     return rollout.read_chunk(
-        nnx.merge(graph, weights), latents, rollout.frame_noise(keys, shape, first_frame=first_frame), text, states,
-        first_frame=first_frame, steps=steps, text_tokens=text_tokens, remember=remember,
+        nnx.merge(graph, weights),
+        latents,
+        rollout.frame_noise(keys, shape, first_frame=first_frame),
+        text,
+        states,
+        first_frame=first_frame,
+        steps=steps,
+        text_tokens=text_tokens,
+        remember=remember,
         again=rollout.memory_noise(keys, shape, first_frame=first_frame, remember=remember),
-    )  # fmt: skip
+    )
 
 
 @partial(jax.jit, static_argnames=("graph", "frames_per_step"))
@@ -108,9 +151,14 @@ def decode_next(
 
 
 def decode_on(
-    weights: Any, latents: Float[Array, "B T h w z"], decoder: Any, *, first: int, graph: Any,
+    weights: Any,
+    latents: Float[Array, "B T h w z"],
+    decoder: Any,
+    *,
+    first: int,
+    graph: Any,
     pixels: Callable[[Array], Array],
-) -> tuple[list[Array], Any]:  # fmt: skip
+) -> tuple[list[Array], Any]:
     """Latent frames from number ``first`` of a video on into blocks of pixels, one after the other, and what the
     decoder needs of them; ``decoder``, of the frames before, is given away."""
     blocks = []

@@ -124,9 +124,7 @@ def init_states(model: WanTransformer, *, steps: int, branches: int, batch: int,
     return jax.tree.map(lambda x: jnp.zeros((steps, branches, *x.shape), x.dtype), state)
 
 
-def read_text(
-    model: WanTransformer, text: Float[Array, "branches B L D"], *, text_tokens: int | None = None
-) -> TextKV:
+def read_text(model: WanTransformer, text: Float[Array, "branches B L D"], *, text_tokens: int | None = None) -> TextKV:
     """What every step of every chunk sees of the prompts: `WanTransformer.read_text`'s, stacked over the branches.
 
     Args:
@@ -212,9 +210,17 @@ def read_chunk(
 
 
 def _forward(
-    model: WanTransformer, text: TextKV, states: States, latents: Array, time: Any, number: Any, *,
-    first_frame: int | Int[Array, ""], text_tokens: int | None, keep: bool,
-) -> tuple[States, Array]:  # fmt: skip
+    model: WanTransformer,
+    text: TextKV,
+    states: States,
+    latents: Array,
+    time: Any,
+    number: Any,
+    *,
+    first_frame: int | Int[Array, ""],
+    text_tokens: int | None,
+    keep: bool,
+) -> tuple[States, Array]:
     """Every branch's velocity, from the states of a step's number; these are kept as they are, or replaced."""
     x = latents.astype(model.dtype)
     t = jnp.broadcast_to(jnp.asarray(time, jnp.float32), x.shape[:1])
@@ -272,10 +278,17 @@ def per_chunk(
     def one(states: States, number: Int[Array, ""], frames: int) -> tuple[States, Float[Array, "B T h w z"]]:
         first = first_frame + number * chunk
         latents, states = denoise_chunk(
-            model, frame_noise(keys, (frames, *shape[1:]), first_frame=first), read, states, first_frame=first,
-            steps=steps, solver=solver, guidance=guidance, remember=remember,
+            model,
+            frame_noise(keys, (frames, *shape[1:]), first_frame=first),
+            read,
+            states,
+            first_frame=first,
+            steps=steps,
+            solver=solver,
+            guidance=guidance,
+            remember=remember,
             again=memory_noise(keys, (frames, *shape[1:]), first_frame=first, remember=remember),
-        )  # fmt: skip
+        )
         return states, latents
 
     states, latents = jax.lax.scan(partial(one, frames=chunk), states, jnp.arange(count, dtype=jnp.int32))

@@ -77,8 +77,13 @@ def scheduler_to_config(schedule: FlowSchedule, solver: Solver) -> dict[str, Any
             solver_name = type(solver).__name__
             raise ConfigError(f"no scheduler of diffusers has the solver {solver_name} on the grid {schedule.grid!r}")
     fixed = {key: required for key, (_, required) in {**_REQUIRED[name], **_REQUIRED_OF_BOTH}.items()}
-    return {"_class_name": name, "_diffusers_version": "0.37.0", "num_train_timesteps": schedule.num_train_timesteps,
-            **own, **fixed}  # fmt: skip
+    return {
+        "_class_name": name,
+        "_diffusers_version": "0.37.0",
+        "num_train_timesteps": schedule.num_train_timesteps,
+        **own,
+        **fixed,
+    }
 
 
 def _number(name: str, config: Mapping[str, Any], *, key: str, default: float) -> float:

@@ -12,9 +12,13 @@ from rehyat_jax.sampling.rollout import Remember, check_remember
 from rehyat_jax.sampling.schedule import Grid
 
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
-    "num_frames": int, "height": int, "width": int, "num_inference_steps": int, "guidance_scale": (int, float),
+    "num_frames": int,
+    "height": int,
+    "width": int,
+    "num_inference_steps": int,
+    "guidance_scale": (int, float),
     "remember": (str, int, float),
-}  # fmt: skip
+}
 _SCHEDULE: dict[str, type | tuple[type, ...]] = {"grid": str, "shift": (int, float), "num_train_timesteps": int}
 _SOLVERS: dict[str, type[Euler] | type[UniPC]] = {"Euler": Euler, "UniPC": UniPC}
 

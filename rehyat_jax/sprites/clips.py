@@ -30,9 +30,17 @@ Progress = Callable[[int, int], None]
 
 
 def generated(
-    pipe: TextToVideo, texts: Sequence[str], settings: Settings, *, sweep: Sweep, seed: int, batch: int,
-    progress: Progress, beginnings: UInt8[np.ndarray, "B G H W 3"] | None = None, emptied: bool = False,
-) -> UInt8[np.ndarray, "B F H W 3"]:  # fmt: skip
+    pipe: TextToVideo,
+    texts: Sequence[str],
+    settings: Settings,
+    *,
+    sweep: Sweep,
+    seed: int,
+    batch: int,
+    progress: Progress,
+    beginnings: UInt8[np.ndarray, "B G H W 3"] | None = None,
+    emptied: bool = False,
+) -> UInt8[np.ndarray, "B F H W 3"]:
     """A clip for each text, the i-th with the noise of ``seed + i``; ``batch`` of them side by side.
 
     Args:
@@ -71,9 +79,15 @@ def _denoise_only(progress: Progress, phase: str, done: int, total: int) -> None
 
 
 def _streamed(
-    pipe: TextToVideo, texts: list[str], settings: Settings, *, seed: int, progress: Progress,
-    beginning: UInt8[np.ndarray, "B G H W 3"] | None, emptied: bool,
-) -> UInt8[np.ndarray, "B F H W 3"]:  # fmt: skip
+    pipe: TextToVideo,
+    texts: list[str],
+    settings: Settings,
+    *,
+    seed: int,
+    progress: Progress,
+    beginning: UInt8[np.ndarray, "B G H W 3"] | None,
+    emptied: bool,
+) -> UInt8[np.ndarray, "B F H W 3"]:
     """Several streams side by side; frames beyond ``settings.num_frames`` are cut off."""
     graph, weights = nnx.split(pipe.transformer)
     vae_graph, vae_weights = nnx.split(pipe.vae)
@@ -91,17 +105,28 @@ def _streamed(
         if beginning is not None:
             state, given = begun(state, beginning, transformer=pipe.transformer, vae=pipe.vae, settings=settings)
             blocks.append(given)
-        states, decoder, read = state.states, state.decoder, read_text(
-            weights, trimmed(state.text), graph=graph, text_tokens=state.text.shape[-2]
+        states, decoder, read = (
+            state.states,
+            state.decoder,
+            read_text(weights, trimmed(state.text), graph=graph, text_tokens=state.text.shape[-2]),
         )
         if emptied:
             states = _emptied(states)
         for number in range(int(state.first_frame) // chunk, total):
             latents, states = denoise_chunk(
-                weights, states, keys, read, jnp.asarray(number * chunk, jnp.int32), plan, graph=graph,
-                shape=shape, solver=settings.solver, guidance=settings.guidance, text_tokens=state.text.shape[-2],
+                weights,
+                states,
+                keys,
+                read,
+                jnp.asarray(number * chunk, jnp.int32),
+                plan,
+                graph=graph,
+                shape=shape,
+                solver=settings.solver,
+                guidance=settings.guidance,
+                text_tokens=state.text.shape[-2],
                 remember=settings.remember,
-            )  # fmt: skip
+            )
             frames, decoder = decode_on(
                 vae_weights, latents, decoder, first=number * chunk, graph=vae_graph, pixels=to_uint8
             )

@@ -193,9 +193,15 @@ class _Run:
         seen: dict[str, Detections] = {}
         for name, emptied in ((source.name, False), (EMPTIED, True)):
             clips = self._clips(
-                dataclasses.replace(source, name=name), subject, scenes, frames=frames, width=OCCLUSION_WIDTH,
-                seed=seed + wait, beginnings=beginning, emptied=emptied,
-            )  # fmt: skip
+                dataclasses.replace(source, name=name),
+                subject,
+                scenes,
+                frames=frames,
+                width=OCCLUSION_WIDTH,
+                seed=seed + wait,
+                beginnings=beginning,
+                emptied=emptied,
+            )
             seen[name] = detect(jnp.asarray(clips), pillar=True)
         part = f"{subject}, true clips"
         self.on_step(part, 0, 1)
@@ -210,17 +216,30 @@ class _Run:
                 yield Measurement(subject=subject + when, source=name, seed=seed, report=judgement)
 
     def _clips(
-        self, source: _Source, subject: str, scenes: Scenes | Occlusions, *, frames: int, width: int, seed: int,
+        self,
+        source: _Source,
+        subject: str,
+        scenes: Scenes | Occlusions,
+        *,
+        frames: int,
+        width: int,
+        seed: int,
         **more: Any,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         settings = source.pipe.settings(num_frames=frames, height=HEIGHT, width=width, **self.sampling)
         part = f"{subject}, {source.name}"
         texts = captions(scenes)
         self.on_step(part, 0, 1)
         return generated(
-            source.pipe, texts, settings, sweep=source.sweep, seed=seed, batch=self.sample.batch,
-            progress=lambda done, total: self.on_step(part, done, total), **more,
-        )  # fmt: skip
+            source.pipe,
+            texts,
+            settings,
+            sweep=source.sweep,
+            seed=seed,
+            batch=self.sample.batch,
+            progress=lambda done, total: self.on_step(part, done, total),
+            **more,
+        )
 
     def _drawn(self, draw: Callable[..., Any], scenes: Any, frames: int) -> np.ndarray:
         """A few clips at a time: a true clip in float32 is four times what is kept of it."""

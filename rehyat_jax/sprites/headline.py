@@ -56,8 +56,9 @@ def _table(rows: Sequence[Measurement]) -> Table:
     for figure, name in (_PLAIN if plain else _OCCLUSION).items():
         table.add_row(name, *(_text(_values(found, figure)) for found in sources.values()))
         if figure in _COMPARED and TEACHER in sources:
-            shares = (_share(found, sources[TEACHER], figure) if source in MODELS else ""
-                      for source, found in sources.items())  # fmt: skip
+            shares = (
+                _share(found, sources[TEACHER], figure) if source in MODELS else "" for source, found in sources.items()
+            )
             table.add_row("  over the teacher's", *shares)
     return table
 

@@ -19,9 +19,13 @@ from rehyat_jax.text.tokenizer import trimmed
 
 
 def begun(
-    state: StreamState, video: Shaped[np.ndarray, "..."], *, transformer: WanTransformer, vae: WanVAE,
+    state: StreamState,
+    video: Shaped[np.ndarray, "..."],
+    *,
+    transformer: WanTransformer,
+    vae: WanVAE,
     settings: Settings,
-) -> tuple[StreamState, UInt8[np.ndarray, "B F H W 3"]]:  # fmt: skip
+) -> tuple[StreamState, UInt8[np.ndarray, "B F H W 3"]]:
     """The state of a stream after these frames, and the frames as its autoencoder has them.
 
     They are encoded, and read a chunk at a time, remembered as chunks that the stream makes are.
@@ -54,9 +58,17 @@ def begun(
         latents = encode(vae_weights, jnp.asarray(video), graph=vae_graph, frames_per_step=chunk)
         for first in range(0, latents.shape[1], chunk):
             states = read_chunk(
-                weights, states, latents[:, first : first + chunk], state.keys, read, jnp.asarray(first, jnp.int32),
-                plan, graph=graph, text_tokens=state.text.shape[-2], remember=settings.remember,
-            )  # fmt: skip
+                weights,
+                states,
+                latents[:, first : first + chunk],
+                state.keys,
+                read,
+                jnp.asarray(first, jnp.int32),
+                plan,
+                graph=graph,
+                text_tokens=state.text.shape[-2],
+                remember=settings.remember,
+            )
         blocks, decoder = decode_on(vae_weights, latents, state.decoder, first=0, graph=vae_graph, pixels=to_uint8)
     frames = np.concatenate([np.asarray(block) for block in blocks], axis=1)
     first_frame = jnp.asarray(latents.shape[1], jnp.int32)

@@ -70,9 +70,13 @@ class StreamState(NamedTuple):
         batch, space = keys.shape[0], vae.config.spatial_factor
         height, width = settings.height // space, settings.width // space
         states = init_states(
-            transformer, steps=settings.num_inference_steps if settings.remember == "steps" else 1,
-            branches=settings.guidance.branches, batch=batch, height=height, width=width,
-        )  # fmt: skip
+            transformer,
+            steps=settings.num_inference_steps if settings.remember == "steps" else 1,
+            branches=settings.guidance.branches,
+            batch=batch,
+            height=height,
+            width=width,
+        )
         graph, weights = nnx.split(vae)
         latents = jax.ShapeDtypeStruct((batch, 1, height, width, vae.config.z_dim), jnp.float32)
         _, decoder = jax.eval_shape(lambda w, x: decode_first(w, x, graph=graph, pixels=to_uint8), weights, latents)
@@ -115,9 +119,12 @@ def save_stream(folder: str | os.PathLike[str], state: StreamState, record: Stre
     """
     folder = Path(folder)
     content = {
-        "version": _VERSION, "model": record.model, "prompt": record.prompt, "negative_prompt": record.negative_prompt,
+        "version": _VERSION,
+        "model": record.model,
+        "prompt": record.prompt,
+        "negative_prompt": record.negative_prompt,
         "settings": record.settings.to_dict(),
-    }  # fmt: skip
+    }
     with whole_file(folder / _FILE) as partial:
         arrays = [_outgoing(name, leaf) for name, leaf in _leaves(_plain(state))]
         write_file(partial, arrays, metadata={_HEADER: json.dumps(content)})

@@ -52,9 +52,16 @@ class Stream(Iterator[np.ndarray]):
     """
 
     def __init__(
-        self, *, transformer: WanTransformer, vae: WanVAE, text: Text, settings: Settings, state: StreamState,
-        prompt: str, negative_prompt: str,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        transformer: WanTransformer,
+        vae: WanVAE,
+        text: Text,
+        settings: Settings,
+        state: StreamState,
+        prompt: str,
+        negative_prompt: str,
+    ) -> None:
         self.state, self.settings = state, settings
         self.prompt, self.negative_prompt = prompt, negative_prompt
         self._transformer, self._vae, self._text = transformer, vae, text
@@ -62,9 +69,17 @@ class Stream(Iterator[np.ndarray]):
 
     @classmethod
     def start(
-        cls, prompt: str, *, transformer: WanTransformer, vae: WanVAE, text: Text, settings: Settings,
-        negative_prompt: str = "", seed: int = 0, beginning: Shaped[np.ndarray, "..."] | None = None,
-    ) -> Stream:  # fmt: skip
+        cls,
+        prompt: str,
+        *,
+        transformer: WanTransformer,
+        vae: WanVAE,
+        text: Text,
+        settings: Settings,
+        negative_prompt: str = "",
+        seed: int = 0,
+        beginning: Shaped[np.ndarray, "..."] | None = None,
+    ) -> Stream:
         """A new stream, which goes on from a beginning if there is one.
 
         Raises:
@@ -77,15 +92,25 @@ class Stream(Iterator[np.ndarray]):
         if beginning is not None:
             state, _ = begun(state, beginning[None], transformer=transformer, vae=vae, settings=settings)
         return cls(
-            transformer=transformer, vae=vae, text=text, settings=settings, state=state, prompt=prompt,
+            transformer=transformer,
+            vae=vae,
+            text=text,
+            settings=settings,
+            state=state,
+            prompt=prompt,
             negative_prompt=negative_prompt,
-        )  # fmt: skip
+        )
 
     @classmethod
     def resume(
-        cls, folder: str | os.PathLike[str], *, transformer: WanTransformer, vae: WanVAE, text: Text,
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        transformer: WanTransformer,
+        vae: WanVAE,
+        text: Text,
         check: Callable[[Settings], None],
-    ) -> Stream:  # fmt: skip
+    ) -> Stream:
         """A saved stream.
 
         Args:
@@ -108,9 +133,14 @@ class Stream(Iterator[np.ndarray]):
         if int(state.first_frame) % chunk:
             raise CheckpointError(f"the stream in {os.fspath(folder)} is damaged: it stands in the middle of a chunk")
         return cls(
-            transformer=transformer, vae=vae, text=text, settings=record.settings, state=state, prompt=record.prompt,
+            transformer=transformer,
+            vae=vae,
+            text=text,
+            settings=record.settings,
+            state=state,
+            prompt=record.prompt,
             negative_prompt=record.negative_prompt,
-        )  # fmt: skip
+        )
 
     @property
     def frames_done(self) -> int:
@@ -130,18 +160,31 @@ class Stream(Iterator[np.ndarray]):
         state = self._living()
         first = int(state.first_frame)
         config = self._vae.config
-        shape = (chunk_frames(self._transformer), self.settings.height // config.spatial_factor,
-                 self.settings.width // config.spatial_factor, config.z_dim)  # fmt: skip
+        shape = (
+            chunk_frames(self._transformer),
+            self.settings.height // config.spatial_factor,
+            self.settings.width // config.spatial_factor,
+            config.z_dim,
+        )
         if first + shape[0] > MOST_FRAMES:
             raise RehyatError(f"a stream ends after {MOST_FRAMES} latent frames")
         graph, weights = self._parts
         vae_graph, vae_weights = self._vae_parts
         with precision(self._transformer.dtype):
             latents, states = denoise_chunk(
-                weights, state.states, state.keys, self._read_text(state.text), state.first_frame, self._plan,
-                graph=graph, shape=shape, solver=self.settings.solver, guidance=self.settings.guidance,
-                text_tokens=state.text.shape[-2], remember=self.settings.remember,
-            )  # fmt: skip
+                weights,
+                state.states,
+                state.keys,
+                self._read_text(state.text),
+                state.first_frame,
+                self._plan,
+                graph=graph,
+                shape=shape,
+                solver=self.settings.solver,
+                guidance=self.settings.guidance,
+                text_tokens=state.text.shape[-2],
+                remember=self.settings.remember,
+            )
             blocks, decoder = decode_on(
                 vae_weights, latents, state.decoder, first=first, graph=vae_graph, pixels=to_uint8
             )

@@ -26,8 +26,11 @@ from rehyat_jax.runtime.files import reason, whole_file
 from rehyat_jax.video.io import Codec, Picture
 
 #: Fragments whose times the muxer leaves as they are; no index at the end, where the next fragment will stand.
-_FRAGMENTED = {"movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer", "avoid_negative_ts": "disabled",
-               "fflags": "+bitexact"}  # fmt: skip
+_FRAGMENTED = {
+    "movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer",
+    "avoid_negative_ts": "disabled",
+    "fflags": "+bitexact",
+}
 #: For packets that stand in a file already: a fragment begins with each key frame.
 _FRAGMENTED_AT_KEYS = _FRAGMENTED | {"movflags": "empty_moov+default_base_moof+frag_keyframe+skip_trailer"}
 
@@ -287,8 +290,9 @@ def _fragments(file: io.IOBase) -> Iterator[_Fragment]:
     frames = 0
     for box in _boxes(file, 0, file.seek(0, os.SEEK_END)):
         if box.kind == b"moof":
-            frames += sum(_samples(file, run) for track in _inside(file, box, b"traf")
-                          for run in _inside(file, track, b"trun"))  # fmt: skip
+            frames += sum(
+                _samples(file, run) for track in _inside(file, box, b"traf") for run in _inside(file, track, b"trun")
+            )
         elif box.kind == b"mdat":
             yield _Fragment(box.end, frames)
 

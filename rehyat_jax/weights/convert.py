@@ -82,8 +82,11 @@ def convert(
         plans["transformer"] = around
     written = _Counter(progress)
     own = None if student is None else student.softmax
-    tensors = {plan.weights: [_outgoing(plan, slot, dtype, written) for slot in plan.slots]
-               for plan in (*plans.values(), own) if plan is not None}  # fmt: skip
+    tensors = {
+        plan.weights: [_outgoing(plan, slot, dtype, written) for slot in plan.slots]
+        for plan in (*plans.values(), own)
+        if plan is not None
+    }
     written.total = sum(tensor.nbytes for each in tensors.values() for tensor in each)
 
     def write(plan: Plan, folder: Path) -> None:

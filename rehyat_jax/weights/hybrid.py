@@ -175,6 +175,9 @@ def _slots(config: WanConfig, hybrid: HybridConfig, abstract: Any) -> Iterator[H
         value = variable.get_value()
         for place, block in enumerate(converted):
             yield HybridSlot(
-                path=path, place=place, name=f"blocks.{block}.{path}", shape=tuple(value.shape[1:]),
+                path=path,
+                place=place,
+                name=f"blocks.{block}.{path}",
+                shape=tuple(value.shape[1:]),
                 dtype=np.dtype(value.dtype),
-            )  # fmt: skip
+            )

@@ -108,9 +108,7 @@ def open_component(location: Location) -> Opened:
         config = component.infer(infos, known[1])
     else:
         config = component.config_type.from_dict(location.config)
-    return Opened(
-        component=component, dialect=known[1], config=config, weights=weights, tensors=tensors, names=names
-    )  # fmt: skip
+    return Opened(component=component, dialect=known[1], config=config, weights=weights, tensors=tensors, names=names)
 
 
 def make_plan(path: Path, name: ComponentName, *, dtype: Any = np.float32) -> Plan:
@@ -143,9 +141,14 @@ def make_plan(path: Path, name: ComponentName, *, dtype: Any = np.float32) -> Pl
         )
     _check_tied(tied, opened)
     return Plan(
-        component=component, dialect=opened.dialect, config=config, weights=weights, tensors=opened.tensors,
-        slots=expected, abstract=abstract,
-    )  # fmt: skip
+        component=component,
+        dialect=opened.dialect,
+        config=config,
+        weights=weights,
+        tensors=opened.tensors,
+        slots=expected,
+        abstract=abstract,
+    )
 
 
 def parameters(state: Any) -> dict[str, nnx.Variable]:

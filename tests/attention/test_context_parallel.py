@@ -61,8 +61,13 @@ def hybrid_differences():
     found = []
     for devices, overlap, stabilizer, decays in CASES:
         arrays = _inputs(2 * CHUNK * devices)
-        options = {"chunk": CHUNK, "overlap": overlap, "causal": True, "stabilizer": stabilizer,
-                   "implementation": "scan"}  # fmt: skip
+        options = {
+            "chunk": CHUNK,
+            "overlap": overlap,
+            "causal": True,
+            "stabilizer": stabilizer,
+            "implementation": "scan",
+        }
 
         def attend(attention, q, k, v, features_q, features_k, decay, options=options, decays=decays):
             return attention(q, k, v, features_q, features_k, decay=decay if decays else None, **options)
@@ -102,10 +107,17 @@ def traffic():
     mesh = MeshConfig(context=8).make()
 
     def loss(*x):
-        return jnp.sum(hybrid_over_devices(
-            *x, chunk=TRAFFIC["chunk"], overlap=TRAFFIC["overlap"], causal=True, stabilizer="row_max",
-            implementation="scan", decay=None,
-        ))  # fmt: skip
+        return jnp.sum(
+            hybrid_over_devices(
+                *x,
+                chunk=TRAFFIC["chunk"],
+                overlap=TRAFFIC["overlap"],
+                causal=True,
+                stabilizer="row_max",
+                implementation="scan",
+                decay=None,
+            )
+        )
 
     from jax.sharding import NamedSharding
 

@@ -34,8 +34,9 @@ def test_published_size():
 def test_is_an_mlp_per_head_with_powers(layers, degree):
     """Against torch's layers, head by head; float32 rounding of sums of at most 15 terms of order one."""
     phi = FeatureMap(3, 5, layers=layers, degree=degree, rngs=nnx.Rngs(0))
-    state = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(p.size).normal(size=p.shape) * 0.4, jnp.float32),
-                         nnx.state(phi))  # fmt: skip
+    state = jax.tree.map(
+        lambda p: jnp.asarray(np.random.default_rng(p.size).normal(size=p.shape) * 0.4, jnp.float32), nnx.state(phi)
+    )
     nnx.update(phi, state)
     x = np.random.default_rng(1).normal(size=(2, 7, 3, 5)).astype(np.float32)
     ours = np.asarray(phi(jnp.asarray(x)))

@@ -90,9 +90,12 @@ def cut_calls(arrays, state, *, calls: int, chunk: int, **options) -> tuple[jax.
     outs = []
     for begin in range(0, arrays[0].shape[1], calls * chunk):
         out, state = hybrid_attention(
-            *(a[:, begin : begin + calls * chunk] for a in arrays), chunk=chunk, initial_state=state, return_state=True,
+            *(a[:, begin : begin + calls * chunk] for a in arrays),
+            chunk=chunk,
+            initial_state=state,
+            return_state=True,
             **options,
-        )  # fmt: skip
+        )
         outs.append(out)
     return jnp.concatenate(outs, axis=1), state
 
@@ -302,9 +305,10 @@ def test_extreme_scores_stay_finite(stabilizer):
             jax.value_and_grad(
                 lambda *x, name=implementation: hybrid_attention(
                     *x, chunk=2, overlap=1, stabilizer=stabilizer, implementation=name
-                ).sum(), argnums=(0, 1, 2, 3, 4)
+                ).sum(),
+                argnums=(0, 1, 2, 3, 4),
             )
-        )  # fmt: skip
+        )
         for level in (-300.0, 300.0):
             value, gradients = both(jnp.ones_like(q) * level, jnp.ones_like(k) / 2, v, phi_q, phi_k)
             assert all(jnp.all(jnp.isfinite(x)) for x in [value, *gradients])
@@ -466,9 +470,12 @@ def test_an_empty_state_is_no_constant_to_the_compiler():
     """
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program)], env=environment(1), capture_output=True, text=True,
+            [sys.executable, "-c", textwrap.dedent(program)],
+            env=environment(1),
+            capture_output=True,
+            text=True,
             check=True,
-        )  # fmt: skip
+        )
         largest, apart = map(float, done.stdout.split())
         assert largest < 4
         assert apart < 1e-5

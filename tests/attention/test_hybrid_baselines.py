@@ -80,9 +80,15 @@ class Window:
 #: Last chunks short, one chunk only; overlaps none to more than the video; sinks of a part of a chunk, of several
 #: chunks, beside a window that still holds them, and longer than the video.
 WINDOWS = [
-    Window(11, 3, 0, 0), Window(11, 3, 2, 0, 2), Window(13, 2, 5, 3), Window(14, 4, 1, 6), Window(10, 1, 2, 1, 3),
-    Window(9, 3, 12, 2), Window(8, 3, 1, 11), Window(5, 7, 2, 3),
-]  # fmt: skip
+    Window(11, 3, 0, 0),
+    Window(11, 3, 2, 0, 2),
+    Window(13, 2, 5, 3),
+    Window(14, 4, 1, 6),
+    Window(10, 1, 2, 1, 3),
+    Window(9, 3, 12, 2),
+    Window(8, 3, 1, 11),
+    Window(5, 7, 2, 3),
+]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -150,11 +156,15 @@ def test_gradients_of_calls_are_those_of_the_whole(x64):
     rng = np.random.default_rng(1)
     directions = [rng.normal(size=a.shape) for a in arrays]
     baselines = [
-        (functools.partial(window_attention, chunk=2, overlap=1, sink=3),
-         functools.partial(dense_window, chunk=2, overlap=1, sink=3)),
-        (functools.partial(linear_attention, chunk=2, decay=jnp.array([0.9, 0.5])),
-         functools.partial(dense_linear, chunk=2, causal=True, decay=np.array([0.9, 0.5]))),
-    ]  # fmt: skip
+        (
+            functools.partial(window_attention, chunk=2, overlap=1, sink=3),
+            functools.partial(dense_window, chunk=2, overlap=1, sink=3),
+        ),
+        (
+            functools.partial(linear_attention, chunk=2, decay=jnp.array([0.9, 0.5])),
+            functools.partial(dense_linear, chunk=2, causal=True, decay=np.array([0.9, 0.5])),
+        ),
+    ]
     for ours, dense in baselines:
 
         def slope(sign, dense=dense):

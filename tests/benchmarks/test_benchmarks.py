@@ -63,10 +63,12 @@ def test_every_row_of_the_ablations_is_a_training(tmp_path):
         work = ablations.Work(study, ablations.Job(name, 0))
         distillation = work.distillation() if "distill" in row.stages else None
         finetuning = work.finetuning(Path("source")) if "finetune" in row.stages else None
-        made.add((
-            distillation and (distillation.hybrid, distillation.loss),
-            finetuning and (finetuning.hybrid, finetuning.history),
-        ))  # fmt: skip
+        made.add(
+            (
+                distillation and (distillation.hybrid, distillation.loss),
+                finetuning and (finetuning.hybrid, finetuning.history),
+            )
+        )
         assert finetuning is None or finetuning.anew == (distillation is None)
         assert finetuning is None or (finetuning.remember == "steps") == (not row.history.share)
     assert len(made) == len(ablations.ROWS)  # "teacher" has no training, "softmax" no conversion

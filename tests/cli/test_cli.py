@@ -277,8 +277,20 @@ def test_an_interrupt_leaves_no_broken_file(checkpoint, tmp_path, line):
     """Ctrl-C in the middle: exit code 130, one line, and the folder as it was (an old video stays)."""
     out = tmp_path / "a.mp4"
     out.write_bytes(b"old")
-    argv = program("generate", "a cat", "--model", checkpoint, "--size", "96x96", "--frames", "161", "--steps", "1000",
-                   "--out", out)  # fmt: skip
+    argv = program(
+        "generate",
+        "a cat",
+        "--model",
+        checkpoint,
+        "--size",
+        "96x96",
+        "--frames",
+        "161",
+        "--steps",
+        "1000",
+        "--out",
+        out,
+    )
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for said in process.stderr:
             if said.startswith(line):

@@ -58,8 +58,24 @@ def rehyat(capsys, checkpoint):
 def short(checkpoint, tmp_path_factory) -> Path:
     """The video of SHORT frames that was never interrupted."""
     out = tmp_path_factory.mktemp("short") / "a.mp4"
-    assert cli.main(["generate", "a cat", "--model", str(checkpoint), *SMALL, "--sweep", "per-chunk", "--frames",
-                     str(SHORT), "--out", str(out)]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            [
+                "generate",
+                "a cat",
+                "--model",
+                str(checkpoint),
+                *SMALL,
+                "--sweep",
+                "per-chunk",
+                "--frames",
+                str(SHORT),
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -111,8 +127,15 @@ def test_a_stream_becomes_an_ordinary_video_with_sheet_and_record(short, checkpo
     assert video.shape == (SHORT, 256, 256, 3)
     assert np.abs(video[:, 8::16, 8::16].astype(float) - want).mean() < 4
     record = json.loads(short.with_suffix(".json").read_text())
-    for key, value in {"sweep": "per-chunk", "num_frames": SHORT, "hybrid": "2+1", "prompt": "a cat", "seed": 0,
-                       "num_inference_steps": 2, "resumed_after": 0}.items():  # fmt: skip
+    for key, value in {
+        "sweep": "per-chunk",
+        "num_frames": SHORT,
+        "hybrid": "2+1",
+        "prompt": "a cat",
+        "seed": 0,
+        "num_inference_steps": 2,
+        "resumed_after": 0,
+    }.items():
         assert record["settings"][key] == value
     assert set(record["phases"]) == {"load", "text", "chunks", "encode", "save", "write"}
 

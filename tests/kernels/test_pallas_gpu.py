@@ -67,19 +67,38 @@ def inputs(case: Case, dtype) -> tuple[list[jax.Array], HybridState, jax.Array]:
     )
     if earlier:
         _, state = hybrid_attention(
-            *(a[:, :earlier] for a in arrays), chunk=case.chunk, overlap=case.overlap, decay=decay,
-            initial_state=state, return_state=True, implementation="reference",
-        )  # fmt: skip
+            *(a[:, :earlier] for a in arrays),
+            chunk=case.chunk,
+            overlap=case.overlap,
+            decay=decay,
+            initial_state=state,
+            return_state=True,
+            implementation="reference",
+        )
     return [a[:, earlier:] for a in arrays], state, decay
 
 
 def by_kernels(case: Case, arrays, state, decay, kernels=SMALL):
     q, k, v, features_q, features_k = arrays
     return hybrid(
-        q, k, v, features_q, features_k, s=state[0], z=state[1], past_k=state[2], past_v=state[3],
-        past_features_k=state[4], seen=jnp.asarray(min(case.earlier or 0, case.overlap), jnp.int32), decay=decay,
-        chunk=case.chunk, causal=case.causal, stabilizer=case.stabilizer, kernels=kernels, begins=case.earlier is None,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        features_q,
+        features_k,
+        s=state[0],
+        z=state[1],
+        past_k=state[2],
+        past_v=state[3],
+        past_features_k=state[4],
+        seen=jnp.asarray(min(case.earlier or 0, case.overlap), jnp.int32),
+        decay=decay,
+        chunk=case.chunk,
+        causal=case.causal,
+        stabilizer=case.stabilizer,
+        kernels=kernels,
+        begins=case.earlier is None,
+    )
 
 
 def by_reference(case: Case, arrays, state, decay):
@@ -245,9 +264,14 @@ def test_lowers_for_an_h200_without_one(head_dim, begins):
 
 @pytest.mark.parametrize(
     ("tokens", "chunk", "overlap", "dtype"),
-    [(1440, 480, 160, "float32"), (1440, 200, 80, "bfloat16"), (1444, 480, 160, "bfloat16"), (1500, 480, 0, "bfloat16"),
-     (1440, 480, 164, "bfloat16")],
-)  # fmt: skip
+    [
+        (1440, 480, 160, "float32"),
+        (1440, 200, 80, "bfloat16"),
+        (1444, 480, 160, "bfloat16"),
+        (1500, 480, 0, "bfloat16"),
+        (1440, 480, 164, "bfloat16"),
+    ],
+)
 def test_what_hopper_kernels_lack_goes_to_triton(tokens, chunk, overlap, dtype):
     """Other dtypes, chunks under 256 tokens, also the last, and what is not a multiple of 8."""
     q = jax.ShapeDtypeStruct((1, tokens, 2, 128), dtype)
@@ -321,9 +345,15 @@ def test_feature_map_lowers_for_cuda(head_dim, degree):
 
 @pytest.mark.parametrize(
     ("options", "head_dim", "dtype"),
-    [({}, 24, "bfloat16"), ({}, 128, "float32"), ({"degree": 4}, 128, "bfloat16"), ({"layers": 3}, 128, "bfloat16"),
-     ({"activation": "relu"}, 128, "bfloat16"), ({"positive": "none"}, 128, "bfloat16")],
-)  # fmt: skip
+    [
+        ({}, 24, "bfloat16"),
+        ({}, 128, "float32"),
+        ({"degree": 4}, 128, "bfloat16"),
+        ({"layers": 3}, 128, "bfloat16"),
+        ({"activation": "relu"}, 128, "bfloat16"),
+        ({"positive": "none"}, 128, "bfloat16"),
+    ],
+)
 def test_what_feature_kernels_lack_goes_to_xla(options, head_dim, dtype, monkeypatch):
     fitting = functools.partial(gpu.feature_kernels, "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(gpu, "feature_kernels", lambda _, *given, **degree: fitting(*given, **degree))

@@ -59,19 +59,38 @@ def inputs(case: Case, dtype) -> tuple[list[jax.Array], HybridState, jax.Array]:
     )
     if case.earlier:
         _, state = hybrid_attention(
-            *(a[:, : case.earlier] for a in arrays), chunk=case.chunk, overlap=case.overlap, decay=decay,
-            initial_state=state, return_state=True, implementation="reference",
-        )  # fmt: skip
+            *(a[:, : case.earlier] for a in arrays),
+            chunk=case.chunk,
+            overlap=case.overlap,
+            decay=decay,
+            initial_state=state,
+            return_state=True,
+            implementation="reference",
+        )
     return [a[:, case.earlier :] for a in arrays], state, decay
 
 
 def by_kernels(case: Case, arrays, state, decay):
     q, k, v, features_q, features_k = arrays
     return hybrid(
-        q, k, v, features_q, features_k, s=state[0], z=state[1], past_k=state[2], past_v=state[3],
-        past_features_k=state[4], seen=jnp.asarray(min(case.earlier, case.overlap), jnp.int32), decay=decay,
-        chunk=case.chunk, causal=case.causal, stabilizer=case.stabilizer, blocks=case.blocks, interpret=True,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        features_q,
+        features_k,
+        s=state[0],
+        z=state[1],
+        past_k=state[2],
+        past_v=state[3],
+        past_features_k=state[4],
+        seen=jnp.asarray(min(case.earlier, case.overlap), jnp.int32),
+        decay=decay,
+        chunk=case.chunk,
+        causal=case.causal,
+        stabilizer=case.stabilizer,
+        blocks=case.blocks,
+        interpret=True,
+    )
 
 
 def by_reference(case: Case, arrays, state, decay):

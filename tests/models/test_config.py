@@ -13,17 +13,30 @@ from rehyat_jax.models.config import TextEncoderConfig, VAEConfig, WanConfig
 
 #: Wan2.1-T2V-1.3B's own ``config.json``.
 ORIGINAL = {
-    "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 1536, "eps": 1e-06, "ffn_dim": 8960,
-    "freq_dim": 256, "in_dim": 16, "model_type": "t2v", "num_heads": 12, "num_layers": 30, "out_dim": 16,
+    "_class_name": "WanModel",
+    "_diffusers_version": "0.30.0",
+    "dim": 1536,
+    "eps": 1e-06,
+    "ffn_dim": 8960,
+    "freq_dim": 256,
+    "in_dim": 16,
+    "model_type": "t2v",
+    "num_heads": 12,
+    "num_layers": 30,
+    "out_dim": 16,
     "text_len": 512,
-}  # fmt: skip
+}
 PRESETS = [
-    *(getattr(kind, name)() for kind, names in {
-        WanConfig: ("t2v_1_3b", "t2v_14b", "mini_sprites"),
-        VAEConfig: ("wan", "mini_sprites"),
-        TextEncoderConfig: ("umt5_xxl", "mini_sprites"),
-    }.items() for name in names),
-]  # fmt: skip
+    *(
+        getattr(kind, name)()
+        for kind, names in {
+            WanConfig: ("t2v_1_3b", "t2v_14b", "mini_sprites"),
+            VAEConfig: ("wan", "mini_sprites"),
+            TextEncoderConfig: ("umt5_xxl", "mini_sprites"),
+        }.items()
+        for name in names
+    ),
+]
 
 
 @pytest.fixture

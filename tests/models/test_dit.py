@@ -21,9 +21,15 @@ from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.weights import load_transformer, save_transformer
 
 TINY = WanConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=37, in_channels=4, out_channels=4, text_dim=19,
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    ffn_dim=37,
+    in_channels=4,
+    out_channels=4,
+    text_dim=19,
     freq_dim=34,
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +45,41 @@ class Case:
 CASES = {
     "as_wan": Case(
         WanConfig(num_layers=3, num_attention_heads=3, attention_head_dim=22, ffn_dim=95, text_dim=24, freq_dim=64),
-        (5, 6, 14), 7, (999.0, 371.28),
+        (5, 6, 14),
+        7,
+        (999.0, 371.28),
     ),
     "patches_of_one_pixel": Case(
         dataclasses.replace(TINY, num_attention_heads=5, in_channels=3, out_channels=5, patch_size=(1, 1, 1)),
-        (3, 5, 7), 1, (0.0, 1000.0, 0.125),
+        (3, 5, 7),
+        1,
+        (0.0, 1000.0, 0.125),
     ),
     "patches_in_time": Case(
         WanConfig(
-            num_layers=2, num_attention_heads=1, attention_head_dim=64, ffn_dim=50, in_channels=7, out_channels=2,
-            text_dim=31, freq_dim=256, patch_size=(2, 1, 3), eps=1e-5,
-        ), (6, 5, 9), 20, (634.73,),
+            num_layers=2,
+            num_attention_heads=1,
+            attention_head_dim=64,
+            ffn_dim=50,
+            in_channels=7,
+            out_channels=2,
+            text_dim=31,
+            freq_dim=256,
+            patch_size=(2, 1, 3),
+            eps=1e-5,
+        ),
+        (6, 5, 9),
+        20,
+        (634.73,),
     ),
     "one_frame_many_heads": Case(
-        dataclasses.replace(TINY, num_layers=1, num_attention_heads=4, attention_head_dim=22), (1, 2, 10), 13,
+        dataclasses.replace(TINY, num_layers=1, num_attention_heads=4, attention_head_dim=22),
+        (1, 2, 10),
+        13,
         (17.0, 936.5, 936.51, 1.0),
     ),
     "bundled": Case(dataclasses.replace(WanConfig.mini_sprites(), num_layers=2), (3, 6, 4), 20, (500.0, 250.4)),
-}  # fmt: skip
+}
 
 
 def reference(config: WanConfig, seed: int) -> WanTransformer3DModel:
@@ -183,9 +206,11 @@ def test_gradients_agree_with_diffusers(tmp_path):
     latents, times, text = inputs(case)
     direction = np.random.default_rng(1).standard_normal((*latents.shape[:4], 16), np.float32)
     out = model(
-        torch.from_numpy(latents).permute(0, 4, 1, 2, 3), torch.from_numpy(times), torch.from_numpy(text),
+        torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
+        torch.from_numpy(times),
+        torch.from_numpy(text),
         return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     (out.permute(0, 2, 3, 4, 1) * torch.from_numpy(direction)).sum().backward()
 
     gradient = nnx.jit(nnx.grad(lambda m: jnp.sum(m(*map(jnp.asarray, (latents, times, text))) * direction)))(ours)
@@ -241,9 +266,12 @@ def test_what_wan_keeps_in_float32_under_bf16(tmp_path):
         if leaf.get_value().dtype == jnp.float32
     }
     assert kept == {
-        "scale_shift_table", "blocks.scale_shift_table", "blocks.norm2.scale", "blocks.norm2.bias",
+        "scale_shift_table",
+        "blocks.scale_shift_table",
+        "blocks.norm2.scale",
+        "blocks.norm2.bias",
         *(f"condition_embedder.time_embedder.linear_{i}.{part}" for i in (1, 2) for part in ("kernel", "bias")),
-    }  # fmt: skip
+    }
     program = str(jax.make_jaxpr(model)(*inputs(case)))
     for operation in ("rsqrt", "exp", "cos", "sin", "reduce_sum"):
         lines = [line for line in program.splitlines() if f"= {operation}[" in line or f"= {operation} " in line]

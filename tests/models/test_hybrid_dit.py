@@ -33,9 +33,15 @@ from rehyat_jax.models.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 
 TINY = WanConfig(
-    num_layers=3, num_attention_heads=2, attention_head_dim=12, ffn_dim=37, in_channels=4, out_channels=4, text_dim=19,
+    num_layers=3,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    ffn_dim=37,
+    in_channels=4,
+    out_channels=4,
+    text_dim=19,
     freq_dim=34,
-)  # fmt: skip
+)
 #: Seven latent frames of 2 × 3 tokens: no multiple of a chunk of three or two.
 CASE = Case(TINY, (7, 4, 6), 5, (500.0, 31.5))
 FRAME = 6
@@ -69,8 +75,11 @@ def student(hybrid: HybridConfig, case: Case = CASE, *, folder: Path, seed: int 
 
 def phi(x: torch.Tensor, parameters: nnx.State, block: int, hybrid: HybridConfig) -> torch.Tensor:
     """method.md §1: per head an MLP, its output's i-th part to the power i. x is [B, N, H, D]."""
-    activation = {"gelu": lambda y: torch.nn.functional.gelu(y, approximate="tanh"), "relu": torch.relu,
-                  "silu": torch.nn.functional.silu}[hybrid.activation]  # fmt: skip
+    activation = {
+        "gelu": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+        "relu": torch.relu,
+        "silu": torch.nn.functional.silu,
+    }[hybrid.activation]
     positive = {"softplus": torch.nn.functional.softplus, "exp": torch.exp}[hybrid.positive]
     for i in range(hybrid.layers):
         kernel, bias = (
@@ -114,9 +123,10 @@ def equation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, model: WanTransf
             near |= (frame_of < hybrid.sink_frames) & (frame_of < (t + 1) * hybrid.chunk_frames)
         scores = torch.einsum("bihd,bjhd->bhij", q[:, mine], k[:, near]) * q.shape[-1] ** -0.5
         c = {
-            "row_max": scores.amax(-1, keepdim=True), "lse": scores.logsumexp(-1, keepdim=True),
+            "row_max": scores.amax(-1, keepdim=True),
+            "lse": scores.logsumexp(-1, keepdim=True),
             "none": torch.zeros_like(scores[..., :1]),
-        }[hybrid.stabilizer]  # fmt: skip
+        }[hybrid.stabilizer]
         weights = torch.exp(scores - c)
         if hybrid.causal:
             less = (1 + start(t) / hybrid.chunk_frames) ** -power
@@ -201,9 +211,7 @@ def streamed(
 
     @quickly_compiled
     def piece(weights, latents, state, first_frame):
-        return nnx.merge(graph, weights).stream(
-            latents, times, read, state, first_frame=first_frame, **tokens
-        )
+        return nnx.merge(graph, weights).stream(latents, times, read, state, first_frame=first_frame, **tokens)
 
     state, out, first = model.init_stream(latents.shape[0], *latents.shape[2:4]), [], 0
     for frames in pieces:

@@ -22,15 +22,27 @@ TINY = TextEncoderConfig(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=
 CONFIGS = {
     "as_t5": TextEncoderConfig(vocab_size=101, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4),
     "odd_and_wide": TextEncoderConfig(
-        vocab_size=77, d_model=27, d_kv=7, d_ff=45, num_layers=2, num_heads=5,
-        relative_attention_num_buckets=10, relative_attention_max_distance=23,
+        vocab_size=77,
+        d_model=27,
+        d_kv=7,
+        d_ff=45,
+        num_layers=2,
+        num_heads=5,
+        relative_attention_num_buckets=10,
+        relative_attention_max_distance=23,
     ),
     "one_head_one_layer": TextEncoderConfig(
-        vocab_size=33, d_model=40, d_kv=13, d_ff=19, num_layers=1, num_heads=1, relative_attention_num_buckets=6,
+        vocab_size=33,
+        d_model=40,
+        d_kv=13,
+        d_ff=19,
+        num_layers=1,
+        num_heads=1,
+        relative_attention_num_buckets=6,
         layer_norm_epsilon=1e-5,
     ),
     "bundled": TextEncoderConfig.mini_sprites(),
-}  # fmt: skip
+}
 
 
 def reference(config: TextEncoderConfig, seed: int) -> UMT5EncoderModel:

@@ -17,10 +17,14 @@ from rehyat_jax.weights.vae_names import vae_rows
 def config(base_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample):
     """With statistics that differ by channel."""
     return VAEConfig(
-        base_dim=base_dim, z_dim=z_dim, dim_mult=dim_mult, num_res_blocks=num_res_blocks,
-        temperal_downsample=temperal_downsample, latents_mean=tuple(0.1 * c - 0.2 for c in range(z_dim)),
+        base_dim=base_dim,
+        z_dim=z_dim,
+        dim_mult=dim_mult,
+        num_res_blocks=num_res_blocks,
+        temperal_downsample=temperal_downsample,
+        latents_mean=tuple(0.1 * c - 0.2 for c in range(z_dim)),
         latents_std=tuple(0.5 + 0.25 * c for c in range(z_dim)),
-    )  # fmt: skip
+    )
 
 
 # Odd widths, every pattern of halvings in time, sides that are not squares. (frames, height, width) of the video.
@@ -82,9 +86,12 @@ def video_of(shape, *, seed=0, batch=2):
 def latents_of(cfg, shape, *, seed=0, batch=2):
     frames, height, width = shape
     shape = (
-        batch, 1 + (frames - 1) // cfg.temporal_factor, height // cfg.spatial_factor, width // cfg.spatial_factor,
+        batch,
+        1 + (frames - 1) // cfg.temporal_factor,
+        height // cfg.spatial_factor,
+        width // cfg.spatial_factor,
         cfg.z_dim,
-    )  # fmt: skip
+    )
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
@@ -241,8 +248,11 @@ def test_impossible_latents(small):
         small.decode(jnp.zeros((1, 2, 3, 5, 3)), frames_per_step=0)
 
 
-@pytest.mark.parametrize("cfg", [VAEConfig.wan(), VAEConfig.mini_sprites(), *(c for c, _ in CASES.values())],
-                         ids=["wan", "mini-sprites", *CASES])  # fmt: skip
+@pytest.mark.parametrize(
+    "cfg",
+    [VAEConfig.wan(), VAEConfig.mini_sprites(), *(c for c, _ in CASES.values())],
+    ids=["wan", "mini-sprites", *CASES],
+)
 def test_names(cfg):
     """Ours and diffusers' names and shapes are in one-to-one correspondence, with no memory taken."""
     with torch.device("meta"):

@@ -32,9 +32,15 @@ from rehyat_jax.sampling.rollout import (
 )
 
 TINY = WanConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=37, in_channels=4, out_channels=4, text_dim=19,
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    ffn_dim=37,
+    in_channels=4,
+    out_channels=4,
+    text_dim=19,
     freq_dim=34,
-)  # fmt: skip
+)
 STEPS = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=20)
 GUIDED = Guidance(scale=4.0, forward="two")
 
@@ -104,7 +110,7 @@ def test_a_finished_chunk_is_remembered_at_its_own_level(remember, decay):
         lambda s: per_chunk(
             model, keys, text, s, shape=(7, *size), steps=steps, solver=UniPC(), guidance=GUIDED, remember=remember
         )
-    )(states)  # fmt: skip
+    )(states)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, states)
 
     call = quickly_compiled(lambda x, t, row: model(x, t, row))
@@ -140,9 +146,16 @@ def test_a_beginning_is_read_as_if_it_had_been_made(remember):
         for first in (0, 3):
             part = slice(first, first + 3)
             states = read_chunk(
-                model, begun[:, part], noises[:, part], read, states, first_frame=first, steps=steps,
-                remember=remember, again=None if again is None else again[:, part],
-            )  # fmt: skip
+                model,
+                begun[:, part],
+                noises[:, part],
+                read,
+                states,
+                first_frame=first,
+                steps=steps,
+                remember=remember,
+                again=None if again is None else again[:, part],
+            )
         noise = frame_noise(keys, (3, *size), first_frame=6)
         return denoise_chunk(
             model, noise, read, states, first_frame=6, steps=steps, solver=UniPC(), guidance=GUIDED, remember=remember
@@ -202,9 +215,15 @@ def test_softmax_sees_differences_of_positions_alone_however_late():
         for place in (0, 3):
             noise = frame_noise(keys, (3, 4, 6, 4), first_frame=place)
             latents, states = denoise_chunk(
-                model, noise, read, states, first_frame=first_frame + place, steps=steps, solver=UniPC(),
+                model,
+                noise,
+                read,
+                states,
+                first_frame=first_frame + place,
+                steps=steps,
+                solver=UniPC(),
                 guidance=Guidance(scale=1.0, forward="two"),
-            )  # fmt: skip
+            )
             made.append(latents)
         return jnp.concatenate(made, axis=1)
 
@@ -228,9 +247,11 @@ def test_a_text_is_read_once_for_all_chunks_and_steps():
     keys and values of each block."""
     model, keys, text = random_model(HybridConfig(chunk_frames=1)), video_keys(0, count=1), random_text(2, 1)
     states = init_states(model, steps=20, branches=2, batch=1, height=4, width=6)
-    whole = jax.make_jaxpr(lambda states, text: per_chunk(
-        model, keys, text, states, shape=(7, 4, 6, 4), steps=STEPS, solver=UniPC(), guidance=GUIDED
-    ))  # fmt: skip
+    whole = jax.make_jaxpr(
+        lambda states, text: per_chunk(
+            model, keys, text, states, shape=(7, 4, 6, 4), steps=STEPS, solver=UniPC(), guidance=GUIDED
+        )
+    )
     program = whole(states, text).jaxpr
     assert products(program, (1, 5, TINY.text_dim)) == 2
     assert products(program, (1, 5, TINY.dim)) == 2 * (1 + 2 * TINY.num_layers)

@@ -77,8 +77,11 @@ def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path, monkey
         *(("training length", source) for source in ("per step", "streamed", "teacher", *controls)),
         *(("long", source) for source in ("streamed", *controls)),
         *(("hidden wait 0", source) for source in ("streamed", "teacher", controls[0], controls[2])),
-        *((f"continued, hidden wait 0{when}", source) for when in ("", ", 4 frames later")
-          for source in ("streamed", "… emptied", controls[0])),
+        *(
+            (f"continued, hidden wait 0{when}", source)
+            for when in ("", ", 4 frames later")
+            for source in ("streamed", "… emptied", controls[0])
+        ),
     ]
     # Controls that do not pass through this autoencoder, which is random.
     assert found["training length", "swapped"]["directions"] == 1
@@ -87,9 +90,13 @@ def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path, monkey
     assert (found["hidden wait 0", "swapped"]["emerged"], found["hidden wait 0", "swapped"]["recall"]) == (1, 0)
     settings = record["settings"]
     assert (settings["seeds"], settings["num_inference_steps"], settings["guidance_scale"]) == ([2026], 2, 2.0)
-    for word in ("training length: 2 clips, 13 frames", "long: 1 clips, 21 frames", "over the teacher's",
-                 "was the same", "2 clips, 1 long, 2 for each wait (0); 2 steps, guidance 2, seeds 2026; "
-                 "all figures are in sprites.json"):  # fmt: skip
+    for word in (
+        "training length: 2 clips, 13 frames",
+        "long: 1 clips, 21 frames",
+        "over the teacher's",
+        "was the same",
+        "2 clips, 1 long, 2 for each wait (0); 2 steps, guidance 2, seeds 2026; all figures are in sprites.json",
+    ):
         assert word in output
     for word in ("training length, streamed: 2/2", "long, streamed: 3/3", "hidden wait 0, controls: 2/2"):
         assert word in error

@@ -117,9 +117,15 @@ def test_a_stream_goes_on_from_a_beginning(pipe, tmp_path, remember):
             pipe.transformer, given[:, first : first + 2], noise, read, states, first_frame=first, **options
         )
     made, _ = rollout.denoise_chunk(
-        pipe.transformer, rollout.frame_noise(keys, (2, *size), first_frame=4), read, states, first_frame=4,
-        solver=settings.solver, guidance=settings.guidance, **options,
-    )  # fmt: skip
+        pipe.transformer,
+        rollout.frame_noise(keys, (2, *size), first_frame=4),
+        read,
+        states,
+        first_frame=4,
+        solver=settings.solver,
+        guidance=settings.guidance,
+        **options,
+    )
     whole = vae.decode(vae.denormalize(jnp.concatenate([given, made], axis=1)))
     want = np.asarray(to_uint8(whole))[0, 13:]
     assert np.abs(block.astype(int) - want).max() <= 1
@@ -264,10 +270,13 @@ def test_what_cannot_stream_says_which_blocks_prevent_it(checkpoint, cache):
 
 def test_impossible_streams_are_sentences(pipe):
     for options, match in [
-        ({"seed": -1}, "seed"), ({"seed": 1 << 32}, "seed"), ({"height": 0}, "height"),
-        ({"width": 15}, "too small"), ({"num_inference_steps": 0}, "number of steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 1 << 32}, "seed"),
+        ({"height": 0}, "height"),
+        ({"width": 15}, "too small"),
+        ({"num_inference_steps": 0}, "number of steps"),
         ({"guidance_scale": float("nan")}, "finite"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(RehyatError, match=match):
             pipe.stream(**{"prompt": "a cat", **SMALL, **options})
     stream = pipe.open_stream("a cat", **SMALL)
@@ -375,14 +384,24 @@ def test_settings_that_have_no_form_on_disk(pipe, tmp_path):
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @given(
-    st.sampled_from([Euler(), UniPC(1), UniPC(3)]), st.sampled_from(["diffusers", "official"]), st.floats(0.1, 20),
-    st.floats(0, 20), st.integers(1, 100), st.sampled_from(["steps", 0.0, 0.25]),
-)  # fmt: skip
+    st.sampled_from([Euler(), UniPC(1), UniPC(3)]),
+    st.sampled_from(["diffusers", "official"]),
+    st.floats(0.1, 20),
+    st.floats(0, 20),
+    st.integers(1, 100),
+    st.sampled_from(["steps", 0.0, 0.25]),
+)
 def test_settings_come_back_from_json(solver, grid, shift, guidance, steps, remember):
     settings = Settings(
-        num_frames=9, height=480, width=832, num_inference_steps=steps, guidance_scale=guidance,
-        schedule=FlowSchedule(grid=grid, shift=shift), solver=solver, remember=remember,
-    )  # fmt: skip
+        num_frames=9,
+        height=480,
+        width=832,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        schedule=FlowSchedule(grid=grid, shift=shift),
+        solver=solver,
+        remember=remember,
+    )
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
@@ -410,26 +429,57 @@ HUGE = 10**400
 @pytest.mark.parametrize(
     "header",
     [
-        "", "{", "[]", "null", "[" * 100_000, '{"version": 1}', "9" * 5000, {"version": 2}, {"version": None},
-        {"model": "0" * 64}, {"model": None}, {"prompt": 3}, {"prompt": None}, {"negative_prompt": []},
-        {"settings": None}, {"settings": []}, {"settings": {"more": 1}}, {"settings": {"height": None}},
-        {"settings": {"height": 33}}, {"settings": {"height": 16}}, {"settings": {"height": HUGE}},
-        {"settings": {"height": "32"}}, {"settings": {"height": True}}, {"settings": {"width": -48}},
-        {"settings": {"num_frames": HUGE}}, {"settings": {"num_frames": 0}},
-        {"settings": {"num_inference_steps": 4}}, {"settings": {"num_inference_steps": 0}},
-        {"settings": {"num_inference_steps": HUGE}}, {"settings": {"guidance_scale": HUGE}},
-        {"settings": {"guidance_scale": float("nan")}}, {"settings": {"guidance_scale": 1.0}},
-        {"settings": {"schedule": 1}}, {"settings": {"schedule": {"grid": "mine"}}},
-        {"settings": {"schedule": {"shift": 0}}}, {"settings": {"schedule": {"shift": HUGE}}},
-        {"settings": {"schedule": {"shift": float("inf")}}}, {"settings": {"schedule": {"num_train_timesteps": HUGE}}},
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"version": 1}',
+        "9" * 5000,
+        {"version": 2},
+        {"version": None},
+        {"model": "0" * 64},
+        {"model": None},
+        {"prompt": 3},
+        {"prompt": None},
+        {"negative_prompt": []},
+        {"settings": None},
+        {"settings": []},
+        {"settings": {"more": 1}},
+        {"settings": {"height": None}},
+        {"settings": {"height": 33}},
+        {"settings": {"height": 16}},
+        {"settings": {"height": HUGE}},
+        {"settings": {"height": "32"}},
+        {"settings": {"height": True}},
+        {"settings": {"width": -48}},
+        {"settings": {"num_frames": HUGE}},
+        {"settings": {"num_frames": 0}},
+        {"settings": {"num_inference_steps": 4}},
+        {"settings": {"num_inference_steps": 0}},
+        {"settings": {"num_inference_steps": HUGE}},
+        {"settings": {"guidance_scale": HUGE}},
+        {"settings": {"guidance_scale": float("nan")}},
+        {"settings": {"guidance_scale": 1.0}},
+        {"settings": {"schedule": 1}},
+        {"settings": {"schedule": {"grid": "mine"}}},
+        {"settings": {"schedule": {"shift": 0}}},
+        {"settings": {"schedule": {"shift": HUGE}}},
+        {"settings": {"schedule": {"shift": float("inf")}}},
+        {"settings": {"schedule": {"num_train_timesteps": HUGE}}},
         {"settings": {"schedule": {"num_train_timesteps": 0}}},
-        {"settings": {"remember": 0.5}}, {"settings": {"remember": "all"}}, {"settings": {"remember": 1}},
+        {"settings": {"remember": 0.5}},
+        {"settings": {"remember": "all"}},
+        {"settings": {"remember": 1}},
         {"settings": {"remember": float("nan")}},
-        {"settings": {"solver": {"name": "os.system"}}}, {"settings": {"solver": {"name": 3}}},
-        {"settings": {"solver": {"order": 7}}}, {"settings": {"solver": {"order": None}}},
-        {"settings": {"solver": {"more": 1}}}, {"settings": {"solver": {"name": "Euler"}}},
+        {"settings": {"solver": {"name": "os.system"}}},
+        {"settings": {"solver": {"name": 3}}},
+        {"settings": {"solver": {"order": 7}}},
+        {"settings": {"solver": {"order": None}}},
+        {"settings": {"solver": {"more": 1}}},
+        {"settings": {"solver": {"name": "Euler"}}},
     ],
-)  # fmt: skip
+)
 def test_hostile_headers_are_sentences(pipe, saved, tmp_path, header):
     rewritten(saved[0], tmp_path, header=header)
     with pytest.raises(CheckpointError, match=str(tmp_path)):
@@ -466,8 +516,18 @@ def test_a_stream_saved_before_remember_was_a_setting(pipe, saved, tmp_path):
 
 def test_what_is_no_stream_is_a_sentence(pipe, saved, tmp_path):
     whole = (saved[0] / FILE).read_bytes()
-    for content in [b"", b"{}", whole[:7], whole[:100], whole[: len(whole) // 2], whole[:-1], whole + b"\0",
-                    b"\xff" * 8 + whole[8:], pickle.dumps({"a": 1}), bytes(4096)]:  # fmt: skip
+    for content in [
+        b"",
+        b"{}",
+        whole[:7],
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole + b"\0",
+        b"\xff" * 8 + whole[8:],
+        pickle.dumps({"a": 1}),
+        bytes(4096),
+    ]:
         (tmp_path / FILE).write_bytes(content)
         with pytest.raises(CheckpointError, match=FILE):
             pipe.resume_stream(tmp_path)

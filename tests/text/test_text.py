@@ -32,10 +32,19 @@ CAPTIONS = [
     "some grapes moving right slowly on a white background",
 ]
 ODD = [
-    "", " ", "\n\t", "A Zebra, walking!", "x</s>y <pad> <unk> <extra_id_3>", "ünïcödé 日本語 🍋",
+    "",
+    " ",
+    "\n\t",
+    "A Zebra, walking!",
+    "x</s>y <pad> <unk> <extra_id_3>",
+    "ünïcödé 日本語 🍋",
     "\x00\x01\x1b[0m\u200b\ufeff",
-    "a" * 5000, "word " * 3000, "▁▁lemon▁", "e\u0301 \ufb01 ＡＢ", "don't (stop) half-way: 50%",
-]  # fmt: skip
+    "a" * 5000,
+    "word " * 3000,
+    "▁▁lemon▁",
+    "e\u0301 \ufb01 ＡＢ",
+    "don't (stop) half-way: 50%",
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +102,14 @@ def test_paired_surrogates_are_one_character():
 def theirs(reference, texts, max_length):
     """As ``_get_t5_prompt_embeds`` calls it."""
     out = reference(
-        texts, padding="max_length", max_length=max_length, truncation=True, add_special_tokens=True,
-        return_attention_mask=True, return_tensors="np",
-    )  # fmt: skip
+        texts,
+        padding="max_length",
+        max_length=max_length,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="np",
+    )
     return out.input_ids, out.attention_mask
 
 

@@ -26,9 +26,16 @@ from train.stages.blockwise import Seen, draw_order, learn, measure, observe
 QUICKLY = {"xla_backend_optimization_level": 0}
 quick = functools.partial(jax.jit, compiler_options=QUICKLY)
 WAN = WanConfig(
-    num_layers=3, num_attention_heads=2, attention_head_dim=12, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16,
-    freq_dim=16, patch_size=(1, 2, 2),
-)  # fmt: skip
+    num_layers=3,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    ffn_dim=32,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    patch_size=(1, 2, 2),
+)
 
 
 # Weights and losses --------------------------------------------------------------------------------------------------
@@ -66,11 +73,15 @@ def test_weights_are_those_of_the_operator(hybrid):
     attention, seen, frame = _attention(hybrid), _seen(5, 3), 3
     queries = jnp.array([0, 4, 8, 14])
     found, whole = quick(
-        lambda seen: (weights(attention, seen.q, seen.k, queries=queries, frame=frame),
-                      attention(seen.q, seen.k, seen.v, frame=frame))
-    )(seen)  # fmt: skip
-    parts = [jnp.where(where[None, None], x, 0) for x, where in [(found.softmax, found.softmax_set),
-                                                                (found.linear, found.linear_set)]]  # fmt: skip
+        lambda seen: (
+            weights(attention, seen.q, seen.k, queries=queries, frame=frame),
+            attention(seen.q, seen.k, seen.v, frame=frame),
+        )
+    )(seen)
+    parts = [
+        jnp.where(where[None, None], x, 0)
+        for x, where in [(found.softmax, found.softmax_set), (found.linear, found.linear_set)]
+    ]
     total = parts[0] + parts[1]
     out = jnp.einsum("bhij,bjhd->bihd", total / total.sum(-1, keepdims=True), seen.v)
     np.testing.assert_allclose(out, whole[:, queries], atol=1e-5)
@@ -87,10 +98,12 @@ def test_the_score_loss_is_the_published_one():
     phi_q, phi_k = (np.asarray(f(x), np.float64)[0] for f, x in [(attention.phi_q, seen.q), (attention.phi_k, seen.k)])
     q, k = (np.asarray(x, np.float64)[0] for x in (seen.q, seen.k))
     expected = [
-        np.log(1 + sum((np.exp(q[i, h] @ k[j, h] / np.sqrt(12)) - phi_q[i, h] @ phi_k[j, h]) ** 2
-                       for j in range(i // 2 * 2)))
+        np.log(
+            1
+            + sum((np.exp(q[i, h] @ k[j, h] / np.sqrt(12)) - phi_q[i, h] @ phi_k[j, h]) ** 2 for j in range(i // 2 * 2))
+        )
         for i, h in itertools.product(range(6), range(2))
-    ]  # fmt: skip
+    ]
     np.testing.assert_allclose(score_loss(found), np.mean(expected), rtol=1e-5)
 
 
@@ -128,8 +141,9 @@ def _pass(teacher, points, converted, *, optimizer=PLAIN, loss="l1", passes=1, p
     @quick
     def run(blocks, order):
         def visit(block, seen, frame):
-            return learn(block, seen, order, jnp.float32(1e-2), graph=graph, frame=frame, loss=loss,
-                         optimizer=optimizer)  # fmt: skip
+            return learn(
+                block, seen, order, jnp.float32(1e-2), graph=graph, frame=frame, loss=loss, optimizer=optimizer
+            )
 
         return observe(teacher, points, visit, blocks, converted=converted)
 
@@ -162,8 +176,16 @@ def test_gradients_are_those_of_the_naive_loss(teacher, points, passed):
             layer = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], layers))
             x, seen = layer.attending(x, text, inputs.modulation, inputs.rotary, attend)
             block = nnx.merge(nnx.graphdef(blocks[0]), state)
-            guess = hybrid_attention(seen.q, seen.k, seen.v, block.phi_q(seen.q), block.phi_k(seen.k), chunk=4,
-                                     overlap=4, implementation="reference")  # fmt: skip
+            guess = hybrid_attention(
+                seen.q,
+                seen.k,
+                seen.v,
+                block.phi_q(seen.q),
+                block.phi_k(seen.k),
+                chunk=4,
+                overlap=4,
+                implementation="reference",
+            )
             total += jnp.mean(jnp.abs(guess - seen.y)) / jnp.mean(jnp.abs(seen.y))
         return total, teacher.unembed(x, inputs)
 
@@ -230,9 +252,9 @@ def test_a_chunk_of_the_whole_video_is_the_teacher(teacher, points):
     def visit(params, seen, frame):
         return measure(params, seen, graph=nnx.graphdef(blocks[0]), frame=frame)
 
-    velocity, figures = quick(
-        lambda own: observe(teacher, points, visit, own, converted=(True,) * 3, text_tokens=40)
-    )(_stacked(blocks))
+    velocity, figures = quick(lambda own: observe(teacher, points, visit, own, converted=(True,) * 3, text_tokens=40))(
+        _stacked(blocks)
+    )
     padded = jnp.pad(points.text, ((0, 0), (0, 35), (0, 0)))
     np.testing.assert_allclose(velocity, quick(teacher)(points.latents, points.timesteps, padded), atol=1e-5)
     assert figures.error.shape == (3,)

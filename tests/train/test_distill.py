@@ -44,13 +44,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 def _training(folder: Path, out: Path, **options) -> DistillTraining:
-    return DistillTraining(**{
-        "out": out, "teacher": folder, "hybrid": HYBRID,
-        "sources": (Source(frames=9, height=32, width=32, batch=4),), "num_inference_steps": 4, "guidance_scale": 2.0,
-        "steps": 64, "updates_per_point": 2, "minibatches": 2, "held_out": 2, "measure_rounds": 8, "dtype": "float32",
-        "optimizer": OptimizerConfig(learning_rate=5e-2, warmup_steps=4, weight_decay=0.0, ema_decay=0.8),
-        "checkpoint_seconds": 0.0,
-    } | options)  # fmt: skip
+    return DistillTraining(
+        **{
+            "out": out,
+            "teacher": folder,
+            "hybrid": HYBRID,
+            "sources": (Source(frames=9, height=32, width=32, batch=4),),
+            "num_inference_steps": 4,
+            "guidance_scale": 2.0,
+            "steps": 64,
+            "updates_per_point": 2,
+            "minibatches": 2,
+            "held_out": 2,
+            "measure_rounds": 8,
+            "dtype": "float32",
+            "optimizer": OptimizerConfig(learning_rate=5e-2, warmup_steps=4, weight_decay=0.0, ema_decay=0.8),
+            "checkpoint_seconds": 0.0,
+        }
+        | options
+    )
 
 
 def _lines(path: Path) -> list[dict]:
@@ -111,10 +123,13 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(whole, folder, tmp_path
     training.run()
     assert _lines(training.train_folder / "metrics.jsonl")[-1]["from_step"] == 36
     one, two = (
-        {path.relative_to(t.train_folder): path for path in (t.train_folder / "checkpoints" / "64").rglob("*")
-         if path.is_file()}
+        {
+            path.relative_to(t.train_folder): path
+            for path in (t.train_folder / "checkpoints" / "64").rglob("*")
+            if path.is_file()
+        }
         for t in (whole, training)
-    )  # fmt: skip
+    )
     assert _arrays(one) == _arrays(two)
     errors = [_lines(t.train_folder / "blocks.jsonl")[-1]["error"] for t in (whole, training)]
     assert errors[0] == errors[1]
@@ -161,9 +176,14 @@ def test_impossible_settings_are_named(change, words):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"frames": 0}, "frames"), ({"batch": 0}, "batch"), ({"share": -1.0}, "share"),
-     ({"videos": True, "width": 96}, "videos"), ({"videos": True, "prompts": "a.txt"}, "a.txt")],
-)  # fmt: skip
+    [
+        ({"frames": 0}, "frames"),
+        ({"batch": 0}, "batch"),
+        ({"share": -1.0}, "share"),
+        ({"videos": True, "width": 96}, "videos"),
+        ({"videos": True, "prompts": "a.txt"}, "a.txt"),
+    ],
+)
 def test_impossible_sources_are_named(change, words):
     with pytest.raises(ConfigError, match=words):
         Source(**{"frames": 9, "batch": 1} | change)

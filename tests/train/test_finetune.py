@@ -37,9 +37,16 @@ from train.stages.finetune import FinetuneTraining, History, main, student_of
 from train.stages.flow import Batch, Validation, gradients_of
 
 WAN = WanConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16,
-    freq_dim=16, patch_size=(1, 8, 8),
-)  # fmt: skip
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    ffn_dim=32,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    patch_size=(1, 8, 8),
+)
 #: Frames of 16 tokens: three in the short clips, so that one leaves the window, and five in the long.
 HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1, decay=True, length_norm=True)
 
@@ -73,8 +80,15 @@ def _write_teacher(folder: Path) -> Path:
     build_sprite_tokenizer(folder / "tokenizer", list(NAMES))
     vocabulary = Tokenizer.from_folder(folder / "tokenizer").vocab_size
     text = TextEncoderConfig(vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    vae = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1,
-                    latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
+    vae = VAEConfig(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=(1, 1),
+        temperal_downsample=(True,),
+        num_res_blocks=1,
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+    )
     save_text_encoder(_random(lambda: UMT5Encoder(text, rngs=nnx.Rngs(0)), 0), folder / "text_encoder")
     save_vae(_random(lambda: WanVAE(vae, rngs=nnx.Rngs(0)), 0), folder / "vae")
     save_transformer(_random(lambda: WanTransformer(WAN, rngs=nnx.Rngs(0)), 1), folder / "transformer")
@@ -89,14 +103,25 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def _training(model: Path, out: Path, **options) -> FinetuneTraining:
-    return FinetuneTraining(**{
-        "out": out, "source": model, "hybrid": HYBRID, "teacher": model, "teacher_weight": 0.1,
-        "teacher_frames": 5,
-        "buckets": (Bucket(kind="plain", frames=5, batch=4), Bucket(kind="plain", frames=9, batch=2)),
-        "steps": 48, "steps_per_round": 8, "dtype": "float32", "checkpoint_seconds": 0.0,
-        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5),
-        "hybrid_rate": 2.0, "gate_rate": 5.0,
-    } | options)  # fmt: skip
+    return FinetuneTraining(
+        **{
+            "out": out,
+            "source": model,
+            "hybrid": HYBRID,
+            "teacher": model,
+            "teacher_weight": 0.1,
+            "teacher_frames": 5,
+            "buckets": (Bucket(kind="plain", frames=5, batch=4), Bucket(kind="plain", frames=9, batch=2)),
+            "steps": 48,
+            "steps_per_round": 8,
+            "dtype": "float32",
+            "checkpoint_seconds": 0.0,
+            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5),
+            "hybrid_rate": 2.0,
+            "gate_rate": 5.0,
+        }
+        | options
+    )
 
 
 def _log(training: FinetuneTraining) -> list[dict[str, float]]:
@@ -149,8 +174,14 @@ def test_the_loss_falls_over_clips_of_both_lengths(whole):
 
 def test_the_result_is_a_whole_model_that_streams(whole, teacher):
     assert {path.name for path in whole.out.iterdir()} == {
-        "model_index.json", "rehyat_defaults.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
-    }  # fmt: skip
+        "model_index.json",
+        "rehyat_defaults.json",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "transformer",
+        "vae",
+    }
     for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"):
         assert (whole.out / name).read_bytes() == (teacher / name).read_bytes()
     student, before = load_transformer(whole.out), load_transformer(teacher)
@@ -202,9 +233,13 @@ def _newest(folder: Path) -> object:
 def test_history_is_cleaner_and_not_learned(teacher):
     """Of 512 clips of five frames in chunks of two, 384 with history, half of their chunks; the others at one level."""
     training = _training(
-        teacher, Path("unused"), teacher=None, teacher_weight=0.0,
-        hybrid=HybridConfig(chunk_frames=2), history=History(share=0.75, clean=0.5, noise=0.05),
-    )  # fmt: skip
+        teacher,
+        Path("unused"),
+        teacher=None,
+        teacher_weight=0.0,
+        hybrid=HybridConfig(chunk_frames=2),
+        history=History(share=0.75, clean=0.5, noise=0.05),
+    )
     even = (jnp.arange(512, dtype=jnp.float32) + 0.5) / 512
     levels, weights = training.levels(even, jax.random.key(0), frames=5)
     for x in (levels, weights):
@@ -243,9 +278,15 @@ def test_history_is_cleaner_and_not_learned(teacher):
 def test_a_student_that_remembers_says_so(teacher, tmp_path):
     """Trained with history: its folder's default, which a stream follows with one state for all steps."""
     training = _training(
-        teacher, tmp_path / "student", teacher=None, teacher_weight=0.0, steps=8, history=History(share=1.0),
-        remember=0.1, buckets=(Bucket(kind="plain", frames=5, batch=4),),
-    )  # fmt: skip
+        teacher,
+        tmp_path / "student",
+        teacher=None,
+        teacher_weight=0.0,
+        steps=8,
+        history=History(share=1.0),
+        remember=0.1,
+        buckets=(Bucket(kind="plain", frames=5, batch=4),),
+    )
     training.run()
     assert _log(training)[0]["loss"] > 0
     pipe = TextToVideo.from_pretrained(training.out)
@@ -386,10 +427,15 @@ def test_parts_of_a_batch_give_the_gradient_of_the_batch(teacher):
 
 def test_validation_measures_and_shows_the_average(teacher, tmp_path):
     training = _training(
-        teacher, tmp_path / "student", steps=16, teacher=None, teacher_weight=0.0, accumulate=2,
+        teacher,
+        tmp_path / "student",
+        steps=16,
+        teacher=None,
+        teacher_weight=0.0,
+        accumulate=2,
         buckets=(Bucket(kind="plain", frames=5, batch=4),),
         validation=Validation(every=8, clips=3, prompts=("a lemon moving down",)),
-    )  # fmt: skip
+    )
     training.run()
     first, last = (entry["validation/loss"] for entry in _log(training))
     assert last < first

@@ -30,8 +30,15 @@ from train.stages.flow import Batch
 
 #: data, fsdp, context, tensor.
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1)]
-VAE = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1,
-                latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
+VAE = VAEConfig(
+    base_dim=4,
+    z_dim=4,
+    dim_mult=(1, 1),
+    temperal_downsample=(True,),
+    num_res_blocks=1,
+    latents_mean=(0.0,) * 4,
+    latents_std=(1.0,) * 4,
+)
 
 
 def _mesh(sizes) -> MeshConfig:
@@ -40,9 +47,13 @@ def _mesh(sizes) -> MeshConfig:
 
 def _finetuning(**options):
     return _training(
-        Path("unused"), Path("unused"), teacher_frames=9, buckets=(Bucket(kind="plain", frames=9, batch=16),),
-        accumulate=2, **options,
-    )  # fmt: skip
+        Path("unused"),
+        Path("unused"),
+        teacher_frames=9,
+        buckets=(Bucket(kind="plain", frames=9, batch=16),),
+        accumulate=2,
+        **options,
+    )
 
 
 def _differences():
@@ -100,9 +111,14 @@ def _said_of_minibatches() -> str:
     source = Source(frames=9, batch=4)
     try:
         _distillation(
-            Path("unused"), Path("unused"), sources=(source,), minibatches=4, held_out=4, guidance_scale=5.0,
+            Path("unused"),
+            Path("unused"),
+            sources=(source,),
+            minibatches=4,
+            held_out=4,
+            guidance_scale=5.0,
             mesh=MeshConfig(fsdp=4, context=2),
-        ).devices(WAN, [(5, 16, 16, 4)])  # fmt: skip
+        ).devices(WAN, [(5, 16, 16, 4)])
     except ConfigError as error:
         return str(error)
     return ""
@@ -112,9 +128,13 @@ def _encoding():
     """A round's clips on four devices: how far from one device's, and a device's operations as a share of its."""
     vae = _random(lambda: WanVAE(VAE, rngs=nnx.Rngs(0)), 0)
     feed = SpriteFeed(
-        Bucket(kind="plain", frames=5, batch=128), count=128, seed=0, vae=vae, read=lambda _, tokens: tokens,
+        Bucket(kind="plain", frames=5, batch=128),
+        count=128,
+        seed=0,
+        vae=vae,
+        read=lambda _, tokens: tokens,
         tokens=lambda texts: Captions(*jnp.zeros((2, len(texts), 3), jnp.int32)),
-    )  # fmt: skip
+    )
 
     def on(devices):
         arrays = devices.batch(feed.turn(0), feed.turn_shapes()), devices.everywhere(feed.frozen)
@@ -154,8 +174,13 @@ def _streaming():
 
 
 def measure():
-    return {"differences": _differences(), "restored": _restored(), "minibatches": _said_of_minibatches(),
-            "encoding": _encoding(), "streaming": _streaming()}  # fmt: skip
+    return {
+        "differences": _differences(),
+        "restored": _restored(),
+        "minibatches": _said_of_minibatches(),
+        "encoding": _encoding(),
+        "streaming": _streaming(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +211,7 @@ def test_a_stream_is_that_of_one_device_and_its_texts_are_cut_by_batch_and_heads
 
 
 def test_minibatches_that_do_not_divide(measured):
-    assert measured["minibatches"] == (
-        "2 points of a minibatch (8 in 4) do not divide by data x fsdp = 4 of the mesh"
-    )
+    assert measured["minibatches"] == ("2 points of a minibatch (8 in 4) do not divide by data x fsdp = 4 of the mesh")
 
 
 @pytest.mark.parametrize(

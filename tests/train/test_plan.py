@@ -75,13 +75,17 @@ def test_a_programs_text():
     assert found.cycles == 3000
     assert found.kernel_flops == 500
     assert found.bytes_by_kind() == {
-        "all-gather": 3 * 4096 * 0.75, "all-reduce": 2 * 420 * 0.5, "reduce-scatter": 128 * 0.75,
+        "all-gather": 3 * 4096 * 0.75,
+        "all-reduce": 2 * 420 * 0.5,
+        "reduce-scatter": 128 * 0.75,
         "collective-permute": 128.0,
-    }  # fmt: skip
+    }
     assert [(c.kind, c.group, c.overlaps) for c in found.collectives] == [
-        ("all-gather", 4, True), ("all-reduce", 2, False), ("reduce-scatter", 4, False),
+        ("all-gather", 4, True),
+        ("all-reduce", 2, False),
+        ("reduce-scatter", 4, False),
         ("collective-permute", 2, True),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture

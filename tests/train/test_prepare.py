@@ -90,8 +90,20 @@ def dying(record):
     return pack(record)
 
 train.data.encoding._describe, train.data.encoding.pack = counting, dying
-sys.exit(cli.main({["prepare", str(videos), str(out), "--model", str(model), "--dtype", "float32",
-                    "--videos-per-shard", "2", *more]!r}))
+sys.exit(cli.main({
+        [
+            "prepare",
+            str(videos),
+            str(out),
+            "--model",
+            str(model),
+            "--dtype",
+            "float32",
+            "--videos-per-shard",
+            "2",
+            *more,
+        ]!r
+    }))
 """
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
@@ -229,10 +241,18 @@ def test_what_is_wrong_with_videos_is_one_sentence(data, videos, model, tmp_path
 
 def _tuned(model: Path, data: Path, out: Path, **options):
     """Prepared clips and drawn ones in turn, of one length."""
-    return _training(model, out, **{
-        "teacher": None, "teacher_weight": 0.0, "steps": 32, "reuse": 2,
-        "buckets": (PreparedClips(folder=data, frames=5, batch=4), Bucket(kind="plain", frames=5, batch=8)),
-    } | options)  # fmt: skip
+    return _training(
+        model,
+        out,
+        **{
+            "teacher": None,
+            "teacher_weight": 0.0,
+            "steps": 32,
+            "reuse": 2,
+            "buckets": (PreparedClips(folder=data, frames=5, batch=4), Bucket(kind="plain", frames=5, batch=8)),
+        }
+        | options,
+    )
 
 
 def _tune_alone(model: Path, data: Path, out: Path, *, die_at: int | None = None) -> subprocess.CompletedProcess:
@@ -295,9 +315,11 @@ def test_what_is_wrong_with_a_prepared_folder_is_one_sentence(model, data, tmp_p
     assert f"{shard} is missing or damaged: the same rehyat prepare makes it anew" in said(copy)
     # Damage that no sample saw, in a large file, is met when the record is read.
     records = Prepared(
-        folder=copy, plan=Prepared.open(data).plan, empty=Prepared.open(data).empty,
+        folder=copy,
+        plan=Prepared.open(data).plan,
+        empty=Prepared.open(data).empty,
         shards=(File.of(shard, clips=2),),
-    )  # fmt: skip
+    )
     for damage in (range(5000, 5010), range(len(content) - 9, len(content))):  # in a record, at the end of the file
         torn = bytearray(content)
         for place in damage:
@@ -317,11 +339,19 @@ def test_what_is_wrong_with_a_prepared_folder_is_one_sentence(model, data, tmp_p
 
 def test_distillation_reads_prepared_clips(model, data, tmp_path):
     training = DistillTraining(
-        out=tmp_path / "student", teacher=model, hybrid=HybridConfig(chunk_frames=1, overlap_frames=1),
-        sources=(Source(prepared=data, frames=5, height=32, width=32, batch=4),), num_inference_steps=2,
-        guidance_scale=1.0, steps=4, held_out=2, measure_rounds=0, dtype="float32", checkpoint_seconds=0.0,
+        out=tmp_path / "student",
+        teacher=model,
+        hybrid=HybridConfig(chunk_frames=1, overlap_frames=1),
+        sources=(Source(prepared=data, frames=5, height=32, width=32, batch=4),),
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        steps=4,
+        held_out=2,
+        measure_rounds=0,
+        dtype="float32",
+        checkpoint_seconds=0.0,
         optimizer=OptimizerConfig(learning_rate=5e-2, warmup_steps=4, weight_decay=0.0),
-    )  # fmt: skip
+    )
     assert training.sources[0].held_out(2) == list(CAPTIONS[:2])
     training.run()
     assert [entry["step"] for entry in _log(training)] == [1, 2, 3, 4]
@@ -329,8 +359,15 @@ def test_distillation_reads_prepared_clips(model, data, tmp_path):
     # The four clips that are not held out, each with its text and at a level of noise of its own.
     sampling = Sampling(schedules=(FlowSchedule(shift=3.0),), solver=Euler(), num_steps=2, guidance=Guidance(scale=1.0))
     prepared = Prepared.open(data)
-    inputs = PreparedInputs(training.sources[0], prepared, sampling=sampling, dtype=jnp.dtype("float32"),
-                            key=jax.random.key(0), seed=0, held_out=2)  # fmt: skip
+    inputs = PreparedInputs(
+        training.sources[0],
+        prepared,
+        sampling=sampling,
+        dtype=jnp.dtype("float32"),
+        key=jax.random.key(0),
+        seed=0,
+        held_out=2,
+    )
     _, points = jax.jit(inputs.points)(None, inputs.turn(0), inputs.frozen)
     rest = [prepared.clips(2)[index]["text"] for index in range(4)]
     assert points.text.shape == (4, 7, 16)

@@ -103,8 +103,15 @@ def rehyat(capsys):
 
 def write_vae(out: Path) -> None:
     """A VAE of random numbers that halves sides and time once, where Wan's does it three times and twice."""
-    config = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1,
-                       latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
+    config = VAEConfig(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=(1, 1),
+        temperal_downsample=(True,),
+        num_res_blocks=1,
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+    )
     graph, state = nnx.split(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
 

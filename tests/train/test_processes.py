@@ -26,9 +26,16 @@ MESH = MeshConfig(data=2, fsdp=2, context=2)
 
 def _run_of(model: Path, out: Path, **options) -> FinetuneTraining:
     return _training(
-        model, out, mesh=MESH, teacher_frames=9, steps=8, steps_per_round=1, reuse=1,
-        buckets=(Bucket(kind="plain", frames=9, batch=8),), **options,
-    )  # fmt: skip
+        model,
+        out,
+        mesh=MESH,
+        teacher_frames=9,
+        steps=8,
+        steps_per_round=1,
+        reuse=1,
+        buckets=(Bucket(kind="plain", frames=9, batch=8),),
+        **options,
+    )
 
 
 def train(model: str, out: str, index: int, port: int, die_at: int | None) -> None:
@@ -57,9 +64,11 @@ def _in_two(model: Path, out: Path, *, die_at: int | None = None) -> str:
         given = str(model), str(out), index, port, None if index else die_at
         program = f"import conftest, test_processes; test_processes.train(*{given!r})"
         with (out.parent / f"said-{index}").open("w") as said:
-            started.append(subprocess.Popen(
-                [sys.executable, "-c", program], env=environment(4), stdout=said, stderr=subprocess.STDOUT
-            ))  # fmt: skip
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", program], env=environment(4), stdout=said, stderr=subprocess.STDOUT
+                )
+            )
     end = time.monotonic() + 300
     while any(process.poll() is None for process in started):
         if any(process.poll() for process in started) or time.monotonic() > end:
@@ -109,9 +118,12 @@ def test_a_torn_checkpoint_is_passed_over_and_said(runs):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [({"count": 2}, "need processes.distributed"), ({"distributed": True, "count": 2}, "go together"),
-     ({"distributed": True, "coordinator": "127.0.0.1:1", "count": 2, "index": 2}, "index must be 0 to 1, not 2")],
-)  # fmt: skip
+    [
+        ({"count": 2}, "need processes.distributed"),
+        ({"distributed": True, "count": 2}, "go together"),
+        ({"distributed": True, "coordinator": "127.0.0.1:1", "count": 2, "index": 2}, "index must be 0 to 1, not 2"),
+    ],
+)
 def test_processes_that_cannot_be(given, words):
     with pytest.raises(ConfigError, match=words):
         Processes(**given).join()

@@ -25,9 +25,16 @@ from train.stages.flow import flow_loss
 
 QUICKLY = {"xla_backend_optimization_level": 0}
 WAN = WanConfig(
-    num_layers=2, num_attention_heads=4, attention_head_dim=16, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16,
-    freq_dim=16, patch_size=(1, 2, 2),
-)  # fmt: skip
+    num_layers=2,
+    num_attention_heads=4,
+    attention_head_dim=16,
+    ffn_dim=32,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    patch_size=(1, 2, 2),
+)
 HYBRID = HybridConfig(chunk_frames=3, overlap_frames=1, decay=True, length_norm=True)
 #: data, fsdp, context, tensor; converted blocks; latent frames. Nine frames are three chunks, which two devices fill
 #: up with padding.
@@ -78,11 +85,13 @@ def measure():
             jax.device_get(p(*jax.device_put(_arguments(blocks, frames), p.input_shardings[0])))
             for p in (expected[blocks, frames], program)
         )
-        found.append({
-            "loss": largest_difference(one[0], got[0]),
-            "gradient": largest_difference(one[1], got[1], least=1e-3),
-            "gathered": re.findall(r"= (\S+) all-gather(?:-start)?\(", program.as_text()),
-        })  # fmt: skip
+        found.append(
+            {
+                "loss": largest_difference(one[0], got[0]),
+                "gradient": largest_difference(one[1], got[1], least=1e-3),
+                "gathered": re.findall(r"= (\S+) all-gather(?:-start)?\(", program.as_text()),
+            }
+        )
     return found
 
 
@@ -97,9 +106,11 @@ def _lower(sizes, blocks, frames):
     cut = on_mesh(mesh, parameter_specs(params))
     with jax.set_mesh(mesh):
         return jax.jit(
-            _step(_model(blocks)[0]), in_shardings=(cut, *on_mesh(mesh, batch_specs(batch))),
-            out_shardings=(None, cut), compiler_options=QUICKLY,
-        ).lower(params, *batch)  # fmt: skip
+            _step(_model(blocks)[0]),
+            in_shardings=(cut, *on_mesh(mesh, batch_specs(batch))),
+            out_shardings=(None, cut),
+            compiler_options=QUICKLY,
+        ).lower(params, *batch)
 
 
 @pytest.fixture(scope="module")

@@ -74,9 +74,13 @@ def test_a_step_is_optax_adamw_on_clipped_gradients():
     mask = {"layer": {"kernel": True, "bias": False}, "table": {"embedding": True}}
     theirs = optax.chain(
         optax.clip_by_global_norm(2.0),
-        optax.adamw(lambda count: jnp.float32([config.rate(i, 20) for i in range(20)])[count], b2=0.95,
-                    weight_decay=0.1, mask=mask),
-    )  # fmt: skip
+        optax.adamw(
+            lambda count: jnp.float32([config.rate(i, 20) for i in range(20)])[count],
+            b2=0.95,
+            weight_decay=0.1,
+            mask=mask,
+        ),
+    )
     state, params = config.init(_problem()), _problem()
     their_state, average = theirs.init(params), _problem()
     apply = jax.jit(config.apply)
@@ -307,8 +311,15 @@ def _toy_run(folder: Path, *, steps: int, hook=lambda step: None, checkpoint_sec
             state, norm = _toy_step(state, jax.random.fold_in(jax.random.key(0), step + i))
         return state, {"norm": norm}
 
-    state = run(_TOY.init(_problem()), advance, steps=steps, steps_per_advance=2, folder=folder,
-                checkpoint_seconds=checkpoint_seconds, console=console)  # fmt: skip
+    state = run(
+        _TOY.init(_problem()),
+        advance,
+        steps=steps,
+        steps_per_advance=2,
+        folder=folder,
+        checkpoint_seconds=checkpoint_seconds,
+        console=console,
+    )
     return state, console.file.getvalue()
 
 
@@ -367,8 +378,15 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path):
 
 def test_on_a_terminal_there_is_a_bar(tmp_path):
     console = Console(file=StringIO(), force_terminal=True, width=120)
-    run(_TOY.init(_problem()), lambda state, step: (state, {"loss": jnp.ones(2)}), steps=2, steps_per_advance=1,
-        folder=tmp_path, log_seconds=0.0, console=console)  # fmt: skip
+    run(
+        _TOY.init(_problem()),
+        lambda state, step: (state, {"loss": jnp.ones(2)}),
+        steps=2,
+        steps_per_advance=1,
+        folder=tmp_path,
+        log_seconds=0.0,
+        console=console,
+    )
     assert "━" in console.file.getvalue()
     assert "step 2/2  loss 1" in console.file.getvalue()
 
@@ -395,13 +413,26 @@ def test_text_in_training_is_text_in_sampling(tmp_path):
 
 def test_the_vae_learns_and_brings_its_statistics(tmp_path):
     """One compilation of a VAE's backward pass, at the smallest sizes that have every kind of layer."""
-    config = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1,
-                       latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)  # fmt: skip
+    config = VAEConfig(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=(1, 1),
+        temperal_downsample=(True,),
+        num_res_blocks=1,
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+    )
     training = VAETraining(
-        out=tmp_path, model=config, buckets=(Bucket(kind="plain", frames=3, batch=2),) * 2,
-        steps=64, steps_per_round=16, statistics_clips=4, dtype="float32", checkpoint_seconds=0.0,
+        out=tmp_path,
+        model=config,
+        buckets=(Bucket(kind="plain", frames=3, batch=2),) * 2,
+        steps=64,
+        steps_per_round=16,
+        statistics_clips=4,
+        dtype="float32",
+        checkpoint_seconds=0.0,
         optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=4, weight_decay=0.0),
-    )  # fmt: skip
+    )
     training.run()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "train-vae" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4

@@ -65,8 +65,16 @@ def _run(folder: Path, *, steps: int, bad=(), **options):
         loss = jnp.where(step in bad, jnp.nan, 1.0 * step)
         return step_of(state, gradients), {"loss": loss[None]}
 
-    state = run(_TOY.init(_params()), advance, steps=steps, steps_per_advance=1, folder=folder, checkpoint_seconds=0.0,
-                console=console, **options)  # fmt: skip
+    state = run(
+        _TOY.init(_params()),
+        advance,
+        steps=steps,
+        steps_per_advance=1,
+        folder=folder,
+        checkpoint_seconds=0.0,
+        console=console,
+        **options,
+    )
     return state, console.file.getvalue()
 
 
@@ -138,9 +146,10 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "hybrid", [None, HybridConfig(chunk_frames=5, overlap_frames=0), HybridConfig(kind="linear", chunk_frames=5)],
+    "hybrid",
+    [None, HybridConfig(chunk_frames=5, overlap_frames=0), HybridConfig(kind="linear", chunk_frames=5)],
     ids=["softmax", "hybrid", "linear"],
-)  # fmt: skip
+)
 def test_the_arithmetic_is_what_xla_counts(hybrid):
     """One layer and one chunk, so that no loop hides anything; XLA counts element by element work too: 10 % here."""
     config = WanConfig(

@@ -24,9 +24,11 @@ quick = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 def _sampling(steps: int, *shifts: float, scale: float = 3.0) -> Sampling:
     return Sampling(
-        schedules=tuple(FlowSchedule(shift=shift) for shift in shifts or (3.0,)), solver=UniPC(), num_steps=steps,
+        schedules=tuple(FlowSchedule(shift=shift) for shift in shifts or (3.0,)),
+        solver=UniPC(),
+        num_steps=steps,
         guidance=Guidance(scale=scale),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(4, 3), (3, 5), (1, 4), (5, 5), (2, 1)])
@@ -124,8 +126,13 @@ def folder(tmp_path_factory) -> Path:
 def test_clips_come_at_every_level_of_noise(folder):
     vae = load_vae(folder)
     source = Source(frames=3, batch=8, videos=True)
-    clips = NoisyClips(source, sampling=_sampling(4, 3.0, 1.0), vae=vae, key=jax.random.key(0),
-                       embed=lambda texts: jnp.asarray([[[len(text)]] for text in texts], jnp.float32))  # fmt: skip
+    clips = NoisyClips(
+        source,
+        sampling=_sampling(4, 3.0, 1.0),
+        vae=vae,
+        key=jax.random.key(0),
+        embed=lambda texts: jnp.asarray([[[len(text)]] for text in texts], jnp.float32),
+    )
     turn = clips.turn(3)
     _, points = quick(clips.points)(None, turn, clips.frozen)
     assert points.latents.shape == (8, *source.latent_shape(vae.config, load_transformer(folder).config))
@@ -139,7 +146,8 @@ def test_clips_come_at_every_level_of_noise(folder):
     assert float(jnp.abs(points.latents[0] - clean[0]).mean()) < 0.4
     noise = jax.random.normal(jax.random.split(key)[1], clean.shape)
     np.testing.assert_allclose(
-        points.latents, (1 - sigma)[:, None, None, None, None] * clean + sigma[:, None, None, None, None] * noise,
+        points.latents,
+        (1 - sigma)[:, None, None, None, None] * clean + sigma[:, None, None, None, None] * noise,
         atol=1e-4,
-    )  # fmt: skip
+    )
     assert points.text.shape == (8, 1, 1)

@@ -109,10 +109,13 @@ def test_tensors_are_named_by_the_models_blocks(saved):
         f"blocks.{block}.{name}": shape
         for block in (0, 2)
         for name, shape in {
-            "phi_q.layers.0.kernel": (2, 12, 36), "phi_q.layers.0.bias": (2, 36), "phi_k.layers.0.kernel": (2, 12, 36),
-            "phi_k.layers.0.bias": (2, 36), "decay_rate": (2,),
+            "phi_q.layers.0.kernel": (2, 12, 36),
+            "phi_q.layers.0.bias": (2, 36),
+            "phi_k.layers.0.kernel": (2, 12, 36),
+            "phi_k.layers.0.bias": (2, 36),
+            "decay_rate": (2,),
         }.items()
-    }  # fmt: skip
+    }
 
 
 def test_bf16_leaves_decay_in_float32(saved, students, tmp_path):
@@ -268,22 +271,41 @@ def test_incomplete_folders_are_refused(saved):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"chunk_frames": 0}, "chunk_frames"), ({"chunk_frames": True}, "chunk_frames"),
-        ({"chunk_frames": 3.0}, "chunk_frames"), ({"chunk_frames": 10**30}, "chunk_frames"),
-        ({"overlap_frames": -1}, "overlap_frames"), ({"overlap_frames": None}, "overlap_frames"),
-        ({"degree": 10**9}, "degree"), ({"layers": 10**9}, "layers"), ({"layers": "2"}, "layers"),
-        ({"blocks": []}, "blocks"), ({"blocks": [2, 0]}, "blocks"), ({"blocks": [1, 1]}, "blocks"),
-        ({"blocks": [-1, 2]}, "blocks"), ({"blocks": [0, 3]}, "block 3 of a model"), ({"blocks": "some"}, "blocks"),
-        ({"blocks": [[0]]}, "blocks"), ({"blocks": {"0": 1}}, "blocks"), ({"kind": "softmax"}, "kind"),
-        ({"kind": ["hybrid"]}, "kind"), ({"kind": "window"}, "decay"), ({"sink_frames": 1}, "sink_frames"),
-        ({"causal": 1}, "causal"), ({"causal": False}, "decay"), ({"stabilizer": "max"}, "stabilizer"),
-        ({"activation": None}, "activation"), ({"positive": {}}, "positive"), ({"decay": "yes"}, "decay"),
-        ({"implementation": "pallas"}, "implementation"), ({"surprise": 1}, "surprise"),
+        ({"chunk_frames": 0}, "chunk_frames"),
+        ({"chunk_frames": True}, "chunk_frames"),
+        ({"chunk_frames": 3.0}, "chunk_frames"),
+        ({"chunk_frames": 10**30}, "chunk_frames"),
+        ({"overlap_frames": -1}, "overlap_frames"),
+        ({"overlap_frames": None}, "overlap_frames"),
+        ({"degree": 10**9}, "degree"),
+        ({"layers": 10**9}, "layers"),
+        ({"layers": "2"}, "layers"),
+        ({"blocks": []}, "blocks"),
+        ({"blocks": [2, 0]}, "blocks"),
+        ({"blocks": [1, 1]}, "blocks"),
+        ({"blocks": [-1, 2]}, "blocks"),
+        ({"blocks": [0, 3]}, "block 3 of a model"),
+        ({"blocks": "some"}, "blocks"),
+        ({"blocks": [[0]]}, "blocks"),
+        ({"blocks": {"0": 1}}, "blocks"),
+        ({"kind": "softmax"}, "kind"),
+        ({"kind": ["hybrid"]}, "kind"),
+        ({"kind": "window"}, "decay"),
+        ({"sink_frames": 1}, "sink_frames"),
+        ({"causal": 1}, "causal"),
+        ({"causal": False}, "decay"),
+        ({"stabilizer": "max"}, "stabilizer"),
+        ({"activation": None}, "activation"),
+        ({"positive": {}}, "positive"),
+        ({"decay": "yes"}, "decay"),
+        ({"implementation": "pallas"}, "implementation"),
+        ({"surprise": 1}, "surprise"),
         ({"kind": "window", "decay": False, "causal": False}, "causal"),
-        ({"length_norm": 1}, "length_norm"), ({"kind": "linear", "length_norm": True}, "length_norm"),
+        ({"length_norm": 1}, "length_norm"),
+        ({"kind": "linear", "length_norm": True}, "length_norm"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_hostile_configurations_are_refused(change, named, saved, as_in_production):
     file = saved / "rehyat" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))

@@ -146,10 +146,21 @@ def test_translation_there_and_back(rows, data, layer):
 
 @pytest.mark.parametrize(
     "name",
-    ["modulation", "head.modulation.x", "xhead.modulation", "blocks.0.head.modulation", "blocks.01.modulation",
-     "blocks.-1.modulation", "blocks..modulation", "blocks.1.2.modulation", "blocks.0xmodulation",
-     "blocks.0.modulation\n", "blocks.٣.modulation", ""],
-)  # fmt: skip
+    [
+        "modulation",
+        "head.modulation.x",
+        "xhead.modulation",
+        "blocks.0.head.modulation",
+        "blocks.01.modulation",
+        "blocks.-1.modulation",
+        "blocks..modulation",
+        "blocks.1.2.modulation",
+        "blocks.0xmodulation",
+        "blocks.0.modulation\n",
+        "blocks.٣.modulation",
+        "",
+    ],
+)
 def test_patterns_are_anchored(name):
     assert translate(name, TRANSFORMER, "original", "diffusers") is None
 

@@ -35,8 +35,19 @@ CLASSES = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan, "text_
 COMPONENTS = list(LOAD)
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: What the release's config.json says of the transformer below.
-ORIGINAL = {"model_type": "t2v", "dim": 256, "ffn_dim": 48, "freq_dim": 32, "in_dim": 16, "num_heads": 2,
-            "num_layers": 2, "out_dim": 16, "text_len": 512, "eps": 1e-6, "text_dim": 32}  # fmt: skip
+ORIGINAL = {
+    "model_type": "t2v",
+    "dim": 256,
+    "ffn_dim": 48,
+    "freq_dim": 32,
+    "in_dim": 16,
+    "num_heads": 2,
+    "num_layers": 2,
+    "out_dim": 16,
+    "text_len": 512,
+    "eps": 1e-6,
+    "text_dim": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +97,10 @@ def write_release(folder, models, dtype="float32"):
 
 
 def as_stored(tensors):
-    return {name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
-            for name, tensor in tensors.items()}  # fmt: skip
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
 
 
 def assert_same_bytes(found, expected):
@@ -175,8 +188,11 @@ def test_the_real_client_opens_what_is_saved(component, shard, models, tmp_path)
     theirs, info = CLASSES[component].from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_bytes(tensors_of(theirs), tensors_of(models[component]))
-    config = dict(CLASSES[component].from_pretrained(tmp_path / "in").config.to_dict() if component == "text_encoder"
-                  else models[component].config)  # fmt: skip
+    config = dict(
+        CLASSES[component].from_pretrained(tmp_path / "in").config.to_dict()
+        if component == "text_encoder"
+        else models[component].config
+    )
     ours = json.loads((tmp_path / "out" / "config.json").read_text())
     for name, value in ours.items():
         if name in config and name not in ("_diffusers_version", "dropout_rate"):

@@ -303,10 +303,12 @@ json_values = st.recursive(
 )
 offsets = st.integers(-4, 64) | st.integers()
 entries = st.fixed_dictionaries(
-    {"dtype": st.sampled_from(["F32", "BF16", "F16", "I64", ""]) | json_values,
-     "shape": st.lists(st.integers(-1, 4) | st.integers(), max_size=3) | json_values,
-     "data_offsets": st.tuples(offsets, offsets).map(list) | json_values},
-)  # fmt: skip
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "F16", "I64", ""]) | json_values,
+        "shape": st.lists(st.integers(-1, 4) | st.integers(), max_size=3) | json_values,
+        "data_offsets": st.tuples(offsets, offsets).map(list) | json_values,
+    },
+)
 
 
 @quick
@@ -399,9 +401,21 @@ def rewrite_index(folder, change):
 
 @pytest.mark.parametrize(
     "file",
-    ["../x.safetensors", "/etc/passwd", "/tmp/x.safetensors", "sub/x.safetensors", "..", ".", "", "x.bin",
-     "..\\x.safetensors", "a\0.safetensors", "x/../../y.safetensors", "~/x.safetensors"],
-)  # fmt: skip
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "/tmp/x.safetensors",
+        "sub/x.safetensors",
+        "..",
+        ".",
+        "",
+        "x.bin",
+        "..\\x.safetensors",
+        "a\0.safetensors",
+        "x/../../y.safetensors",
+        "~/x.safetensors",
+    ],
+)
 def test_path_tricks_in_an_index(sharded, file):
     (sharded.parent / "x.safetensors").write_bytes(safetensors({"proj_out.bias": entry(0, 4, [1])}, bytes(4)))
     rewrite_index(sharded, lambda index: index["weight_map"].update({"proj_out.bias": file}))

@@ -104,9 +104,13 @@ def parse(command: str, name: str, fields: list[str], *, kinds: tuple[type, ...]
     """The file's configuration with fields replaced."""
     config, about = load_config(name, kinds=kinds)
     training, unknown = tyro.cli(
-        type(config), default=config, args=fields, prog=f"rehyat {command} {name}", description=about,
+        type(config),
+        default=config,
+        args=fields,
+        prog=f"rehyat {command} {name}",
+        description=about,
         return_unknown_args=True,
-    )  # fmt: skip
+    )
     if unknown:
         raise ConfigError(f"{name} has no field {unknown[0][:80]!r}; rehyat {command} {name} --help tells its fields")
     return training

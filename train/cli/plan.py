@@ -250,10 +250,14 @@ def estimate(program: Program, on: Slice) -> Estimate:
     exposed = moved[False] + max(moved[True] - xla - kernels, 0.0)
     seconds = xla + kernels + exposed
     return Estimate(
-        argument_bytes=memory.argument_size_in_bytes, temporary_bytes=temporary,
-        xla=xla, kernels=kernels, collectives=exposed, compiled=found,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=temporary,
+        xla=xla,
+        kernels=kernels,
+        collectives=exposed,
+        compiled=found,
         utilisation=program.flops / len(on.devices) / on.peak / seconds,
-    )  # fmt: skip
+    )
 
 
 def _too_large(program: Program, needed: str) -> RehyatError:
@@ -305,17 +309,19 @@ def report(program: Program, found: Estimate, on: Slice, *, name: str, compile_s
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.items() if size > 1)
     moved = ", ".join(f"{kind} {size / gib:.2f} GiB" for kind, size in sorted(found.compiled.bytes_by_kind().items()))
     steps = f" ({program.steps} optimiser steps)" if program.steps > 1 else ""
-    return "\n".join([
-        f"{name}: {len(on.devices)} chips, {mesh}; compiled in {compile_seconds:.0f} s",
-        f"  memory a chip   {(found.argument_bytes + found.temporary_bytes) / gib:.2f} GiB: state and batch "
-        f"{found.argument_bytes / gib:.2f}, temporaries {found.temporary_bytes / gib:.2f}",
-        f"  arithmetic      {program.flops / len(on.devices) / 1e12:.1f} TFLOP a chip, "
-        f"{program.flops / 1e15:.3g} PFLOP in all",
-        f"  received a chip {moved or 'nothing'}",
-        f"  a round         {found.seconds:.2f} s{steps}: XLA {found.xla:.2f}, kernels {found.kernels:.2f}, waiting "
-        f"for collectives {found.collectives:.2f}",
-        f"  utilisation     {found.utilisation:.1%} of {on.peak / 1e12:.0f} TFLOP/s a chip",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"{name}: {len(on.devices)} chips, {mesh}; compiled in {compile_seconds:.0f} s",
+            f"  memory a chip   {(found.argument_bytes + found.temporary_bytes) / gib:.2f} GiB: state and batch "
+            f"{found.argument_bytes / gib:.2f}, temporaries {found.temporary_bytes / gib:.2f}",
+            f"  arithmetic      {program.flops / len(on.devices) / 1e12:.1f} TFLOP a chip, "
+            f"{program.flops / 1e15:.3g} PFLOP in all",
+            f"  received a chip {moved or 'nothing'}",
+            f"  a round         {found.seconds:.2f} s{steps}: XLA {found.xla:.2f}, kernels {found.kernels:.2f}, "
+            f"waiting for collectives {found.collectives:.2f}",
+            f"  utilisation     {found.utilisation:.1%} of {on.peak / 1e12:.0f} TFLOP/s a chip",
+        ]
+    )
 
 
 def main(argv: list[str]) -> int:

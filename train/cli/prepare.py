@@ -75,14 +75,23 @@ def main(argv: list[str]) -> None:
     phases = Phases()
     with phases.measure("check"):
         encoding = plan_encoding(
-            options.source, model=options.model, frames=options.frames, height=height, width=width, fps=options.fps,
-            dtype=options.dtype, videos_per_shard=options.videos_per_shard,
-        )  # fmt: skip
+            options.source,
+            model=options.model,
+            frames=options.frames,
+            height=height,
+            width=width,
+            fps=options.fps,
+            dtype=options.dtype,
+            videos_per_shard=options.videos_per_shard,
+        )
     with ProgressDisplay() as display, phases.measure("encode"):
         clips = encode_footage(
-            encoding, options.destination, part=part, parts=parts,
+            encoding,
+            options.destination,
+            part=part,
+            parts=parts,
             progress=lambda done, total: display("videos", done, total),
-        )  # fmt: skip
+        )
     write_record(record, command="rehyat prepare", settings=dataclasses.asdict(options), phases=phases, clips=clips)
     print(options.destination)
 

@@ -52,9 +52,16 @@ class Encoding:
 
 
 def plan_encoding(
-    source: Path, *, model: str, frames: int | None, height: int | None, width: int | None, fps: int, dtype: str,
+    source: Path,
+    *,
+    model: str,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+    fps: int,
+    dtype: str,
     videos_per_shard: int,
-) -> Encoding:  # fmt: skip
+) -> Encoding:
     """Find the videos and check all that can be checked of them and of the model.
 
     Args:
@@ -82,10 +89,19 @@ def plan_encoding(
     tokens = text.tokenizer.encode([*(video.caption for video in footage), ""], TEXT_LENGTH).mask.sum(axis=1)
     shape = ((frames - 1) // vae.temporal_factor + 1, height // vae.spatial_factor, width // vae.spatial_factor)
     plan = Plan(
-        footage=_digest(source, footage), vae=identity(folder, "vae"), text_encoder=identity(folder, "text_encoder"),
-        frames=frames, height=height, width=width, fps=fps, latents=(*shape, vae.z_dim),
-        text=(int(tokens.max()), text.text_dim), dtype=dtype, videos=len(footage), videos_per_shard=videos_per_shard,
-    )  # fmt: skip
+        footage=_digest(source, footage),
+        vae=identity(folder, "vae"),
+        text_encoder=identity(folder, "text_encoder"),
+        frames=frames,
+        height=height,
+        width=width,
+        fps=fps,
+        latents=(*shape, vae.z_dim),
+        text=(int(tokens.max()), text.text_dim),
+        dtype=dtype,
+        videos=len(footage),
+        videos_per_shard=videos_per_shard,
+    )
     return Encoding(plan=plan, source=source, footage=tuple(footage), model=folder)
 
 

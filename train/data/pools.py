@@ -68,9 +68,15 @@ class SpriteFeed:
     """Clips of MovingSprites drawn for a round, and encoded by the VAE on the device."""
 
     def __init__(
-        self, bucket: Bucket, *, count: int, seed: int, vae: WanVAE, tokens: Callable[[Sequence[str]], Captions],
+        self,
+        bucket: Bucket,
+        *,
+        count: int,
+        seed: int,
+        vae: WanVAE,
+        tokens: Callable[[Sequence[str]], Captions],
         read: Read,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._bucket, self._count, self._seed, self._tokens, self._read = bucket, count, seed, tokens, read
         self._vae, self.frozen = nnx.split(vae)
         self._draw = functools.partial(bucket.sample, count=count)

@@ -135,9 +135,10 @@ class Prepared:
         except OSError as error:
             unfinished = (folder / PLAN).is_file()
             raise ConfigError(
-                f"{folder} is not finished: the same rehyat prepare continues it" if unfinished
+                f"{folder} is not finished: the same rehyat prepare continues it"
+                if unfinished
                 else f"{folder} is no folder that rehyat prepare made (it has no {INDEX})"
-            ) from error  # fmt: skip
+            ) from error
         except ValueError as error:
             raise ConfigError(f"{folder / INDEX} is damaged") from error
         try:
@@ -216,9 +217,11 @@ def open_prepared(buckets: Sequence[AnyBucket], model: Path) -> dict[Path, Prepa
         if isinstance(bucket, PreparedClips):
             data = found[bucket.folder] = found.get(bucket.folder) or Prepared.open(bucket.folder)
             data.check(
-                vae=identity(model, "vae"), text_encoder=identity(model, "text_encoder"), frames=bucket.frames,
+                vae=identity(model, "vae"),
+                text_encoder=identity(model, "text_encoder"),
+                frames=bucket.frames,
                 where=model,
-            )  # fmt: skip
+            )
     return found
 
 
@@ -269,9 +272,17 @@ class PreparedFeed:
     """A prepared folder's clips, shuffled anew each time that all have served; a `train.data.pools.Feed`."""
 
     def __init__(
-        self, data: Prepared, *, count: int, seed: int, dtype: jnp.dtype, place: Callable[[int], int],
-        first: int = 0, last: int | None = None, rows: Rows = WHOLE,
-    ) -> None:  # fmt: skip
+        self,
+        data: Prepared,
+        *,
+        count: int,
+        seed: int,
+        dtype: jnp.dtype,
+        place: Callable[[int], int],
+        first: int = 0,
+        last: int | None = None,
+        rows: Rows = WHOLE,
+    ) -> None:
         """
         Args:
             count: clips a round, over all processes.

@@ -193,9 +193,15 @@ class OwnTrajectories:
     """The teacher's own trajectories: see `train.data.trajectories`."""
 
     def __init__(
-        self, source: Source, *, sampling: Sampling, texts: Callable[[int], str], embed: Embed,
-        shape: tuple[int, ...], key: Key[Array, ""],
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        *,
+        sampling: Sampling,
+        texts: Callable[[int], str],
+        embed: Embed,
+        shape: tuple[int, ...],
+        key: Key[Array, ""],
+    ) -> None:
         self._batch, self._sampling, self._shape, self._key = source.batch, sampling, shape, key
         self._prompts: Prompts = lambda numbers: embed([texts(int(number)) for number in numbers])
         # The key among them, so that every seed has the same programs.
@@ -225,9 +231,11 @@ class NoisyClips:
 
     def __init__(self, source: Source, *, sampling: Sampling, embed: Embed, vae: WanVAE, key: Key[Array, ""]) -> None:
         self._bucket = Bucket(
-            kind="plain" if source.prompts == "plain" else "occlusion", frames=source.frames, batch=source.batch,
+            kind="plain" if source.prompts == "plain" else "occlusion",
+            frames=source.frames,
+            batch=source.batch,
             longest_wait=source.longest_wait,
-        )  # fmt: skip
+        )
         self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)
         self._embed, self._key = embed, key
         self._draw = jax.jit(functools.partial(self._bucket.sample, count=source.batch))
@@ -259,13 +267,26 @@ class PreparedInputs:
     """Clips of a prepared folder, at every level of noise; as exact to resume as its reader is."""
 
     def __init__(
-        self, source: Source, data: Prepared, *, sampling: Sampling, dtype: jnp.dtype, key: Key[Array, ""], seed: int,
-        held_out: int, rows: Rows = WHOLE,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        data: Prepared,
+        *,
+        sampling: Sampling,
+        dtype: jnp.dtype,
+        key: Key[Array, ""],
+        seed: int,
+        held_out: int,
+        rows: Rows = WHOLE,
+    ) -> None:
         self._feed = PreparedFeed(
-            data, count=source.batch, seed=seed, dtype=dtype, place=lambda index: index, first=held_out,
+            data,
+            count=source.batch,
+            seed=seed,
+            dtype=dtype,
+            place=lambda index: index,
+            first=held_out,
             rows=rows,
-        )  # fmt: skip
+        )
         self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)
         self._key = key
         self.frozen = self._feed.frozen

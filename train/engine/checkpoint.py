@@ -135,9 +135,10 @@ def _checksums(folder: Path) -> dict[str, str]:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     paths = [
-        path for path in sorted(folder.rglob("*"))
+        path
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != _SEAL and not path.name.endswith(".partial")
-    ]  # fmt: skip
+    ]
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing is outside Python's lock
         sums = list(pool.map(checksum, paths))
     return dict(zip((path.relative_to(folder).as_posix() for path in paths), sums, strict=True))

@@ -74,9 +74,12 @@ class OptimizerConfig:
         clip = optax.clip_by_global_norm(self.clip_norm)
         if self.method == "muon":
             muon = optax.contrib.muon(
-                -1.0, adam_learning_rate=-self.adam_share, adam_b2=self.beta2, weight_decay=self.weight_decay,
+                -1.0,
+                adam_learning_rate=-self.adam_share,
+                adam_b2=self.beta2,
+                weight_decay=self.weight_decay,
                 muon_weight_dimension_numbers=_matrices,
-            )  # fmt: skip
+            )
             return optax.chain(clip, muon)
         return optax.chain(
             clip,

@@ -76,9 +76,13 @@ class Devices:
 
     @classmethod
     def of(
-        cls, config: MeshConfig, *, chunks: int = 1, batch: int | None = None,
+        cls,
+        config: MeshConfig,
+        *,
+        chunks: int = 1,
+        batch: int | None = None,
         among: Sequence[jax.Device] | None = None,
-    ) -> Devices:  # fmt: skip
+    ) -> Devices:
         """All devices by a mesh, or the first where the configuration has one alone.
 
         Args:

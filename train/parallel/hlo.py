@@ -12,8 +12,21 @@ import math
 import re
 from typing import NamedTuple
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
-          "u64": 8, "f64": 8}  # fmt: skip
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -44,15 +57,17 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(
-            cycles=self.cycles + other.cycles, kernel_flops=self.kernel_flops + other.kernel_flops,
+            cycles=self.cycles + other.cycles,
+            kernel_flops=self.kernel_flops + other.kernel_flops,
             collectives=self.collectives + other.collectives,
-        )  # fmt: skip
+        )
 
     def times(self, count: int) -> Work:
         return Work(
-            cycles=count * self.cycles, kernel_flops=count * self.kernel_flops,
+            cycles=count * self.cycles,
+            kernel_flops=count * self.kernel_flops,
             collectives=tuple(c._replace(bytes=count * c.bytes) for c in self.collectives),
-        )  # fmt: skip
+        )
 
     def bytes_by_kind(self) -> dict[str, float]:
         """What each device receives, by kind of collective."""

@@ -112,9 +112,7 @@ class MeshConfig:
             )
         return self.data, fsdp, self.context, self.tensor
 
-    def make(
-        self, devices: Sequence[jax.Device] | None = None, *, chunks: int = 1, batch: int | None = None
-    ) -> Mesh:
+    def make(self, devices: Sequence[jax.Device] | None = None, *, chunks: int = 1, batch: int | None = None) -> Mesh:
         """The mesh over these devices, or all there are; ``jax.set_mesh`` puts it in force.
 
         Args:
@@ -191,8 +189,10 @@ def batch_specs(batch: PyTree) -> PyTree:
 def state_specs(state: BlockState) -> Any:
     """A stream's states, with or without a leading axis of layers: by batch and heads."""
     dimensions: dict[str, tuple[Dimension | None, ...]] = {
-        "s": ("batch", "heads", None, None), "z": ("batch", "heads", None), "seen": (),
-    }  # fmt: skip
+        "s": ("batch", "heads", None, None),
+        "z": ("batch", "heads", None),
+        "seen": (),
+    }
 
     def of(name: str, x: Any) -> PartitionSpec:
         named = dimensions.get(name, ("batch", None, "heads", None))

@@ -45,7 +45,13 @@ Visit = Callable[[PyTree, Seen, int], PyTree]
 
 
 def observe(
-    teacher: WanTransformer, points: Points, visit: Visit, own: PyTree, *, converted: tuple[bool, ...], chunk: int = 1,
+    teacher: WanTransformer,
+    points: Points,
+    visit: Visit,
+    own: PyTree,
+    *,
+    converted: tuple[bool, ...],
+    chunk: int = 1,
     text_tokens: int | None = None,
 ) -> tuple[Float[Array, "R T h w z"], PyTree]:
     """The teacher's velocity, and what the visits to the converted blocks gave, over a leading axis of these.

@@ -184,4 +184,3 @@ class Models(nnx.Module):
     def __init__(self, transformer: WanTransformer, text_encoder: UMT5Encoder) -> None:
         self.transformer = transformer
         self.text_encoder = text_encoder
-

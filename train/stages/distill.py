@@ -112,8 +112,14 @@ class DistillTraining:
     processes: Processes = Processes()
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "updates_per_point": 1, "minibatches": 1, "held_out": 1, "measure_rounds": 0,
-                            "num_inference_steps": 1}.items():  # fmt: skip
+        for name, least in {
+            "steps": 1,
+            "updates_per_point": 1,
+            "minibatches": 1,
+            "held_out": 1,
+            "measure_rounds": 0,
+            "num_inference_steps": 1,
+        }.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not sum(source.share for source in self.sources) > 0:
@@ -220,10 +226,17 @@ class DistillTraining:
         """What makes the programs; ``teacher``: its graph."""
         blocks = nnx.eval_shape(lambda: self.blocks(model))
         return Learner(
-            config=model, hybrid=self.hybrid, teacher=teacher, graph=nnx.split(blocks)[0], sampling=sampling,
-            optimizer=self.optimizer, loss=self.loss, updates_per_point=self.updates_per_point,
-            minibatches=self.minibatches, devices=devices,
-        )  # fmt: skip
+            config=model,
+            hybrid=self.hybrid,
+            teacher=teacher,
+            graph=nnx.split(blocks)[0],
+            sampling=sampling,
+            optimizer=self.optimizer,
+            loss=self.loss,
+            updates_per_point=self.updates_per_point,
+            minibatches=self.minibatches,
+            devices=devices,
+        )
 
     def flops(self, model: WanConfig, source: Source, shape: tuple[int, ...]) -> int:
         """Floating-point operations of a round."""
@@ -264,9 +277,13 @@ class DistillTraining:
         self._write(folder, teacher, distillation, state.blocks.ema, error)
 
     def _write(
-        self, folder: Path, teacher: Path, distillation: Distillation, averaged: PyTree,
+        self,
+        folder: Path,
+        teacher: Path,
+        distillation: Distillation,
+        averaged: PyTree,
         error: Array | np.ndarray | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The teacher's folder with a ``rehyat`` part, of the blocks with the smallest error where some are chosen."""
         blocks, hybrid = nnx.merge(distillation.graph, averaged), self.hybrid
         if self.best is not None and error is not None:
@@ -316,8 +333,9 @@ class Distillation:
         # All that a user may have got wrong is known before the text encoder is read.
         texts = {
             index: source.texts(seed=training.seed, reserved=training.held_out)
-            for index, source in enumerate(training.sources) if source.samples
-        }  # fmt: skip
+            for index, source in enumerate(training.sources)
+            if source.samples
+        }
         held_out = [source.held_out(training.held_out) for source in training.sources]
         embed = _embeddings(folder, training.sources, dtype)
         self._held_out = [devices.everywhere(embed(prompts)) for prompts in held_out]
@@ -333,10 +351,16 @@ class Distillation:
             elif source.prepared is not None:
                 self._inputs.append(
                     PreparedInputs(
-                        source, Prepared.open(source.prepared), sampling=self._sampling, dtype=dtype, key=key,
-                        seed=training.seed, held_out=training.held_out, rows=devices.rows(),
+                        source,
+                        Prepared.open(source.prepared),
+                        sampling=self._sampling,
+                        dtype=dtype,
+                        key=key,
+                        seed=training.seed,
+                        held_out=training.held_out,
+                        rows=devices.rows(),
                     )
-                )  # fmt: skip
+                )
             else:
                 self._inputs.append(
                     OwnTrajectories(

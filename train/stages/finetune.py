@@ -173,10 +173,19 @@ class FinetuneTraining(FlowTraining):
         loss = self.loss(graph, teacher_graph, longest=longest)
         prompts = self.validation.prompts if self.validation.every else ()
         state = self.train(
-            params, loss, vae=vae, tokenizer=Tokenizer.from_folder(source), phases=phases, read=read, frozen=frozen,
-            shares=self.shares(params), flops=flops, prepared=prepared,
-            show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None, devices=devices,
-        )  # fmt: skip
+            params,
+            loss,
+            vae=vae,
+            tokenizer=Tokenizer.from_folder(source),
+            phases=phases,
+            read=read,
+            frozen=frozen,
+            shares=self.shares(params),
+            flops=flops,
+            prepared=prepared,
+            show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None,
+            devices=devices,
+        )
         with phases.measure("save"):
             averaged = devices.on_host(state.ema)
             if first_process():
@@ -210,9 +219,7 @@ class FinetuneTraining(FlowTraining):
         """Latent frames of the longest clip that is compared with the teacher."""
         return 1 + (self.teacher_frames - 1) // vae.temporal_factor
 
-    def flops(
-        self, model: WanConfig, hybrid: HybridConfig | None, shape: tuple[int, int, int], *, longest: int
-    ) -> int:
+    def flops(self, model: WanConfig, hybrid: HybridConfig | None, shape: tuple[int, int, int], *, longest: int) -> int:
         """Floating-point operations of a step on one clip of these latent frames, rows and columns."""
         compared = self.teacher is not None and shape[0] <= longest
         learning = 3 * forward_flops(model, hybrid, shape=shape)

@@ -148,9 +148,13 @@ class FlowTraining:
                 raise ConfigError(f"{bucket.frames} frames are not {vae.temporal_factor}k + 1")
 
     def devices(
-        self, vae: VAEConfig, model: WanConfig, hybrid: HybridConfig | None, *,
+        self,
+        vae: VAEConfig,
+        model: WanConfig,
+        hybrid: HybridConfig | None,
+        *,
         among: Sequence[jax.Device] | None = None,
-    ) -> Devices:  # fmt: skip
+    ) -> Devices:
         """What the run is on: the mesh's devices, or of those ``among`` which it is planned.
 
         Raises:
@@ -241,14 +245,23 @@ class FlowTraining:
             bucket = self.buckets[number]
             if isinstance(bucket, PreparedClips):
                 return PreparedFeed(
-                    prepared[bucket.folder], count=count or self.pool(bucket), seed=self.seed,
-                    dtype=jnp.dtype(self.dtype), place=functools.partial(bisect.bisect_left, turns[number]),
-                    first=0 if count else held_out, last=held_out if count else None, rows=devices.rows(),
-                )  # fmt: skip
+                    prepared[bucket.folder],
+                    count=count or self.pool(bucket),
+                    seed=self.seed,
+                    dtype=jnp.dtype(self.dtype),
+                    place=functools.partial(bisect.bisect_left, turns[number]),
+                    first=0 if count else held_out,
+                    last=held_out if count else None,
+                    rows=devices.rows(),
+                )
             return SpriteFeed(
-                bucket, count=count or self.pool(bucket), seed=self.seed + (_HELD_OUT if count else 0), vae=vae,
-                tokens=functools.partial(self.captions, tokenizer), read=read,
-            )  # fmt: skip
+                bucket,
+                count=count or self.pool(bucket),
+                seed=self.seed + (_HELD_OUT if count else 0),
+                vae=vae,
+                tokens=functools.partial(self.captions, tokenizer),
+                read=read,
+            )
 
         feeds = [feed(number) for number in range(len(self.buckets))]
 
@@ -281,8 +294,9 @@ class FlowTraining:
 
         measures = [
             self._measurer(bucket, functools.partial(feed, number), loss, frozen, devices=devices)
-            for number, bucket in enumerate(self.buckets) if held_out
-        ]  # fmt: skip
+            for number, bucket in enumerate(self.buckets)
+            if held_out
+        ]
 
         def validate(state: TrainState, step: int) -> dict[str, float]:
             losses = [measure(state.ema) for measure in measures]
@@ -308,9 +322,16 @@ class FlowTraining:
             )
 
     def lower(
-        self, bucket: AnyBucket, feed: Feed, loss: Loss, state: TrainState, frozen: PyTree, *, shares: PyTree,
+        self,
+        bucket: AnyBucket,
+        feed: Feed,
+        loss: Loss,
+        state: TrainState,
+        frozen: PyTree,
+        *,
+        shares: PyTree,
         devices: Devices,
-    ) -> jax.stages.Lowered:  # fmt: skip
+    ) -> jax.stages.Lowered:
         """The program of a round, of shapes as well as of arrays: from the state, what does not learn of the feed and
         of the stage, a turn, a key and the learning rate, to the state after it and the metrics of its steps.
         """
@@ -344,8 +365,9 @@ class FlowTraining:
             devices.described(frozen, devices.parameter_shardings(frozen)),
             devices.described(turn, devices.batch_shardings(turn)),
             *devices.described((round_key(0, 0), jnp.float32(0)), devices.whole),
-            donate=(0,), out=(cut, devices.whole),
-        )  # fmt: skip
+            donate=(0,),
+            out=(cut, devices.whole),
+        )
 
     def _turns(self) -> list[list[int]]:
         """For each bucket, the rounds that draw from it."""

@@ -61,15 +61,25 @@ class Learner:
         ) -> tuple[TrainState, PyTree, Array]:
             carried, points = inputs.points(carried, turn, frozen)
             order = draw_order(
-                key, rows=points.latents.shape[0], tokens=tokens, passes=self.updates_per_point,
+                key,
+                rows=points.latents.shape[0],
+                tokens=tokens,
+                passes=self.updates_per_point,
                 parts=self.minibatches,
-            )  # fmt: skip
+            )
 
             def visit(block: TrainState, seen: Seen, frame: int) -> tuple[TrainState, Array]:
                 return learn(
-                    block, seen, order, rate, graph=self.graph, frame=frame, loss=self.loss,
-                    optimizer=self.optimizer, tokens=tokens,
-                )  # fmt: skip
+                    block,
+                    seen,
+                    order,
+                    rate,
+                    graph=self.graph,
+                    frame=frame,
+                    loss=self.loss,
+                    optimizer=self.optimizer,
+                    tokens=tokens,
+                )
 
             model = nnx.merge(self.teacher, teacher)
             velocity, (blocks, errors) = observe(
@@ -78,8 +88,10 @@ class Learner:
             return blocks, inputs.after(carried, turn, frozen, velocity), errors
 
         cut, carrying, turn = (
-            devices.parameter_shardings(blocks), devices.batch_shardings(carried), inputs.turn_shapes()
-        )  # fmt: skip
+            devices.parameter_shardings(blocks),
+            devices.batch_shardings(carried),
+            inputs.turn_shapes(),
+        )
         return devices.lower(
             learner,
             devices.described(blocks, cut),
@@ -88,8 +100,9 @@ class Learner:
             devices.described(inputs.frozen, devices.whole),
             devices.described(turn, devices.batch_shardings(turn)),
             *devices.described((round_key(0, 0), jnp.float32(0)), devices.whole),
-            donate=(0, 1), out=(cut, carrying, devices.whole),
-        )  # fmt: skip
+            donate=(0, 1),
+            out=(cut, carrying, devices.whole),
+        )
 
     def lower_measurer(
         self, params: PyTree, teacher: PyTree, text: Array, negative: Array, *, shape: tuple[int, ...]

@@ -40,9 +40,13 @@ def showing(prompts: tuple[str, ...], *, graph: Any, folder: Path, dtype: jnp.dt
 
     def show(params: PyTree, out: Path) -> None:
         pipeline = TextToVideo(
-            transformer=nnx.merge(graph, params), vae=vae, text=text, schedule=schedule, solver=solver,
+            transformer=nnx.merge(graph, params),
+            vae=vae,
+            text=text,
+            schedule=schedule,
+            solver=solver,
             defaults=defaults,
-        )  # fmt: skip
+        )
         for number, prompt in enumerate(prompts):
             write_video(out / f"{number}.mp4", pipeline(prompt, seed=number))
 

@@ -82,9 +82,13 @@ class SelfAttention(nnx.Module):
         self.v = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.o = _linear(inner, width, inner**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.relative_attention_bias = nnx.Embed(
-            config.relative_attention_num_buckets, config.num_heads, dtype=jnp.float32, param_dtype=param_dtype,
-            embedding_init=lambda *_: first_position_biases(config).astype(param_dtype), rngs=rngs,
-        )  # fmt: skip
+            config.relative_attention_num_buckets,
+            config.num_heads,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            embedding_init=lambda *_: first_position_biases(config).astype(param_dtype),
+            rngs=rngs,
+        )
         self.num_heads, self.d_kv = config.num_heads, config.d_kv
 
     def __call__(
@@ -163,9 +167,13 @@ class UMT5Encoder(nnx.Module):
             )
         self.config = config
         self.shared = nnx.Embed(
-            config.vocab_size, config.d_model, dtype=dtype, param_dtype=param_dtype,
-            embedding_init=nnx.initializers.normal(1.0), rngs=rngs,
-        )  # fmt: skip
+            config.vocab_size,
+            config.d_model,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=nnx.initializers.normal(1.0),
+            rngs=rngs,
+        )
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -189,10 +197,11 @@ class UMT5Encoder(nnx.Module):
         """
         buckets = jnp.asarray(
             relative_position_buckets(
-                ids.shape[1], num_buckets=self.config.relative_attention_num_buckets,
+                ids.shape[1],
+                num_buckets=self.config.relative_attention_num_buckets,
                 max_distance=self.config.relative_attention_max_distance,
             )
-        )  # fmt: skip
+        )
         additive = jnp.where(jnp.asarray(mask).astype(bool), 0.0, jnp.finfo(jnp.float32).min).astype(jnp.float32)
         graphdef, params = nnx.split(self.block)
 
@@ -207,6 +216,11 @@ def _linear(
     inputs: int, outputs: int, std: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
     return nnx.Linear(
-        inputs, outputs, use_bias=False, dtype=dtype, param_dtype=param_dtype,
-        kernel_init=nnx.initializers.normal(std), rngs=rngs,
-    )  # fmt: skip
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=nnx.initializers.normal(std),
+        rngs=rngs,
+    )

@@ -40,9 +40,18 @@ class Conv2d(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, kernel_size: int, stride: int = 1,
-        padding: tuple[int, int] = (0, 0), kernel_init=_kernel_init, dtype, param_dtype, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_size: int,
+        stride: int = 1,
+        padding: tuple[int, int] = (0, 0),
+        kernel_init=_kernel_init,
+        dtype,
+        param_dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         shape = (kernel_size, kernel_size, in_features, out_features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
@@ -74,9 +83,17 @@ class CausalConv3d(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, kernel_size: tuple[int, int, int],
-        kernel_init=_kernel_init, bias_init=_bias_init, dtype, param_dtype, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_size: tuple[int, int, int],
+        kernel_init=_kernel_init,
+        bias_init=_bias_init,
+        dtype,
+        param_dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         shape = (*kernel_size, in_features, out_features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))

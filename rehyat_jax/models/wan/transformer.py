@@ -119,9 +119,15 @@ class WanTransformer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         self.patch_embedding = nnx.Conv(
-            config.in_channels, config.dim, config.patch_size, strides=config.patch_size, padding="VALID",
-            kernel_init=_xavier, rngs=rngs, **kinds,
-        )  # fmt: skip
+            config.in_channels,
+            config.dim,
+            config.patch_size,
+            strides=config.patch_size,
+            padding="VALID",
+            kernel_init=_xavier,
+            rngs=rngs,
+            **kinds,
+        )
         self.condition_embedder = ConditionEmbedder(config, rngs=rngs, **kinds)
         self.blocks = nnx.vmap(lambda r: Block(config, rngs=r, **kinds), in_axes=0, out_axes=0)(
             rngs.split(config.num_layers)
