@@ -13,7 +13,7 @@ H100s in 824 s: 225 s until the first steps, then 15 to 21 a second, other progr
 
 Result: the folder out/mini-sprites, complete in the diffusers layout, 29 MB: on 256 prompts never seen at guidance 5,
 recall 0.953, directions 0.933, speed 0.998 of the caption's, grounds 1.000. The model that ships was trained further,
-by sprites_dit_longer (docs/results.md).
+by sprites_dit_longer (docs/notebook/results.md).
 """
 
 from pathlib import Path

@@ -13,7 +13,7 @@ minutes of compiling.
 
 Result: the folder out/mini-sprites-longer, complete in the diffusers layout, 29 MB. The model that ships went through
 it twice: first with occlusions of 129 frames alone, then as it is here with --steps 7360 --optimizer.learning-rate 7e-3
---init and the first one's result (docs/results.md).
+--init and the first one's result (docs/notebook/results.md).
 """
 
 from pathlib import Path

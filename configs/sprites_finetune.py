@@ -17,7 +17,8 @@ Cost: one H200, 5.6 minutes of steps for 4,048 at 12 a second (66,560 to 76,800 
 of compiling beside other programs. The student that ships was finetuned so in two runs, 1,200 steps and, from their
 result, 2,848.
 
-Result: the folder out/sprites-student, in the diffusers layout with its rehyat part. Its figures: docs/results.md.
+Result: the folder out/sprites-student, in the diffusers layout with its rehyat part. Its figures:
+docs/notebook/results.md.
 """
 
 from pathlib import Path

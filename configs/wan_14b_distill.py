@@ -7,7 +7,7 @@
 It reads prompts from prompts.txt, a prompt a line, and no videos. A chip has one trajectory, with guidance two points
 of the teacher, and each serves four updates. The mesh follows from the chips that there are, as for finetuning.
 
-Cost: see docs/scale.md; not run on chips yet.
+Cost: see docs/how-to/scale.md; not run on chips yet.
 
 Result: the folder out/wan-14b-distilled, the teacher's with a rehyat part. No figures yet.
 """

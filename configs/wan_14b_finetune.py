@@ -6,9 +6,9 @@
     rehyat plan wan_14b_finetune --topology v5p:8x8x8           # what it takes, without a chip
 
 The mesh follows from the chips that there are: 64 clips a step are one a chip on 64; on 256 a clip's time is cut in
-four; 512 take --buckets.0.batch 128, and time in four. docs/scale.md has the plans.
+four; 512 take --buckets.0.batch 128, and time in four. docs/how-to/scale.md has the plans.
 
-Cost: see docs/scale.md; not run on chips yet.
+Cost: see docs/how-to/scale.md; not run on chips yet.
 
 Result: the folder out/wan-14b-student, in the diffusers layout with its rehyat part. No figures yet.
 """

@@ -78,8 +78,8 @@ def hybrid_attention(
 ) -> Float[Array, "B N H D"] | tuple[Float[Array, "B N H D"], HybridState]:
     """Softmax over the query's chunk and the ``overlap`` tokens before it, φ_q·φ_k over the rest, one normaliser.
 
-    ReHyAt (arXiv 2601.04342), with the recurrence corrected: see ``docs/method.md``. q, k, v and the features (φ_q(q)
-    and φ_k(k) already) are time-major; ``chunk`` and ``overlap`` count tokens. The result has v's shape and dtype;
+    ReHyAt (arXiv 2601.04342), with the recurrence corrected: see ``docs/notebook/method.md``. q, k, v and the features
+    (φ_q(q) and φ_k(k) already) are time-major; ``chunk`` and ``overlap`` count tokens. The result has v's shape and dtype;
     scores and sums are in float32 (float64 for float64 inputs), and the stabiliser carries no gradient.
 
     Args:

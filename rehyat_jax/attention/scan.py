@@ -162,7 +162,7 @@ def empty_sums(features_k: Float[Array, "B N H F"], v: Float[Array, "B N H D"]) 
     """Sums over no token, sharded as these are."""
     wide = accumulator(features_k.dtype, v.dtype)
     # No number is beyond infinity: zeros, but not to the compiler. XLA's CPU backend reads beyond a product's operand
-    # that it knows to be one constant everywhere (docs/decisions.md).
+    # that it knows to be one constant everywhere (docs/notebook/decisions.md).
     z, values = ((x[:, 0] > jnp.inf).astype(wide) for x in (features_k, v))
     return Sums(z[..., None] + values[:, :, None, :], z)
 

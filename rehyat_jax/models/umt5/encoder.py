@@ -43,7 +43,8 @@ def first_position_biases(config: TextEncoderConfig) -> Float[Array, "buckets he
     """A fresh table: heads in pairs, one that looks back and one ahead, each less the farther a token is.
 
     ALiBi's slopes (arXiv:2108.12409), in both directions. With T5's random table a small encoder trained along with a
-    diffusion model stays a bag of words (docs/decisions.md). In JAX, so that the shapes of a model cost nothing.
+    diffusion model stays a bag of words (docs/notebook/decisions.md). In JAX, so that the shapes of a model cost
+    nothing.
     """
     half, heads = config.relative_attention_num_buckets // 2, config.num_heads
     exact = half // 2  # the buckets of one distance each; beyond, a bucket's lower end grows geometrically

@@ -1,6 +1,6 @@
 """Draws ``docs/images/method.svg``: which frames a query sees how, and how the state takes them over.
 
-python docs/draw_method.py
+python docs/notebook/draw_method.py
 """
 
 from __future__ import annotations
@@ -116,4 +116,4 @@ def drawing() -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("images").joinpath("method.svg").write_text(drawing())
+    Path(__file__).parents[1].joinpath("images", "method.svg").write_text(drawing())
