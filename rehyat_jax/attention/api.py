@@ -79,8 +79,8 @@ def hybrid_attention(
     """Softmax over the query's chunk and the ``overlap`` tokens before it, φ_q·φ_k over the rest, one normaliser.
 
     ReHyAt (arXiv 2601.04342), with the recurrence corrected: see ``docs/notebook/method.md``. q, k, v and the features
-    (φ_q(q) and φ_k(k) already) are time-major; ``chunk`` and ``overlap`` count tokens. The result has v's shape and dtype;
-    scores and sums are in float32 (float64 for float64 inputs), and the stabiliser carries no gradient.
+    (φ_q(q) and φ_k(k) already) are time-major; ``chunk`` and ``overlap`` count tokens. The result has v's shape and
+    dtype; scores and sums are in float32 (float64 for float64 inputs), and the stabiliser carries no gradient.
 
     Args:
         causal: the linear set is every token before the window; else every token outside it.

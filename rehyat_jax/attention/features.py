@@ -72,9 +72,9 @@ class FeatureMap(nnx.Module):
     **At the start** φ is nearly constant: the output bias alone sets it, every part giving an equal share, so that
     ``φ_q(q)·φ_k(k) ≈ level`` for every pair. A past token then weighs ``level`` where the softmax window's largest
     weight is 1 (stabiliser ``row_max``). By default a thousand of them weigh a tenth of that one: the model begins as
-    its window, which is the least disturbed that it can be without training (``docs/notebook/results.md``), and learns as
-    fast as from higher levels. The output kernel is small and not zero: the gradient reaches every layer from the first
-    step.
+    its window, which is the least disturbed that it can be without training (``docs/notebook/results.md``), and learns
+    as fast as from higher levels. The output kernel is small and not zero: the gradient reaches every layer from the
+    first step.
 
     Args:
         layers: at least 1.
