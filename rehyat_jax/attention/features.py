@@ -17,6 +17,7 @@ from pallas_kernels import gpu
 from rehyat_jax.attention.pallas import whole_on_each_device
 from rehyat_jax.attention.state import accumulator
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.runtime.variables import HeadKernel, MixerParam
 
 Activation = Literal["gelu", "silu", "relu"]
 Positive = Literal["softplus", "exp", "none"]
@@ -54,8 +55,8 @@ class HeadLinear(nnx.Module):
     ) -> None:
         self.dtype = dtype
         normal = jax.random.normal(rngs.params(), (heads, inputs, outputs), param_dtype)
-        self.kernel = nnx.Param(normal * (spread * inputs**-0.5))
-        self.bias = nnx.Param(jnp.tile(bias.astype(param_dtype), (heads, 1)))
+        self.kernel = HeadKernel(normal * (spread * inputs**-0.5))
+        self.bias = MixerParam(jnp.tile(bias.astype(param_dtype), (heads, 1)))
 
     def __call__(self, x: Float[Array, "B N H I"]) -> Float[Array, "B N H O"]:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)

@@ -23,9 +23,7 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.config import WanConfig
 from rehyat_jax.runtime.mesh import devices_along
-
-#: For ``nnx.state`` and ``nnx.DiffState``: what the hybrid blocks of a model have beside the teacher's.
-HYBRID_PARAMETERS = nnx.All(nnx.Param, nnx.PathContains("hybrid_blocks"))
+from rehyat_jax.runtime.variables import GateParam
 
 #: What one converted block carries from chunk to chunk, by kind: hybrid, window, linear.
 BlockState = HybridState | WindowState | Sums
@@ -54,9 +52,9 @@ class HybridAttention(nnx.Module):
                 for _ in range(2)
             )
         if hybrid.decay:
-            self.decay_rate = nnx.Param(jnp.zeros(config.num_attention_heads, jnp.float32))
+            self.decay_rate = GateParam(jnp.zeros(config.num_attention_heads, jnp.float32))
         if hybrid.length_norm:
-            self.length_power = nnx.Param(jnp.zeros(config.num_attention_heads, jnp.float32))
+            self.length_power = GateParam(jnp.zeros(config.num_attention_heads, jnp.float32))
 
     @property
     def decay(self) -> Float[Array, " H"] | None:

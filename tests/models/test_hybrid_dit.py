@@ -28,9 +28,9 @@ from test_dit import (
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.mixers.hybrid import HYBRID_PARAMETERS
 from rehyat_jax.models.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.variables import MixerParam
 
 TINY = WanConfig(
     num_layers=3,
@@ -51,7 +51,7 @@ def randomised(model: WanTransformer, seed: int = 0) -> WanTransformer:
     """Hybrid blocks far from their start, so that what is outside the window counts; decays between 0.6 and 1,
     powers of the length between 0 and 1."""
     rng = np.random.default_rng(seed)
-    state = nnx.state(model, HYBRID_PARAMETERS)
+    state = nnx.state(model, MixerParam)
 
     def far(p: jax.Array) -> jax.Array:
         # Biases [L, H, O] anew: those at the start are for a past that is hardly heard.
@@ -350,7 +350,7 @@ def test_gradients_reach_what_is_asked_for_alone_and_rematerialised_are_the_same
 
         return dict(nnx.to_flat_state(slope(own, rest)))
 
-    alone, every = gradient(HYBRID_PARAMETERS, unroll=True), gradient(nnx.Param, remat=True)
+    alone, every = gradient(MixerParam, unroll=True), gradient(nnx.Param, remat=True)
     own = nnx.to_flat_state(nnx.state(model.hybrid_blocks))
     assert set(alone) == {("hybrid_blocks", *path) for path, _ in own}
     assert every.keys() == dict(nnx.to_flat_state(nnx.state(model))).keys()

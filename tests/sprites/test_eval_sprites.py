@@ -15,8 +15,8 @@ from tiny_checkpoint import save_tiny_checkpoint
 from rehyat_jax import cli
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.mixers.hybrid import HYBRID_PARAMETERS
 from rehyat_jax.pipeline import TextToVideo
+from rehyat_jax.runtime.variables import MixerParam
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.clips import _emptied, generated, quantized, through_vae
@@ -202,7 +202,7 @@ def test_clips_are_the_streams_and_the_whole_videos_of_their_seeds(student):
 
 def test_clips_go_on_from_true_ones_with_or_without_what_they_remember(student):
     pipe, rng = TextToVideo.from_pretrained(student), np.random.default_rng(0)
-    state = nnx.state(pipe.transformer, HYBRID_PARAMETERS)  # far from their start, so that the past counts
+    state = nnx.state(pipe.transformer, MixerParam)  # far from their start, so that the past counts
     nnx.update(pipe.transformer, jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape, np.float32), state))
     settings = pipe.settings(num_frames=21, height=16, width=32, num_inference_steps=2, guidance_scale=2.0)
     true = rng.integers(0, 256, (2, 13, 16, 32, 3), np.uint8)

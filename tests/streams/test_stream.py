@@ -26,7 +26,6 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import HybridConfig, TextToVideo, load_transformer
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
-from rehyat_jax.mixers.hybrid import HYBRID_PARAMETERS
 from rehyat_jax.sampling import Euler, FlowSchedule, UniPC, rollout
 from rehyat_jax.sampling.programs import read_text, to_uint8
 from rehyat_jax.sampling.rollout import video_keys
@@ -47,7 +46,7 @@ def checkpoint(tmp_path_factory) -> Path:
     save_tiny_checkpoint(folder)
     student = load_transformer(folder, hybrid=HYBRID)
     rng = np.random.default_rng(0)
-    state = nnx.state(student, HYBRID_PARAMETERS)
+    state = nnx.state(student, MixerParam)
     nnx.update(student, jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.standard_normal(p.shape, np.float32)), state))
     shutil.rmtree(folder / "transformer")
     save_transformer(student, folder / "transformer")
@@ -565,6 +564,7 @@ from rehyat_jax.sampling import Euler, FlowSchedule
 from rehyat_jax.sampling.rollout import video_keys
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.state import StreamRecord, StreamState, save_stream
+from rehyat_jax.runtime.variables import MixerParam
 
 settings = Settings(num_frames=5, height=8, width=8, num_inference_steps=1, guidance_scale=1.0,
                     schedule=FlowSchedule(shift=3.0), solver=Euler())
