@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Half a minute at 16 frames a second; DEMO="--sweep per-step --frames 81" makes five seconds as a whole.
 DEMO ?= --sweep per-chunk --frames 481
 
-.PHONY: demo test install clean
+.PHONY: demo test docs install clean
 
 demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
 	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4
@@ -13,6 +13,9 @@ test: .venv/installed-test  ## lint, types, then every test that two cores can r
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
+docs: .venv/installed-test  ## the documents as pages, in out/docs
+	$(BIN)/python -m sphinx -q -W -E -b html docs out/docs
 
 install: .venv/installed
 
