@@ -24,9 +24,10 @@ from rehyat_jax.models.folder import Defaults, find_model, read_defaults, read_s
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.platform import precision
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
-from rehyat_jax.sampling.programs import decode_first, decode_next, denoise_step, precision, to_float, to_uint8
+from rehyat_jax.sampling.programs import decode_first, decode_next, denoise_step, to_float, to_uint8
 from rehyat_jax.sampling.rollout import Remember, check_remember, chunk_frames, frame_noise, video_keys
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.stream import Stream

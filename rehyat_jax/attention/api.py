@@ -16,6 +16,7 @@ from rehyat_jax.attention.reference import Stabilizer, reference
 from rehyat_jax.attention.scan import empty_sums, scan
 from rehyat_jax.attention.state import HybridState, empty_places
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.runtime.platform import platform
 
 Implementation = Literal["auto", "reference", "scan", "pallas"]
 
@@ -120,7 +121,7 @@ def hybrid_attention(
         "pallas": by_kernels,
     }
     if implementation == "auto":
-        fits = jax.default_backend() in ("tpu", "gpu") and not lacking(q, v, features_q) and whole_on_each_device()
+        fits = platform() in ("tpu", "gpu") and not lacking(q, v, features_q) and whole_on_each_device()
         implementation = "pallas" if fits else "scan"
         _log.debug("hybrid_attention of q %s %s: %s", q.dtype, q.shape, implementation)
     out, state = named[implementation](

@@ -17,6 +17,7 @@ from pallas_kernels import gpu
 from rehyat_jax.attention.pallas import whole_on_each_device
 from rehyat_jax.attention.state import accumulator
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.runtime.platform import device_kind
 from rehyat_jax.runtime.variables import HeadKernel, MixerParam
 
 Activation = Literal["gelu", "silu", "relu"]
@@ -163,7 +164,7 @@ class FeatureMap(nnx.Module):
         published = len(self.layers) == 2 and self.activation == "gelu" and self.positive in ("softplus", "exp")
         if not published or not whole_on_each_device():
             return None
-        return gpu.feature_kernels(jax.devices()[0].device_kind, x, degree=self.degree)
+        return gpu.feature_kernels(device_kind(), x, degree=self.degree)
 
     def _plain(self, x: Float[Array, "B N H D"], weight: Float[Array, "N H"] | None) -> Float[Array, "B N H F"]:
         for layer in self.layers[:-1]:

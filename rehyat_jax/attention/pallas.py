@@ -13,14 +13,15 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu, tpu
 from rehyat_jax.attention.reference import Stabilizer
 from rehyat_jax.attention.state import HybridState
+from rehyat_jax.runtime.platform import device_kind, platform
 
 
 def lacking(*arrays: jax.Array) -> str | None:
     """What the kernels lack for arrays like these on this machine; None where they can be used."""
     if any(a.dtype not in (jnp.float32, jnp.bfloat16) for a in arrays):
         return f"arrays other than float32 and bfloat16, as {', '.join(sorted({str(a.dtype) for a in arrays}))}"
-    if jax.default_backend() not in ("tpu", "gpu", "cpu"):
-        return f"the platform {jax.default_backend()}: there are kernels for TPU, interpreted on a CPU, and for CUDA"
+    if platform() not in ("tpu", "gpu", "cpu"):
+        return f"the platform {platform()}: there are kernels for TPU, interpreted on a CPU, and for CUDA"
     return None
 
 
@@ -54,7 +55,7 @@ def pallas(
     """
     if lack := lacking(q, v, features_q):
         raise NotImplementedError(f"hybrid attention's Pallas kernels lack {lack}")
-    device = jax.devices()[0].device_kind
+    device = device_kind()
 
     def run(hybrid: Callable[..., tuple[Array, Array, Array]], *arrays: Any) -> tuple[Array, Array, Array]:
         q, k, v, features_q, features_k, state, decay = arrays

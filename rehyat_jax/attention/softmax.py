@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from rehyat_jax.runtime.platform import platform
+
 #: Query rows whose scores are held at once on the plain XLA path: bounds its memory at any length.
 _QUERY_BLOCK = 1024
 
@@ -26,7 +28,7 @@ def softmax_attention(
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     # cuDNN refuses very short key sequences.
-    if half and jax.default_backend() == "gpu" and query.shape[-1] <= 128 and key.shape[1] + repeats > 64:
+    if half and platform() == "gpu" and query.shape[-1] <= 128 and key.shape[1] + repeats > 64:
         if repeats > 1:  # Its scores take a bias in half precision alone, too coarse for a logarithm.
             last = ((0, 0), (0, repeats - 1), (0, 0), (0, 0))
             key, value = (jnp.pad(x, last, mode="edge") for x in (key, value))

@@ -176,11 +176,10 @@ def _sample(options: Sprites) -> Sample:
     Raises:
         RehyatError: an impossible number.
     """
-    import jax
-
+    from rehyat_jax.runtime.platform import platform
     from rehyat_jax.sprites.evaluation import Sample
 
-    default = _ON_CPU if jax.default_backend() == "cpu" else _ON_ACCELERATOR
+    default = _ON_CPU if platform() == "cpu" else _ON_ACCELERATOR
     clips = default.clips if options.clips is None else options.clips
     waits = default.waits if options.waits is None else options.waits
     occlusions = max(2, clips // 4) if options.occlusions is None else options.occlusions

@@ -7,23 +7,16 @@ program hands on to its next call is given away (donated).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from rehyat_jax.models.wan.block import TextKV
 from rehyat_jax.sampling import Guidance, Solver, Steps, guided_velocity, rollout, sampling_step
-
-
-def precision(dtype: DTypeLike) -> AbstractContextManager[None]:
-    """Float32 means float32: accelerators would otherwise multiply it in TF32 or bfloat16."""
-    return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else nullcontext()
 
 
 @partial(jax.jit, static_argnames=("graph", "solver", "guidance", "text_tokens"), donate_argnames="state")

@@ -17,7 +17,8 @@ from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.sampling.programs import decode_on, denoise_chunk, precision, read_text, to_uint8
+from rehyat_jax.runtime.platform import precision
+from rehyat_jax.sampling.programs import decode_on, denoise_chunk, read_text, to_uint8
 from rehyat_jax.sampling.rollout import States, chunk_frames, video_keys
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.prefill import begun

@@ -11,7 +11,8 @@ from jaxtyping import Shaped, UInt8
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.sampling.programs import decode_on, encode, precision, read_chunk, read_text, to_uint8
+from rehyat_jax.runtime.platform import precision
+from rehyat_jax.sampling.programs import decode_on, encode, read_chunk, read_text, to_uint8
 from rehyat_jax.sampling.rollout import chunk_frames
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.state import StreamState

@@ -17,8 +17,9 @@ from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.models.wan.block import TextKV
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling import Steps
-from rehyat_jax.sampling.programs import decode_on, denoise_chunk, precision, read_text, to_uint8
+from rehyat_jax.sampling.programs import decode_on, denoise_chunk, read_text, to_uint8
 from rehyat_jax.sampling.rollout import chunk_frames, video_keys
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.prefill import begun

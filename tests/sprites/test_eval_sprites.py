@@ -144,7 +144,7 @@ def test_the_default_sample_is_the_devices_and_options_win(
         raise RehyatError("seen")
 
     monkeypatch.setattr("rehyat_jax.sprites.evaluation.evaluate", evaluate)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr("rehyat_jax.runtime.platform.platform", lambda: backend)
     assert rehyat("sprites", "--model", teacher, *options)[0] == 2
     (sample,) = samples
     assert ((sample.clips, sample.long_clips, sample.occlusions), sample.waits) == (clips, waits)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.folder import find_model, read_defaults
 from rehyat_jax.runtime.files import whole_file
-from rehyat_jax.sampling.programs import precision
+from rehyat_jax.runtime.platform import precision
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
 from rehyat_jax.weights import load_vae
 from rehyat_jax.weights.layout import locate

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from rehyat_jax.runtime.platform import platform
+
 _THETA = 10_000.0
 
 
@@ -107,7 +109,7 @@ def _rotate_forward(x: Array, rotary: CosSin) -> tuple[Array, CosSin]:
 
 def _rotate_backward(rotary: CosSin, gradient: Array) -> tuple[Array, CosSin]:
     back = _turned(gradient, CosSin(rotary.cos, -rotary.sin))
-    if jax.default_backend() == "gpu":
+    if platform() == "gpu":
         # Else XLA turns back inside the norm's sums, each channel many times over: an eighth of a small model's step.
         back = jax.lax.optimization_barrier(back)
     return back, CosSin(*(jnp.zeros_like(x) for x in rotary))

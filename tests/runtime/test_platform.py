@@ -1,0 +1,45 @@
+"""What programs are compiled for is asked in one place."""
+
+import ast
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import rehyat_jax
+from rehyat_jax.runtime.platform import device_kind, platform, precision
+
+
+def test_without_a_mesh_it_is_the_default_devices():
+    assert (platform(), device_kind()) == (jax.default_backend(), jax.devices()[0].device_kind)
+
+
+def test_a_mesh_in_force_is_what_is_compiled_for(monkeypatch):
+    """Also inside a program, and where its devices are another machine's: jax.sharding.AbstractDevice's two words."""
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("the local devices were asked"))
+    with jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]), ("data",))):
+        seen = []
+        jax.jit(lambda x: seen.append((platform(), device_kind())) or x)(1.0)
+        assert seen == [(jax.local_devices()[0].platform, jax.local_devices()[0].device_kind)]
+
+
+def test_float32_is_multiplied_as_float32_alone():
+    with jax.default_matmul_precision("bfloat16"):
+        with precision(np.float32):
+            assert jax.config.jax_default_matmul_precision == "highest"
+        with precision(jax.numpy.bfloat16):
+            assert jax.config.jax_default_matmul_precision == "bfloat16"
+
+
+def test_nowhere_else_is_a_platform_asked_for():
+    """In the package; a record names the machine's own devices, whatever was compiled."""
+    package = Path(rehyat_jax.__file__).parent
+    asked = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("default_backend", "devices")
+    }
+    assert asked == {"runtime/platform.py", "runtime/record.py"}
