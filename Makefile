@@ -2,17 +2,34 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Half a minute at 16 frames a second; DEMO="--sweep per-step --frames 81" makes five seconds as a whole.
 DEMO ?= --sweep per-chunk --frames 481
+JOBS ?= 2
 
-.PHONY: demo test docs install clean
+# A dead worker says which test it was, and ends the run.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
+.PHONY: demo check test test-all test-rest durations lint docs install clean
 
 demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
 	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4
 
-test: .venv/installed-test  ## lint, types, then every test that two cores can run
+check: .venv/installed-test lint  ## ninety seconds: lint, types, and the tests that compile nothing large
+	$(BIN)/mypy & types=$$!; $(PYTEST) --tier check; tests=$$?; wait $$types && exit $$tests
+
+test: .venv/installed-test lint  ## six minutes on two cores: lint, types, and each claim once
+	$(BIN)/mypy & types=$$!; $(PYTEST) --tier test; tests=$$?; wait $$types && exit $$tests
+
+test-all: test test-rest  ## 25 minutes more: many sizes, kills, several processes, compilation for TPUs
+
+test-rest: .venv/installed-test  ## what test-all adds to test
+	$(PYTEST) --tier rest
+
+durations: .venv/installed-test  ## measure anew what tests cost: which of them `check` runs, and which files come first
+	$(PYTEST) --tier all --record new
+	$(PYTEST) --tier check --record larger
+
+lint: .venv/installed-test docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 docs: .venv/installed-test  ## the documents as pages, in out/docs
 	$(BIN)/python -m sphinx -q -W -E -b html docs out/docs
@@ -34,4 +51,4 @@ install: .venv/installed
 	touch $@ .venv/installed
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .cache out build *.egg-info

@@ -1,11 +1,23 @@
 """Every test runs with array types checked (jaxtyping + beartype), promotion strict, and warnings as errors."""
 
 import gc
+import signal
+import subprocess
 
 from jaxtyping import install_import_hook
 
 # Before the packages are imported: their annotated signatures become checks.
 install_import_hook(["rehyat_jax", "pallas_kernels", "train"], "beartype.beartype")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell's background job inherits SIGINT ignored, and so would the programs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+from shared import tiers  # noqa: E402
+from shared.programs import keep_programs  # noqa: E402
+
+# Before JAX is imported, which reads the variables; child processes inherit them.
+keep_programs()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -14,6 +26,68 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Parity with float32 references is parity of float32 arithmetic, on every backend.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("tiers", "which tests run (tests/shared/tiers.py)")
+    group.addoption("--tier", choices=tiers.TIERS, default="test", help="default: %(default)s")
+    group.addoption(
+        "--record",
+        choices=("new", "larger"),
+        help="write what tests cost to tests/durations.json: new figures, or only those larger than before",
+    )
+
+
+def pytest_configure(config):
+    tiers.tier = config.option.tier
+    config.pluginmanager.register(Recorder(config.option.record), "durations")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Only the tier's; files that take longest first, so that no worker is left with one at the end."""
+    costs = tiers.Costs()
+    chosen = [item for item in items if tiers.runs(item, costs)]
+    config.hook.pytest_deselected(items=[item for item in items if not tiers.runs(item, costs)])
+    of_files = costs.of_files(chosen)
+    items[:] = sorted(chosen, key=lambda item: -of_files[item.nodeid.partition("::")[0]])
+
+
+class Recorder:
+    """CPU seconds of each call and each set-up of a fixture, gathered from all workers."""
+
+    def __init__(self, mode: str | None) -> None:
+        self.mode, self.tests, self.fixtures, self.pending = mode, {}, {}, []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        before = tiers.cpu_seconds()
+        try:
+            return (yield)
+        finally:
+            self.pending.append((tiers.fixture_name(fixturedef), tiers.cpu_seconds() - before))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        before = tiers.cpu_seconds()
+        try:
+            return (yield)
+        finally:
+            item.user_properties.append(("cpu_seconds", tiers.cpu_seconds() - before))
+            item.user_properties.append(("fixtures", self.pending))
+            self.pending = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call":
+            return
+        given = dict(report.user_properties)
+        name = tiers.function_of(report.nodeid)
+        self.tests[name] = self.tests.get(name, 0.0) + given.get("cpu_seconds", 0.0)
+        for fixture, seconds in given.get("fixtures", ()):
+            self.fixtures[fixture] = max(seconds, self.fixtures.get(fixture, 0.0))
+
+    def pytest_sessionfinish(self, session):
+        if self.mode and not hasattr(session.config, "workerinput"):
+            tiers.Costs().write(self.tests, self.fixtures, keep=self.mode == "larger")
 
 
 @pytest.fixture
@@ -44,3 +118,22 @@ def quick_compilation():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a real file system of 256 KiB; where mounting is not allowed, a limit on file sizes."""
+    import resource
+
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True).returncode == 0:
+        yield folder
+        subprocess.run(["umount", folder], check=True)
+        return
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256 * 1024, before[1]))
+    yield folder
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)

@@ -13,7 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_checkpoint import save_tiny_checkpoint, tiny_pipeline
+from shared.checkpoint import save_tiny_checkpoint, tiny_pipeline
 
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError

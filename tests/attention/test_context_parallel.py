@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from virtual_devices import on_devices
+from shared.devices import on_devices
 
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.sharded import hybrid_over_devices, softmax_over_devices

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from virtual_devices import environment
+from shared.devices import environment
 
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention.state import HybridState

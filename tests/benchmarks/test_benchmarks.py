@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_finetune import _write_teacher
+from shared.training import write_teacher
 
 from benchmarks import ablations, bench, hybrid_operator, peers, stream, timing
 from benchmarks import dit as of_dit
@@ -78,7 +78,7 @@ def tiny_study(folder, *more):
     """The command on random networks; the lines after it."""
     teacher = folder / "teacher"
     if not teacher.exists():
-        _write_teacher(teacher)
+        write_teacher(teacher)
     given = ["--out", str(folder / "study"), "--model", str(teacher), "--tiny", "--dtype", "float32"]
     ablations.main([*given, *more])
     kept = folder / "study" / "ablations.jsonl"
@@ -118,7 +118,7 @@ def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys):
         tiny_study(tmp_path, "--only", "basis")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_workers_do_rows_of_every_kind(tmp_path):
     """With pillars and streams; what is warmed is what is run."""
     rows = ["--only", "base", "window", "softmax", "teacher", "--seeds", "1", "--workers", "2"]
@@ -154,7 +154,7 @@ def test_the_command_names_its_mistakes(tmp_path, capsys):
     assert cli.main(["bench", "--tiny", "--out", str(tmp_path / "file")]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_case_of_every_part(tmp_path):
     bench.main(["--tiny", "--out", str(tmp_path)])
     for part in bench.PARTS:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_checkpoint import save_tiny_checkpoint
+from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import __version__, cli
 from rehyat_jax.models.folder import find_model

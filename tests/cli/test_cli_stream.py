@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_video_stream import small_disk  # noqa: F401
-from tiny_checkpoint import save_tiny_checkpoint
+from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import cli
 from rehyat_jax.cli.generate_stream import Outputs
@@ -277,7 +276,7 @@ def test_signals_cost_no_frame(checkpoint, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [*FILES, "calm"]
 
 
-def test_a_full_disk_is_a_sentence_and_loses_nothing(rehyat, short, tmp_path, small_disk):  # noqa: F811
+def test_a_full_disk_is_a_sentence_and_loses_nothing(rehyat, short, tmp_path, small_disk):
     out = small_disk / "a.mp4"
     result = rehyat(out, "--frames", 100_000)
     assert_sentence(result, "no space is left", "a.mp4 plays as it is", "--resume goes on")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from virtual_devices import on_devices
+from shared.devices import on_devices
 
 from pallas_kernels import gpu
 from pallas_kernels.gpu import CudnnBackward, FeatureKernels, Layers, TritonKernels, cudnn, feature_map, hybrid

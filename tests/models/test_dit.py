@@ -2,8 +2,6 @@
 
 import copy
 import dataclasses
-import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,34 +11,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from flax import nnx
 from safetensors.numpy import load_file
+from shared.wan import TINY, Case, abstract, by_diffusers, by_us, inputs, ported, reference, relative, scans
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.config import WanConfig
 from rehyat_jax.models.wan.positions import rotary_embedding
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.weights import load_transformer, save_transformer
-
-TINY = WanConfig(
-    num_layers=2,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    ffn_dim=37,
-    in_channels=4,
-    out_channels=4,
-    text_dim=19,
-    freq_dim=34,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    config: WanConfig
-    #: T, H, W.
-    sizes: tuple[int, int, int]
-    text: int
-    #: One a sample.
-    times: tuple[float, ...]
-
+from rehyat_jax.weights import save_transformer
 
 CASES = {
     "as_wan": Case(
@@ -80,77 +57,6 @@ CASES = {
     ),
     "bundled": Case(dataclasses.replace(WanConfig.mini_sprites(), num_layers=2), (3, 6, 4), 20, (500.0, 250.4)),
 }
-
-
-def reference(config: WanConfig, seed: int) -> WanTransformer3DModel:
-    """diffusers' model with every parameter random, such that activations stay of order one."""
-    torch.manual_seed(seed)
-    model = WanTransformer3DModel.from_config(config.to_dict()).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.2 * noise)
-            elif name.endswith("scale_shift_table"):
-                parameter.copy_(0.5 * noise)
-            else:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-    return model
-
-
-def ported(model: WanTransformer3DModel, folder: Path, **options) -> WanTransformer:
-    model.save_pretrained(folder / "theirs")
-    return load_transformer(folder / "theirs", **options)
-
-
-def abstract(config: WanConfig) -> WanTransformer:
-    return nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
-
-
-def inputs(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latents, times and text."""
-    rng = np.random.default_rng(seed)
-    batch, config = len(case.times), case.config
-    return (
-        rng.standard_normal((batch, *case.sizes, config.in_channels), np.float32),
-        np.asarray(case.times, np.float32),
-        rng.standard_normal((batch, case.text, config.text_dim), np.float32),
-    )
-
-
-def by_diffusers(model: WanTransformer3DModel, latents: np.ndarray, times: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """The same call, channels last and float32 out; computed in the model's type."""
-    with torch.no_grad():
-        out = model(
-            torch.from_numpy(latents).permute(0, 4, 1, 2, 3).to(model.dtype),
-            torch.from_numpy(times),
-            torch.from_numpy(text).to(model.dtype),
-            return_dict=False,
-        )[0]
-    return out.float().permute(0, 2, 3, 4, 1).numpy()
-
-
-#: ``jax.jit`` for values, not speed: half the time of such a test goes into compiling.
-quickly_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(quickly_compiled, static_argnums=0)
-def compiled(
-    graph: nnx.GraphDef, weights: nnx.State, latents: jax.Array, times: jax.Array, text: jax.Array
-) -> jax.Array:
-    return nnx.merge(graph, weights)(latents, times, text)
-
-
-def by_us(model: WanTransformer, latents: np.ndarray, times: np.ndarray, text: np.ndarray) -> np.ndarray:
-    out = compiled(*nnx.split(model), latents, times, text)
-    assert out.dtype == model.dtype
-    return np.asarray(out.astype(jnp.float32))
-
-
-def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def test_zeros_after_a_text_cost_one_token(tmp_path):
@@ -319,18 +225,6 @@ def test_published_sizes_without_memory(config):
     with torch.device("meta"):
         theirs = WanTransformer3DModel.from_config(config.to_dict())
     assert sum(leaf.size for leaf in leaves) == sum(p.numel() for p in theirs.parameters())
-
-
-def scans(jaxpr) -> list[int]:
-    """Lengths of all scans of a program, inner ones included."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            found.append(equation.params["length"])
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
-            if hasattr(inner, "jaxpr"):
-                found += scans(inner.jaxpr)
-    return found
 
 
 def test_layers_are_one_scan():

@@ -12,18 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from test_dit import (
-    Case,
-    abstract,
-    by_diffusers,
-    by_us,
-    inputs,
-    ported,
-    quickly_compiled,
-    reference,
-    relative,
-    scans,
-)
+from shared.wan import Case, abstract, by_diffusers, by_us, inputs, ported, quickly_compiled, reference, relative, scans
 
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.errors import ConfigError, RehyatError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
-from tiny_checkpoint import save_tiny_checkpoint
+from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import cli
 from rehyat_jax.errors import RehyatError

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoint import save_tiny_checkpoint
+from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import HybridConfig, TextToVideo, load_transformer
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError

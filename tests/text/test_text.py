@@ -15,7 +15,7 @@ from diffusers.pipelines.wan import pipeline_wan
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_umt5 import ported
+from shared.umt5 import ported
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from rehyat_jax.errors import CheckpointError, ConfigError

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_finetune import _random
+from shared.training import random_module
 
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.softmax import softmax_attention
@@ -116,7 +116,7 @@ PLAIN = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0, clip_norm=1e9)
 
 @pytest.fixture(scope="module")
 def teacher() -> WanTransformer:
-    return _random(lambda: WanTransformer(WAN, rngs=nnx.Rngs(0)), 1)
+    return random_module(lambda: WanTransformer(WAN, rngs=nnx.Rngs(0)), 1)
 
 
 @pytest.fixture(scope="module")

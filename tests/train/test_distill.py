@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_finetune import _write_teacher
+from shared.training import DISTILLED, distillation, write_teacher
 
 import train.stages.distill
 from rehyat_jax import TextToVideo
@@ -20,12 +20,10 @@ from rehyat_jax.weights import load_transformer
 from train.cli.config_files import load_config
 from train.data.sources import Source
 from train.engine.checkpoint import Checkpoints
-from train.engine.optimizer import OptimizerConfig
 from train.stages.distill import DistillTraining, main
 
 #: For values, not speed.
 QUICKLY = {"xla_backend_optimization_level": 0}
-HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,29 +38,7 @@ def quickly(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return _write_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-def _training(folder: Path, out: Path, **options) -> DistillTraining:
-    return DistillTraining(
-        **{
-            "out": out,
-            "teacher": folder,
-            "hybrid": HYBRID,
-            "sources": (Source(frames=9, height=32, width=32, batch=4),),
-            "num_inference_steps": 4,
-            "guidance_scale": 2.0,
-            "steps": 64,
-            "updates_per_point": 2,
-            "minibatches": 2,
-            "held_out": 2,
-            "measure_rounds": 8,
-            "dtype": "float32",
-            "optimizer": OptimizerConfig(learning_rate=5e-2, warmup_steps=4, weight_decay=0.0, ema_decay=0.8),
-            "checkpoint_seconds": 0.0,
-        }
-        | options
-    )
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def _lines(path: Path) -> list[dict]:
@@ -72,7 +48,7 @@ def _lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory) -> DistillTraining:
     """A run without a stop."""
-    training = _training(folder, tmp_path_factory.mktemp("whole") / "student", best=1)
+    training = distillation(folder, tmp_path_factory.mktemp("whole") / "student", best=1)
     training.run()
     return training
 
@@ -97,7 +73,7 @@ def test_the_result_is_the_teacher_with_a_part_more(whole, folder):
     assert all((whole.out / name).read_bytes() == (folder / name).read_bytes() for name in theirs)
     # Of two blocks the better one was kept.
     errors = _lines(whole.train_folder / "blocks.jsonl")[-1]["error"]
-    assert load_transformer(whole.out).hybrid == dataclasses.replace(HYBRID, blocks=(int(np.argmin(errors)),))
+    assert load_transformer(whole.out).hybrid == dataclasses.replace(DISTILLED, blocks=(int(np.argmin(errors)),))
     assert TextToVideo.from_pretrained(whole.out).defaults.num_frames == 5
 
 
@@ -135,7 +111,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(whole, folder, tmp_path
     assert errors[0] == errors[1]
     # All blocks are converted here: it streams, and equals itself as a whole.
     student = load_transformer(training.out)
-    assert student.hybrid == HYBRID
+    assert student.hybrid == DISTILLED
     rng = np.random.default_rng(0)
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 3, 16, 16, 4), (1, 7, 16)))
     state, read = student.init_stream(1, 16, 16), student.read_text(text)
@@ -171,7 +147,7 @@ def _arrays(files: dict[Path, Path]) -> dict[str, bytes]:
 )
 def test_impossible_settings_are_named(change, words):
     with pytest.raises(ConfigError, match=words):
-        _training(Path("unused"), Path("unused"), **change)
+        distillation(Path("unused"), Path("unused"), **change)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +185,7 @@ def test_what_does_not_fit_is_one_sentence(whole, folder, tmp_path):
         ({"sources": source(prompts=str(tmp_path / "bytes.txt"))}, ConfigError, "not a text file"),
         ({"num_inference_steps": 1001}, ConfigError, "1001"),
     ]:
-        training = _training(folder, tmp_path / "out")
+        training = distillation(folder, tmp_path / "out")
         with pytest.raises(kind, match=words):
             dataclasses.replace(training, **change).run()
         assert not (tmp_path / "out").exists()

@@ -1,7 +1,6 @@
 """Finetuning: a tiny converted model learns, is resumed bit for bit, streams; and what does not fit is said."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -15,40 +14,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from shared.training import HYBRID, finetuning, log_of, write_teacher
 
 from rehyat_jax import TextToVideo, cli
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import TextEncoderConfig, VAEConfig, WanConfig
-from rehyat_jax.models.umt5.encoder import UMT5Encoder
-from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
-from rehyat_jax.sprites.world import NAMES
-from rehyat_jax.text.tokenizer import Tokenizer
 from rehyat_jax.video.io import read_video
-from rehyat_jax.weights import load_transformer, save_text_encoder, save_transformer, save_vae
+from rehyat_jax.weights import load_transformer
 from train.cli.config_files import load_config
 from train.data.clips import Bucket
-from train.data.tokenizer import build_sprite_tokenizer
-from train.engine.optimizer import OptimizerConfig
-from train.stages.diffusion import complete_folder
 from train.stages.finetune import FinetuneTraining, History, main, student_of
 from train.stages.flow import Batch, Validation, gradients_of
-
-WAN = WanConfig(
-    num_layers=2,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    ffn_dim=32,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=16,
-    patch_size=(1, 8, 8),
-)
-#: Frames of 16 tokens: three in the short clips, so that one leaves the window, and five in the long.
-HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1, decay=True, length_norm=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,72 +37,9 @@ def cache(tmp_path_factory, quick_compilation):
         yield
 
 
-def _random(make, seed: int):
-    """A module of random kernels, also where training would start from zeros, that keep activations of order one."""
-    rng = np.random.default_rng(seed)
-
-    def numbers(path, leaf):
-        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-        if not {"kernel", "embedding"} & set(names):
-            return (jnp.ones if "scale" in names else jnp.zeros)(leaf.shape, leaf.dtype)
-        fan_in = np.prod(leaf.shape[1 if {"blocks", "block"} & set(names) else 0 : -1])
-        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
-
-    graph, state = nnx.split(nnx.eval_shape(make))
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(numbers, state))
-
-
-def _write_teacher(folder: Path) -> Path:
-    """A whole model of random numbers; its VAE halves sides and time once."""
-    build_sprite_tokenizer(folder / "tokenizer", list(NAMES))
-    vocabulary = Tokenizer.from_folder(folder / "tokenizer").vocab_size
-    text = TextEncoderConfig(vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    vae = VAEConfig(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=(1, 1),
-        temperal_downsample=(True,),
-        num_res_blocks=1,
-        latents_mean=(0.0,) * 4,
-        latents_std=(1.0,) * 4,
-    )
-    save_text_encoder(_random(lambda: UMT5Encoder(text, rngs=nnx.Rngs(0)), 0), folder / "text_encoder")
-    save_vae(_random(lambda: WanVAE(vae, rngs=nnx.Rngs(0)), 0), folder / "vae")
-    save_transformer(_random(lambda: WanTransformer(WAN, rngs=nnx.Rngs(0)), 1), folder / "transformer")
-    defaults = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.0}
-    complete_folder(folder, shift=3.0, defaults=defaults)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return _write_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-def _training(model: Path, out: Path, **options) -> FinetuneTraining:
-    return FinetuneTraining(
-        **{
-            "out": out,
-            "source": model,
-            "hybrid": HYBRID,
-            "teacher": model,
-            "teacher_weight": 0.1,
-            "teacher_frames": 5,
-            "buckets": (Bucket(kind="plain", frames=5, batch=4), Bucket(kind="plain", frames=9, batch=2)),
-            "steps": 48,
-            "steps_per_round": 8,
-            "dtype": "float32",
-            "checkpoint_seconds": 0.0,
-            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5),
-            "hybrid_rate": 2.0,
-            "gate_rate": 5.0,
-        }
-        | options
-    )
-
-
-def _log(training: FinetuneTraining) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (training.train_folder / "metrics.jsonl").read_text().splitlines()]
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def _run_alone(model: Path, out: Path, *, die_at: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -137,7 +51,7 @@ def _run_alone(model: Path, out: Path, *, die_at: int | None = None) -> subproce
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
 from pathlib import Path
-import conftest, jax, test_finetune
+import conftest, jax, shared.training
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from train.engine.checkpoint import Checkpoints
 
@@ -150,7 +64,7 @@ def save_and_die(self, step, state):
 
 Checkpoints.save = save_and_die
 keep_compiled(cache_folder())
-test_finetune._training(Path({str(model)!r}), Path({str(out)!r})).run()
+shared.training.finetuning(Path({str(model)!r}), Path({str(out)!r})).run()
 """
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
@@ -158,14 +72,14 @@ test_finetune._training(Path({str(model)!r}), Path({str(out)!r})).run()
 @pytest.fixture(scope="module")
 def whole(teacher, tmp_path_factory) -> FinetuneTraining:
     """A run without a stop."""
-    training = _training(teacher, tmp_path_factory.mktemp("whole") / "student")
+    training = finetuning(teacher, tmp_path_factory.mktemp("whole") / "student")
     done = _run_alone(teacher, training.out)
     assert done.returncode == 0, done.stderr
     return training
 
 
 def test_the_loss_falls_over_clips_of_both_lengths(whole):
-    log = _log(whole)
+    log = log_of(whole)
     # Clips longer than the teacher's are not compared with it.
     assert {"teacher" in entry for entry in log} == {True, False}
     assert len(log) == 6
@@ -204,21 +118,21 @@ def test_the_result_is_a_whole_model_that_streams(whole, teacher):
 
 
 def test_anew_a_student_is_its_teacher_converted(whole):
-    begun = _training(whole.out, Path("unused"), anew=True).student(whole.out)
+    begun = finetuning(whole.out, Path("unused"), anew=True).student(whole.out)
     softmax = load_transformer(whole.out, hybrid=None)
     chex.assert_trees_all_equal(nnx.state(begun), nnx.state(softmax.with_hybrid(HYBRID, rngs=nnx.Rngs(0))))
 
 
 def test_stopped_and_continued_is_uninterrupted_bit_for_bit(whole, teacher, tmp_path):
     """Three rounds, SIGKILL, and three more: parameters, optimiser, order of the data, result."""
-    training = _training(teacher, tmp_path / "student")
+    training = finetuning(teacher, tmp_path / "student")
     killed = _run_alone(teacher, training.out, die_at=24)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(os.listdir(tmp_path)) == ["student-train"]
     resumed = _run_alone(teacher, training.out)
     assert resumed.returncode == 0, resumed.stderr
-    assert [entry["from_step"] for entry in _log(training)] == [0, 0, 0, 24, 24, 24]
-    assert [entry["loss"] for entry in _log(training)[3:]] == [entry["loss"] for entry in _log(whole)[3:]]
+    assert [entry["from_step"] for entry in log_of(training)] == [0, 0, 0, 24, 24, 24]
+    assert [entry["loss"] for entry in log_of(training)[3:]] == [entry["loss"] for entry in log_of(whole)[3:]]
     chex.assert_trees_all_equal(_newest(training.train_folder), _newest(whole.train_folder))
     for path in whole.out.rglob("*"):
         if path.is_file():
@@ -232,7 +146,7 @@ def _newest(folder: Path) -> object:
 
 def test_history_is_cleaner_and_not_learned(teacher):
     """Of 512 clips of five frames in chunks of two, 384 with history, half of their chunks; the others at one level."""
-    training = _training(
+    training = finetuning(
         teacher,
         Path("unused"),
         teacher=None,
@@ -277,7 +191,7 @@ def test_history_is_cleaner_and_not_learned(teacher):
 
 def test_a_student_that_remembers_says_so(teacher, tmp_path):
     """Trained with history: its folder's default, which a stream follows with one state for all steps."""
-    training = _training(
+    training = finetuning(
         teacher,
         tmp_path / "student",
         teacher=None,
@@ -288,7 +202,7 @@ def test_a_student_that_remembers_says_so(teacher, tmp_path):
         buckets=(Bucket(kind="plain", frames=5, batch=4),),
     )
     training.run()
-    assert _log(training)[0]["loss"] > 0
+    assert log_of(training)[0]["loss"] > 0
     pipe = TextToVideo.from_pretrained(training.out)
     assert pipe.defaults.remember == 0.1
     stream = pipe.open_stream("a lemon")
@@ -297,7 +211,7 @@ def test_a_student_that_remembers_says_so(teacher, tmp_path):
     next(stream)
     stream.save(tmp_path / "saved")
     np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "saved")), next(stream))
-    again = _training(training.out, tmp_path / "again", teacher=None, teacher_weight=0.0)
+    again = finetuning(training.out, tmp_path / "again", teacher=None, teacher_weight=0.0)
     again._write(again.out, training.out, load_transformer(training.out))
     assert TextToVideo.from_pretrained(again.out).defaults.remember == "steps"
 
@@ -305,7 +219,7 @@ def test_a_student_that_remembers_says_so(teacher, tmp_path):
 @pytest.mark.parametrize(("chunk", "longest", "expected"), [(3, 3, 0.0), (2, 3, 1e-6), (3, 2, None)])
 def test_the_teachers_term_is_zero_where_a_chunk_is_the_whole_clip(teacher, chunk, longest, expected):
     """At the start, but for float32's rounding: 1e-6, squared. A smaller chunk differs, and long clips have no term."""
-    training = _training(teacher, Path("unused"))
+    training = finetuning(teacher, Path("unused"))
     model = load_transformer(teacher)
     student = model.with_hybrid(HybridConfig(chunk_frames=chunk, overlap_frames=0), rngs=nnx.Rngs(0))
     (graph, params), (teacher_graph, frozen) = nnx.split(student), nnx.split(model)
@@ -360,7 +274,7 @@ def test_a_student_keeps_its_feature_maps_and_gains_what_it_lacks(teacher):
 )
 def test_impossible_settings_are_named(change, words):
     with pytest.raises(ConfigError, match=words):
-        _training(Path("unused"), Path("unused"), **change)
+        finetuning(Path("unused"), Path("unused"), **change)
 
 
 def test_what_does_not_fit_is_one_sentence(whole, teacher, tmp_path):
@@ -377,7 +291,7 @@ def test_what_does_not_fit_is_one_sentence(whole, teacher, tmp_path):
         ({"teacher": Path("mini-sprites")}, ConfigError, "of different sizes"),
     ]:
         with pytest.raises(error, match=words) as raised:
-            _training(teacher, change.pop("out", out), **change).run()
+            finetuning(teacher, change.pop("out", out), **change).run()
         assert "\n" not in str(raised.value)
     assert not out.exists()
 
@@ -411,7 +325,7 @@ def test_the_configuration_that_ships():
 
 def test_parts_of_a_batch_give_the_gradient_of_the_batch(teacher):
     """Float32: sums in another order, of a gradient whose largest numbers are of order one."""
-    training = _training(teacher, Path("unused"), teacher=None, teacher_weight=0.0)
+    training = finetuning(teacher, Path("unused"), teacher=None, teacher_weight=0.0)
     (graph, params), rng = nnx.split(load_transformer(teacher)), np.random.default_rng(0)
     shapes = ((8, 2, 16, 16, 4), (8,), (8, 7, 16), (8, 2, 16, 16, 4))
     noisy, time, text, velocity = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
@@ -426,7 +340,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_batch(teacher):
 
 
 def test_validation_measures_and_shows_the_average(teacher, tmp_path):
-    training = _training(
+    training = finetuning(
         teacher,
         tmp_path / "student",
         steps=16,
@@ -437,20 +351,20 @@ def test_validation_measures_and_shows_the_average(teacher, tmp_path):
         validation=Validation(every=8, clips=3, prompts=("a lemon moving down",)),
     )
     training.run()
-    first, last = (entry["validation/loss"] for entry in _log(training))
+    first, last = (entry["validation/loss"] for entry in log_of(training))
     assert last < first
     videos = [read_video(training.train_folder / "videos" / f"step-0000{step}" / "0.mp4") for step in ("08", "16")]
     assert [video.shape[0] for video in videos] == [5, 5]
     assert not np.array_equal(*videos)
-    assert all(entry["tflops_per_s"] > 0 for entry in _log(training))
+    assert all(entry["tflops_per_s"] > 0 for entry in log_of(training))
 
 
 def test_the_last_checkpoint_exports_the_model_of_the_run(whole, teacher, tmp_path, capsys):
     file = tmp_path / "config.py"
     file.write_text(
         f"import sys\nsys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}\n"
-        "from pathlib import Path\nimport test_finetune\n"
-        f"config = test_finetune._training(Path({str(teacher)!r}), Path('elsewhere'))"
+        "from pathlib import Path\nimport shared.training\n"
+        f"config = shared.training.finetuning(Path({str(teacher)!r}), Path('elsewhere'))"
     )
     out = tmp_path / "exported"
     assert cli.main(["export", str(file), str(out), "--", "--out", str(whole.out)]) == 0

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_distill import _training as _distillation
-from test_finetune import HYBRID, WAN, _random, _training
-from virtual_devices import largest_difference, on_devices
+from shared.devices import largest_difference, on_devices
+from shared.training import HYBRID, WAN, distillation, finetuning, random_module
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.config import VAEConfig
@@ -46,7 +45,7 @@ def _mesh(sizes) -> MeshConfig:
 
 
 def _finetuning(**options):
-    return _training(
+    return finetuning(
         Path("unused"),
         Path("unused"),
         teacher_frames=9,
@@ -60,7 +59,7 @@ def _differences():
     """Of a finetune step with a teacher, in two parts, each frame at its own time and a part of them learned, on each
     mesh: the largest, of the loss and the gradients, from those of one device."""
     student, teacher = (
-        _random(lambda hybrid=hybrid: WanTransformer(WAN, hybrid=hybrid, rngs=nnx.Rngs(0)), seed)
+        random_module(lambda hybrid=hybrid: WanTransformer(WAN, hybrid=hybrid, rngs=nnx.Rngs(0)), seed)
         for seed, hybrid in ((0, HYBRID), (1, None))
     )
     (graph, params), (teacher_graph, frozen) = nnx.split(student, nnx.Param), nnx.split(teacher, nnx.Param)
@@ -91,7 +90,7 @@ def _differences():
 
 def _restored():
     """A checkpoint of a state on eight devices, on one, two and eight: whether it is the same, and how many hold it."""
-    params = nnx.state(_random(lambda: WanTransformer(WAN, hybrid=HYBRID, rngs=nnx.Rngs(0)), 0), nnx.Param)
+    params = nnx.state(random_module(lambda: WanTransformer(WAN, hybrid=HYBRID, rngs=nnx.Rngs(0)), 0), nnx.Param)
     optimizer, found = _finetuning().optimizer, []
     eight = Devices(_mesh((1, 4, 2, 1)).make())
     state = eight.made(optimizer.init, eight.parameters(params))
@@ -110,7 +109,7 @@ def _said_of_minibatches() -> str:
     """Of trajectories that divide by four devices, in parts that do not."""
     source = Source(frames=9, batch=4)
     try:
-        _distillation(
+        distillation(
             Path("unused"),
             Path("unused"),
             sources=(source,),
@@ -126,7 +125,7 @@ def _said_of_minibatches() -> str:
 
 def _encoding():
     """A round's clips on four devices: how far from one device's, and a device's operations as a share of its."""
-    vae = _random(lambda: WanVAE(VAE, rngs=nnx.Rngs(0)), 0)
+    vae = random_module(lambda: WanVAE(VAE, rngs=nnx.Rngs(0)), 0)
     feed = SpriteFeed(
         Bucket(kind="plain", frames=5, batch=128),
         count=128,
@@ -149,7 +148,7 @@ def _encoding():
 def _streaming():
     """A chunk of four videos and what it sees of their texts, on eight devices: how far from one device's, and the
     share of the texts that a device has."""
-    graph, params = nnx.split(_random(lambda: WanTransformer(WAN, hybrid=HYBRID, rngs=nnx.Rngs(0)), 0))
+    graph, params = nnx.split(random_module(lambda: WanTransformer(WAN, hybrid=HYBRID, rngs=nnx.Rngs(0)), 0))
     rng = np.random.default_rng(0)
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 1, 16, 16, 4), (4, 7, 16)))
 
@@ -226,4 +225,4 @@ def test_a_mesh_that_does_not_divide_the_devices(sizes, said):
         _finetuning(mesh=_mesh(sizes)).devices(VAE, WAN, HYBRID)
     assert "\n" not in str(raised.value)
     with pytest.raises(ConfigError, match=said):
-        _distillation(Path("unused"), Path("unused"), mesh=_mesh(sizes)).devices(WAN, [(5, 16, 16, 4)])
+        distillation(Path("unused"), Path("unused"), mesh=_mesh(sizes)).devices(WAN, [(5, 16, 16, 4)])

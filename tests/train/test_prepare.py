@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_finetune import _log, _training, _write_teacher
+from shared.training import finetuning, log_of, write_teacher
 
 from rehyat_jax import cli
 from rehyat_jax.errors import ConfigError, RehyatError
@@ -46,7 +46,7 @@ def cache(tmp_path_factory, quick_compilation):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return _write_teacher(tmp_path_factory.mktemp("model"))
+    return write_teacher(tmp_path_factory.mktemp("model"))
 
 
 def _pixels(frames: int, *, seed: int, height: int = 32, width: int = 32) -> np.ndarray:
@@ -69,6 +69,8 @@ def videos(tmp_path_factory) -> Path:
 
 def _prepare_alone(videos: Path, out: Path, model: Path, *more: str, die_after: int = 0) -> subprocess.CompletedProcess:
     """The command in a process of its own, killed by SIGKILL inside the shard after so many whole ones."""
+    command = ["prepare", str(videos), str(out), "--model", str(model), "--dtype", "float32"]
+    command += ["--videos-per-shard", "2", *more]
     script = f"""
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
@@ -90,20 +92,7 @@ def dying(record):
     return pack(record)
 
 train.data.encoding._describe, train.data.encoding.pack = counting, dying
-sys.exit(cli.main({
-        [
-            "prepare",
-            str(videos),
-            str(out),
-            "--model",
-            str(model),
-            "--dtype",
-            "float32",
-            "--videos-per-shard",
-            "2",
-            *more,
-        ]!r
-    }))
+sys.exit(cli.main({command!r}))
 """
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
@@ -241,7 +230,7 @@ def test_what_is_wrong_with_videos_is_one_sentence(data, videos, model, tmp_path
 
 def _tuned(model: Path, data: Path, out: Path, **options):
     """Prepared clips and drawn ones in turn, of one length."""
-    return _training(
+    return finetuning(
         model,
         out,
         **{
@@ -286,8 +275,8 @@ def test_finetuning_on_prepared_clips_resumes_exactly(model, data, tmp_path):
     killed = _tune_alone(model, data, cut.out, die_at=16)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert _tune_alone(model, data, cut.out).returncode == 0
-    assert [entry["from_step"] for entry in _log(cut)] == [0, 0, 16, 16]
-    assert [entry["loss"] for entry in _log(cut)] == [entry["loss"] for entry in _log(whole)]
+    assert [entry["from_step"] for entry in log_of(cut)] == [0, 0, 16, 16]
+    assert [entry["loss"] for entry in log_of(cut)] == [entry["loss"] for entry in log_of(whole)]
     for path in (whole.out / "transformer").rglob("*.safetensors"):
         assert (cut.out / path.relative_to(whole.out)).read_bytes() == path.read_bytes()
     before, after = (load_transformer(folder) for folder in (model, whole.out))
@@ -354,7 +343,7 @@ def test_distillation_reads_prepared_clips(model, data, tmp_path):
     )
     assert training.sources[0].held_out(2) == list(CAPTIONS[:2])
     training.run()
-    assert [entry["step"] for entry in _log(training)] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in log_of(training)] == [1, 2, 3, 4]
     assert load_transformer(training.out).hybrid == training.hybrid
     # The four clips that are not held out, each with its text and at a level of noise of its own.
     sampling = Sampling(schedules=(FlowSchedule(shift=3.0),), solver=Euler(), num_steps=2, guidance=Guidance(scale=1.0))

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_finetune import _log, _training, _write_teacher
-from virtual_devices import environment
+from shared.devices import environment
+from shared.training import finetuning, log_of, write_teacher
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
@@ -25,7 +25,7 @@ MESH = MeshConfig(data=2, fsdp=2, context=2)
 
 
 def _run_of(model: Path, out: Path, **options) -> FinetuneTraining:
-    return _training(
+    return finetuning(
         model,
         out,
         mesh=MESH,
@@ -88,7 +88,7 @@ def _in_two(model: Path, out: Path, *, die_at: int | None = None) -> str:
 def runs(tmp_path_factory):
     """A run without a stop; one that was killed; and what that one said when it was started again."""
     folder = tmp_path_factory.mktemp("processes")
-    model = _write_teacher(folder / "teacher")
+    model = write_teacher(folder / "teacher")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(folder / "cache"))
         _in_two(model, folder / "whole")
@@ -99,10 +99,10 @@ def runs(tmp_path_factory):
 
 def test_killed_and_restarted_is_uninterrupted_bit_for_bit(runs):
     whole, killed, _ = runs
-    assert [entry["from_step"] for entry in _log(killed)] == [0] * 4 + [4] * 3
-    losses = {entry["step"]: (entry["loss"], entry["teacher"]) for entry in _log(whole)}
+    assert [entry["from_step"] for entry in log_of(killed)] == [0] * 4 + [4] * 3
+    losses = {entry["step"]: (entry["loss"], entry["teacher"]) for entry in log_of(whole)}
     assert len(losses) == 7
-    for entry in _log(killed):
+    for entry in log_of(killed):
         assert (entry["loss"], entry["teacher"]) == losses[entry["step"]]
     for path in whole.out.rglob("*"):
         if path.is_file():

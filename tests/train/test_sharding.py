@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from virtual_devices import largest_difference, on_devices
+from shared.devices import largest_difference, on_devices
 
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import ConfigError

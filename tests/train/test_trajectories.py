@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_finetune import _write_teacher
+from shared.training import write_teacher
 
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sample
 from rehyat_jax.sprites.captions import parse
@@ -120,7 +120,7 @@ def test_prompts_are_those_of_training_and_others_are_held_out(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return _write_teacher(tmp_path_factory.mktemp("teacher"))
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def test_clips_come_at_every_level_of_noise(folder):

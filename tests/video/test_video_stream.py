@@ -231,22 +231,3 @@ def test_mistakes_are_sentences(tmp_path, whole):
         with pytest.raises(RehyatError, match="cannot read a video"):
             spaced_frames(tmp_path / source, count=3, fps=16)
     assert not (tmp_path / "b.mp4").exists()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a real file system of 256 KiB; where mounting is not allowed, a limit on file sizes."""
-    import resource
-
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
-    if subprocess.run(mount, capture_output=True).returncode == 0:
-        yield folder
-        subprocess.run(["umount", folder], check=True)
-        return
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (256 * 1024, before[1]))
-    yield folder
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)

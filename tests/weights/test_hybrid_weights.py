@@ -15,8 +15,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_dit import TINY, reference
-from tiny_checkpoint import save_tiny_checkpoint
+from shared.checkpoint import save_tiny_checkpoint
+from shared.wan import TINY, reference
 
 from rehyat_jax.attention import api, features
 from rehyat_jax.errors import CheckpointError, ConfigError

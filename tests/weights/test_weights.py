@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from flax import nnx
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import tiny_tokenizer
+from shared.checkpoint import tiny_tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rehyat_jax.weights import (

@@ -1,0 +1,114 @@
+"""Which tests run when: ``make check``, ``make test`` and ``make test-all``.
+
+- ``check``: what costs at most ``CHECK_SECONDS`` by ``tests/durations.json``: nothing that compiles much.
+- ``test`` (pytest's default here): every claim once, at a small size: all but ``full``.
+- ``rest``: what ``make test-all`` adds: ``full`` tests and parameters, and hypothesis at its full strength.
+- ``all``: both.
+
+A test or a whole file joins the last by ``@pytest.mark.full``, some of its parameters by ``full(...)``, and a property
+has its number of examples by ``examples(...)``.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TIERS = ("check", "test", "rest", "all")
+#: The largest cost of a test of ``check``, with all the fixtures that it asks for, in CPU seconds.
+CHECK_SECONDS = 1.0
+DURATIONS = Path(__file__).parents[1] / "durations.json"
+
+tier = "test"  # set by conftest before test files are imported
+
+
+def full(*values: Any, id: str | None = None) -> Any:
+    """One set of parameters that ``make test-all`` alone runs."""
+    return pytest.param(*values, marks=pytest.mark.full, id=id)
+
+
+def examples(most: int) -> int:
+    """Hypothesis's number of examples: ``most`` at full strength, else a tenth of it (three at least)."""
+    return most if tier in ("rest", "all") else max(3, most // 10)
+
+
+def runs(item: pytest.Item, costs: "Costs") -> bool:
+    """Whether a collected test is of the tier that was asked for."""
+    marked = item.get_closest_marker("full") is not None
+    match tier:
+        case "check":
+            return not marked and costs.of(item) <= CHECK_SECONDS
+        case "test":
+            return not marked
+        case "rest":
+            return marked or getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        case _:
+            return True
+
+
+class Costs:
+    """CPU seconds, children's included, that test functions and fixtures took when they were last recorded.
+
+    ``tests``: a function's calls, over its parameters. ``fixtures``: one set-up, without those that it asks for. A name
+    that is not listed is new, or cost less than ``least``.
+    """
+
+    least = 0.2
+
+    def __init__(self) -> None:
+        recorded = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+        self.tests: dict[str, float] = recorded.get("tests", {})
+        self.fixtures: dict[str, float] = recorded.get("fixtures", {})
+
+    def of(self, item: pytest.Item) -> float:
+        """A test's own cost, and that of each fixture that it asks for."""
+        found = getattr(item, "_fixtureinfo", None)
+        definitions = [] if found is None else [last[-1] for last in found.name2fixturedefs.values() if last]
+        return self.tests.get(function_of(item.nodeid), 0.0) + sum(
+            self.fixtures.get(fixture_name(definition), 0.0) for definition in definitions
+        )
+
+    def of_files(self, items: list[pytest.Item]) -> dict[str, float]:
+        """What each file's tests cost together: fixtures of a file once."""
+        totals: dict[str, float] = {}
+        fixtures: dict[str, set[str]] = {}
+        for node in {function_of(item.nodeid) for item in items}:
+            file = node.partition("::")[0]
+            totals[file] = totals.get(file, 0.0) + self.tests.get(node, 0.0)
+        for item in items:
+            file = item.nodeid.partition("::")[0]
+            found = getattr(item, "_fixtureinfo", None)
+            names = () if found is None else (fixture_name(x[-1]) for x in found.name2fixturedefs.values() if x)
+            fixtures.setdefault(file, set()).update(names)
+        for file, names in fixtures.items():
+            totals[file] = totals.get(file, 0.0) + sum(self.fixtures.get(name, 0.0) for name in names)
+        return totals
+
+    def write(self, tests: dict[str, float], fixtures: dict[str, float], *, keep: bool) -> None:
+        """With ``keep``, a figure of before stays where it is larger: a test costs more where another that compiled for
+        it does not run."""
+        for ours, new in ((self.tests, tests), (self.fixtures, fixtures)):
+            for name, seconds in new.items():
+                ours[name] = max(seconds, ours.get(name, 0.0)) if keep else seconds
+        parts = {
+            kind: {name: round(s, 1) for name, s in sorted(ours.items()) if s >= self.least}
+            for kind, ours in (("tests", self.tests), ("fixtures", self.fixtures))
+        }
+        DURATIONS.write_text(json.dumps(parts, indent=0) + "\n")
+
+
+def function_of(nodeid: str) -> str:
+    """A test function's name: its node's without parameters."""
+    return nodeid.partition("[")[0]
+
+
+def fixture_name(definition: Any) -> str:
+    return f"{definition.baseid}::{definition.argname}"
+
+
+def cpu_seconds() -> float:
+    """Of this process and the children that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
