@@ -26,6 +26,7 @@ from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import HybridConfig, TextToVideo, load_transformer
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
+from rehyat_jax.runtime.variables import MixerParam
 from rehyat_jax.sampling import Euler, FlowSchedule, UniPC, rollout
 from rehyat_jax.sampling.programs import read_text, to_uint8
 from rehyat_jax.sampling.rollout import video_keys
@@ -564,7 +565,6 @@ from rehyat_jax.sampling import Euler, FlowSchedule
 from rehyat_jax.sampling.rollout import video_keys
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.state import StreamRecord, StreamState, save_stream
-from rehyat_jax.runtime.variables import MixerParam
 
 settings = Settings(num_frames=5, height=8, width=8, num_inference_steps=1, guidance_scale=1.0,
                     schedule=FlowSchedule(shift=3.0), solver=Euler())
