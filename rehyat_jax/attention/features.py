@@ -18,7 +18,7 @@ from rehyat_jax.attention.pallas import whole_on_each_device
 from rehyat_jax.attention.state import accumulator
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.platform import device_kind
-from rehyat_jax.runtime.variables import HeadKernel, MixerParam
+from rehyat_jax.runtime.variables import MixerParam, kernel, sharded
 
 Activation = Literal["gelu", "silu", "relu"]
 Positive = Literal["softplus", "exp", "none"]
@@ -56,8 +56,8 @@ class HeadLinear(nnx.Module):
     ) -> None:
         self.dtype = dtype
         normal = jax.random.normal(rngs.params(), (heads, inputs, outputs), param_dtype)
-        self.kernel = HeadKernel(normal * (spread * inputs**-0.5))
-        self.bias = MixerParam(jnp.tile(bias.astype(param_dtype), (heads, 1)))
+        self.kernel = MixerParam(normal * (spread * inputs**-0.5), **kernel("heads", "channels", "features", inputs=1))
+        self.bias = MixerParam(jnp.tile(bias.astype(param_dtype), (heads, 1)), **sharded("heads", None))
 
     def __call__(self, x: Float[Array, "B N H I"]) -> Float[Array, "B N H O"]:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)

@@ -1,21 +1,67 @@
-"""Variable types by which parameters are told apart, as ``nnx.state``, ``nnx.DiffState`` and optimisers take them.
+"""What a parameter is, said where it is made: by its variable type and by the metadata ``axes``.
 
-A path says where a parameter lies and nothing of what it is: a group (its learning rate, what is frozen, what decays)
-is a filter by these types.
+A path says where a parameter lies and nothing of what it is. Groups (a learning rate, what is frozen) are filters by
+type, as ``nnx.state``, ``nnx.DiffState`` and optimisers take them; how an array is sharded, and whether it is a matrix
+to an optimiser, follow from its `Axes`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
 from flax import nnx
+from jaxtyping import PyTree
+
+from rehyat_jax.runtime.mesh import Dimension
 
 
 class MixerParam(nnx.Param):
     """What a transformer block's mixer has beside the teacher's parameters: a student's own part."""
 
 
-class HeadKernel(MixerParam):
-    """A matrix for every head, ``[*blocks, heads, inputs, outputs]``."""
-
-
 class GateParam(MixerParam):
     """A number for every head that starts at 0, where it changes nothing, and has far to go from there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes of a parameter of one layer; an array of several layers has theirs before these."""
+
+    #: By which a mesh shards each axis; None: it is replicated.
+    dimensions: tuple[Dimension | None, ...]
+    #: Of a matrix product: so many axes before the last are its input, and the last its output. 0: no matrix.
+    inputs: int = 0
+    #: Whether weight decay draws it to 0: matrices and tables, not norms and biases.
+    decays: bool = False
+
+
+def kernel(*dimensions: Dimension | None, inputs: int | None = None) -> dict[str, Any]:
+    """Metadata of a matrix from all axes but the last, or from so many of them, to the last."""
+    return {"axes": Axes(dimensions, len(dimensions) - 1 if inputs is None else inputs, decays=True)}
+
+
+def table() -> dict[str, Any]:
+    """Metadata of a table whose rows are looked up."""
+    return {"axes": Axes((None, None), decays=True)}
+
+
+def sharded(*dimensions: Dimension | None) -> dict[str, Any]:
+    """Metadata of a parameter that is no matrix and that a mesh shards."""
+    return {"axes": Axes(dimensions)}
+
+
+def axes_of(variable: Any) -> Axes | None:
+    """None: replicated, no matrix and without decay, as norms and biases are."""
+    return variable.get_metadata("axes", None) if isinstance(variable, nnx.Variable) else None
+
+
+def map_variables(function: Callable[[Any, Any], Any], tree: PyTree) -> PyTree:
+    """A tree of the same structure: ``function`` of each array's variable (or of itself) and of the array."""
+
+    def of(node: Any) -> Any:
+        return jax.tree.map(lambda x: function(node, x), node)
+
+    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))

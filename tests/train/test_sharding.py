@@ -12,15 +12,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from shared.devices import largest_difference, on_devices
 
-from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.runtime.mesh import AXES
+from rehyat_jax.runtime.mesh import AXES, spec
 from train.engine.loop import compile_all
 from train.engine.optimizer import OptimizerConfig
-from train.parallel.sharding import MeshConfig, batch_specs, check_mesh, on_mesh, parameter_specs, state_specs
+from train.parallel.sharding import MeshConfig, check_mesh, on_mesh, parameter_specs
 from train.stages.flow import flow_loss
 
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -107,7 +106,7 @@ def _lower(sizes, blocks, frames):
     with jax.set_mesh(mesh):
         return jax.jit(
             _step(_model(blocks)[0]),
-            in_shardings=(cut, *on_mesh(mesh, batch_specs(batch))),
+            in_shardings=(cut, *on_mesh(mesh, [spec("batch", *[None] * (x.ndim - 1)) for x in batch])),
             out_shardings=(None, cut),
             compiler_options=QUICKLY,
         ).lower(params, *batch)
@@ -167,15 +166,6 @@ def test_default_meshes_fit_both_models(config, devices, batch, expected):
     assert mesh.sizes(devices) == expected
     sizes = dict(zip(AXES, expected, strict=True))
     check_mesh(sizes, config, hybrid=HybridConfig(), batch=batch or devices, latent_frames=21)
-
-
-def test_a_streams_state_is_cut_by_batch_and_heads():
-    state = HybridState.zeros(8, heads=4, head_dim=16, feature_dim=32, overlap=2)
-    layers = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (3, *x.shape)), state)
-    specs = state_specs(layers)
-    assert specs.s == PartitionSpec(None, ("data", "fsdp"), ("tensor",), None, None)
-    assert specs.k == PartitionSpec(None, ("data", "fsdp"), None, ("tensor",), None)
-    assert specs.seen == PartitionSpec(None)
 
 
 @pytest.mark.parametrize(

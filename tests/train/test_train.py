@@ -22,6 +22,7 @@ from rich.console import Console
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.config import TextEncoderConfig, VAEConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.runtime.variables import GateParam, MixerParam, kernel, table
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
 from rehyat_jax.weights import load_vae
@@ -59,8 +60,11 @@ def test_a_run_shorter_than_its_warmup_still_reaches_its_peak_and_end():
 def _problem() -> dict:
     keys = jax.random.split(jax.random.key(0), 3)
     return {
-        "layer": {"kernel": jax.random.normal(keys[0], (5, 3)), "bias": jax.random.normal(keys[1], (3,))},
-        "table": {"embedding": jax.random.normal(keys[2], (4, 2))},
+        "layer": {
+            "kernel": nnx.Param(jax.random.normal(keys[0], (5, 3)), **kernel(None, None)),
+            "bias": nnx.Param(jax.random.normal(keys[1], (3,))),
+        },
+        "table": {"embedding": nnx.Param(jax.random.normal(keys[2], (4, 2)), **table())},
     }
 
 
@@ -101,36 +105,47 @@ def test_muon_makes_a_kernels_update_orthogonal():
     config = OptimizerConfig(method="muon", weight_decay=0.0, clip_norm=1e9)
     rng = np.random.default_rng(0)
     stacked, convolution, bias = ((2, 6, 6), (3, 3, 1, 2, 8), (5,))
+
+    def numbers(shape, scale=1.0, **metadata):
+        return nnx.Param(jnp.asarray(rng.normal(size=shape) * scale, jnp.float32), **metadata)
+
     gradients = {
-        "blocks": {"kernel": jnp.asarray(rng.normal(size=stacked) * [[[1.0]], [[100.0]]], jnp.float32)},
-        "conv": {"kernel": jnp.asarray(rng.normal(size=convolution), jnp.float32)},
-        "hybrid_blocks": {"phi_q": {"kernel": jnp.asarray(rng.normal(size=(2, 2, 8, 4)), jnp.float32)}},
-        "other": {"bias": jnp.asarray(rng.normal(size=bias), jnp.float32)},
+        "layers": numbers(stacked, [[[1.0]], [[100.0]]], **kernel(None, None)),
+        "convolution": numbers(convolution, **kernel(*[None] * 5)),
+        "heads": numbers((2, 2, 8, 4), **kernel("heads", None, None, inputs=1)),
+        "bias": numbers(bias),
     }
     params = jax.tree.map(jnp.zeros_like, gradients)
     after = config.apply(config.init(params), gradients, jnp.float32(1.0)).params
     # A layer of the stack is a matrix of its own, and so is a head of a feature map; a convolution is one from all that
     # it sees to its output.
-    heads = after["hybrid_blocks"]["phi_q"]["kernel"].reshape(4, 8, 4)
-    for matrix in (*after["blocks"]["kernel"], after["conv"]["kernel"].reshape(18, 8), *heads):
+    heads = after["heads"][...].reshape(4, 8, 4)
+    for matrix in (*after["layers"][...], after["convolution"][...].reshape(18, 8), *heads):
         values = np.linalg.svd(matrix, compute_uv=False)
         assert values.min() > 0.6
         assert values.max() < 1.3
     # Adam's first step is the gradient's sign, at a tenth of the rate. Nesterov's look ahead, which optax adds, takes
     # 0.9 of the first moment (0.1, corrected by 1 - 0.9²) and 0.1 of the gradient (corrected by 1 - 0.9).
-    expected = -0.1 * (1 + 0.09 / 0.19) * np.sign(gradients["other"]["bias"])
-    np.testing.assert_allclose(after["other"]["bias"], expected, atol=1e-5)
+    expected = -0.1 * (1 + 0.09 / 0.19) * np.sign(gradients["bias"][...])
+    np.testing.assert_allclose(after["bias"][...], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_a_share_of_the_learning_rate_is_that_share_of_the_step(method):
     config, params = OptimizerConfig(method=method), _problem()
-    shares = {"layer": {"kernel": 1.0, "bias": 3.0}, "table": {"embedding": 0.0}}
+    params["layer"]["bias"] = GateParam(params["layer"]["bias"][...])
+    params["table"]["embedding"] = MixerParam(params["table"]["embedding"][...], **table())
     whole, shared = (
         config.apply(config.init(params), _gradients(params, 0), jnp.float32(0.1), shares=x).params
-        for x in (None, shares)
+        for x in ({}, {GateParam: 3.0, MixerParam: 0.0})
     )
-    expected = jax.tree.map(lambda p, after, share: p + share * (after - p), params, whole, shares)
+    expected = {
+        "layer": {
+            "kernel": whole["layer"]["kernel"],
+            "bias": jax.tree.map(lambda p, after: p + 3 * (after - p), *(x["layer"]["bias"] for x in (params, whole))),
+        },
+        "table": params["table"],
+    }
     chex.assert_trees_all_close(shared, expected, atol=1e-6)
 
 
@@ -283,7 +298,7 @@ def test_checkpoints_of_another_model_are_named_and_kept(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(8, first)
     wider = OptimizerConfig().init(_problem() | {"more": jnp.zeros(3)})
-    other = OptimizerConfig().init(_problem() | {"table": {"embedding": jnp.zeros((4, 2), jnp.bfloat16)}})
+    other = OptimizerConfig().init(_problem() | {"table": {"embedding": nnx.Param(jnp.zeros((4, 2), jnp.bfloat16))}})
     for template, words in [(wider, r"more.*missing there"), (other, r"float32\[4,2\] there and bfloat16\[4,2\] here")]:
         with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=words):
             checkpoints.restore(template)

@@ -18,6 +18,7 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.variables import kernel
 from train.engine import loop
 from train.engine.arithmetic import forward_flops
 from train.engine.loop import run
@@ -27,7 +28,7 @@ _TOY = OptimizerConfig(learning_rate=0.05, warmup_steps=0)
 
 
 def _params():
-    return {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
+    return {"kernel": nnx.Param(jnp.arange(6.0).reshape(2, 3), **kernel(None, None)), "bias": nnx.Param(jnp.ones(3))}
 
 
 def _apply(config: OptimizerConfig):
@@ -40,7 +41,7 @@ def test_a_step_without_finite_gradients_changes_nothing_but_the_counts(method, 
     apply = _apply(OptimizerConfig(method=method))
     good = jax.tree.map(jnp.ones_like, _params())
     before = apply(OptimizerConfig(method=method).init(_params()), good)
-    after = apply(before, good | {"bias": jnp.array([0.0, bad, 0.0])})
+    after = apply(before, good | {"bias": nnx.Param(jnp.array([0.0, bad, 0.0]))})
     assert [int(x) for x in (after.step, *after.skipped)] == [2, 1, 1]
     chex.assert_trees_all_equal(after[2:], before[2:])
     # As if it had not been, but for the average, which counts steps.

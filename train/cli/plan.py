@@ -177,7 +177,7 @@ def finetune_program(training: FinetuneTraining, devices: Sequence[Any], *, size
         shape = _latents(vae, model, frames=bucket.frames, size=(width, height))
         feed = _Feed(training.pool(bucket), shape, model.text_dim, dtype)
         lowered = training.lower(
-            bucket, feed, loss, state, {"teacher": frozen} if frozen else {}, shares=training.shares(params), devices=on
+            bucket, feed, loss, state, {"teacher": frozen} if frozen else {}, shares=training.shares, devices=on
         )
         clips = bucket.batch * training.steps_per_round
         flops = float(clips * training.flops(model, hybrid, shape[:3], longest=longest))

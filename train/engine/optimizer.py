@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.runtime.variables import axes_of, map_variables
+
+#: Of the learning rate, by variable type: of several that a variable is of, the first; of none, all of it.
+Shares = Mapping[type[nnx.Variable], float]
 
 
 class Skipped(NamedTuple):
@@ -37,7 +44,7 @@ class TrainState(NamedTuple):
 class OptimizerConfig:
     """The settings of one run's optimiser. The length of the run is no part of the compiled step."""
 
-    #: Muon (Jordan et al. 2024, by optax) takes kernels as matrices into their last axis; the rest goes by Adam.
+    #: Muon (Jordan et al. 2024, by optax) for matrices (`rehyat_jax.runtime.variables.Axes`); the rest goes by Adam.
     method: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     #: Muon: Adam's learning rate as a share of Muon's.
@@ -84,7 +91,7 @@ class OptimizerConfig:
         return optax.chain(
             clip,
             optax.scale_by_adam(b2=self.beta2),
-            optax.add_decayed_weights(self.weight_decay, mask=_is_matrix),
+            optax.add_decayed_weights(self.weight_decay, mask=_decays),
         )
 
     def init(self, params: PyTree) -> TrainState:
@@ -94,9 +101,9 @@ class OptimizerConfig:
         )
 
     def apply(
-        self, state: TrainState, gradients: PyTree, rate: Float[Array, ""], *, shares: PyTree = None
+        self, state: TrainState, gradients: PyTree, rate: Float[Array, ""], *, shares: Shares = MappingProxyType({})
     ) -> TrainState:
-        """One step with the learning rate ``rate``, or for each leaf of the parameters its share of that (a number).
+        """One step with the learning rate ``rate``, or the share of it that a variable's type has.
 
         A step whose gradients are not all finite, or too large for float32 to hold their norm, is counted and changes
         nothing else.
@@ -104,8 +111,8 @@ class OptimizerConfig:
         finite = jnp.isfinite(optax.tree.norm(gradients))
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer array
             updates, optimizer = self._transform().update(gradients, state.optimizer, state.params)
-        if shares is not None:
-            updates = jax.tree.map(lambda u, share: share * u, updates, shares)
+        if shares:
+            updates = map_variables(lambda variable, u: _share(shares, variable) * u, updates)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         # Early on the average follows closely, so that the initial weights do not linger in it.
         step = state.step.astype(jnp.float32)
@@ -119,25 +126,21 @@ class OptimizerConfig:
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """How each kernel is a matrix: all axes but the last into the last; a leading axis of layers is a batch.
+    """How Muon takes each parameter as a matrix, or as one for each layer or head: its `Axes`' inputs into its last."""
 
-    Of feature maps, which have a matrix a head, so is the axis of heads.
-    """
-
-    def dims(path: tuple, x: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-        if "kernel" not in names:
+    def dims(variable: Any, x: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if (axes := axes_of(variable)) is None or not axes.inputs:
             return None
-        first = 1 if {"blocks", "block"} & set(names) else 0
-        if {"phi_q", "phi_k"} & set(names):
-            first = x.ndim - 2
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, x.ndim - 1)), x.ndim - 1)
+        last = x.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(last - axes.inputs, last)), last)
 
-    return jax.tree_util.tree_map_with_path(dims, params)
+    return map_variables(dims, params)
 
 
-def _is_matrix(params: PyTree) -> PyTree:
-    """Weight decay for kernels; none for norms, biases and tables."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(getattr(k, "key", None) in ("kernel", "embedding") for k in path), params
-    )
+def _decays(params: PyTree) -> PyTree:
+    """Which parameters have weight decay."""
+    return map_variables(lambda variable, _: (axes := axes_of(variable)) is not None and axes.decays, params)
+
+
+def _share(shares: Shares, variable: Any) -> float:
+    return next((share for kind, share in shares.items() if isinstance(variable, kind)), 1.0)

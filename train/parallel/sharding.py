@@ -1,4 +1,4 @@
-"""Sharding: a mesh from configuration, and how parameters, optimiser, averages, batches and states are cut over it.
+"""Sharding: a mesh from configuration, and how parameters, optimiser and averages are sharded over it.
 
 Four axes (`rehyat_jax.runtime.mesh`), any of them of size 1:
 
@@ -7,46 +7,28 @@ Four axes (`rehyat_jax.runtime.mesh`), any of them of size 1:
 - ``context``: a part of time in whole chunks, and again of the parameters;
 - ``tensor``: a part of the heads and of the feed-forward's hidden units.
 
-Rules name the dimensions of a parameter by its path; `rehyat_jax.runtime.mesh.ALONG` names the axes of a dimension. The
-optimiser's moments and the moving average are cut as their parameters are: their paths end alike.
+A parameter's dimensions are said where it is made (`rehyat_jax.runtime.variables.Axes`), and
+`rehyat_jax.runtime.mesh.ALONG` names the mesh axes of a dimension. The optimiser's moments and the moving average are
+sharded as their parameters are: they are variables with the same metadata.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.mixers.hybrid import BlockState
 from rehyat_jax.models.config import WanConfig
-from rehyat_jax.runtime.mesh import AXES, Dimension, spec
-
-#: Ends of paths, and the dimensions of the arrays there. What no rule names (norms, biases, tables: a thousandth of a
-#: model) is whole on every device.
-RULES: tuple[tuple[str, tuple[Dimension | None, ...]], ...] = (
-    (r"blocks/attn[12]/to_[qkv]/kernel", (None, "width", "heads")),
-    (r"blocks/attn[12]/to_out/kernel", (None, "heads", "width")),
-    (r"blocks/ffn/up/kernel", (None, "width", "hidden")),
-    (r"blocks/ffn/down/kernel", (None, "hidden", "width")),
-    (r"phi_[qk]/layers/\d+/kernel", (None, "heads", "channels", "features")),
-    (r"phi_[qk]/layers/\d+/bias", (None, "heads", None)),
-    (r"patch_embedding/kernel", (None, None, None, None, "width")),
-    (r"condition_embedder/\w+_embedder/linear_1/kernel", (None, "width")),
-    (r"condition_embedder/\w+_embedder/linear_2/kernel", ("width", None)),
-    (r"condition_embedder/time_proj/kernel", ("width", None)),
-    (r"proj_out/kernel", ("width", None)),
-)
-_RULES = tuple((re.compile(rf"(^|/){end}$"), dimensions) for end, dimensions in RULES)
+from rehyat_jax.runtime.mesh import AXES, spec
+from rehyat_jax.runtime.variables import axes_of, map_variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,47 +144,19 @@ def check_mesh(
 
 
 def parameter_specs(tree: PyTree) -> PyTree:
-    """By `RULES`, a `PartitionSpec` for each array of a model's parameters or a training state with such in it."""
+    """A `PartitionSpec` for each array of a model's parameters, or of a train state with such in it, by its `Axes`.
 
-    def of(path: tuple, x: Any) -> PartitionSpec:
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-        # An nnx.State's leaf is an nnx.Param, whose value has a name of its own.
-        name = re.sub(r"/(value|raw_value)$", "", name)
-        for end, dimensions in _RULES:
-            if end.search(name) and len(dimensions) == len(x.shape):
-                return spec(*dimensions)
-        return PartitionSpec()
+    What has none (norms, biases, modulation: a thousandth of a model) is replicated.
+    """
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    def of(variable: Any, x: Any) -> PartitionSpec:
+        if (axes := axes_of(variable)) is None or not any(axes.dimensions) or len(x.shape) < len(axes.dimensions):
+            return PartitionSpec()
+        return spec(*[None] * (len(x.shape) - len(axes.dimensions)), *axes.dimensions)
+
+    return map_variables(of, tree)
 
 
 def on_mesh(mesh: Mesh, specs: PyTree) -> PyTree:
     """Shardings, as ``jax.jit`` and ``jax.device_put`` take them."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
-
-
-def batch_specs(batch: PyTree) -> PyTree:
-    """Every array by its first axis. Time is not cut: a batch is small, and 21 frames do not divide."""
-    return jax.tree.map(lambda x: spec("batch", *[None] * (len(x.shape) - 1)), batch)
-
-
-def state_specs(state: BlockState) -> Any:
-    """A stream's states, with or without a leading axis of layers: by batch and heads."""
-    dimensions: dict[str, tuple[Dimension | None, ...]] = {
-        "s": ("batch", "heads", None, None),
-        "z": ("batch", "heads", None),
-        "seen": (),
-    }
-
-    def of(name: str, x: Any) -> PartitionSpec:
-        named = dimensions.get(name, ("batch", None, "heads", None))
-        return spec(*[None] * (len(x.shape) - len(named)), *named)
-
-    kind: Any = type(state)
-    return kind(*(of(name, x) for name, x in zip(state._fields, state, strict=True)))
-
-
-def bytes_on_each(tree: PyTree, mesh: Mesh, specs: PyTree) -> int:
-    """What one device holds of arrays that are cut so."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(on_mesh(mesh, specs)), strict=True)
-    return sum(int(np.prod(s.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x, s in leaves)

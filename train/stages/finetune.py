@@ -26,6 +26,7 @@ from rehyat_jax.models.config import VAEConfig, WanConfig
 from rehyat_jax.models.folder import DEFAULTS_FILE, find_model
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.record import Phases
+from rehyat_jax.runtime.variables import GateParam, MixerParam
 from rehyat_jax.sampling.rollout import check_remember
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ from train.data.pools import Captions
 from train.data.prepared import PreparedClips, open_prepared
 from train.engine.arithmetic import forward_flops
 from train.engine.checkpoint import Checkpoints
-from train.engine.optimizer import OptimizerConfig
+from train.engine.optimizer import OptimizerConfig, Shares
 from train.parallel.devices import first_process, loading, wait_for_all
 from train.stages.flow import Batch, FlowTraining, Loss, embed, flow_loss
 from train.stages.sizes import check_sizes
@@ -180,7 +181,7 @@ class FinetuneTraining(FlowTraining):
             phases=phases,
             read=read,
             frozen=frozen,
-            shares=self.shares(params),
+            shares=self.shares,
             flops=flops,
             prepared=prepared,
             show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None,
@@ -250,16 +251,10 @@ class FinetuneTraining(FlowTraining):
                 write_json(partial / DEFAULTS_FILE, defaults | {"remember": self.remember})
             save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
 
-    def shares(self, params: PyTree) -> PyTree:
-        """Of the learning rate, a leaf each."""
-
-        def share(path: tuple, _: Any) -> float:
-            names = {getattr(key, "key", None) for key in path}
-            if names & {"decay_rate", "length_power"}:
-                return self.gate_rate
-            return self.hybrid_rate if "hybrid_blocks" in names else 1.0
-
-        return jax.tree_util.tree_map_with_path(share, params)
+    @property
+    def shares(self) -> Shares:
+        """Of the learning rate, by variable type."""
+        return {GateParam: self.gate_rate, MixerParam: self.hybrid_rate}
 
     def loss(self, graph: Any, teacher_graph: Any, *, longest: int) -> Loss:
         """Of the student's parameters, ``{"teacher": …}`` and clips; up to ``longest`` latent frames are compared."""

@@ -36,7 +36,7 @@ from train.data.pools import ENCODE_CLIPS, Captions, Feed, Pool, Read, SpriteFee
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed
 from train.engine.gradients import Batch, Loss, cut, gradients_of
 from train.engine.loop import compile_all, run
-from train.engine.optimizer import OptimizerConfig, TrainState
+from train.engine.optimizer import OptimizerConfig, Shares, TrainState
 from train.parallel.devices import Devices, Processes, first_process
 from train.parallel.sharding import MeshConfig, check_mesh
 
@@ -216,7 +216,7 @@ class FlowTraining:
         phases: Phases,
         read: Read = lambda _, tokens: tokens,
         frozen: PyTree = None,
-        shares: PyTree = None,
+        shares: Shares = MappingProxyType({}),
         show: Show | None = None,
         flops: Callable[[tuple[int, int, int]], int] | None = None,
         prepared: Mapping[Path, Prepared] = MappingProxyType({}),
@@ -227,7 +227,7 @@ class FlowTraining:
         Args:
             read: applied to a round's captions, and to the empty one, once a round.
             frozen: parameters for ``read`` and ``loss`` that do not learn.
-            shares: of the learning rate, a leaf of ``params`` each; see `OptimizerConfig.apply`.
+            shares: of the learning rate, by variable type.
             show: makes the videos of a validation.
             flops: floating-point operations of a step on one clip of so many latent frames, rows and columns.
             prepared: the opened folders of buckets of `PreparedClips`.
@@ -329,7 +329,7 @@ class FlowTraining:
         state: TrainState,
         frozen: PyTree,
         *,
-        shares: PyTree,
+        shares: Shares,
         devices: Devices,
     ) -> jax.stages.Lowered:
         """The program of a round, of shapes as well as of arrays: from the state, what does not learn of the feed and

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.config import TextEncoderConfig
+from rehyat_jax.runtime.variables import kernel, table
 
 
 def relative_position_buckets(length: int, *, num_buckets: int, max_distance: int) -> Int[np.ndarray, "L L"]:
@@ -88,6 +89,7 @@ class SelfAttention(nnx.Module):
             dtype=jnp.float32,
             param_dtype=param_dtype,
             embedding_init=lambda *_: first_position_biases(config).astype(param_dtype),
+            embedding_metadata=table(),
             rngs=rngs,
         )
         self.num_heads, self.d_kv = config.num_heads, config.d_kv
@@ -173,6 +175,7 @@ class UMT5Encoder(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             embedding_init=nnx.initializers.normal(1.0),
+            embedding_metadata=table(),
             rngs=rngs,
         )
 
@@ -223,5 +226,6 @@ def _linear(
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=nnx.initializers.normal(std),
+        kernel_metadata=kernel(None, None),
         rngs=rngs,
     )

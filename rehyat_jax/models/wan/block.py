@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 from rehyat_jax.attention.sharded import softmax_over_devices, softmax_to_text
 from rehyat_jax.models.config import WanConfig
 from rehyat_jax.models.wan.positions import CosSin, rotate
+from rehyat_jax.runtime.mesh import Dimension
+from rehyat_jax.runtime.variables import kernel
 
 _xavier = nnx.initializers.xavier_uniform()
 
@@ -70,12 +72,19 @@ class Attention(nnx.Module):
     def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = config.num_attention_heads
 
-        def linear() -> nnx.Linear:
+        def linear(*dimensions: Dimension) -> nnx.Linear:
             return nnx.Linear(
-                config.dim, config.dim, kernel_init=_xavier, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+                config.dim,
+                config.dim,
+                kernel_init=_xavier,
+                kernel_metadata=kernel(*dimensions),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
             )
 
-        self.to_q, self.to_k, self.to_v, self.to_out = linear(), linear(), linear(), linear()
+        self.to_q, self.to_k, self.to_v = (linear("width", "heads") for _ in range(3))
+        self.to_out = linear("heads", "width")
         self.norm_q = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
         self.norm_k = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
 
@@ -107,8 +116,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         kinds = {"kernel_init": _xavier, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.up = nnx.Linear(config.dim, config.ffn_dim, **kinds)
-        self.down = nnx.Linear(config.ffn_dim, config.dim, **kinds)
+        self.up = nnx.Linear(config.dim, config.ffn_dim, kernel_metadata=kernel("width", "hidden"), **kinds)
+        self.down = nnx.Linear(config.ffn_dim, config.dim, kernel_metadata=kernel("hidden", "width"), **kinds)
 
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))

@@ -10,6 +10,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from rehyat_jax.runtime.variables import kernel
+
 _kernel_init = nnx.initializers.lecun_normal()
 _bias_init = nnx.initializers.zeros_init()
 
@@ -53,7 +55,7 @@ class Conv2d(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         shape = (kernel_size, kernel_size, in_features, out_features)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel(*[None] * len(shape)))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
         self.stride, self.padding, self.dtype = stride, padding, dtype
 
@@ -95,7 +97,7 @@ class CausalConv3d(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         shape = (*kernel_size, in_features, out_features)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype), **kernel(*[None] * len(shape)))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         self.kernel_size, self.dtype = kernel_size, dtype
 

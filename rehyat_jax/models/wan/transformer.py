@@ -33,6 +33,7 @@ from rehyat_jax.models.config import WanConfig
 from rehyat_jax.models.wan.block import Block, TextKV, modulate, modulation_table
 from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
+from rehyat_jax.runtime.variables import kernel
 
 _xavier = nnx.initializers.xavier_uniform()
 _normal = nnx.initializers.normal(0.02)
@@ -52,8 +53,8 @@ class TextEmbedder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         kinds = {"kernel_init": _normal, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.linear_1 = nnx.Linear(in_dim, dim, **kinds)
-        self.linear_2 = nnx.Linear(dim, dim, **kinds)
+        self.linear_1 = nnx.Linear(in_dim, dim, kernel_metadata=kernel(None, "width"), **kinds)
+        self.linear_2 = nnx.Linear(dim, dim, kernel_metadata=kernel("width", None), **kinds)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
@@ -69,7 +70,13 @@ class ConditionEmbedder(nnx.Module):
             config.freq_dim, config.dim, jax.nn.silu, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs
         )
         self.time_proj = nnx.Linear(
-            config.dim, 6 * config.dim, kernel_init=_xavier, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            config.dim,
+            6 * config.dim,
+            kernel_init=_xavier,
+            kernel_metadata=kernel("width", None),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.text_embedder = TextEmbedder(
             config.text_dim, config.dim, _gelu_tanh, dtype=dtype, param_dtype=param_dtype, rngs=rngs
@@ -125,6 +132,7 @@ class WanTransformer(nnx.Module):
             strides=config.patch_size,
             padding="VALID",
             kernel_init=_xavier,
+            kernel_metadata=kernel(None, None, None, None, "width"),
             rngs=rngs,
             **kinds,
         )
@@ -134,7 +142,14 @@ class WanTransformer(nnx.Module):
         )
         self.scale_shift_table = nnx.Param(modulation_table(rngs, 2, config.dim))
         out = config.out_channels * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-        self.proj_out = nnx.Linear(config.dim, out, kernel_init=nnx.initializers.zeros_init(), rngs=rngs, **kinds)
+        self.proj_out = nnx.Linear(
+            config.dim,
+            out,
+            kernel_init=nnx.initializers.zeros_init(),
+            kernel_metadata=kernel("width", None),
+            rngs=rngs,
+            **kinds,
+        )
         # Last, so that a student's other parameters are the teacher's of the same seed.
         self.hybrid = hybrid
         self.converted = (False,) * config.num_layers if hybrid is None else hybrid.converted(config.num_layers)
