@@ -19,6 +19,7 @@ from shared.programs import keep_programs  # noqa: E402
 # Before JAX is imported, which reads the variables; child processes inherit them.
 keep_programs()
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -40,6 +41,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     tiers.tier = config.option.tier
+    hypothesis.settings.register_profile("tier", max_examples=tiers.examples(100), deadline=None)
+    hypothesis.settings.load_profile("tier")
     config.pluginmanager.register(Recorder(config.option.record), "durations")
 
 

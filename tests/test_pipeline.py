@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from shared.checkpoint import save_tiny_checkpoint, tiny_pipeline
+from shared.tiers import examples
 
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
@@ -180,7 +181,7 @@ def test_sizes_are_cut_to_patches_with_a_warning(pipe):
     assert (settings.width, settings.height) == (48, 32)
 
 
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=examples(200), deadline=None)
 @given(*(st.integers(-10, 300) | st.integers() for _ in range(3)))
 def test_any_size_is_cut_or_refused(pipe, frames, height, width):
     with warnings.catch_warnings():

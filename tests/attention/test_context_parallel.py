@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared import tiers
 from shared.devices import on_devices
 
 from rehyat_jax.attention.api import hybrid_attention
@@ -25,6 +26,10 @@ CASES = [
     (8, 2, "none", False),
     (8, 14, "row_max", True),
 ]
+
+
+#: Of softmax attention.
+SOFTMAX_DEVICES = (2, 4, 8)
 
 
 def _inputs(tokens: int, heads: int = 3):
@@ -59,7 +64,7 @@ def _with_gradient(function, arrays, mesh=None):
 
 def hybrid_differences():
     found = []
-    for devices, overlap, stabilizer, decays in CASES:
+    for devices, overlap, stabilizer, decays in tiers.chosen(CASES):
         arrays = _inputs(2 * CHUNK * devices)
         options = {
             "chunk": CHUNK,
@@ -84,7 +89,7 @@ def hybrid_differences():
 def softmax_differences():
     """Three heads on two, four and eight devices, with padding at the end."""
     found = []
-    for devices in (2, 4, 8):
+    for devices in tiers.chosen(SOFTMAX_DEVICES):
         arrays, real = _inputs(24)[:3], 21
         mesh = MeshConfig(context=devices).make(jax.devices()[:devices])
         expected = _with_gradient(lambda *x, n=real: softmax_attention(*(a[:, :n] for a in x)), arrays)
@@ -142,13 +147,15 @@ def measured():
     return on_devices("test_context_parallel", "measure")
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{c[0]} devices, overlap {c[1]}, {c[2]}" for c in CASES])
+@pytest.mark.parametrize(
+    "case", tiers.breadth(range(len(CASES))), ids=[f"{c[0]} devices, overlap {c[1]}, {c[2]}" for c in CASES]
+)
 def test_hybrid_attention_is_the_uncut_one(measured, case):
     """Sums over tokens in another order: a few float32 roundings, forward and in every gradient."""
     assert measured["hybrid"][case] <= 1e-5
 
 
-@pytest.mark.parametrize("case", range(3), ids=["2 devices", "4 devices", "8 devices"])
+@pytest.mark.parametrize("case", tiers.breadth(range(3)), ids=["2 devices", "4 devices", "8 devices"])
 def test_softmax_attention_is_the_uncut_one(measured, case):
     assert measured["softmax"][case] <= 1e-5
 

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared.devices import environment
+from shared.tiers import examples
 
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention.state import HybridState
@@ -146,7 +147,7 @@ def everything(cut: Cut) -> Callable[..., dict[tuple[str, str, str], Any]]:
     return quickly_compiled(run)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(200), deadline=None, derandomize=True, database=None)
 @given(
     cut=st.sampled_from(CUTS),
     decayed=st.booleans(),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.tiers import examples
 
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention.baselines import WindowState, linear_attention, window_attention
@@ -91,7 +92,7 @@ WINDOWS = [
 ]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(60), deadline=None, derandomize=True, database=None)
 @given(sizes=st.sampled_from(WINDOWS), seed=st.integers(0, 2**32 - 1))
 def test_window_with_sink_is_its_equation(sizes, seed):
     """float64: 1e-13, of outputs of order one after some tens of operations with rounding of 1e-16; cut and continued
@@ -104,7 +105,7 @@ def test_window_with_sink_is_its_equation(sizes, seed):
     assert_cuts_agree(whole, cut)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(60), deadline=None, derandomize=True, database=None)
 @given(
     sizes=st.sampled_from([(11, 3, 1), (12, 4, 2), (7, 1, 3), (5, 9, 1)]),
     decay=st.sampled_from([(1.0, 1.0), (0.9, 0.5)]),

@@ -396,6 +396,7 @@ def over_devices():
     return {"apart": max(apart), "empty": sum(len(shape) > 1 and 0 in shape for shape in kept), "kept": len(kept)}
 
 
+@pytest.mark.full
 def test_over_devices():
     """Empty arrays among a backward ``shard_map``'s arguments end JAX 0.11.2 by a segmentation fault (in Shardy)."""
     found = on_devices("test_pallas_gpu", "over_devices", devices=4)

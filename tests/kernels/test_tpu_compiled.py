@@ -16,6 +16,7 @@ SHAPE = Shape(tokens=2 * 4680, heads=2)
 device = functools.cache(tpu_compiled.device)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_forward_and_backward_fit_every_generation(generation):
     program = compiled(device(GENERATIONS[generation].topology), SHAPE, backward=True)
@@ -25,6 +26,7 @@ def test_forward_and_backward_fit_every_generation(generation):
     assert program.memory_analysis().temp_size_in_bytes < 150e6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "shape",
     [
@@ -37,6 +39,7 @@ def test_awkward_shapes_compile(shape):
     compiled(device("v5e:2x2x1"), shape, backward=True)
 
 
+@pytest.mark.full
 def test_a_kernel_over_its_memory_is_refused():
     """What the tests above rely on: 8,192 resident keys and values of 128 need over 4 MiB."""
     blocks = Blocks(vmem=4 << 20)

@@ -9,6 +9,7 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.tiers import examples
 
 from rehyat_jax.models.wan.positions import cos_sin, rotary_embedding, rotate, timestep_embedding
 
@@ -43,7 +44,7 @@ def test_sinusoids_are_those_of_float64(name, traced):
     np.testing.assert_allclose(made.sin, sin, atol=1e-6, rtol=0)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.floats(0, 2**24, width=32), st.floats(0, 1, width=32))
 def test_any_position_at_any_frequency(position, frequency):
     made = cos_sin(jnp.asarray([position], jnp.float32), np.asarray([frequency], np.float64))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.tiers import examples
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling import (
@@ -156,7 +157,7 @@ def test_order_of_accuracy_on_a_linear_flow(x64, solver, expected):
     np.testing.assert_allclose(orders, expected, atol=0.1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     num_steps=st.integers(1, 60),
     shift=st.floats(0.2, 20),
@@ -172,7 +173,7 @@ def test_a_straight_flow_is_solved_exactly(num_steps, shift, solver):
     np.testing.assert_allclose(latents, data, rtol=0, atol=2e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(num_steps=st.integers(1, 200), shift=st.floats(0.1, 50), order=st.integers(1, 3))
 def test_unipc_weights_are_finite_and_the_last_step_returns_the_prediction(num_steps, shift, order):
     sigmas = FlowSchedule(grid="diffusers", shift=shift).sigmas(num_steps)

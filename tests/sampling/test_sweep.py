@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.tiers import examples
 
 from benchmarks import stream_memory
 from rehyat_jax.errors import RehyatError
@@ -271,7 +272,7 @@ def test_memory_does_not_grow_with_the_length(remember):
     assert long.alias_size_in_bytes == short.alias_size_in_bytes > 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.integers(0, 2**32 - 2), st.integers(0, 2**24), st.integers(0, 2))
 def test_noise_belongs_to_a_frame_of_a_seed(seed, first, cut):
     """Drawn from the seed's key and the frame's number alone, so that no length, chunk or batch changes it."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from shared import tiers
 
 
 def environment(devices: int) -> dict[str, str]:
     """This one's, for a process of so many virtual CPU devices."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     return {
         **os.environ,
         # A collective holds a thread until the last device has arrived; fewer threads than that wait for ever.
@@ -21,6 +22,7 @@ def environment(devices: int) -> dict[str, str]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
         "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
         "JAX_PLATFORMS": "cpu",
+        "REHYAT_TEST_TIER": tiers.tier,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled for values, not speed
         "PYTHONPATH": os.pathsep.join(map(str, [folder.parent, folder, *filter(Path.is_dir, folder.iterdir())])),
     }

@@ -5,12 +5,13 @@
 - ``rest``: what ``make test-all`` adds: ``full`` tests and parameters, and hypothesis at its full strength.
 - ``all``: both.
 
-A test or a whole file joins the last by ``@pytest.mark.full``, some of its parameters by ``full(...)``, and a property
-has its number of examples by ``examples(...)``.
+A test or a whole file joins the last by ``@pytest.mark.full``, some of its parameters by ``full(...)`` or
+``breadth(...)``; a property has its number of examples by ``examples(...)``.
 """
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ TIERS = ("check", "test", "rest", "all")
 CHECK_SECONDS = 1.0
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 
-tier = "test"  # set by conftest before test files are imported
+#: Set by conftest before test files are imported; child processes have it from their environment.
+tier = os.environ.get("REHYAT_TEST_TIER", "test")
 
 
 def full(*values: Any, id: str | None = None) -> Any:
@@ -32,6 +34,20 @@ def full(*values: Any, id: str | None = None) -> Any:
 def examples(most: int) -> int:
     """Hypothesis's number of examples: ``most`` at full strength, else a tenth of it (three at least)."""
     return most if tier in ("rest", "all") else max(3, most // 10)
+
+
+def chosen(cases: Sequence[Any], *, test: int = 1) -> Sequence[Any]:
+    """The first ``test`` of several cases, or all of them: for cases that are no parameters, but share a program or a
+    process. Also in child processes (``shared.devices``), which are told the tier."""
+    return cases if tier in ("rest", "all") else cases[:test]
+
+
+def breadth(cases: Iterable[Any], *, test: int = 1) -> list[Any]:
+    """Parameters of which ``make test`` runs the first ``test`` and ``make test-all`` the others."""
+    return [
+        case if number < test else full(*(case if isinstance(case, tuple) else (case,)))
+        for number, case in enumerate(cases)
+    ]
 
 
 def runs(item: pytest.Item, costs: "Costs") -> bool:

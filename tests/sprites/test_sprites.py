@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.tiers import examples
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.sprites import tracks, world
@@ -181,7 +182,7 @@ movements = st.builds(
 descriptions = st.builds(Description, st.lists(movements, max_size=2).map(tuple), st.sampled_from(list(world.GROUNDS)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(descriptions)
 def test_parse_undoes_caption(description):
     text = caption(description)

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from shared.checkpoint import save_tiny_checkpoint
+from shared.tiers import examples
 
 from rehyat_jax import HybridConfig, TextToVideo, load_transformer
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
@@ -382,7 +383,7 @@ def test_settings_that_have_no_form_on_disk(pipe, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=examples(50), deadline=None)
 @given(
     st.sampled_from([Euler(), UniPC(1), UniPC(3)]),
     st.sampled_from(["diffusers", "official"]),
@@ -541,7 +542,7 @@ def test_what_is_no_stream_is_a_sentence(pipe, saved, tmp_path):
 
 
 @hypothesis.settings(
-    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=examples(60), deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
 def test_damaged_bytes_are_known_or_harmless(pipe, saved, tmp_path, data):

@@ -81,6 +81,7 @@ class Killed(BaseException):
     """As good as SIGKILL: nothing between the checkpoint and the end of the process runs."""
 
 
+@pytest.mark.full
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(whole, folder, tmp_path, monkeypatch):
     """Checkpoint of step 36 (an odd round, trajectories at different steps), the end, and the rest from there."""
     save = Checkpoints.save

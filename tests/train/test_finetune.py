@@ -123,6 +123,7 @@ def test_anew_a_student_is_its_teacher_converted(whole):
     chex.assert_trees_all_equal(nnx.state(begun), nnx.state(softmax.with_hybrid(HYBRID, rngs=nnx.Rngs(0))))
 
 
+@pytest.mark.full
 def test_stopped_and_continued_is_uninterrupted_bit_for_bit(whole, teacher, tmp_path):
     """Three rounds, SIGKILL, and three more: parameters, optimiser, order of the data, result."""
     training = finetuning(teacher, tmp_path / "student")

@@ -188,27 +188,32 @@ def measured():
 
 
 @pytest.mark.parametrize("case", range(len(MESHES)), ids=[" x ".join(map(str, sizes)) for sizes in MESHES])
+@pytest.mark.full
 def test_a_finetune_step_is_that_of_one_device(measured, case):
     """Sums in another order: a few float32 roundings."""
     assert measured["differences"][case] <= 1e-5
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_restored_on_one_two_and_eight_devices(measured):
     assert measured["restored"] == [[True, 1], [True, 2], [True, 8]]
 
 
+@pytest.mark.full
 def test_a_device_encodes_its_own_clips_alone(measured):
     apart, share = measured["encoding"]
     assert apart <= 1e-5
     assert share == pytest.approx(1 / 4, rel=0.01)
 
 
+@pytest.mark.full
 def test_a_stream_is_that_of_one_device_and_its_texts_are_cut_by_batch_and_heads(measured):
     apart, shares = measured["streaming"]
     assert apart <= 1e-5
     assert shares == [1 / 8, 1 / 8]
 
 
+@pytest.mark.full
 def test_minibatches_that_do_not_divide(measured):
     assert measured["minibatches"] == ("2 points of a minibatch (8 in 4) do not divide by data x fsdp = 4 of the mesh")
 

@@ -101,6 +101,7 @@ def _plan(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program, "plan", *argv], capture_output=True, text=True)
 
 
+@pytest.mark.full
 def test_a_step_for_eight_chips(config):
     done = _plan(config, "--topology", "v5e:2x4", "--size", "128x128")
     assert done.returncode == 0, done.stderr
@@ -125,6 +126,7 @@ def test_what_cannot_be_planned_is_one_sentence(config, given, words):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.full
 def test_what_does_not_fit_is_refused_and_its_largest_arrays_named(config):
     """256 clips of 12,285 tokens on four chips: 1.5 GiB each in the smallest array of all tokens."""
     done = _plan(config, "--topology", "v5e:2x2", "--batch", "256", "--frames", "41")

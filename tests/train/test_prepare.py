@@ -133,6 +133,7 @@ def test_records_are_what_the_models_own_networks_make(data, model):
     assert (record["command"], record["clips"]) == ("rehyat prepare", 6)
 
 
+@pytest.mark.full
 def test_killed_in_a_shard_and_continued_is_uninterrupted(data, videos, model, tmp_path):
     out = tmp_path / "clips"
     killed = _prepare_alone(videos, out, model, die_after=2)
@@ -151,6 +152,7 @@ def test_killed_in_a_shard_and_continued_is_uninterrupted(data, videos, model, t
     assert (out / "clips-00000-of-00003.array_record").stat().st_mtime_ns == before["clips-00000-of-00003.array_record"]
 
 
+@pytest.mark.full
 def test_parts_make_the_whole(data, videos, model, tmp_path):
     out = tmp_path / "clips"
     first = _prepare_alone(videos, out, model, "--part", "1/2")
@@ -268,6 +270,7 @@ test_prepare._tuned(Path({str(model)!r}), Path({str(data)!r}), Path({str(out)!r}
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
 
+@pytest.mark.full
 def test_finetuning_on_prepared_clips_resumes_exactly(model, data, tmp_path):
     whole, cut = (_tuned(model, data, tmp_path / name) for name in ("whole", "cut"))
     done = _tune_alone(model, data, whole.out)

@@ -195,6 +195,7 @@ def test_the_record_says_how_the_model_was_made(trained, tiny):
     assert (record["last"]["step"], record["last"]["from_step"]) == (64, 0)
 
 
+@pytest.mark.full
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(trained, tiny, tmp_path):
     """Two rounds, SIGKILL, then another process's two: parameters, optimiser and written model are those of four."""
     write_vae(tmp_path)

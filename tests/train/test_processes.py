@@ -97,6 +97,7 @@ def runs(tmp_path_factory):
     return _run_of(model, folder / "whole"), _run_of(model, folder / "killed"), said
 
 
+@pytest.mark.full
 def test_killed_and_restarted_is_uninterrupted_bit_for_bit(runs):
     whole, killed, _ = runs
     assert [entry["from_step"] for entry in log_of(killed)] == [0] * 4 + [4] * 3
@@ -109,6 +110,7 @@ def test_killed_and_restarted_is_uninterrupted_bit_for_bit(runs):
             assert (killed.out / path.relative_to(whole.out)).read_bytes() == path.read_bytes(), path
 
 
+@pytest.mark.full
 def test_a_torn_checkpoint_is_passed_over_and_said(runs):
     _, killed, said = runs
     assert re.search(r"the checkpoint \S+/5\S* was not finished: passed over and removed", said)

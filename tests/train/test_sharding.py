@@ -118,12 +118,14 @@ def measured():
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[_names(case) for case in CASES])
+@pytest.mark.full
 def test_loss_and_gradients_of_one_device(measured, case):
     """Sums in another order: some float32 roundings."""
     assert measured[case]["loss"] <= 1e-5
     assert measured[case]["gradient"] <= 1e-5
 
 
+@pytest.mark.full
 def test_converted_blocks_gather_weights_alone(measured):
     """Of the model cut into two pieces of time: nothing gathered has time's 12 frames (padded) or 72 tokens."""
     shapes = [shape.split("[")[1].split("]")[0] for shape in measured[0]["gathered"]]

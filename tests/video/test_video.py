@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from shared.tiers import examples
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime import record
@@ -61,7 +62,7 @@ def read_only(tmp_path):
     folder.chmod(0o755)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3))
 def test_rgb_is_lossless(tmp_path_factory, frames, height, width, scale):
     path = tmp_path_factory.mktemp("rgb") / "a.mp4"

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from shared.checkpoint import save_tiny_checkpoint
+from shared.tiers import examples
 from shared.wan import TINY, reference
 
 from rehyat_jax.attention import api, features
@@ -348,7 +349,7 @@ def literals(kind) -> st.SearchStrategy:
         }
     )
 )
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=examples(100), derandomize=True)
 def test_configurations_out_and_in_again(values):
     hybrid = HybridConfig(**values)
     assert HybridConfig.from_dict(json.loads(json.dumps(hybrid.to_dict()))) == hybrid

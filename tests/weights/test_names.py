@@ -9,6 +9,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.tiers import examples
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rehyat_jax.errors import CheckpointError
@@ -134,7 +135,7 @@ def test_float32_rows_are_those_that_diffusers_keeps():
 @pytest.mark.parametrize(
     "rows", [TRANSFORMER, UMT5, BY_NAME["vae"].rows(VAEConfig())], ids=["transformer", "umt5", "vae"]
 )
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=examples(40), derandomize=True)
 @given(data=st.data(), layer=st.integers(0, 10_000))
 def test_translation_there_and_back(rows, data, layer):
     row = data.draw(st.sampled_from(rows))

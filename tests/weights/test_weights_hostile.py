@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from shared.tiers import examples
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rehyat_jax.errors import CheckpointError, ConfigError
@@ -33,7 +34,10 @@ from rehyat_jax.weights.files import open_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 quick = settings(
-    deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=examples(60),
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
