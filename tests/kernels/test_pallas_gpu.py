@@ -1,4 +1,4 @@
-"""The GPU path: with Triton's kernels, interpreted on the CPU, against the dense reference in float64; its lowering."""
+"""The GPU path beside its parity (tests/attention/test_backends.py): parts of its backward, feature maps, lowering."""
 
 import dataclasses
 import functools
@@ -9,157 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from shared import tiers
+from shared.attention import TRITON, Case, by_gpu_kernels, inputs
 from shared.devices import on_devices
 
 from pallas_kernels import gpu
-from pallas_kernels.gpu import CudnnBackward, FeatureKernels, Layers, TritonKernels, cudnn, feature_map, hybrid
+from pallas_kernels.gpu import CudnnBackward, FeatureKernels, Layers, TritonKernels, cudnn, feature_map
 from pallas_kernels.gpu.hybrid import _states
 from pallas_kernels.gpu.windows import Windows, attend
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention import features
 from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.attention.sharded import hybrid_over_devices
-from rehyat_jax.attention.state import HybridState
 from train.parallel.sharding import MeshConfig
-
-#: So small that every loop over blocks runs more than once.
-SMALL = TritonKernels(queries=16, keys=16, queries_backward=16, keys_backward=32, interpret=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    tokens: int
-    chunk: int
-    overlap: int
-    head_dim: int
-    features: int
-    stabilizer: str
-    causal: bool = True
-    #: Tokens of an earlier call, whose state is the initial one; fewer than the overlap leave empty places. None: the
-    #: kernels are told that nothing came before.
-    earlier: int | None = 0
-
-
-#: Last chunks short, whole, and the only one; overlaps none, less than, equal to and more than a chunk.
-CASES = [
-    Case(100, 40, 12, 64, 64, "row_max", earlier=None),
-    Case(70, 24, 20, 24, 32, "lse"),
-    Case(96, 32, 0, 64, 128, "none"),
-    Case(60, 24, 70, 64, 256, "row_max", earlier=48),
-    Case(70, 24, 24, 128, 64, "row_max", earlier=72),
-    Case(52, 40, 56, 64, 512, "lse", earlier=40),
-    Case(60, 33, 20, 64, 96, "row_max", causal=False, earlier=None),
-    Case(50, 64, 16, 128, 128, "none", earlier=None),
-]
-
-
-def inputs(case: Case, dtype) -> tuple[list[jax.Array], HybridState, jax.Array]:
-    """Of the rounded inputs, a state in which both parts are heard, and a decay."""
-    earlier = case.earlier or 0
-    rng = np.random.default_rng(case.tokens + case.overlap)
-    shape = (1, earlier + case.tokens, 2)
-    arrays = [rng.normal(size=(*shape, case.head_dim)) for _ in range(3)]
-    arrays += [rng.uniform(0.01, 1, size=(*shape, case.features)) / case.features**0.5 for _ in range(2)]
-    arrays = [jnp.asarray(a, dtype) for a in arrays]
-    decay = jnp.asarray([1.0, 0.8] if case.causal else [1.0, 1.0], jnp.float32)
-    state = HybridState.zeros(
-        1, heads=2, head_dim=case.head_dim, feature_dim=case.features, overlap=case.overlap, dtype=dtype
-    )
-    if earlier:
-        _, state = hybrid_attention(
-            *(a[:, :earlier] for a in arrays),
-            chunk=case.chunk,
-            overlap=case.overlap,
-            decay=decay,
-            initial_state=state,
-            return_state=True,
-            implementation="reference",
-        )
-    return [a[:, earlier:] for a in arrays], state, decay
-
-
-def by_kernels(case: Case, arrays, state, decay, kernels=SMALL):
-    q, k, v, features_q, features_k = arrays
-    return hybrid(
-        q,
-        k,
-        v,
-        features_q,
-        features_k,
-        s=state[0],
-        z=state[1],
-        past_k=state[2],
-        past_v=state[3],
-        past_features_k=state[4],
-        seen=jnp.asarray(min(case.earlier or 0, case.overlap), jnp.int32),
-        decay=decay,
-        chunk=case.chunk,
-        causal=case.causal,
-        stabilizer=case.stabilizer,
-        kernels=kernels,
-        begins=case.earlier is None,
-    )
-
-
-def by_reference(case: Case, arrays, state, decay):
-    options = {"chunk": case.chunk, "overlap": case.overlap, "stabilizer": case.stabilizer}
-    options["implementation"] = "reference"
-    if not case.causal:
-        return hybrid_attention(*arrays, causal=False, **options), None, None
-    seen = jnp.asarray(min(case.earlier or 0, case.overlap), jnp.int32)
-    out, state = hybrid_attention(
-        *arrays, decay=decay, initial_state=HybridState(*state, seen), return_state=True, **options
-    )
-    return out, state.s, state.z
-
-
-def output_and_gradients(function, case: Case, weights, arrays, state, decay):
-    """Of a loss over the output and the state after it, to every floating argument."""
-
-    def loss(*arguments):
-        results = function(case, *arguments)
-        used = results if case.causal else results[:1]
-        return sum(jnp.sum(w * x.astype(w.dtype)) for w, x in zip(weights, used, strict=False)), used
-
-    (_, results), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(arrays, state, decay)
-    return results, gradients
-
-
-@functools.cache
-def compiled(function, case: Case):
-    return jax.jit(
-        functools.partial(output_and_gradients, function, case), compiler_options={"xla_backend_optimization_level": 0}
-    )
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 1e-2)])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.tokens}-{case.chunk}-{case.overlap}")
-def test_output_state_and_gradients(case, dtype, tolerance):
-    """To the contract's figures, of the root mean square, against float64 of the same rounded inputs."""
-    arrays, state, decay = inputs(case, dtype)
-    rng = np.random.default_rng(1)
-    # The output's as coarse as the cotangent of a bfloat16 output is.
-    weights = [
-        jnp.asarray(rng.normal(size=x.shape), d).astype(jnp.float32)
-        for x, d in [(arrays[2], dtype), (state.s, jnp.float32), (state.z, jnp.float32)]
-    ]
-    outputs, gradients = compiled(by_kernels, case)(weights, arrays, tuple(state[:5]), decay)
-    assert outputs[0].dtype == dtype
-    with jax.enable_x64(True):
-        wide = jax.tree.map(
-            lambda x: jnp.asarray(np.asarray(x), jnp.float64), (weights, arrays, tuple(state[:5]), decay)
-        )
-        exact = jax.device_get(compiled(by_reference, case)(*wide))
-    if not case.causal:
-        # Their reference has no past, whose gradient could be compared.
-        gradients, exact = gradients[:1], (exact[0][:1], exact[1][:1])
-        outputs = outputs[:1]
-    elif case.earlier is None:
-        # Nothing came before: the kernels' gradients to that are 0.
-        gradients, exact = (gradients[0], gradients[2]), (exact[0], (exact[1][0], exact[1][2]))
-    for x, y in zip(jax.tree.leaves((outputs, gradients)), jax.tree.leaves(exact), strict=True):
-        error = np.linalg.norm(np.asarray(x, np.float64) - y)
-        assert error <= tolerance * np.linalg.norm(y), x.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +31,7 @@ class Backward:
     backward_kernels: CudnnBackward | TritonKernels
 
     def forward(self, *arguments):
-        return SMALL.forward(*arguments)
+        return TRITON.forward(*arguments)
 
     def backward(self, *arguments):
         return self.backward_kernels.backward(*arguments)
@@ -188,13 +50,13 @@ def dense_backward(q, k, v, rows, y, d_y):
 @pytest.mark.parametrize(
     ("by", "length", "chunk", "overlap", "calls", "stabilizer", "sign"),
     [
-        ("cudnn", 96, 32, 12, 2, "row_max", 1),
         ("cudnn", 100, 32, 12, 3, "lse", 1),
-        ("cudnn", 100, 32, 0, 2, "none", 1),
-        ("cudnn", 100, 24, 70, 5, "none", -1),
-        ("cudnn", 60, 64, 8, 1, "row_max", 1),
+        tiers.full("cudnn", 96, 32, 12, 2, "row_max", 1),
+        tiers.full("cudnn", 100, 32, 0, 2, "none", 1),
+        tiers.full("cudnn", 100, 24, 70, 5, "none", -1),
+        tiers.full("cudnn", 60, 64, 8, 1, "row_max", 1),
         ("triton", 100, 32, 12, 0, "row_max", 1),
-        ("triton", 100, 32, 12, 0, "none", -1),
+        tiers.full("triton", 100, 32, 12, 0, "none", -1),
     ],
 )
 def test_windows_and_linear_part_as_one(by, length, chunk, overlap, calls, stabilizer, sign, monkeypatch):
@@ -207,7 +69,7 @@ def test_windows_and_linear_part_as_one(by, length, chunk, overlap, calls, stabi
         return dense_backward(*arguments)
 
     monkeypatch.setattr(cudnn, "attention_backward", stand_in)
-    kernels = Backward(CudnnBackward(otherwise=SMALL) if by == "cudnn" else SMALL)
+    kernels = Backward(CudnnBackward(otherwise=TRITON) if by == "cudnn" else TRITON)
     windows = Windows(chunk=chunk, overlap=overlap, past=0, length=length)
     rng = np.random.default_rng(length)
     q, k, v, a, d_y = (jnp.asarray(rng.normal(size=(2, length, 2, 16)), jnp.bfloat16) for _ in range(5))
@@ -241,18 +103,18 @@ def test_windows_and_linear_part_as_one(by, length, chunk, overlap, calls, stabi
         assert np.linalg.norm(np.asarray(x, np.float64) - z) <= 1e-2 * np.linalg.norm(z), x.shape
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [128, tiers.full(64)])
 @pytest.mark.parametrize("begins", [True, False])
 def test_lowers_for_an_h200_without_one(head_dim, begins):
     """Forward by Mosaic GPU, backward by cuDNN, of the first chunk and the others, or by Triton's two kernels where
     something came before: past the checks of layouts and types of all."""
     case = Case(1440, 480, 160, head_dim, 64, "row_max", earlier=None if begins else 0)
-    arrays, state, _ = jax.eval_shape(lambda: inputs(case, jnp.bfloat16))
+    arrays, state, _ = jax.eval_shape(lambda: inputs(case, "bfloat16"))
     kernels = gpu.kernels("NVIDIA H200", arrays[0], chunk=case.chunk, overlap=case.overlap)
     assert isinstance(kernels, gpu.HopperKernels)
 
     def loss(arrays, state):
-        return by_kernels(case, arrays, state, decay=jnp.ones(2), kernels=kernels)[0].astype(jnp.float32).sum()
+        return by_gpu_kernels(case, arrays, state, jnp.ones(2), kernels=kernels)[0].astype(jnp.float32).sum()
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
@@ -297,7 +159,11 @@ def map_and_gradients(phi: FeatureMap, x, weight, d_out):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize(
     ("head_dim", "degree", "positive", "tokens", "weighted"),
-    [(128, 2, "softplus", 70, True), (64, 3, "exp", 48, False), (16, 1, "softplus", 33, True)],
+    [
+        tiers.full(128, 2, "softplus", 70, True),
+        tiers.full(64, 3, "exp", 48, False),
+        (16, 1, "softplus", 33, True),
+    ],
 )
 def test_fused_feature_map(head_dim, degree, positive, tokens, weighted, dtype, tolerance, monkeypatch):
     """As the plain formula in float64 of the same rounded inputs, last block of tokens short, with all gradients."""
@@ -325,7 +191,7 @@ def test_fused_feature_map(head_dim, degree, positive, tokens, weighted, dtype, 
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= tolerance * np.linalg.norm(b), a.shape
 
 
-@pytest.mark.parametrize(("head_dim", "degree"), [(128, 2), (128, 3), (64, 2), (16, 1)])
+@pytest.mark.parametrize(("head_dim", "degree"), tiers.breadth([(128, 2), (128, 3), (64, 2), (16, 1)]))
 def test_feature_map_lowers_for_cuda(head_dim, degree):
     """One kernel forward, at the sizes that are used; the gradients are XLA's."""
     width, heads = head_dim * degree, 12
@@ -369,7 +235,7 @@ def test_what_feature_kernels_lack_goes_to_xla(options, head_dim, dtype, monkeyp
 
 def over_devices():
     """On two by two devices by the GPU's path: how far from the reference, and what is kept for the gradient."""
-    gpu.kernels = lambda *_, **__: SMALL
+    gpu.kernels = lambda *_, **__: TRITON
     jax.lax.platform_dependent = lambda *given, cuda, **_: cuda(*given)
     rng = np.random.default_rng(0)
     sizes = (16, 16, 16, 32, 32)

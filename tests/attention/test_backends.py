@@ -1,0 +1,87 @@
+"""Every backend of hybrid attention, held to one statement of what an implementation owes (``shared/attention.py``).
+
+The TPU kernels' interpreter fills outputs, scratch and what lies beyond an array's end with NaN before a kernel runs.
+"""
+
+import functools
+
+import jax
+import pytest
+from shared import tiers
+from shared.attention import CASES, TOLERANCES, TRITON, Backend, Case, by_gpu_kernels, by_name, by_tpu_kernels, errors
+from shared.devices import on_devices
+
+from pallas_kernels import tpu
+from rehyat_jax.attention.sharded import hybrid_over_devices
+from train.parallel.sharding import MeshConfig
+
+#: So small that every loop over blocks runs more than once.
+BLOCKS = tpu.Blocks(queries=128, queries_backward=128, keys=32, keys_backward=32, resident=64, tokens=32)
+
+
+def over_devices(case: Case, arrays, _, decay):
+    """Time in two, heads and batch whole."""
+    return (hybrid_over_devices(*arrays, **case.options, causal=True, implementation="scan", decay=decay),)
+
+
+BACKENDS = {
+    "scan": Backend(functools.partial(by_name, "scan"), CASES),
+    "gpu": Backend(functools.partial(by_gpu_kernels, kernels=TRITON), CASES),
+    # Several blocks of queries and of resident keys; block sizes that divide nothing.
+    "tpu": Backend(
+        functools.partial(by_tpu_kernels, blocks=BLOCKS),
+        (
+            CASES[0],
+            Case(90, 33, 20, 64, 96, "row_max", causal=False),
+            Case(300, 140, 52, 64, 64, "row_max"),
+            Case(96, 32, 0, 64, 128, "lse"),
+            Case(100, 24, 70, 64, 256, "none", earlier=48),
+            Case(52, 40, 56, 64, 512, "lse", earlier=40),
+        ),
+    ),
+    "tpu, its own blocks": Backend(
+        functools.partial(by_tpu_kernels, blocks=tpu.Blocks()), (Case(50, 64, 16, 128, 128, "none"),)
+    ),
+    "over devices": Backend(
+        over_devices,
+        (Case(96, 24, 20, 24, 32, "row_max", earlier=None), Case(96, 24, 0, 24, 32, "lse", earlier=None)),
+        devices=2,
+        stateful=False,
+    ),
+}
+
+
+def parameters():
+    """The first case in both types and the second in float32 for ``make test``; all others for ``make test-all``."""
+    for name, backend in BACKENDS.items():
+        for number, _ in enumerate(backend.cases):
+            for dtype in TOLERANCES:
+                small = number == 0 or (number == 1 and dtype == "float32")
+                if name == "tpu, its own blocks" or not small:
+                    yield tiers.full(name, number, dtype)
+                else:
+                    yield name, number, dtype
+
+
+def measure_over_devices() -> list[list[list[float]]]:
+    """In a process of several devices: of each case and type, the errors."""
+    backend = BACKENDS["over devices"]
+    with jax.set_mesh(MeshConfig(context=backend.devices).make(jax.devices()[: backend.devices])):
+        return [[errors(backend, case, dtype) for dtype in TOLERANCES] for case in backend.cases]
+
+
+@pytest.fixture(scope="module")
+def measured_over_devices():
+    return on_devices("test_backends", "measure_over_devices", devices=BACKENDS["over devices"].devices)
+
+
+@pytest.mark.parametrize(("name", "number", "dtype"), list(parameters()))
+def test_output_state_and_gradients(name, number, dtype, request):
+    """To the contract's figures, of the root mean square, against float64 of the same rounded inputs."""
+    backend = BACKENDS[name]
+    if backend.devices:
+        found = request.getfixturevalue("measured_over_devices")[number][list(TOLERANCES).index(dtype)]
+    else:
+        found = errors(backend, backend.cases[number], dtype)
+    assert len(found) >= 6  # the output, and gradients to q, k, v and both features
+    assert max(found) <= TOLERANCES[dtype], found
