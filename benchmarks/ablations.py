@@ -38,6 +38,7 @@ from benchmarks import workers
 from benchmarks.ablation_lines import Lines, draw, table
 from benchmarks.ablation_rows import ROWS
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
@@ -48,7 +49,6 @@ from rehyat_jax.sprites.occlusion import report_occlusions
 from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
 from rehyat_jax.sprites.report import report
 from rehyat_jax.sprites.world import HEIGHT, OCCLUSION_WIDTH, WIDTH, occlusion_frames
-from rehyat_jax.weights import load_transformer
 from train.data.clips import Bucket
 from train.data.sources import Source
 from train.engine.loop import Stopped

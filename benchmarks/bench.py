@@ -44,7 +44,7 @@ def of_a_peer(case: str) -> bool:
 
 def _cases(part: str, tiny: bool) -> Iterator[tuple[str, Callable[[], dict]]]:
     from benchmarks import dit, hybrid_operator, stream, vae
-    from rehyat_jax.models.config import VAEConfig, WanConfig
+    from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 
     lengths = [6] if tiny else [21, 41, 81, 161]
     transformer, autoencoder = (dit.TINY, vae.TINY) if tiny else (WanConfig.t2v_1_3b(), VAEConfig())

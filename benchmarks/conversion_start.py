@@ -19,12 +19,12 @@ from flax import nnx
 
 from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
 from rehyat_jax.models.folder import bundled_models
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
-from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from flax import nnx
 
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, timed
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 
 TINY = WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=48, text_dim=32, freq_dim=32)

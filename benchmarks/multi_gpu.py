@@ -43,7 +43,7 @@ from benchmarks import kernels
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.sharded import hybrid_over_devices
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.runtime.mesh import spec

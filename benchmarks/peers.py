@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import dit, hybrid_operator, vae
 from benchmarks.timing import GIB, Case, Report, arguments
-from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 
 #: Of the peers' transformers: beyond, one forward takes many seconds.
 LONGEST_PEER = 41

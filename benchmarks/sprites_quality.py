@@ -26,7 +26,8 @@ import tyro
 from flax import nnx
 from rich.console import Console
 
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sample
 from rehyat_jax.sampling.programs import to_uint8
 from rehyat_jax.sprites import world
@@ -34,7 +35,6 @@ from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.clips import quantized, through_vae
 from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
-from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae
 
 #: Frames of the occlusion clips for each wait.
 _WAITS = {0: 81, 16: 97, 48: 129}

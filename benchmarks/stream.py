@@ -19,7 +19,7 @@ from flax import nnx
 from benchmarks import dit
 from benchmarks import vae as of_vae
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, walked
-from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, plan_steps, rollout
 from rehyat_jax.sampling.programs import decode_first, decode_next, denoise_chunk, read_text, to_uint8

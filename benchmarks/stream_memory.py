@@ -23,7 +23,7 @@ import tyro
 from flax import nnx
 
 from rehyat_jax import HybridConfig, Stream, StreamState
-from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sampling import FlowSchedule, UniPC, rollout

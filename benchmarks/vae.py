@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, timed, walked
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sampling.programs import decode_first, decode_next, to_uint8
 

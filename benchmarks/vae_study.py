@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sprites import world
 from train.engine.optimizer import OptimizerConfig, TrainState

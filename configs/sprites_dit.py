@@ -18,7 +18,8 @@ by sprites_dit_longer (docs/notebook/results.md).
 
 from pathlib import Path
 
-from rehyat_jax.models.config import TextEncoderConfig, WanConfig
+from rehyat_jax.models.umt5.config import TextEncoderConfig
+from rehyat_jax.models.wan.config import WanConfig
 from train.data.clips import Bucket
 from train.engine.optimizer import OptimizerConfig
 from train.stages.diffusion import DiffusionTraining

@@ -18,7 +18,8 @@ it twice: first with occlusions of 129 frames alone, then as it is here with --s
 
 from pathlib import Path
 
-from rehyat_jax.models.config import TextEncoderConfig, WanConfig
+from rehyat_jax.models.umt5.config import TextEncoderConfig
+from rehyat_jax.models.wan.config import WanConfig
 from train.data.clips import Bucket
 from train.engine.optimizer import OptimizerConfig
 from train.stages.diffusion import DiffusionTraining

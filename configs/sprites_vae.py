@@ -11,7 +11,7 @@ frames that went through it keep an identity recall of 0.993.
 
 from pathlib import Path
 
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.wan.config import VAEConfig
 from train.data.clips import Bucket
 from train.engine.optimizer import OptimizerConfig
 from train.stages.vae import VAETraining

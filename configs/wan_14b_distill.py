@@ -15,7 +15,7 @@ Result: the folder out/wan-14b-distilled, the teacher's with a rehyat part. No f
 from pathlib import Path
 
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from train.data.sources import Source
 from train.engine.optimizer import OptimizerConfig
 from train.parallel.sharding import MeshConfig

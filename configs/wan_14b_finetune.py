@@ -16,7 +16,7 @@ Result: the folder out/wan-14b-student, in the diffusers layout with its rehyat 
 from pathlib import Path
 
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from train.data.prepared import PreparedClips
 from train.engine.optimizer import OptimizerConfig
 from train.parallel.sharding import MeshConfig

@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rehyat_jax.attention.api import hybrid_attention
     from rehyat_jax.mixers.config import HybridConfig
-    from rehyat_jax.models.config import TextEncoderConfig, VAEConfig, WanConfig
-    from rehyat_jax.pipeline import TextToVideo
-    from rehyat_jax.streams.state import StreamState
-    from rehyat_jax.streams.stream import Stream
-    from rehyat_jax.weights import (
+    from rehyat_jax.models.checkpoints import (
         load_text_encoder,
         load_transformer,
         load_vae,
@@ -24,6 +20,11 @@ if TYPE_CHECKING:
         save_transformer,
         save_vae,
     )
+    from rehyat_jax.models.umt5.config import TextEncoderConfig
+    from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+    from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.streams.state import StreamState
+    from rehyat_jax.streams.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -31,17 +32,17 @@ _HOMES = {
     "HybridConfig": "rehyat_jax.mixers.config",
     "Stream": "rehyat_jax.streams.stream",
     "StreamState": "rehyat_jax.streams.state",
-    "TextEncoderConfig": "rehyat_jax.models.config",
+    "TextEncoderConfig": "rehyat_jax.models.umt5.config",
     "TextToVideo": "rehyat_jax.pipeline",
-    "VAEConfig": "rehyat_jax.models.config",
-    "WanConfig": "rehyat_jax.models.config",
+    "VAEConfig": "rehyat_jax.models.wan.config",
+    "WanConfig": "rehyat_jax.models.wan.config",
     "hybrid_attention": "rehyat_jax.attention.api",
-    "load_text_encoder": "rehyat_jax.weights",
-    "load_transformer": "rehyat_jax.weights",
-    "load_vae": "rehyat_jax.weights",
-    "save_text_encoder": "rehyat_jax.weights",
-    "save_transformer": "rehyat_jax.weights",
-    "save_vae": "rehyat_jax.weights",
+    "load_text_encoder": "rehyat_jax.models.checkpoints",
+    "load_transformer": "rehyat_jax.models.checkpoints",
+    "load_vae": "rehyat_jax.models.checkpoints",
+    "save_text_encoder": "rehyat_jax.models.checkpoints",
+    "save_transformer": "rehyat_jax.models.checkpoints",
+    "save_vae": "rehyat_jax.models.checkpoints",
 }
 
 __all__ = [

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.checkpoints import load_transformer, load_vae
 from rehyat_jax.models.folder import Defaults, find_model, read_defaults, read_scheduler
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
@@ -33,7 +34,6 @@ from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.stream import Stream
 from rehyat_jax.text.prompt_encoder import PromptEncoder
 from rehyat_jax.text.tokenizer import trimmed
-from rehyat_jax.weights import load_transformer, load_vae
 
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
 OnStep = Callable[[str, int, int], None]

@@ -18,10 +18,10 @@ from shared.tiers import examples
 
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
+from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.folder import Defaults, bundled_models, find_model
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import Euler, FlowSchedule, UniPC
-from rehyat_jax.weights import load_transformer
 
 SMALL = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 4}
 

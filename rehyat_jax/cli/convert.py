@@ -37,9 +37,9 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(Convert, args=argv, prog="rehyat convert")
     record = options.destination.parent / f"{options.destination.name}.json"
     check_writable(record)
+    from rehyat_jax.models.checkpoints import convert
     from rehyat_jax.models.folder import find_model
     from rehyat_jax.runtime.record import Phases, write_record
-    from rehyat_jax.weights.convert import convert
 
     phases = Phases()
     with ProgressDisplay() as display, phases.measure("convert"):

@@ -19,7 +19,7 @@ class Info:
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(Info, args=argv, prog="rehyat info")
+    from rehyat_jax.models.checkpoints import describe
     from rehyat_jax.models.folder import bundled_models
-    from rehyat_jax.weights.inspect import describe
 
     print(describe(bundled_models().get(str(options.path), options.path)))

@@ -21,7 +21,7 @@ from rehyat_jax.attention.sharded import hybrid_over_devices
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.runtime.mesh import devices_along
 from rehyat_jax.runtime.variables import GateParam
 

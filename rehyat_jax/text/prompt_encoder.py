@@ -12,12 +12,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rehyat_jax.errors import CheckpointError
+from rehyat_jax.models.checkpoints import load_text_encoder, open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.runtime.files import sample_digest
 from rehyat_jax.text.tokenizer import PromptCache, Tokenizer, embed_tokens
-from rehyat_jax.weights import load_text_encoder
-from rehyat_jax.weights.layout import locate
-from rehyat_jax.weights.plan import open_component
 
 #: Tokens that Wan's transformer was trained on: shorter prompts are padded with zero embeddings, longer ones cut.
 TEXT_LENGTH = 512
@@ -40,8 +38,8 @@ class PromptEncoder:
         self._folder, self._dtype = folder, dtype
         self._cache = None if cache is None else PromptCache(cache)
         self.tokenizer = Tokenizer.from_folder(folder)
-        opened = open_component(locate(folder, "text_encoder"))
-        self._config, self._weights = opened.config, opened.weights
+        opened = open_component(folder, "text_encoder")
+        self._config, self._files = opened.config, opened.tensors.files
         if self.tokenizer.vocab_size > self._config.vocab_size:
             raise CheckpointError(
                 f"{folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the encoder {self._config.vocab_size}"
@@ -76,7 +74,6 @@ class PromptEncoder:
     def _identity(self) -> str:
         """What an embedding depends on beside the tokens: the encoder's files (their content), sizes and dtype."""
         digest = hashlib.sha256(f"{self._config} {jnp.dtype(self._dtype).name}".encode())
-        for path in sorted(self._weights.parent.iterdir()):
-            if path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-                digest.update(sample_digest(path))
+        for path in self._files:
+            digest.update(sample_digest(path))
         return digest.hexdigest()

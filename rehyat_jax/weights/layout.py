@@ -1,135 +1,171 @@
-"""Where a checkpoint keeps each network: the diffusers layout, the original release's, a component's folder, a file."""
+"""Where a checkpoint keeps each network: the diffusers layout, one folder for all, a network's own folder, a file."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.weights.component import BY_NAME, COMPONENTS, ComponentName
 from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.opening import is_index, open_tensors, weights_in
+from rehyat_jax.weights.registry import REGISTRY, Component, component, holdings
 
-_INDEX = ".safetensors.index.json"
+INDEX = "model_index.json"
+_CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Location:
-    """One network's weights (a file or an index of shards) and its configuration, where there is one."""
+    """One network's weights (a file, an index of shards or the first of them), and its configuration if it has one."""
 
-    component: ComponentName
+    component: Component
     weights: Path
     config: Mapping[str, Any] | None
 
 
-def class_of(config: Mapping[str, Any]) -> str | None:
-    """The network that a ``config.json`` describes: one of ours, or another's class name; None when it does not say."""
-    if config.get("_class_name") in ("WanTransformer3DModel", "WanModel") or {"dim", "num_heads"} <= set(config):
-        return "transformer"
-    if config.get("_class_name") == "AutoencoderKLWan":
-        return "vae"
-    if config.get("model_type") == "umt5":
-        return "text_encoder"
+def described(config: Mapping[str, Any]) -> Component | None:
+    """The network that a ``config.json`` describes; None when it is none of ours."""
+    return next((each for each in REGISTRY.values() if each.described_by(config)), None)
+
+
+def _called(config: Mapping[str, Any]) -> str:
+    """What a ``config.json`` describes, in words."""
+    if (known := described(config)) is not None:
+        return known.title
     name = config.get("_class_name", config.get("model_type"))
-    return name if isinstance(name, str) else None
+    return name[:80] if isinstance(name, str) else "something unknown"
 
 
-def locate(path: Path, name: ComponentName) -> Location:
+def locate(path: Path, name: str) -> Location:
     """The network ``name`` in a file, in its own folder, or in a whole checkpoint's.
 
     Raises:
         CheckpointError: there is none there, or there are several.
     """
-    title = BY_NAME[name].title
+    wanted = component(name)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if path.is_file():
-        return Location(component=name, weights=path, config=_config_beside(path, name))
-    if (path / "model_index.json").is_file():
-        if name == "transformer":
-            _check_one_transformer(path)
+        return Location(component=wanted, weights=path, config=_config_beside(path, wanted))
+    if (path / INDEX).is_file():
+        _check_foreign_folders(path, wanted)
         if not (path / name).is_dir():
-            raise CheckpointError(f"{path} has no {name} folder, so no {title}")
-        return _in_component_folder(path / name, name)
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
-    held = class_of(config) if config is not None else None
-    if held == name and config is not None and not _is_original(config):
-        return _in_component_folder(path, name)
-    if config is None or _is_original(config):
-        # The original release: one folder for all, whose config.json is the transformer's.
-        if found := _original_file(path, name):
-            return Location(component=name, weights=found, config=config if name == "transformer" else None)
-        if config is None and not any(_original_file(path, other) for other in COMPONENTS):
-            return _in_component_folder(path, name)
-        raise CheckpointError(f"{path} holds no {title}: no file there is named {BY_NAME[name].original_files[-1]}")
-    titles = {other: BY_NAME[other].title for other in COMPONENTS}
-    what = next((titles[other] for other in COMPONENTS if other == held), held or "something unknown")
-    raise CheckpointError(f"{path} holds a {what}, not a {title}")
+            raise CheckpointError(f"{path} has no {name} folder, so no {wanted.title}")
+        return locate(path / name, name)
+    config = _config(path)
+    if config is not None and described(config) is None:
+        raise CheckpointError(f"{path} holds a {_called(config)}, not a {wanted.title}")
+    own = _if_of(config, wanted)
+    found = _sets(path, config)
+    if not found or wanted.name not in set().union(*found.values()):
+        _check_foreign_folders(path, wanted)
+    if not found:
+        raise CheckpointError(f"{path} holds no weights (*.safetensors, *.pth)")
+    if not any(owners is UNKNOWN or wanted.name in owners for owners in found.values()):
+        raise CheckpointError(f"{path} holds {_titles(found)}, not a {wanted.title}")
+    return Location(component=wanted, weights=_only(path, found, wanted), config=own)
 
 
-def components_in(path: Path) -> tuple[ComponentName, ...]:
-    """The networks of a whole checkpoint's folder; empty for a component's folder or a file."""
+def components_in(path: Path) -> tuple[str, ...]:
+    """The networks of a checkpoint's folder, of a network's own, or of a file.
+
+    Raises:
+        CheckpointError: a file that must be read for it is damaged.
+    """
+    if path.is_file():
+        return tuple(holdings(open_tensors(path).infos))
     if not path.is_dir():
         return ()
-    if (path / "model_index.json").is_file():
-        return tuple(name for name in COMPONENTS if (path / name).is_dir())
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
-    if config is None or _is_original(config):
-        return tuple(name for name in COMPONENTS if _original_file(path, name))
-    return ()
+    if (path / INDEX).is_file():
+        return tuple(name for name in REGISTRY if (path / name).is_dir())
+    owners = set().union(*_sets(path, _config(path)).values())
+    return tuple(name for name in REGISTRY if name in owners)
 
 
-def _is_original(config: Mapping[str, Any]) -> bool:
-    return {"dim", "num_heads"} <= set(config)
+#: Of a set of weights that cannot be read.
+UNKNOWN: frozenset[str] = frozenset({"unknown"})
 
 
-def _check_one_transformer(path: Path) -> None:
-    second = read_json(path / "model_index.json").get("transformer_2")
-    if isinstance(second, list) and any(second):
-        raise CheckpointError(f"{path} is a Wan2.2 checkpoint of two transformers; name one of their folders instead")
+def _sets(folder: Path, config: Mapping[str, Any] | None) -> dict[Path, frozenset[str]]:
+    """The sets of weights in a folder, and which networks each holds.
+
+    By the configuration and the names in use where they tell, so that a network is found without opening the files of
+    the others; else by what is in the files.
+    """
+    held = None if config is None else described(config)
+    files = weights_in(folder)
+    found = {}
+    for file in files:
+        if held is not None and (len(files) == 1 or _stem(file) == held.stem):
+            found[file] = frozenset({held.name})
+        elif len(files) > 1 and (named := _released_as(file)) is not None:
+            found[file] = frozenset({named})
+        else:
+            try:
+                found[file] = frozenset(holdings(open_tensors(file).infos))
+            except CheckpointError:
+                found[file] = UNKNOWN
+    return found
 
 
-def _config_beside(path: Path, name: ComponentName) -> Mapping[str, Any] | None:
-    beside = path.parent / "config.json"
-    if not beside.is_file():
-        return None
-    config = read_json(beside)
-    return config if class_of(config) == name else None
+def _released_as(file: Path) -> str | None:
+    return next((each.name for each in REGISTRY.values() if each.released_as.match(file.name)), None)
 
 
-def _in_component_folder(path: Path, name: ComponentName) -> Location:
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
-    return Location(component=name, weights=_only_weights(path, BY_NAME[name].stem), config=config)
+def _stem(file: Path) -> str:
+    return re.split(r"\.|-\d+-of-\d+", file.name)[0]
 
 
-def _only_weights(folder: Path, stem: str) -> Path:
-    """The index or the one file of a folder; the standard name first: variants (``.fp16.``) may lie beside it."""
-    indices = sorted(folder.glob(f"*{_INDEX}"))
-    shards = {str(file) for index in indices for file in _files_of(index)}
-    singles = sorted(file for file in folder.glob("*.safetensors") if file.name not in shards)
-    candidates = indices + singles
-    candidates = [file for file in candidates if file.name in (f"{stem}{_INDEX}", f"{stem}.safetensors")] or candidates
-    if not candidates:
-        candidates = sorted(file for ending in ("pth", "pt", "bin") for file in folder.glob(f"*.{ending}"))
-    if not candidates:
-        raise CheckpointError(f"{folder} holds no weights (*.safetensors, *.pth)")
+def _titles(found: Mapping[Path, frozenset[str]]) -> str:
+    titles = [f"a {REGISTRY[name].title}" for name in REGISTRY if name in set().union(*found.values())]
+    return " and ".join(titles) or "something unknown"
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    return read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else None
+
+
+def _if_of(config: Mapping[str, Any] | None, wanted: Component) -> Mapping[str, Any] | None:
+    return config if config is not None and wanted.described_by(config) else None
+
+
+def _check_foreign_folders(path: Path, wanted: Component) -> None:
+    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    for folder, what in wanted.foreign_folders.items():
+        entry = index.get(folder)
+        if (isinstance(entry, list) and any(entry)) or (not index and (path / folder).is_dir()):
+            raise CheckpointError(f"{path} is {what}; name one of their folders instead")
+
+
+def _config_beside(path: Path, wanted: Component) -> Mapping[str, Any] | None:
+    config = _config(path.parent)
+    if config is None or wanted.described_by(config):
+        return config
+    if described(config) is None:
+        warnings.warn(f"{path.parent / _CONFIG} describes a {_called(config)}: it is not used", stacklevel=2)
+    return None
+
+
+def _only(folder: Path, found: Mapping[Path, frozenset[str]], wanted: Component) -> Path:
+    """The one set of weights that holds a network: the standard name first (variants, ``.fp16.``, may lie beside it),
+    then the better format."""
+    mine = [file for file, owners in found.items() if wanted.name in owners]
+    plain = [file for file in mine if file.name.count(".") == (3 if is_index(file) else 1)]
+    standard = [file for file in plain if _stem(file) == wanted.stem]
+    candidates = standard[:1] or mine + [file for file, owners in found.items() if owners is UNKNOWN]
+    if len(candidates) > 1 and len({_format(file) for file in mine}) == len(mine) > 1:
+        candidates = mine[:1]
     if len(candidates) > 1:
         names = ", ".join(file.name for file in candidates[:4])
-        raise CheckpointError(f"{folder} holds more than one set of weights ({names}): name the file to read")
+        raise CheckpointError(
+            f"{folder} holds more than one set of weights for a {wanted.title} ({names}): keep one of them there"
+        )
     return candidates[0]
 
 
-def _files_of(index: Path) -> set[Any]:
-    where = read_json(index).get("weight_map")
-    return set(map(str, where.values())) if isinstance(where, dict) else set()
-
-
-def _original_file(folder: Path, name: ComponentName) -> Path | None:
-    for pattern in BY_NAME[name].original_files:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise CheckpointError(f"{folder} holds several {pattern}: name the file to read")
-        if found:
-            return found[0]
-    return None
+def _format(file: Path) -> bool:
+    return ".safetensors" in file.name or file.suffix == ".sft"

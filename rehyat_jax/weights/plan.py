@@ -1,4 +1,8 @@
-"""Which tensor of a checkpoint goes where, settled and checked before a byte of it is read."""
+"""The load plan: which tensor of a checkpoint goes where, settled and checked before a byte of it is read.
+
+One for every network and for every part of one: rows of a table are paired with the parameters of a module and with
+the tensors of a file.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,12 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.weights.component import BY_NAME, COMPONENTS, Component, ComponentName, Config, recognise
 from rehyat_jax.weights.copying import blocks, largest
-from rehyat_jax.weights.files import TensorInfo, TensorSource, open_tensors, read_json
-from rehyat_jax.weights.layout import Location, class_of, components_in, locate
-from rehyat_jax.weights.names import Dialect, Row, strip_prefixes, torch_shape
-
-#: Parts that only other members of the Wan family have.
-_FOREIGN = {
-    "an image-to-video model": ("img_emb.", "condition_embedder.image_embedder.", ".k_img.", ".add_k_proj."),
-    "a VACE model": ("vace_",),
-    "a Wan2.2 VAE": (".downsamples.0.downsamples.", "encoder.down_blocks.0.resnets."),
-}
+from rehyat_jax.weights.files import READABLE, TensorInfo, TensorSource
+from rehyat_jax.weights.layout import Location, locate
+from rehyat_jax.weights.opening import open_tensors
+from rehyat_jax.weights.registry import REGISTRY, Component, Shapes, beside, generic, holdings
+from rehyat_jax.weights.rows import Row, torch_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,39 +29,70 @@ class Slot:
 
     row: Row
     layer: int | None
-    #: As the file names it, prefix and all.
-    source: str
+    #: Along our leading axis.
+    place: int | None
+    #: As the file names it, prefix and all; more than one where the file holds it more than once (tied weights).
+    sources: tuple[str, ...]
     #: As the file shapes it.
     shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A checked checkpoint of one network, its tensors still on disk."""
+class LoadPlan:
+    """Checked weights, still on disk."""
 
-    component: Component
-    dialect: Dialect
+    #: What they are, in words.
+    title: str
+    #: Of the file that holds them when they are written, without ending.
+    stem: str
+    dialect: str
     config: Any
     weights: Path
     tensors: TensorSource
     slots: tuple[Slot, ...]
+    #: Tensors of the file that are no part of it.
+    beside: tuple[str, ...]
     #: The module's shapes, without memory.
     abstract: Any
+
+    def info(self, slot: Slot) -> TensorInfo:
+        """What the file says of a slot's tensor; of several, of the widest."""
+        return max((self.tensors.infos[name] for name in slot.sources), key=lambda info: info.nbytes)
 
     def read(self, slot: Slot, dtype: np.dtype) -> Iterator[np.ndarray]:
         """A tensor in the file's layout, some rows at a time.
 
         Raises:
-            CheckpointError: a value is not finite, or an embedding is all zeros: a model that reads nothing of its
-                prompt would make noise without a word.
+            CheckpointError: a value is not finite, a tensor is all zeros that must not be, tied tensors differ, or the
+                file was cut meanwhile.
         """
-        found = not slot.row.alias
-        for piece in self.tensors.pieces(slot.source):
-            for block in blocks(piece, dtype, f"{self.weights}: tensor {slot.source!r}"):
+        source = self._settled(slot) if len(slot.sources) > 1 else slot.sources[0]
+        found = not slot.row.not_zero
+        for piece in self.tensors.pieces(source):
+            for block in blocks(piece, dtype, f"{self.weights}: tensor {source!r}"):
                 found = found or largest(block) > 0
                 yield block
         if not found:
-            raise CheckpointError(f"{self.weights}: the embedding {slot.source!r} is all zeros")
+            raise CheckpointError(f"{self.weights}: the embedding {source!r} is all zeros")
+
+    def _settled(self, slot: Slot) -> str:
+        """Which of tied tensors is read: they are the same, the same in a narrower type, or all but one are zeros."""
+        infos = self.tensors.infos
+        best, *others = sorted(slot.sources, key=lambda name: -infos[name].dtype.itemsize)
+        for other in others:
+            same, best_is_zero, other_is_zero = True, True, True
+            rows = max((1 << 20) // max(infos[best].nbytes // max(infos[best].shape[0], 1), 1), 1)
+            pairs = zip(self.tensors.pieces(best, rows=rows), self.tensors.pieces(other, rows=rows), strict=True)
+            for one, two in pairs:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    same = same and one.astype(two.dtype).tobytes() == two.tobytes()
+                best_is_zero = best_is_zero and not largest(one)
+                other_is_zero = other_is_zero and not largest(two)
+            if best_is_zero and not other_is_zero:
+                best = other
+            elif not same and not other_is_zero:
+                raise CheckpointError(f"{self.weights}: {best!r} and {other!r} should be the same and differ")
+        return best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,84 +100,165 @@ class Opened:
     """A checkpoint of one network: its tensors known by name and shape, and not yet compared with its sizes."""
 
     component: Component
-    dialect: Dialect
+    dialect: str
     config: Any
     weights: Path
     tensors: TensorSource
+    #: What the file puts before every name.
+    prefix: str
     #: Clean names, and what the file calls them.
     names: Mapping[str, str]
-
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        """By clean name."""
-        return {name: self.tensors.infos[raw] for name, raw in self.names.items()}
+    #: Tensors of the file that are no part of the network, by the file's name.
+    beside: tuple[str, ...]
 
 
-def open_component(location: Location) -> Opened:
-    """Open, recognise and configure.
+def open_component(path: Path, name: str) -> Opened:
+    """Find, open, recognise and configure a network.
 
     Raises:
-        CheckpointError: damaged, or another network than the one asked for.
+        CheckpointError: missing, damaged, or another network than the one asked for.
         ConfigError: its configuration is impossible or another architecture's.
     """
-    component, weights = BY_NAME[location.component], location.weights
+    return _open(locate(path, name))
+
+
+def _open(location: Location) -> Opened:
+    component, weights = location.component, location.weights
     tensors = open_tensors(weights)
-    names = strip_prefixes(tensors.infos)
-    for what, parts in _FOREIGN.items():
-        if found := next((name for name in names if any(part in name for part in parts)), None):
-            raise CheckpointError(f"{weights} is {what} (tensor {found!r}), which is not supported")
-    known = recognise(names)
-    if known is None:
-        raise CheckpointError(f"{weights} holds {listed(names)}: not a {component.title} that this program knows")
-    if known[0] != component.name:
-        raise CheckpointError(f"{weights} holds a {BY_NAME[known[0]].title}, not a {component.title}")
-    infos = {name: tensors.infos[raw] for name, raw in names.items()}
-    config: Config
+    held = holdings(tensors.infos)
+    found = held.get(component.name)
+    if found is None:
+        _refuse_foreign(weights, tensors.infos, REGISTRY.values())
+        if held:
+            titles = " and a ".join(each.component.title for each in held.values())
+            raise CheckpointError(f"{weights} holds a {titles}, not a {component.title}")
+        kinds = sorted({info.kind for info in tensors.infos.values()})
+        unread = f" (of type {', '.join(kinds[:3])}; {READABLE})" if kinds and not _any_readable(tensors) else ""
+        raise CheckpointError(
+            f"{weights} holds {listed(tensors.infos)}{unread}: not a {component.title} that this program knows"
+        )
+    _refuse_foreign(weights, found.names, (component,))
+    table = component.table(component.config_type())
+    infos = {clean: tensors.infos[raw] for clean, raw in found.names.items()}
     if location.config is None:
-        config = component.infer(infos, known[1])
+        config = component.infer(Shapes(infos, table, found.dialect.name))
     else:
         config = component.config_type.from_dict(location.config)
-    return Opened(component=component, dialect=known[1], config=config, weights=weights, tensors=tensors, names=names)
+    known = {generic(name) for row in component.table(config) for name in row.spellings(found.dialect.name)}
+    aside = {
+        clean
+        for clean in found.names
+        if generic(clean) not in known and beside(found, held.values(), clean, infos[clean])
+    }
+    names = {clean: raw for clean, raw in found.names.items() if clean not in aside}
+    inside = set(names.values())
+    return Opened(
+        component=component,
+        dialect=found.dialect.name,
+        config=config,
+        weights=weights,
+        tensors=tensors,
+        prefix=found.prefix,
+        names=names,
+        beside=tuple(raw for raw in tensors.infos if raw not in inside),
+    )
 
 
-def make_plan(path: Path, name: ComponentName, *, dtype: Any = np.float32) -> Plan:
-    """Pair every tensor of the file with a parameter of the module, or fail.
+def _any_readable(tensors: TensorSource) -> bool:
+    return any(info.readable for info in tensors.infos.values())
+
+
+def _refuse_foreign(weights: Path, names: Iterable[str], components: Iterable[Component]) -> None:
+    for component in components:
+        for what, pattern in component.foreign.items():
+            if found := next((name for name in names if pattern.search(name)), None):
+                raise CheckpointError(f"{weights} is {what} (tensor {found!r}), which is not supported")
+
+
+def make_plan(path: Path, name: str, *, dtype: Any = np.float32) -> LoadPlan:
+    """Pair every tensor of a network's checkpoint with a parameter of the module, or fail.
 
     Raises:
-        CheckpointError: tensors missing, unused, misshapen, or as `open_component` says.
+        CheckpointError: tensors missing, unused or misshapen, or as `open_component` says.
         ConfigError: as `open_component` says.
     """
-    opened = open_component(locate(path, name))
+    opened = open_component(path, name)
     component, config, weights = opened.component, opened.config, opened.weights
     # A configuration of a million layers shall not keep us busy before it fails.
     if component.least_tensors(config) > len(opened.names):
         raise CheckpointError(f"{weights} holds {len(opened.names)} tensors, too few for its configuration {config}")
     abstract = component.abstract(config, dtype)
-    expected = _slots(component.rows(config), abstract, opened)
-    wanted = {slot.source: slot for slot in expected}
-    infos = opened.tensors.infos
-    if missing := [name for name in wanted if name not in infos]:
-        raise CheckpointError(f"{weights} lacks {listed(missing)}")
-    tied = _tied(expected, opened)
-    if unused := [raw for raw in opened.names.values() if raw not in wanted and raw not in tied]:
-        raise CheckpointError(f"{weights} holds {listed(unused)} that a {component.title} has no use for")
-    wanted |= tied
-    if misshapen := [raw for raw, slot in wanted.items() if infos[raw].shape != slot.shape]:
-        raw = misshapen[0]
-        raise CheckpointError(
-            f"{weights}: {listed(misshapen)} misshapen: the first is {list(infos[raw].shape)} in the file and "
-            f"{list(wanted[raw].shape)} by the configuration"
-        )
-    _check_tied(tied, opened)
-    return Plan(
-        component=component,
+    return LoadPlan(
+        title=component.title,
+        stem=component.stem,
         dialect=opened.dialect,
         config=config,
         weights=weights,
         tensors=opened.tensors,
-        slots=expected,
+        slots=pair_tensors(
+            component.table(config),
+            abstract,
+            dialect=opened.dialect,
+            names=opened.names,
+            tensors=opened.tensors,
+            where=weights,
+            user=f"a {component.title}",
+        ),
+        beside=opened.beside,
         abstract=abstract,
     )
+
+
+def pair_tensors(
+    rows: Iterable[Row],
+    abstract: Any,
+    *,
+    dialect: str,
+    names: Mapping[str, str],
+    tensors: TensorSource,
+    where: Path,
+    user: str,
+) -> tuple[Slot, ...]:
+    """A module's parameters and a file's tensors, one to one.
+
+    Args:
+        names: the file's names by clean name, of all that must find a place.
+        where, user: the file and what has use for its tensors, for messages.
+
+    Raises:
+        CheckpointError: tensors are missing, unused, misshapen, or of a type that is not read.
+    """
+    shapes = {path: tuple(leaf.get_value().shape) for path, leaf in parameters(nnx.state(abstract)).items()}
+    slots: list[Slot] = []
+    missing: list[str] = []
+    taken: set[str] = set()
+    for path, row in pair(rows, shapes).items():
+        shape = shapes[path]
+        theirs = torch_shape(shape[1:] if row.stacked else shape, row.layout)
+        for place, layer in enumerate(row.numbers(shape)):
+            spellings = row.spellings(dialect, layer)
+            sources = tuple(names[spelling] for spelling in spellings if spelling in names)
+            if not sources:
+                missing.append(spellings[0] if spellings else f"{path} (the dialect {dialect!r} has no name for it)")
+            taken.update(sources)
+            slots.append(
+                Slot(row=row, layer=layer, place=place if row.stacked else None, sources=sources, shape=theirs)
+            )
+    if missing:
+        raise CheckpointError(f"{where} lacks {listed(missing)}")
+    if unused := [raw for raw in names.values() if raw not in taken]:
+        raise CheckpointError(f"{where} holds {listed(unused)} that {user} has no use for")
+    wrong = [(raw, slot) for slot in slots for raw in slot.sources if tensors.infos[raw].shape != slot.shape]
+    if wrong:
+        raw, slot = wrong[0]
+        raise CheckpointError(
+            f"{where}: {listed(raw for raw, _ in wrong)} misshapen: the first is {list(tensors.infos[raw].shape)} in "
+            f"the file and {list(slot.shape)} by the configuration"
+        )
+    for slot in slots:
+        if unread := next((raw for raw in slot.sources if not tensors.infos[raw].readable), None):
+            raise CheckpointError(f"{where}: tensor {unread!r} is of type {tensors.infos[unread].kind}; {READABLE}")
+    return tuple(slots)
 
 
 def parameters(state: Any) -> dict[str, nnx.Variable]:
@@ -164,61 +274,9 @@ def pair(rows: Iterable[Row], shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     return table
 
 
-def _slots(rows: Iterable[Row], abstract: Any, opened: Opened) -> tuple[Slot, ...]:
-    shapes = {path: tuple(leaf.get_value().shape) for path, leaf in parameters(nnx.state(abstract)).items()}
-    slots = []
-    for path, row in pair(rows, shapes).items():
-        shape = shapes[path]
-        layers: Iterable[int | None] = range(shape[0]) if row.stacked else (None,)
-        theirs = torch_shape(shape[1:] if row.stacked else shape, row.kind)
-        for layer in layers:
-            name = row.name(opened.dialect, layer)
-            if row.alias and opened.dialect == "diffusers" and name not in opened.names:
-                name = row.alias if row.alias in opened.names else name
-            slots.append(Slot(row=row, layer=layer, source=opened.names.get(name, name), shape=theirs))
-    return tuple(slots)
-
-
-def _tied(slots: Iterable[Slot], opened: Opened) -> dict[str, Slot]:
-    """The file's second names for tensors that it holds twice."""
-    seconds = {opened.names.get(slot.row.alias or ""): slot for slot in slots if opened.dialect == "diffusers"}
-    return {alias: slot for alias, slot in seconds.items() if alias is not None and alias != slot.source}
-
-
-def _check_tied(tied: Mapping[str, Slot], opened: Opened) -> None:
-    for alias, slot in tied.items():
-        tensors = opened.tensors
-        same = tensors.infos[slot.source].dtype == tensors.infos[alias].dtype and all(
-            one.tobytes() == other.tobytes()
-            for one, other in zip(tensors.pieces(slot.source), tensors.pieces(alias), strict=True)
-        )
-        if not same:
-            raise CheckpointError(f"{opened.weights}: {slot.source!r} and {alias!r} should be the same and differ")
-
-
 def listed(names: Iterable[str]) -> str:
     """Tensors by number and, the first few, by name."""
     names = list(names)
     some = ", ".join(map(repr, names[:3]))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} tensor{'' if len(names) == 1 else 's'} ({some}{more})" if names else "no tensors"
-
-
-def sole_component(path: Path) -> ComponentName:
-    """Which network a component's folder or a weights file holds.
-
-    Raises:
-        CheckpointError: none that this program knows.
-    """
-    if path.is_dir() and (path / "config.json").is_file():
-        held = class_of(read_json(path / "config.json"))
-        if (name := next((name for name in COMPONENTS if name == held), None)) is None:
-            raise CheckpointError(f"{path} holds {held or 'something'}: not a network that this program knows")
-        return name
-    if found := components_in(path):
-        return found[0]
-    weights = locate(path, "transformer").weights
-    names = strip_prefixes(open_tensors(weights).infos)
-    if (known := recognise(names)) is None:
-        raise CheckpointError(f"{weights} holds {listed(names)}: not a network that this program knows")
-    return known[0]

@@ -1,9 +1,8 @@
-"""Modules into the diffusers layout, readable by diffusers and transformers."""
+"""Modules and load plans as tensors to write, and a network's folder in the diffusers layout."""
 
 from __future__ import annotations
 
-import functools
-import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,81 +10,73 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rehyat_jax.models.umt5.encoder import UMT5Encoder
-from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.weights.component import BY_NAME, ComponentName, narrow
 from rehyat_jax.weights.copying import blocks
-from rehyat_jax.weights.hybrid import outgoing, write_hybrid
-from rehyat_jax.weights.names import Row, torch_view
-from rehyat_jax.weights.plan import pair, parameters
-from rehyat_jax.weights.writing import MAX_SHARD_BYTES, Outgoing, whole_folder, write_json, write_tensors
-
-#: Before the path of what goes into ``rehyat/``.
-_HYBRID = "hybrid_blocks."
+from rehyat_jax.weights.plan import LoadPlan, Slot, pair
+from rehyat_jax.weights.registry import Config, narrow
+from rehyat_jax.weights.rows import Row, torch_shape, torch_view
+from rehyat_jax.weights.writing import MAX_SHARD_BYTES, Outgoing, write_json, write_tensors
 
 
-def save_transformer(
-    module: WanTransformer, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` (or shards and an index), and ``rehyat/``.
-
-    The last is the student's part; without it the folder is the teacher, as diffusers reads it.
+def of_module(
+    rows: Iterable[Row], variables: Mapping[str, nnx.Variable], *, dialect: str, dtype: Any
+) -> list[Outgoing]:
+    """A module's parameters, by path, under a dialect's names.
 
     Args:
-        folder: new or empty; it appears whole or not at all.
-        dtype: None keeps each parameter's own; otherwise as in `load_transformer`, float32 parts staying float32.
-        max_shard_bytes: more than this is split into shards.
-
-    Raises:
-        CheckpointError: the folder is not empty or cannot be written, or a parameter is not finite.
+        dtype: None keeps each parameter's own.
     """
-    _save(module, Path(folder), "transformer", dtype, max_shard_bytes)
-
-
-def save_vae(
-    module: WanVAE, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write a VAE's folder; see `save_transformer`."""
-    _save(module, Path(folder), "vae", dtype, max_shard_bytes)
-
-
-def save_text_encoder(
-    module: UMT5Encoder, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write ``config.json`` and ``model.safetensors``, the embedding as ``shared.weight``; see `save_transformer`."""
-    _save(module, Path(folder), "text_encoder", dtype, max_shard_bytes)
-
-
-def _save(module: Any, folder: Path, name: ComponentName, dtype: Any, max_shard_bytes: int) -> None:
-    component = BY_NAME[name]
-    every = parameters(nnx.state(module))
-    hybrid = {path.removeprefix(_HYBRID): variable for path, variable in every.items() if path.startswith(_HYBRID)}
-    variables = {path: variable for path, variable in every.items() if not path.startswith(_HYBRID)}
     shapes = {path: tuple(variable.get_value().shape) for path, variable in variables.items()}
-    table = pair(component.rows(module.config), shapes)
-    tensors = [
-        _outgoing(row, layer, variables[path], dtype)
-        for path, row in table.items()
-        for layer in (range(shapes[path][0]) if row.stacked else (None,))
+    return [
+        _of_parameter(row, place, layer, variables[path], dialect, dtype)
+        for path, row in pair(rows, shapes).items()
+        for place, layer in enumerate(row.numbers(shapes[path]))
     ]
-    with whole_folder(folder) as partial:
-        write_json(partial / "config.json", module.config.to_dict())
-        write_tensors(partial, component.stem, tensors, max_shard_bytes=max_shard_bytes)
-        if isinstance(module, WanTransformer) and module.hybrid is not None:
-            write_hybrid(partial, module.hybrid, outgoing(module.config, module.hybrid, hybrid, dtype))
 
 
-def _outgoing(row: Row, layer: int | None, variable: nnx.Variable, dtype: Any) -> Outgoing:
+def _of_parameter(
+    row: Row, place: int, layer: int | None, variable: nnx.Variable, dialect: str, dtype: Any
+) -> Outgoing:
     value = variable.get_value()
     target = np.dtype(value.dtype) if dtype is None else narrow(row, jnp.dtype(dtype))
-    # The shape of one layer, seen through an array of no size, so that nothing leaves the device yet.
-    shape = value.shape if layer is None else value.shape[1:]
-    view = torch_view(np.broadcast_to(np.zeros((), target), shape), row.kind)
-    name = row.name("diffusers", layer)
+    shape = torch_shape(value.shape if layer is None else value.shape[1:], row.layout)
+    name = row.name(dialect, layer)
 
-    def numbers() -> Any:
-        array = np.asarray(value if layer is None else value[layer])
-        return blocks(torch_view(array, row.kind), target, f"tensor {name!r}")
+    def numbers() -> Iterator[np.ndarray]:
+        array = np.asarray(value if layer is None else value[place])
+        return blocks(torch_view(array, row.layout), target, f"tensor {name!r}")
 
-    return Outgoing(name=name, dtype=target, shape=view.shape, blocks=functools.partial(numbers))
+    return Outgoing(name=name, dtype=target, shape=shape, blocks=numbers)
+
+
+def of_plan(
+    plan: LoadPlan, *, dialect: str, dtype: Any, passing: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
+) -> list[Outgoing]:
+    """A plan's tensors under a dialect's names, never all in memory.
+
+    Args:
+        dtype: None keeps each tensor's own.
+        passing: sees the blocks on their way.
+    """
+
+    def of_slot(slot: Slot) -> Outgoing:
+        target = plan.info(slot).dtype if dtype is None else narrow(slot.row, jnp.dtype(dtype))
+        name = slot.row.name(dialect, slot.layer)
+        return Outgoing(name=name, dtype=target, shape=slot.shape, blocks=lambda: passing(plan.read(slot, target)))
+
+    return [of_slot(slot) for slot in plan.slots]
+
+
+def write_network(
+    folder: Path,
+    config: Config,
+    tensors: Iterable[Outgoing],
+    *,
+    stem: str,
+    max_shard_bytes: int | None = MAX_SHARD_BYTES,
+) -> None:
+    """``config.json`` and the tensors into a folder that may be there; ``max_shard_bytes`` None: one file."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", config.to_dict())
+    tensors = list(tensors)
+    most = sum(tensor.nbytes for tensor in tensors) if max_shard_bytes is None else max_shard_bytes
+    write_tensors(folder, stem, tensors, max_shard_bytes=most)

@@ -16,8 +16,8 @@ from rehyat_jax.attention.baselines import window_attention
 from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.folder import bundled_models
-from rehyat_jax.weights import load_transformer
 
 
 def parameters(module: nnx.Module) -> int:

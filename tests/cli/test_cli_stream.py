@@ -15,10 +15,10 @@ from shared.checkpoint import save_tiny_checkpoint
 from rehyat_jax import cli
 from rehyat_jax.cli.generate_stream import Outputs
 from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.checkpoints import save_transformer
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.video.growing import GrowingVideo, whole_frames
 from rehyat_jax.video.io import read_video
-from rehyat_jax.weights import save_transformer
 
 #: Chunks of two latent frames: 5 frames, then 8 each.
 SMALL = ["--hybrid", "2+1", "--size", "16x16", "--steps", "2", "--guidance", "1"]

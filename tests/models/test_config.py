@@ -9,7 +9,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5Config
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.models.config import TextEncoderConfig, VAEConfig, WanConfig
+from rehyat_jax.models.umt5.config import TextEncoderConfig
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 
 #: Wan2.1-T2V-1.3B's own ``config.json``.
 ORIGINAL = {

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from shared.wan import TINY, Case, abstract, by_diffusers, by_us, inputs, ported, reference, relative, scans
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.checkpoints import save_transformer
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.positions import rotary_embedding
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.weights import save_transformer
 
 CASES = {
     "as_wan": Case(

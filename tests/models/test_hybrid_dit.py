@@ -17,7 +17,7 @@ from shared.wan import Case, abstract, by_diffusers, by_us, inputs, ported, quic
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.variables import MixerParam
 

@@ -15,7 +15,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.models.config import TextEncoderConfig
+from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder, relative_position_buckets
 
 TINY = TextEncoderConfig(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)

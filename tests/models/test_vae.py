@@ -9,9 +9,9 @@ from diffusers import AutoencoderKLWan
 from flax import nnx
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.weights.vae_names import vae_rows
+from rehyat_jax.models.wan.vae_rows import vae_rows
 
 
 def config(base_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample):
@@ -53,17 +53,13 @@ def reference(cfg, *, seed):
     return model
 
 
-def to_ours(tensor, kind):
+#: How each of the file's layouts becomes ours, by axes of the torch tensor.
+AXES = {"conv3d": (2, 3, 4, 1, 0), "conv2d": (2, 3, 1, 0), "gamma3d": (0,), "gamma2d": (0,), "same": (0,)}
+
+
+def to_ours(tensor, layout):
     array = tensor.detach().numpy()
-    match kind:
-        case "conv3d":
-            return array.transpose(2, 3, 4, 1, 0)
-        case "conv2d":
-            return array.transpose(2, 3, 1, 0)
-        case "gamma":
-            return array.reshape(-1)
-        case "vector":
-            return array
+    return array.reshape(-1) if layout.startswith("gamma") else array.transpose(AXES[layout])
 
 
 def ours_from(model, cfg, **kw):
@@ -71,11 +67,11 @@ def ours_from(model, cfg, **kw):
     tensors = model.state_dict()
     params = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(vae))}
     rows = vae_rows(cfg)
-    assert {row.path for row in rows} == set(params)
+    assert {row.ours for row in rows} == set(params)
     for row in rows:
-        array = jnp.asarray(to_ours(tensors[row.diffusers], row.kind), kw.get("param_dtype", jnp.float32))
-        assert array.shape == params[row.path].shape, row
-        params[row.path].set_value(array)
+        array = jnp.asarray(to_ours(tensors[row.name("diffusers")], row.layout), kw.get("param_dtype", jnp.float32))
+        assert array.shape == params[row.ours].shape, row
+        params[row.ours].set_value(array)
     return vae
 
 
@@ -261,12 +257,11 @@ def test_names(cfg):
     state = nnx.state(nnx.eval_shape(lambda: WanVAE(cfg, rngs=nnx.Rngs(0))))
     ours = {".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
     rows = vae_rows(cfg)
-    assert sorted(row.diffusers for row in rows) == sorted(theirs)
-    assert sorted(row.path for row in rows) == sorted(ours)
-    assert len({row.original for row in rows}) == len(rows)
-    layout = {"conv3d": (2, 3, 4, 1, 0), "conv2d": (2, 3, 1, 0), "gamma": (0,), "vector": (0,)}
+    assert sorted(row.name("diffusers") for row in rows) == sorted(theirs)
+    assert sorted(row.ours for row in rows) == sorted(ours)
+    assert len({row.name("original") for row in rows}) == len(rows)
     for row in rows:
-        assert ours[row.path] == tuple(theirs[row.diffusers][axis] for axis in layout[row.kind]), row
+        assert ours[row.ours] == tuple(theirs[row.name("diffusers")][axis] for axis in AXES[row.layout]), row
 
 
 def test_size_of_wan():

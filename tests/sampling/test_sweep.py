@@ -15,7 +15,7 @@ from shared.tiers import examples
 from benchmarks import stream_memory
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, plan_steps
 from rehyat_jax.sampling.rollout import (

@@ -9,13 +9,14 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import TextEncoderConfig, VAEConfig, WanConfig
+from rehyat_jax.models.checkpoints import save_text_encoder, save_transformer, save_vae
+from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text.tokenizer import Tokenizer
-from rehyat_jax.weights import save_text_encoder, save_transformer, save_vae
 from train.data.clips import Bucket
 from train.data.sources import Source
 from train.data.tokenizer import build_sprite_tokenizer

@@ -7,7 +7,7 @@ import torch
 from flax import nnx
 from transformers import UMT5Config, UMT5EncoderModel
 
-from rehyat_jax.models.config import TextEncoderConfig
+from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 
 

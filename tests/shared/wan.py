@@ -11,9 +11,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from flax import nnx
 
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.checkpoints import load_transformer
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.weights import load_transformer
 
 TINY = WanConfig(
     num_layers=2,

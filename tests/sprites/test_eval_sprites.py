@@ -15,6 +15,7 @@ from shared.checkpoint import save_tiny_checkpoint
 from rehyat_jax import cli
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.checkpoints import save_transformer
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.runtime.variables import MixerParam
 from rehyat_jax.sprites import world
@@ -25,7 +26,6 @@ from rehyat_jax.sprites.headline import headline
 from rehyat_jax.sprites.occlusion import report_occlusions, swapped_occlusions
 from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
 from rehyat_jax.sprites.report import report
-from rehyat_jax.weights import save_transformer
 
 QUICK = ["--clips", "2", "--frames", "13", "--long", "21", "--waits", "0", "--steps", "2", "--guidance", "2"]
 

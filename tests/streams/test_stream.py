@@ -27,6 +27,7 @@ from shared.tiers import examples
 
 from rehyat_jax import HybridConfig, TextToVideo, load_transformer
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
+from rehyat_jax.models.checkpoints import save_transformer
 from rehyat_jax.runtime.variables import MixerParam
 from rehyat_jax.sampling import Euler, FlowSchedule, UniPC, rollout
 from rehyat_jax.sampling.programs import read_text, to_uint8
@@ -34,7 +35,6 @@ from rehyat_jax.sampling.rollout import video_keys
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams import stream as streaming
 from rehyat_jax.streams.state import MOST_FRAMES, StreamState, load_state
-from rehyat_jax.weights import save_transformer
 
 HYBRID = HybridConfig(chunk_frames=2, overlap_frames=1)
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 3.0, "negative_prompt": "dull"}

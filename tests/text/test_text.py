@@ -19,7 +19,7 @@ from shared.umt5 import ported
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from rehyat_jax.errors import CheckpointError, ConfigError
-from rehyat_jax.models.config import TextEncoderConfig
+from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.sprites.captions import Description, Movement, caption
 from rehyat_jax.sprites.world import DIRECTIONS, GROUNDS, NAMES, SPEEDS

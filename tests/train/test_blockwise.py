@@ -15,7 +15,7 @@ from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.mixers.hybrid import HybridAttention
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from train.data.trajectories import Points
 from train.engine.optimizer import OptimizerConfig

@@ -15,8 +15,8 @@ import train.stages.distill
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
-from rehyat_jax.weights import load_transformer
 from train.cli.config_files import load_config
 from train.data.sources import Source
 from train.engine.checkpoint import Checkpoints

@@ -19,9 +19,9 @@ from shared.training import HYBRID, finetuning, log_of, write_teacher
 from rehyat_jax import TextToVideo, cli
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.video.io import read_video
-from rehyat_jax.weights import load_transformer
 from train.cli.config_files import load_config
 from train.data.clips import Bucket
 from train.stages.finetune import FinetuneTraining, History, main, student_of

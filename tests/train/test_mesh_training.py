@@ -15,7 +15,7 @@ from shared.devices import largest_difference, on_devices
 from shared.training import HYBRID, WAN, distillation, finetuning, random_module
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from train.data.clips import Bucket

@@ -13,7 +13,7 @@ from train.parallel.hlo import work
 _CONFIG = """
 from pathlib import Path
 
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.mixers.config import HybridConfig
 from train.stages.finetune import FinetuneTraining
 from train.engine.optimizer import OptimizerConfig

@@ -18,11 +18,11 @@ from shared.training import finetuning, log_of, write_teacher
 from rehyat_jax import cli
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_vae
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.sampling import Euler, FlowSchedule, Guidance
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
 from rehyat_jax.video.io import write_video
-from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_vae
 from train.data.clips import Bucket
 from train.data.footage import clips, find_footage
 from train.data.prepared import File, Prepared, PreparedClips

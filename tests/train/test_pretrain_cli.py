@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 
 from rehyat_jax import TextToVideo, cli
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.checkpoints import save_vae
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.weights import save_vae
 from train.cli.config_files import bundled_configs, load_config
 from train.stages.diffusion import DiffusionTraining
 from train.stages.vae import VAETraining
@@ -24,7 +24,8 @@ from train.stages.vae import VAETraining
 TINY = '''"""A model that trains in seconds, for tests."""
 import os, signal
 from pathlib import Path
-from rehyat_jax.models.config import TextEncoderConfig, WanConfig
+from rehyat_jax.models.umt5.config import TextEncoderConfig
+from rehyat_jax.models.wan.config import WanConfig
 from train.engine.checkpoint import Checkpoints
 from train.data.clips import Bucket
 from train.stages.diffusion import DiffusionTraining

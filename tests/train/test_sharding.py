@@ -14,7 +14,7 @@ from shared.devices import largest_difference, on_devices
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.mesh import AXES, spec
 from train.engine.loop import compile_all

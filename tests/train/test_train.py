@@ -20,12 +20,13 @@ from flax import nnx
 from rich.console import Console
 
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
-from rehyat_jax.models.config import TextEncoderConfig, VAEConfig
+from rehyat_jax.models.checkpoints import load_vae
+from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.runtime.variables import GateParam, MixerParam, kernel, table
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
-from rehyat_jax.weights import load_vae
 from train.data.clips import Bucket, check_rounds, choose, round_key
 from train.data.pools import Captions
 from train.data.tokenizer import build_sprite_tokenizer

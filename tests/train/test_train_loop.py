@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.variables import kernel
 from train.engine import loop

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from shared.training import write_teacher
 
+from rehyat_jax.models.checkpoints import load_transformer, load_vae
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sample
 from rehyat_jax.sprites.captions import parse
-from rehyat_jax.weights import load_transformer, load_vae
 from train.data.sources import NoisyClips, Source
 from train.data.trajectories import Sampling
 

@@ -23,8 +23,8 @@ from rehyat_jax.attention import api, features
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers import config as hybrid_config
 from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.checkpoints import convert, describe, load_transformer, save_transformer
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.weights import convert, describe, load_transformer, save_transformer
 
 CONFIG = dataclasses.replace(TINY, num_layers=3)
 KINDS = {
@@ -177,7 +177,7 @@ def test_a_finetuned_student_and_its_teacher_in_one_checkpoint(students, teacher
         expected = reference(CONFIG, seed=0).state_dict()
         assert all((tensor == expected[name]).all() for name, tensor in model.state_dict().items())
     (part,) = describe(tmp_path / "both").components
-    assert str(tmp_path / "both" / "rehyat" / "transformer") in str(part.hybrid)
+    assert str(tmp_path / "both" / "rehyat" / "transformer") in str(part.attached)
 
     with pytest.raises(CheckpointError, match="no student"):
         convert(tmp_path / "teacher", tmp_path / "none", teacher=tmp_path / "teacher")
@@ -204,7 +204,7 @@ def test_described_with_the_bytes_of_its_state(tmp_path):
         state = student.init_stream(1, 4, 6)
         shutil.rmtree(root / "transformer")
         save_transformer(student, root / "transformer")
-        found = next(part for part in describe(root).components if part.name == "transformer").hybrid
+        found = next(part for part in describe(root).components if part.name == "transformer").attached
         assert found.converted == (True, True)
         total = sum(x.nbytes for x in state if x.ndim > 1)
         assert f"all 2: {total:,} bytes a chunk" in str(found)

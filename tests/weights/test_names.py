@@ -13,24 +13,30 @@ from shared.tiers import examples
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.models.config import TextEncoderConfig, VAEConfig, WanConfig
-from rehyat_jax.weights.component import BY_NAME, recognise
-from rehyat_jax.weights.names import TRANSFORMER, UMT5, strip_prefixes, torch_shape, translate
+from rehyat_jax.models import checkpoints
+from rehyat_jax.models.umt5.config import TextEncoderConfig
+from rehyat_jax.models.umt5.rows import UMT5
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.rows import TRANSFORMER
 from rehyat_jax.weights.plan import parameters
+from rehyat_jax.weights.registry import REGISTRY, holdings
+from rehyat_jax.weights.rows import torch_shape, translate
 
+assert checkpoints  # registers the networks
+DIALECTS = ("diffusers", "original")
 #: Tensors of one block and of the ends: 27 and 15 in the published T2V-1.3B, which has 825 in all.
 SIZES = {"1.3B": (WanConfig.t2v_1_3b(), 825), "14B": (WanConfig.t2v_14b(), 40 * 27 + 15)}
 
 
 def named_shapes(component, config, dialect):
     """The file's names and shapes, from our abstract module through the table."""
-    module = BY_NAME[component].abstract(config, "float32")
+    module = REGISTRY[component].abstract(config, "float32")
     shapes = {path: leaf.get_value().shape for path, leaf in parameters(nnx.state(module)).items()}
     result = {}
-    for row in BY_NAME[component].rows(config):
+    for row in REGISTRY[component].rows(config):
         shape = shapes.pop(row.ours)
         for layer in range(shape[0]) if row.stacked else [None]:
-            result[row.name(dialect, layer)] = torch_shape(shape[1:] if row.stacked else shape, row.kind)
+            result[row.name(dialect, layer)] = torch_shape(shape[1:] if row.stacked else shape, row.layout)
     assert not shapes
     return result
 
@@ -88,7 +94,7 @@ def test_vae_names_and_shapes_are_diffusers_and_the_published_ones():
     config = VAEConfig.wan()
     with torch.device("meta"):
         theirs = AutoencoderKLWan()
-    diffusers, original = (named_shapes("vae", config, dialect) for dialect in ("diffusers", "original"))
+    diffusers, original = (named_shapes("vae", config, dialect) for dialect in DIALECTS)
     assert diffusers == torch_shapes(theirs.state_dict())
     assert torch_shapes(convert_wan_vae_to_diffusers(on_meta(original))) == diffusers
 
@@ -129,11 +135,11 @@ def test_gate_is_the_activated_half_in_both_dialects():
 def test_float32_rows_are_those_that_diffusers_keeps():
     kept = WanTransformer3DModel._keep_in_fp32_modules
     for row in TRANSFORMER:
-        assert row.float32 == any(part in kept for part in row.diffusers.split(".")), row
+        assert row.float32 == any(part in kept for part in row.name("diffusers").split(".")), row
 
 
 @pytest.mark.parametrize(
-    "rows", [TRANSFORMER, UMT5, BY_NAME["vae"].rows(VAEConfig())], ids=["transformer", "umt5", "vae"]
+    "rows", [TRANSFORMER, UMT5, REGISTRY["vae"].rows(VAEConfig())], ids=["transformer", "umt5", "vae"]
 )
 @settings(deadline=None, max_examples=examples(40), derandomize=True)
 @given(data=st.data(), layer=st.integers(0, 10_000))
@@ -167,8 +173,8 @@ def test_patterns_are_anchored(name):
 
 
 def test_no_name_means_two_things():
-    for rows in (TRANSFORMER, UMT5, BY_NAME["vae"].rows(VAEConfig())):
-        for names in ([row.ours for row in rows], [row.diffusers for row in rows], [row.original for row in rows]):
+    for rows in (TRANSFORMER, UMT5, REGISTRY["vae"].rows(VAEConfig())):
+        for names in ([row.ours for row in rows], *([row.name(each) for row in rows] for each in DIALECTS)):
             assert len(set(names)) == len(names)
 
 
@@ -185,24 +191,32 @@ def test_no_name_means_two_things():
     ],
 )
 def test_prefixes_are_stripped(raw, clean):
-    assert strip_prefixes([raw]) == {clean: raw}
+    # With a name that tells the network, under the same prefix.
+    prefix = raw[: -len(clean)] if raw.endswith(clean) else "model._fsdp_wrapped_module."
+    telling = {"encoder": "shared.weight", "scale_shift_table": "condition_embedder.time_proj.bias"}
+    names = [raw, prefix + telling.get(clean.split(".")[0], "time_projection.1.bias")]
+    (found,) = holdings(names).values()
+    assert found.names[clean] == raw
+    assert len(found.names) == 2
 
 
 def test_the_running_average_is_taken_where_there_is_one():
-    names = ["generator.model.a", "generator_ema.model.a", "critic.model.a", "step"]
-    assert strip_prefixes(names) == {"a": "generator_ema.model.a"}
-    assert strip_prefixes([names[0], *names[2:]]) == {"a": "generator.model.a"}
+    a = "head.head.weight"
+    names = [f"generator.model.{a}", f"generator_ema.model.{a}", f"critic.model.{a}", "step"]
+    assert holdings(names)["transformer"].names == {a: f"generator_ema.model.{a}"}
+    assert holdings([names[0], *names[2:]])["transformer"].names == {a: f"generator.model.{a}"}
 
 
 def test_two_names_for_one_tensor_are_refused():
     with pytest.raises(CheckpointError, match=re.escape("'head.head.weight' and 'model.head.head.weight'")):
-        strip_prefixes(["head.head.weight", "model.head.head.weight"])
+        holdings(["head.head.weight", "model.head.head.weight"])
 
 
-@pytest.mark.parametrize("component", BY_NAME)
-@pytest.mark.parametrize("dialect", ["diffusers", "original"])
+@pytest.mark.parametrize("component", list(REGISTRY))
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_each_network_is_recognised_and_no_prefix_is_part_of_a_name(component, dialect):
-    config = BY_NAME[component].config_type()
-    names = [row.name(dialect, 0 if row.stacked else None) for row in BY_NAME[component].rows(config)]
-    assert recognise(names) == (component, dialect)
-    assert strip_prefixes(names) == {name: name for name in names}
+    config = REGISTRY[component].config_type()
+    names = [row.name(dialect, 0 if row.stacked else None) for row in REGISTRY[component].rows(config)]
+    ((name, found),) = holdings(names).items()
+    assert (name, found.dialect.name) == (component, dialect)
+    assert found.names == {name: name for name in names}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoint import tiny_tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
-from rehyat_jax.weights import (
+from rehyat_jax.models.checkpoints import (
     convert,
     describe,
     load_text_encoder,
@@ -25,9 +25,9 @@ from rehyat_jax.weights import (
     save_transformer,
     save_vae,
 )
-from rehyat_jax.weights.component import BY_NAME
-from rehyat_jax.weights.names import translate
 from rehyat_jax.weights.plan import parameters
+from rehyat_jax.weights.registry import REGISTRY
+from rehyat_jax.weights.rows import translate
 
 LOAD = {"transformer": load_transformer, "vae": load_vae, "text_encoder": load_text_encoder}
 SAVE = {"transformer": save_transformer, "vae": save_vae, "text_encoder": save_text_encoder}
@@ -76,7 +76,7 @@ def tensors_of(model):
 
 def original(component, tensors):
     sizes = {"num_res_blocks": 1} if component == "vae" else {}
-    rows = BY_NAME[component].rows(BY_NAME[component].config_type(**sizes))
+    rows = REGISTRY[component].rows(REGISTRY[component].config_type(**sizes))
     return {translate(name, rows, "diffusers", "original"): tensor for name, tensor in tensors.items()}
 
 
@@ -304,7 +304,7 @@ def test_description_reads_headers_alone(models, tmp_path):
 
 _MEASURE = """
 import resource, sys, jax.numpy as jnp
-from rehyat_jax.weights import load_transformer
+from rehyat_jax.models.checkpoints import load_transformer
 
 def peak():
     with open("/proc/self/status") as status:

@@ -20,8 +20,7 @@ from shared.tiers import examples
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rehyat_jax.errors import CheckpointError, ConfigError
-from rehyat_jax.models.config import VAEConfig
-from rehyat_jax.weights import (
+from rehyat_jax.models.checkpoints import (
     convert,
     describe,
     load_text_encoder,
@@ -29,8 +28,9 @@ from rehyat_jax.weights import (
     load_vae,
     save_transformer,
 )
-from rehyat_jax.weights.component import BY_NAME
-from rehyat_jax.weights.files import open_tensors
+from rehyat_jax.models.wan.config import VAEConfig
+from rehyat_jax.weights.opening import open_tensors
+from rehyat_jax.weights.registry import REGISTRY
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 quick = settings(
@@ -162,8 +162,8 @@ def test_another_network_is_named(folder, text_encoder):
 
 
 def test_a_vae_in_a_transformers_clothes(folder):
-    rows = BY_NAME["vae"].rows(VAEConfig(base_dim=4))
-    save_file({row.original: torch.zeros(2) for row in rows}, folder / WEIGHTS)
+    rows = REGISTRY["vae"].rows(VAEConfig(base_dim=4))
+    save_file({row.name("original"): torch.zeros(2) for row in rows}, folder / WEIGHTS)
     refused(folder, "Wan VAE", "not a Wan transformer")
 
 
@@ -338,9 +338,9 @@ ODD = [None, True, -1, 0, 1 << 24, 10**40, 0.5, float("nan"), "2", [], [1 << 24]
 _TRY_CONFIGS = """
 import json, pathlib, sys, time
 from rehyat_jax.errors import CheckpointError, ConfigError
-from rehyat_jax import weights
+from rehyat_jax.models import checkpoints
 
-folder, load = pathlib.Path(sys.argv[1]), getattr(weights, sys.argv[2])
+folder, load = pathlib.Path(sys.argv[1]), getattr(checkpoints, sys.argv[2])
 whole, loaded = json.loads((folder / "config.json").read_text()), 0
 for name in whole:
     for value in json.loads(sys.argv[3]):

@@ -26,7 +26,7 @@ from jaxtyping import Array, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.sampling import FlowSchedule, UniPC
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH

@@ -23,13 +23,11 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.models.checkpoints import load_vae, open_component
 from rehyat_jax.models.folder import find_model, read_defaults
 from rehyat_jax.runtime.files import whole_file
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
-from rehyat_jax.weights import load_vae
-from rehyat_jax.weights.layout import locate
-from rehyat_jax.weights.plan import open_component
 from train.data.footage import Footage, check_length, clips, find_footage
 from train.data.prepared import EMPTY, PLAN, File, Plan, Prepared, identity, pack
 
@@ -76,8 +74,8 @@ def plan_encoding(
     footage, folder = find_footage(source), find_model(model)
     defaults = read_defaults(folder)
     frames, height, width = frames or defaults.num_frames, height or defaults.height, width or defaults.width
-    vae: Any = open_component(locate(folder, "vae")).config
-    transformer: Any = open_component(locate(folder, "transformer")).config
+    vae: Any = open_component(folder, "vae").config
+    transformer: Any = open_component(folder, "transformer").config
     if (frames - 1) % vae.temporal_factor:
         raise ConfigError(f"{frames} frames are not {vae.temporal_factor}k + 1")
     for side, of_patch in zip((height, width), transformer.patch_size[1:], strict=True):

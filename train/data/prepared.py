@@ -21,10 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.models.checkpoints import open_component
 from rehyat_jax.runtime.files import sample_digest, whole_file
-from rehyat_jax.weights.component import ComponentName
-from rehyat_jax.weights.layout import locate
-from rehyat_jax.weights.plan import open_component
 from train.data.clips import AnyBucket
 from train.data.pools import Pool
 from train.parallel.devices import WHOLE, Rows
@@ -225,16 +223,15 @@ def open_prepared(buckets: Sequence[AnyBucket], model: Path) -> dict[Path, Prepa
     return found
 
 
-def identity(model: Path, name: ComponentName) -> str:
+def identity(model: Path, name: str) -> str:
     """A digest of one of a model's networks: its sizes and its files, as `sample_digest` sees them.
 
     Raises:
         CheckpointError, ConfigError: there is no such network.
     """
-    opened = open_component(locate(model, name))
-    files = [opened.weights]
-    if opened.weights.suffix == ".json":  # an index of shards
-        files = sorted(opened.weights.parent.glob("*.safetensors"))
+    opened = open_component(model, name)
+    # An index says where tensors are, and no more.
+    files = [file for file in opened.tensors.files if file.suffix != ".json"]
     digest = hashlib.sha256(str(opened.config).encode())
     for file in files:
         digest.update(sample_digest(file))

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.files import reason
 from rehyat_jax.sprites import world

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 
 #: Peak arithmetic of one device in bfloat16, dense, in TFLOP/s, by what JAX calls the device; from the data sheets of
 #: NVIDIA (A100, H100, H200, GH200, B200) and Google Cloud (TPU v4 to v7).

@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.runtime.mesh import AXES, spec
 from rehyat_jax.runtime.variables import axes_of, map_variables
 

@@ -13,15 +13,22 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.models.config import TextEncoderConfig, WanConfig
+from rehyat_jax.models.checkpoints import (
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    save_text_encoder,
+    save_transformer,
+)
 from rehyat_jax.models.folder import find_model
+from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, UniPC, scheduler_to_config
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text.tokenizer import Tokenizer
-from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_text_encoder, save_transformer
 from rehyat_jax.weights.writing import whole_folder, write_json
 from train.data.clips import Bucket
 from train.data.pools import Captions

@@ -26,18 +26,17 @@ from jaxtyping import Array, Int, Key, PyTree
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.mixers.hybrid import HybridAttention, hybrid_blocks
-from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
 from rehyat_jax.models.folder import find_model, read_scheduler
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.compilation import cache_folder
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
 from rehyat_jax.text.prompt_encoder import PromptEncoder
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
-from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae
 from rehyat_jax.weights.files import read_json
-from rehyat_jax.weights.hybrid import outgoing, write_hybrid
-from rehyat_jax.weights.plan import parameters
 from rehyat_jax.weights.writing import whole_folder
 from train.cli.command import run_training
 from train.data.prepared import Prepared
@@ -296,10 +295,7 @@ class DistillTraining:
                     shutil.copytree(teacher / name, partial / name, ignore=shutil.ignore_patterns("rehyat"))
                 elif (teacher / name).is_file():
                     shutil.copyfile(teacher / name, partial / name)
-            variables = parameters(nnx.state(blocks))
-            write_hybrid(
-                partial / "transformer", hybrid, outgoing(distillation.teacher.config, hybrid, variables, None)
-            )
+            write_student(partial / "transformer", distillation.teacher.config, hybrid, blocks)
 
 
 class Distillation:

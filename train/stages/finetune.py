@@ -22,15 +22,15 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import VAEConfig, WanConfig
+from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_transformer
 from rehyat_jax.models.folder import DEFAULTS_FILE, find_model
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.runtime.variables import GateParam, MixerParam
 from rehyat_jax.sampling.rollout import check_remember
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
-from rehyat_jax.weights import load_text_encoder, load_transformer, load_vae, save_transformer
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder, write_json
 from train.cli.command import run_training

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import VAEConfig, WanConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.mesh import laid_out
 from rehyat_jax.runtime.record import Phases

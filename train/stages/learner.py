@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.clips import round_key
 from train.data.sources import Inputs

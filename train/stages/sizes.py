@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 
 
 def check_sizes(said: WanConfig | None, found: WanConfig, *, where: Path) -> None:

@@ -12,11 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.checkpoints import save_vae
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.mesh import laid_out
 from rehyat_jax.runtime.record import Phases
-from rehyat_jax.weights import save_vae
 from train.data.clips import Bucket, check_rounds, round_key
 from train.engine.loop import run
 from train.engine.optimizer import OptimizerConfig, TrainState

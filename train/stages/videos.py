@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
+from rehyat_jax.models.checkpoints import load_vae
 from rehyat_jax.models.folder import read_defaults, read_scheduler
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.runtime.compilation import cache_folder
 from rehyat_jax.text.prompt_encoder import PromptEncoder
 from rehyat_jax.video.io import write_video
-from rehyat_jax.weights import load_vae
 from train.stages.flow import Show
 
 

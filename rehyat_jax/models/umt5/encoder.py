@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.models.config import TextEncoderConfig
+from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.runtime.variables import kernel, table
 
 

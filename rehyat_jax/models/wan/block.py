@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rehyat_jax.attention.sharded import softmax_over_devices, softmax_to_text
-from rehyat_jax.models.config import WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.positions import CosSin, rotate
 from rehyat_jax.runtime.mesh import Dimension
 from rehyat_jax.runtime.variables import kernel

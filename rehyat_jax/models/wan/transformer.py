@@ -29,8 +29,8 @@ from rehyat_jax.mixers.hybrid import (
     take_parameters,
     why_not_stream,
 )
-from rehyat_jax.models.config import WanConfig
 from rehyat_jax.models.wan.block import Block, TextKV, modulate, modulation_table
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
 from rehyat_jax.runtime.variables import kernel

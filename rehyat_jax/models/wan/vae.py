@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.models.config import VAEConfig
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.conv import CausalConv3d, Conv2d, RMSNorm, at_least_float32, identity_tap, repeat_pixels
 
 #: Frames of pixels or of features, [B,F,H,W,C]; layers may change any of the sizes but the first.

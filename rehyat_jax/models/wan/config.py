@@ -1,7 +1,4 @@
-"""Sizes of the three networks: frozen dataclasses, to and from diffusers' and transformers' ``config.json``.
-
-Each configuration checks itself when made, so that an absurd or hostile file fails before anything is allocated.
-"""
+"""Sizes of Wan's transformer and of its autoencoder: frozen dataclasses, to and from ``config.json``."""
 
 from __future__ import annotations
 
@@ -11,42 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rehyat_jax.errors import ConfigError
-
-#: No field may exceed this: large enough for any model to come, small enough that products stay meaningful.
-_LARGEST = 1 << 24
-
-
-def _is_whole(value: Any, largest: int) -> bool:
-    """A number from 1 to ``largest``; True is not one."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
-
-
-def _check_integers(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not _is_whole(value, _LARGEST):
-            field = f"{type(config).__name__}.{name}"
-            raise ConfigError(f"{field} must be a whole number from 1 to {_LARGEST}, not {value!r}")
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{type(config).__name__}.{name} must be a positive number, not {value!r}")
-
-
-def _check_fixed(kind: str, source: Mapping[str, Any], **required: Any) -> None:
-    """Refuse a file that asks for a variant of the architecture which this one is not."""
-    for name, value in required.items():
-        if name in source and source[name] != value:
-            raise ConfigError(f"{kind}: {name} = {source[name]!r} is not supported (only {value!r})")
-
-
-def _tuple(name: str, value: Any) -> tuple:
-    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 64:
-        raise ConfigError(f"{name} must be a list of 1 to 64 entries, not {value!r}")
-    return tuple(value)
+from rehyat_jax.models.checks import check_fixed, check_positive, check_whole_numbers, entries, is_whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +29,7 @@ class WanConfig:
     rope_max_seq_len: int = 1024
 
     def __post_init__(self) -> None:
-        _check_integers(
+        check_whole_numbers(
             self,
             "num_layers",
             "num_attention_heads",
@@ -79,8 +41,8 @@ class WanConfig:
             "freq_dim",
             "rope_max_seq_len",
         )
-        _check_positive(self, "eps")
-        if len(self.patch_size) != 3 or not all(_is_whole(p, 16) for p in self.patch_size):
+        check_positive(self, "eps")
+        if len(self.patch_size) != 3 or not all(is_whole(p, 16) for p in self.patch_size):
             raise ConfigError(f"WanConfig.patch_size must be three whole numbers from 1 to 16, not {self.patch_size!r}")
         head_dim = self.attention_head_dim
         if head_dim % 2 or head_dim < 6:
@@ -118,7 +80,7 @@ class WanConfig:
         if "dim" in source and "num_heads" in source:
             source = cls._from_original(source)
         kind = "Wan transformer configuration"
-        _check_fixed(
+        check_fixed(
             kind,
             source,
             cross_attn_norm=True,
@@ -132,7 +94,7 @@ class WanConfig:
             raise ConfigError(f"{kind}: {', '.join(sorted(missing))} missing")
         values = {k: v for k, v in source.items() if k in known}
         if "patch_size" in values:
-            values["patch_size"] = _tuple("patch_size", values["patch_size"])
+            values["patch_size"] = entries("patch_size", values["patch_size"])
         return cls(**values)
 
     @staticmethod
@@ -192,8 +154,8 @@ class VAEConfig:
     latents_std: tuple[float, ...] = _WAN_LATENTS_STD
 
     def __post_init__(self) -> None:
-        _check_integers(self, "base_dim", "z_dim", "num_res_blocks")
-        if not self.dim_mult or not all(_is_whole(m, 64) for m in self.dim_mult):
+        check_whole_numbers(self, "base_dim", "z_dim", "num_res_blocks")
+        if not self.dim_mult or not all(is_whole(m, 64) for m in self.dim_mult):
             raise ConfigError(f"VAEConfig.dim_mult must be whole numbers from 1 to 64, not {self.dim_mult!r}")
         halves = self.temperal_downsample
         if len(halves) != len(self.dim_mult) - 1 or not all(isinstance(half, bool) for half in halves):
@@ -240,7 +202,7 @@ class VAEConfig:
         Raises:
             ConfigError: a value is impossible, or the file describes another autoencoder (Wan2.2's, …).
         """
-        _check_fixed(
+        check_fixed(
             "Wan VAE configuration",
             source,
             is_residual=False,
@@ -253,82 +215,13 @@ class VAEConfig:
         values = {k: v for k, v in source.items() if k in {f.name for f in dataclasses.fields(cls)}}
         for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
             if name in values:
-                values[name] = _tuple(name, values[name])
+                values[name] = entries(name, values[name])
         if "attn_scales" in values:
             scales = values["attn_scales"]
-            values["attn_scales"] = () if scales is None or scales == [] else _tuple("attn_scales", scales)
+            values["attn_scales"] = () if scales is None or scales == [] else entries("attn_scales", scales)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """diffusers' ``AutoencoderKLWan`` configuration, complete."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.36.0", **values, "dropout": 0.0}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
-    """UMT5's encoder. Defaults are umt5-xxl's; names are those of transformers' ``config.json``."""
-
-    vocab_size: int = 256384
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-
-    def __post_init__(self) -> None:
-        _check_integers(
-            self,
-            "vocab_size",
-            "d_model",
-            "d_kv",
-            "d_ff",
-            "num_layers",
-            "num_heads",
-            "relative_attention_num_buckets",
-            "relative_attention_max_distance",
-        )
-        _check_positive(self, "layer_norm_epsilon")
-
-    @classmethod
-    def umt5_xxl(cls) -> TextEncoderConfig:
-        return cls()
-
-    @classmethod
-    def mini_sprites(cls) -> TextEncoderConfig:
-        """The bundled model: four layers of 128, a vocabulary that the tokenizer sets."""
-        return cls(vocab_size=256, d_model=128, d_kv=32, d_ff=256, num_layers=4, num_heads=4)
-
-    @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> TextEncoderConfig:
-        """From transformers' ``text_encoder/config.json``.
-
-        Raises:
-            ConfigError: a value is impossible, or the file describes another encoder.
-        """
-        _check_fixed("UMT5 configuration", source, model_type="umt5", feed_forward_proj="gated-gelu")
-        return cls(**{k: v for k, v in source.items() if k in {f.name for f in dataclasses.fields(cls)}})
-
-    def to_dict(self) -> dict[str, Any]:
-        """transformers' ``UMT5Config`` for ``UMT5EncoderModel``, complete."""
-        return {
-            "architectures": ["UMT5EncoderModel"],
-            "model_type": "umt5",
-            **dataclasses.asdict(self),
-            "feed_forward_proj": "gated-gelu",
-            "dense_act_fn": "gelu_new",
-            "is_gated_act": True,
-            "dropout_rate": 0.0,
-            "initializer_factor": 1.0,
-            "is_encoder_decoder": True,
-            "num_decoder_layers": self.num_layers,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "decoder_start_token_id": 0,
-            "tie_word_embeddings": True,
-            "use_cache": True,
-            "classifier_dropout": 0.0,
-        }

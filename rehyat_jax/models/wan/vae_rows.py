@@ -6,43 +6,33 @@ Wan-Video/Wan2.1, ``wan/modules/vae.py``.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import re
 
-from rehyat_jax.models.config import VAEConfig
-
-#: How a torch tensor becomes ours: ``conv3d`` OIDHW to DHWIO, ``conv2d`` OIHW to HWIO, ``gamma`` [C,1,1(,1)] to [C],
-#: ``vector`` as it is.
-Kind = Literal["conv3d", "conv2d", "gamma", "vector"]
-
-
-class Row(NamedTuple):
-    """One tensor under its three names, and how its layout changes."""
-
-    path: str
-    diffusers: str
-    original: str
-    kind: Kind
+from rehyat_jax.models.wan.config import VAEConfig
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.weights.registry import Component, Dialect, Shapes
+from rehyat_jax.weights.rows import Layout, Row
 
 
-def vae_rows(config: VAEConfig) -> list[Row]:
+def vae_rows(config: VAEConfig) -> tuple[Row, ...]:
     """Every tensor of the autoencoder of this configuration, once."""
-    return [
+    return (
         *_encoder(config),
         *_conv("quant_conv", "quant_conv", "conv1"),
         *_conv("post_quant_conv", "post_quant_conv", "conv2"),
         *_decoder(config),
-    ]
+    )
 
 
-def _conv(path: str, diffusers: str, original: str, kind: Kind = "conv3d") -> list[Row]:
+def _conv(path: str, diffusers: str, original: str, layout: Layout = "conv3d") -> list[Row]:
     return [
-        Row(f"{path}.kernel", f"{diffusers}.weight", f"{original}.weight", kind),
-        Row(f"{path}.bias", f"{diffusers}.bias", f"{original}.bias", "vector"),
+        Row(f"{path}.kernel", {"diffusers": f"{diffusers}.weight", "original": f"{original}.weight"}, layout),
+        Row(f"{path}.bias", {"diffusers": f"{diffusers}.bias", "original": f"{original}.bias"}),
     ]
 
 
-def _norm(path: str, original: str) -> Row:
-    return Row(f"{path}.scale", f"{path}.gamma", f"{original}.gamma", "gamma")
+def _norm(path: str, original: str, layout: Layout = "gamma3d") -> Row:
+    return Row(f"{path}.scale", {"diffusers": f"{path}.gamma", "original": f"{original}.gamma"}, layout)
 
 
 def _resnet(path: str, original: str, *, shortcut: bool) -> list[Row]:
@@ -64,7 +54,8 @@ def _mid_block(path: str, original: str) -> list[Row]:
     attention = f"{path}.attentions.0"
     return [
         *_resnet(f"{path}.resnets.0", f"{original}.0", shortcut=False),
-        _norm(f"{attention}.norm", f"{original}.1.norm"),
+        # Attention alone normalises images, and its gamma has one axis fewer.
+        _norm(f"{attention}.norm", f"{original}.1.norm", "gamma2d"),
         *_conv(f"{attention}.to_qkv", f"{attention}.to_qkv", f"{original}.1.to_qkv", "conv2d"),
         *_conv(f"{attention}.proj", f"{attention}.proj", f"{original}.1.proj", "conv2d"),
         *_resnet(f"{path}.resnets.1", f"{original}.2", shortcut=False),
@@ -107,3 +98,36 @@ def _decoder(config: VAEConfig) -> list[Row]:
             rows += _resample(f"{block}.upsamplers.0", f"decoder.upsamples.{layer}", time=doubling[level])
             layer, width = layer + 1, width // 2
     return rows
+
+
+def _infer(shapes: Shapes) -> VAEConfig:
+    """Wan2.1's, at the width and depth that the tensors show."""
+    stages = len(VAEConfig().dim_mult)
+    layers = shapes.layers(r"encoder\.(?:downsamples|down_blocks)\.([0-9]+)\.")
+    return VAEConfig(
+        base_dim=shapes.get("encoder.conv_in.weight", rank=5)[0],
+        z_dim=shapes.get("post_quant_conv.weight", rank=5)[0],
+        num_res_blocks=max((layers - stages + 1) // stages, 1),
+    )
+
+
+WAN_VAE = Component(
+    name="vae",
+    title="Wan VAE",
+    module=WanVAE,
+    config_type=VAEConfig,
+    described_by=lambda config: config.get("_class_name") == "AutoencoderKLWan",
+    rows=vae_rows,
+    dialects=(
+        Dialect(
+            name="diffusers",
+            mark=re.compile(r"(encoder\.conv_in|encoder\.down_blocks|decoder\.up_blocks|post_quant_conv)\."),
+        ),
+        Dialect(name="original", mark=re.compile(r"(encoder\.downsamples|decoder\.upsamples|decoder\.middle)\.")),
+    ),
+    infer=_infer,
+    least_tensors=lambda config: config.num_res_blocks,
+    stem="diffusion_pytorch_model",
+    released_as=re.compile(r".*vae", re.IGNORECASE),
+    foreign={"a Wan2.2 VAE": re.compile(r"\.downsamples\.0\.downsamples\.|encoder\.down_blocks\.0\.resnets\.")},
+)

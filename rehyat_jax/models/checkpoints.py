@@ -1,0 +1,219 @@
+"""Checkpoints of the networks that this program has: loaded, saved, converted and described.
+
+The engine in `rehyat_jax.weights` knows no network; they are made known to it here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax.numpy as jnp
+from flax import nnx
+
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.umt5.rows import TEXT_ENCODER
+from rehyat_jax.models.wan.rows import WAN_TRANSFORMER
+from rehyat_jax.models.wan.student import write_student
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.models.wan.vae_rows import WAN_VAE
+from rehyat_jax.sampling.schedule import FlowSchedule
+from rehyat_jax.sampling.scheduler_config import scheduler_to_config
+from rehyat_jax.sampling.solvers import UniPC
+from rehyat_jax.weights.convert import Progress, attached_to, convert_weights
+from rehyat_jax.weights.inspect import CheckpointInfo, describe_weights
+from rehyat_jax.weights.load import filled, known_dtype
+from rehyat_jax.weights.plan import make_plan, open_component, parameters
+from rehyat_jax.weights.registry import WRITTEN, component, register
+from rehyat_jax.weights.save import of_module, write_network
+from rehyat_jax.weights.writing import MAX_SHARD_BYTES, whole_folder, write_json
+
+__all__ = [
+    "convert",
+    "describe",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "open_component",
+    "save_text_encoder",
+    "save_transformer",
+    "save_vae",
+]
+
+# In the order in which they are told of.
+for _network in (WAN_TRANSFORMER, WAN_VAE, TEXT_ENCODER):
+    register(_network)
+
+#: diffusers' ``WanPipeline`` with the parts that the original release stands for.
+_MODEL_INDEX = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": "0.36.0",
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def load_transformer(
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, hybrid: HybridConfig | Literal["auto"] | None = "auto"
+) -> WanTransformer:
+    """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
+
+    Args:
+        path: a whole checkpoint's folder, the transformer's own, or a weights file; diffusers or original layout,
+            whichever prefixes. A file without ``config.json`` beside it is taken to have heads of 128, as all of Wan's.
+        dtype: of computation and storage: float32, bfloat16 or float16. What diffusers keeps in float32 (the time
+            embedder, the modulation tables, the affine norms) stays float32; so does the hybrid blocks' decay.
+        hybrid: ``"auto"``: as the folder is. None: the teacher alone. A configuration: the teacher with these blocks
+            converted and newly initialised (from seed 0; `WanTransformer.with_hybrid` takes another), where a
+            conversion begins.
+
+    Raises:
+        CheckpointError: missing, truncated, foreign, incomplete, misshapen or not finite, in either part.
+        ConfigError: a configuration is impossible or another architecture's, or ``hybrid`` names a block too many.
+    """
+    dtype = known_dtype(dtype)
+    plan = make_plan(Path(path), "transformer", dtype=dtype)
+    student = attached_to("transformer", plan, dtype=dtype) if hybrid == "auto" else None
+    module = cast(WanTransformer, filled((student and student.instead) or plan, dtype=dtype))
+    if isinstance(hybrid, HybridConfig):
+        return module.with_hybrid(hybrid, rngs=nnx.Rngs(0))
+    if student is None:
+        return module
+    blocks = cast(Any, filled(student.plan, dtype=dtype))
+    return module.with_hybrid(student.plan.config, blocks=blocks)
+
+
+def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
+    """A Wan2.1 VAE. Arguments and errors as `load_transformer`; the original file has Wan2.1's latent statistics."""
+    dtype = known_dtype(dtype)
+    return cast(WanVAE, filled(make_plan(Path(path), "vae", dtype=dtype), dtype=dtype))
+
+
+def load_text_encoder(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> UMT5Encoder:
+    """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
+    dtype = known_dtype(dtype)
+    return cast(UMT5Encoder, filled(make_plan(Path(path), "text_encoder", dtype=dtype), dtype=dtype))
+
+
+def save_transformer(
+    module: WanTransformer, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` (or shards and an index), and ``rehyat/``.
+
+    The last is the student's part; without it the folder is the teacher, as diffusers reads it.
+
+    Args:
+        folder: new or empty; it appears whole or not at all.
+        dtype: None keeps each parameter's own; otherwise as in `load_transformer`, float32 parts staying float32.
+        max_shard_bytes: more than this is split into shards.
+
+    Raises:
+        CheckpointError: the folder is not empty or cannot be written, or a parameter is not finite.
+    """
+    with whole_folder(Path(folder)) as partial:
+        _write(module.with_hybrid(None), partial, "transformer", dtype, max_shard_bytes)
+        if module.hybrid is not None:
+            write_student(partial, module.config, module.hybrid, module.hybrid_blocks, dtype=dtype)
+
+
+def save_vae(
+    module: WanVAE, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a VAE's folder; see `save_transformer`."""
+    with whole_folder(Path(folder)) as partial:
+        _write(module, partial, "vae", dtype, max_shard_bytes)
+
+
+def save_text_encoder(
+    module: UMT5Encoder, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``, the embedding as ``shared.weight``; see `save_transformer`."""
+    with whole_folder(Path(folder)) as partial:
+        _write(module, partial, "text_encoder", dtype, max_shard_bytes)
+
+
+def _write(module: Any, folder: Path, name: str, dtype: Any, max_shard_bytes: int) -> None:
+    kind = component(name)
+    variables = parameters(nnx.state(module))
+    tensors = of_module(kind.table(module.config), variables, dialect=WRITTEN, dtype=dtype)
+    write_network(folder, module.config, tensors, stem=kind.stem, max_shard_bytes=max_shard_bytes)
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    teacher: str | os.PathLike[str] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint anew in the diffusers layout: a whole one, or one network's folder or file.
+
+    A whole checkpoint takes its tokenizer along, and its scheduler and ``model_index.json``, or Wan2.1's own for the
+    original release (UniPC, shift 3, as the published 480p models have it).
+
+    A student's ``rehyat/`` part goes with its transformer.
+
+    Args:
+        dst: new or empty; it appears whole or not at all.
+        dtype: None keeps each tensor's; otherwise float32, bfloat16 or float16, by the rule of `load_transformer`.
+        teacher: a checkpoint whose transformer is kept beside a student's: ``dst`` is then the teacher for diffusers
+            and for ``hybrid=None``, and the student, finetuned weights and all, is in its ``rehyat/`` part.
+
+    Raises:
+        CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
+            be written; with ``teacher``, the source is no student or of other sizes.
+        ConfigError: a configuration is impossible or another architecture's.
+    """
+    convert_weights(
+        Path(src),
+        Path(dst),
+        write_rest=_copy_the_rest,
+        dtype=dtype,
+        around=None if teacher is None else Path(teacher),
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
+def describe(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """Dialect, sizes, parameters and number formats of what would be loaded; no tensor is read.
+
+    Args:
+        path: a whole checkpoint's folder, a network's folder or a weights file, in any dialect.
+
+    Raises:
+        CheckpointError: missing, damaged, incomplete, or not of a network that this program knows.
+        ConfigError: a configuration is impossible or another architecture's.
+    """
+    return describe_weights(Path(path))
+
+
+def _copy_the_rest(src: Path, dst: Path) -> None:
+    """What is not weights: tokenizer, scheduler, index."""
+    tokenizer = next((folder for folder in (src / "tokenizer", src / "google" / "umt5-xxl") if folder.is_dir()), None)
+    if tokenizer is None:
+        raise CheckpointError(f"{src} has no tokenizer (tokenizer/ or google/umt5-xxl/)")
+    shutil.copytree(tokenizer, dst / "tokenizer")
+    scheduler = src / "scheduler" / "scheduler_config.json"
+    (dst / "scheduler").mkdir()
+    if scheduler.is_file():
+        shutil.copyfile(scheduler, dst / "scheduler" / scheduler.name)
+    else:
+        schedule = FlowSchedule(grid="diffusers", shift=3.0)
+        write_json(dst / "scheduler" / scheduler.name, scheduler_to_config(schedule, UniPC()))
+    if (src / "rehyat_defaults.json").is_file():
+        shutil.copyfile(src / "rehyat_defaults.json", dst / "rehyat_defaults.json")
+    if (src / "model_index.json").is_file():
+        shutil.copyfile(src / "model_index.json", dst / "model_index.json")
+    else:
+        write_json(dst / "model_index.json", _MODEL_INDEX)

@@ -1,0 +1,114 @@
+"""The transformer's tensors under every name that checkpoints give them, and how such a checkpoint is recognised.
+
+Sources: ``diffusers/models/transformers/transformer_wan.py``; ``Wan-Video/Wan2.1``, ``wan/modules/model.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.student import STUDENT
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.weights.registry import Component, Dialect, Shapes
+from rehyat_jax.weights.rows import Row, rows_of_linear
+
+_DIFFUSERS = Dialect(name="diffusers", mark=re.compile(r"condition_embedder\."))
+_ORIGINAL = Dialect(name="original", mark=re.compile(r"(time_projection|time_embedding|text_embedding|head)\."))
+
+
+def _named(diffusers: str, original: str) -> dict[str, str]:
+    return {"diffusers": diffusers, "original": original}
+
+
+def _rows() -> Iterator[Row]:
+    patch = "patch_embedding"
+    yield Row(f"{patch}.kernel", _named(f"{patch}.weight", f"{patch}.weight"), "conv3d")
+    yield Row(f"{patch}.bias", _named(f"{patch}.bias", f"{patch}.bias"))
+    for ours, original in (("text_embedder", "text_embedding"), ("time_embedder", "time_embedding")):
+        for number in (1, 2):
+            name = f"condition_embedder.{ours}.linear_{number}"
+            names = _named(name, f"{original}.{2 * number - 2}")
+            yield from rows_of_linear(name, names, float32=ours == "time_embedder")
+    name = "condition_embedder.time_proj"
+    yield from rows_of_linear(name, _named(name, "time_projection.1"))
+    for ours, original in (("attn1", "self_attn"), ("attn2", "cross_attn")):
+        for letter in "qkv":
+            names = _named(f"blocks.{{}}.{ours}.to_{letter}", f"blocks.{{}}.{original}.{letter}")
+            yield from rows_of_linear(f"blocks.{ours}.to_{letter}", names)
+        names = _named(f"blocks.{{}}.{ours}.to_out.0", f"blocks.{{}}.{original}.o")
+        yield from rows_of_linear(f"blocks.{ours}.to_out", names)
+        for norm in ("norm_q", "norm_k"):
+            names = _named(f"blocks.{{}}.{ours}.{norm}.weight", f"blocks.{{}}.{original}.{norm}.weight")
+            yield Row(f"blocks.{ours}.{norm}.scale", names)
+    # The original numbers its norms by use (3 is cross-attention's), diffusers by place.
+    yield Row("blocks.norm2.scale", _named("blocks.{}.norm2.weight", "blocks.{}.norm3.weight"), float32=True)
+    yield Row("blocks.norm2.bias", _named("blocks.{}.norm2.bias", "blocks.{}.norm3.bias"), float32=True)
+    yield from rows_of_linear("blocks.ffn.up", _named("blocks.{}.ffn.net.0.proj", "blocks.{}.ffn.0"))
+    yield from rows_of_linear("blocks.ffn.down", _named("blocks.{}.ffn.net.2", "blocks.{}.ffn.2"))
+    names = _named("blocks.{}.scale_shift_table", "blocks.{}.modulation")
+    yield Row("blocks.scale_shift_table", names, "table", float32=True)
+    yield Row("scale_shift_table", _named("scale_shift_table", "head.modulation"), "table", float32=True)
+    yield from rows_of_linear("proj_out", _named("proj_out", "head.head"))
+
+
+#: ``WanTransformer``: 27 tensors a block and 15 around them, 825 for T2V-1.3B.
+TRANSFORMER = tuple(_rows())
+
+
+def _infer(shapes: Shapes) -> WanConfig:
+    dim, channels, *patch = shapes.get("patch_embedding.weight", rank=5)
+    # Every Wan2.1 has heads of 128; the tensors do not tell.
+    if dim % 128:
+        raise CheckpointError(f"a transformer of width {dim} needs a config.json beside it that gives its heads")
+    volume = max(patch[0] * patch[1] * patch[2], 1)
+    return WanConfig(
+        num_layers=shapes.layers(r"blocks\.([0-9]+)\."),
+        num_attention_heads=dim // 128,
+        attention_head_dim=128,
+        ffn_dim=shapes.get("blocks.0.ffn.net.0.proj.weight", rank=2)[0],
+        in_channels=channels,
+        out_channels=shapes.get("proj_out.weight", rank=2)[0] // volume,
+        text_dim=shapes.get("condition_embedder.text_embedder.linear_1.weight", rank=2)[1],
+        freq_dim=shapes.get("condition_embedder.time_embedder.linear_1.weight", rank=2)[1],
+        patch_size=(patch[0], patch[1], patch[2]),
+    )
+
+
+def _described(config: Mapping[str, Any]) -> bool:
+    return config.get("_class_name") in ("WanTransformer3DModel", "WanModel") or {"dim", "num_heads"} <= set(config)
+
+
+WAN_TRANSFORMER = Component(
+    name="transformer",
+    title="Wan transformer",
+    module=WanTransformer,
+    config_type=WanConfig,
+    described_by=_described,
+    rows=lambda config: TRANSFORMER,
+    dialects=(_DIFFUSERS, _ORIGINAL),
+    infer=_infer,
+    least_tensors=lambda config: config.num_layers,
+    stem="diffusion_pytorch_model",
+    released_as=re.compile(r"diffusion_pytorch_model"),
+    foreign={
+        "a LoRA file, not a whole network": re.compile(
+            r"lora_(A|B|up|down|unet|te)|\.lora\.|_lora\.|(^|\.)(hada_|lokr_)|dora_scale|lora_magnitude_vector"
+        ),
+        "an fp8 or int8 file with scales": re.compile(
+            r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"
+        ),
+        "an image-to-video model": re.compile(
+            r"(^|\.)(img_emb\.|condition_embedder\.image_embedder\.)|\.(k_img|add_k_proj)\."
+        ),
+        "a VACE model": re.compile(r"(^|\.)vace_"),
+    },
+    foreign_folders={
+        "transformer_2": "a Wan2.2 checkpoint of two transformers",
+        "high_noise_model": "a Wan2.2 checkpoint of two transformers",
+    },
+    attachment=STUDENT,
+)

@@ -1,0 +1,290 @@
+"""The networks that checkpoints may hold: what each is called, configured, built from and recognised by.
+
+Families (``models/wan``, ``models/umt5``) register theirs when they are imported; this package knows none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.weights.files import TensorInfo
+from rehyat_jax.weights.rows import Row, renamed
+
+if TYPE_CHECKING:
+    from rehyat_jax.weights.plan import LoadPlan
+
+#: The dialect in which checkpoints are written: diffusers', and transformers' for text encoders.
+WRITTEN = "diffusers"
+
+
+@runtime_checkable
+class Config(Protocol):
+    """A network's sizes."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """One way of naming a network's tensors."""
+
+    name: str
+    #: A tensor name (without prefix) that begins so is this network's in this dialect, and no other's.
+    mark: re.Pattern[str]
+    #: Names by parameter, where the network's own rows do not give them.
+    names: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+
+class Shapes:
+    """Shapes of a file's tensors by the name that `WRITTEN` has for them, whatever the file's dialect."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo], rows: tuple[Row, ...], dialect: str) -> None:
+        self._infos, self._rows, self._dialect = infos, rows, dialect
+
+    def get(self, name: str, *, rank: int) -> tuple[int, ...]:
+        """
+        Raises:
+            CheckpointError: there is no such tensor, or it has another number of dimensions.
+        """
+        spellings = renamed(name, self._rows, WRITTEN, self._dialect) or (name,)
+        theirs = next((spelling for spelling in spellings if spelling in self._infos), spellings[0])
+        if theirs not in self._infos:
+            raise CheckpointError(f"tensor {theirs!r} is missing, and without a config.json its size is not known")
+        shape = self._infos[theirs].shape
+        if len(shape) != rank:
+            raise CheckpointError(f"tensor {theirs!r} has shape {list(shape)}, which should have {rank} dimensions")
+        return shape
+
+    def layers(self, pattern: str) -> int:
+        """One more than the largest layer number, the pattern's group, of the file's names."""
+        found = [int(match[1]) for name in self._infos if (match := re.match(pattern, name)) and len(match[1]) < 9]
+        return max(found, default=-1) + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attached:
+    """A network's part of its own, checked, its tensors still on disk."""
+
+    plan: LoadPlan
+    #: Weights that it has in the place of those around it.
+    instead: LoadPlan | None = None
+
+
+@runtime_checkable
+class Attachment(Protocol):
+    """A part that some checkpoints of a network have in a folder of its own, beside the weights."""
+
+    #: The folder's name; ``instead`` is written in the folder `instead` within it.
+    folder: str
+    instead: str
+
+    def plan(self, folder: Path, config: Any, *, dtype: Any) -> Attached:
+        """
+        Raises:
+            CheckpointError, ConfigError: a file is missing, damaged or does not fit.
+        """
+
+    def describe(self, attached: Attached, config: Any, *, root: Path, others: Mapping[str, Any]) -> Any:
+        """What `rehyat info` prints of it; ``others`` has the configurations of the checkpoint's other networks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """One network of a checkpoint."""
+
+    #: Of its folder in the diffusers layout.
+    name: str
+    title: str
+    module: type[Any]
+    config_type: type[Any]
+    #: Does a ``config.json`` describe this network?
+    described_by: Callable[[Mapping[str, Any]], bool]
+    #: The table. Its names at the default configuration, numbers aside, are those by which files are recognised.
+    rows: Callable[[Any], tuple[Row, ...]]
+    dialects: tuple[Dialect, ...]
+    #: Sizes, read from the tensors' shapes where no configuration lies beside them.
+    infer: Callable[[Shapes], Any]
+    #: The least tensors that a configuration asks for, found without building anything.
+    least_tensors: Callable[[Any], int]
+    #: File name without ending, in the diffusers layout.
+    stem: str
+    #: Files that hold it in the release's layout, by the beginning or a part of their names.
+    released_as: re.Pattern[str]
+    #: What other networks of the family are, by a part of a tensor's name: refused by that name.
+    foreign: Mapping[str, re.Pattern[str]] = dataclasses.field(default_factory=dict)
+    #: Folders beside or in the place of its own, and what a checkpoint that has them is.
+    foreign_folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    #: Tensors that some files have beside it and that it does not need.
+    unneeded: re.Pattern[str] | None = None
+    attachment: Attachment | None = None
+
+    def table(self, config: Any) -> tuple[Row, ...]:
+        """The rows with the names of every dialect."""
+        return tuple(dataclasses.replace(row, names=self._names(row)) for row in self.rows(config))
+
+    def _names(self, row: Row) -> dict[str, str | tuple[str, ...]]:
+        more = {dialect.name: dialect.names for dialect in self.dialects}
+        return {**row.names, **{name: names[row.ours] for name, names in more.items() if row.ours in names}}
+
+    def abstract(self, config: Any, dtype: Any) -> Any:
+        """The module without memory: shapes only."""
+        kinds = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+        return nnx.eval_shape(lambda: self.module(config, **kinds, rngs=nnx.Rngs(0)))
+
+    def with_dialect(self, dialect: Dialect) -> Component:
+        """The same network, whose files may be in one more dialect."""
+        return dataclasses.replace(self, dialects=(*self.dialects, dialect))
+
+
+#: By name, in the order in which they are told of.
+REGISTRY: dict[str, Component] = {}
+
+
+def register(component: Component) -> None:
+    """Make a network known to all that loads, saves, converts and describes; one of the same name is replaced."""
+    REGISTRY[component.name] = component
+
+
+def component(name: str) -> Component:
+    """A registered network."""
+    return REGISTRY[name]
+
+
+#: Wrappers that torch puts between the parts of a path.
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+#: Networks that training programs keep beside the one that they train.
+_OTHER_ROLES = frozenset({"critic", "teacher", "fake_score", "real_score", "discriminator", "fake", "real"})
+#: State that training programs and all-in-one files keep beside a network, by the first part of its tensors' names.
+_BESIDE = re.compile(
+    r"(optim\w*|(lr_)?schedulers?|scaler|amp|rng\w*|callbacks|loops|hyper_parameters|ema\w*|generator\w*|"
+    r"vae|first_stage_model|text_encoders?|cond_stage_model|conditioner|clip\w*|image_encoder)\."
+)
+_NUMBER = re.compile(r"0|[1-9][0-9]*", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holding:
+    """A network that a file holds: which, in which dialect, and under which prefix."""
+
+    component: Component
+    dialect: Dialect
+    #: With its final dot.
+    prefix: str
+    #: The file's names by clean name, of all that lies under the prefix.
+    names: Mapping[str, str]
+    #: How many of them the table knows.
+    known: int
+
+
+def holdings(names: Iterable[str]) -> dict[str, Holding]:
+    """The networks whose tensors these are, by name.
+
+    Training programs and all-in-one files put prefixes before names, each its own: that prefix is taken which leaves
+    the most known names. Where a file has several such (a generator and its running average), the average is taken, as
+    its authors advise.
+
+    Raises:
+        CheckpointError: a network is there twice, and nothing tells which one is meant.
+    """
+    clean = {name: _unwrapped(name) for name in names}
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    marked: set[tuple[str, str, str]] = set()
+    index = _index()
+    marks = {(each.name, dialect.name): dialect for each in REGISTRY.values() for dialect in each.dialects}
+    for short in clean.values():
+        parts, without_numbers = short.split("."), generic(short).split(".")
+        for start in range(min(len(parts), 24)):
+            for key in index.get(".".join(without_numbers[start:]), ()):
+                prefix = "".join(f"{part}." for part in parts[:start])
+                counts = found.setdefault(key, {})
+                counts[prefix] = counts.get(prefix, 0) + 1
+                if marks[key].mark.match(short[len(prefix) :]):
+                    marked.add((*key, prefix))
+    best: dict[str, Holding] = {}
+    for (name, dialect), counts in found.items():
+        counts = {prefix: count for prefix, count in counts.items() if (name, dialect, prefix) in marked}
+        if not counts or (name in best and best[name].known >= max(counts.values())):
+            continue
+        prefix = _chosen(counts, clean)
+        best[name] = Holding(
+            component=REGISTRY[name],
+            dialect=marks[name, dialect],
+            prefix=prefix,
+            names=_under(prefix, clean),
+            known=counts[prefix],
+        )
+    return {name: best[name] for name in REGISTRY if name in best}
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def generic(name: str) -> str:
+    """A name with ``{}`` in the place of each number."""
+    return ".".join("{}" if _NUMBER.fullmatch(part) else part for part in name.split("."))
+
+
+def _index() -> dict[str, list[tuple[str, str]]]:
+    """Networks and dialects by each name that they know, numbers replaced by ``{}``."""
+    index: dict[str, list[tuple[str, str]]] = {}
+    for each in REGISTRY.values():
+        for row in each.table(each.config_type()):
+            for dialect in row.names:
+                for spelling in row.spellings(dialect):
+                    owners = index.setdefault(generic(spelling), [])
+                    if (each.name, dialect) not in owners:
+                        owners.append((each.name, dialect))
+    return index
+
+
+def _chosen(counts: Mapping[str, int], clean: Mapping[str, str]) -> str:
+    candidates = [prefix for prefix in counts if not _OTHER_ROLES & set(prefix.split("."))] or list(counts)
+    most = max(counts[prefix] for prefix in candidates)
+    candidates = [prefix for prefix in candidates if counts[prefix] == most]
+    if len(candidates) > 1:
+        averages = [prefix for prefix in candidates if re.search(r"(^|[._])(ema|average)([._]|$)", prefix)]
+        candidates = averages or candidates
+    if len(candidates) > 1:
+        one, other = (next(raw for raw, short in clean.items() if short.startswith(each)) for each in candidates[:2])
+        raise CheckpointError(
+            f"ambiguous checkpoint: the same network is there under {len(candidates)} prefixes, as in {one!r} and "
+            f"{other!r}"
+        )
+    return candidates[0]
+
+
+def _under(prefix: str, clean: Mapping[str, str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for raw, short in clean.items():
+        if short.startswith(prefix):
+            rest = short[len(prefix) :]
+            if rest in names:
+                raise CheckpointError(f"ambiguous checkpoint: {names[rest]!r} and {raw!r} are both {rest!r}")
+            names[rest] = raw
+    return names
+
+
+def beside(holding: Holding, others: Iterable[Holding], name: str, info: TensorInfo) -> bool:
+    """Is this tensor, which the table does not know, no part of the network but something kept beside it?"""
+    raw = holding.names[name]
+    within = any(
+        len(other.prefix) > len(holding.prefix) and _unwrapped(raw).startswith(other.prefix)
+        for other in others
+        if other is not holding
+    )
+    unneeded = holding.component.unneeded
+    return within or info.counts or bool(_BESIDE.match(name)) or bool(unneeded and unneeded.match(name))
+
+
+def narrow(row: Row, dtype: Any) -> Any:
+    """The type in which a row is kept when the model is kept in ``dtype`` (diffusers' ``_keep_in_fp32_modules``)."""
+    return jnp.dtype(jnp.float32) if row.float32 else jnp.dtype(dtype)

@@ -1,0 +1,166 @@
+"""Torch files (``.pth``, ``.pt``, ``.bin``, ``.ckpt``): the one place that imports torch.
+
+Nothing but plain tensors in dictionaries is unpickled (``weights_only=True``). Of the format in use since torch 1.6, a
+zip archive, torch reads the names alone, and the numbers are read from where they lie; of the older format torch reads
+all.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.weights.files import CheckedFile, TensorInfo, TensorSource
+
+#: State of training programs that is no tensor: read as something inert, so that the tensors beside it can be.
+_STATE = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "collections.defaultdict",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int32", "Int64", "Bool", "UInt32", "UInt64")),
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.nodes.AnyNode",
+    "typing.Any",
+    "builtins.dict",
+    "builtins.list",
+    "builtins.int",
+    "builtins.float",
+    "builtins.str",
+    "builtins.bool",
+)
+
+
+_NOT_PLAIN = "not a torch file of plain tensors"
+#: What torch raises of a damaged or hostile file.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    ValueError,
+    LookupError,
+    EOFError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+)
+
+
+class _Inert(dict):
+    """In the place of what is no tensor: takes whatever it is given and keeps nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class TorchFile(TensorSource):
+    """The tensors of a torch file, by dotted path through its dictionaries."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise CheckpointError(f"{path} is a torch file: install torch (pip install torch) to read it") from error
+        self._file, self.files, self._torch = CheckedFile(path), (path,), torch
+        lies = _check_archive(path)
+        stand_ins: list[Any] = [(_Inert, name) for name in _STATE]
+        try:
+            with torch.serialization.safe_globals(stand_ins):
+                content = torch.load(path, map_location="meta" if lies else "cpu", weights_only=True)
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{path} is truncated, or {_NOT_PLAIN}{_named(error)}") from error
+        self._tensors = dict(_flatten(content, torch.Tensor))
+        names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+        self.infos = {}
+        for name, tensor in self._tensors.items():
+            kind = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+            plain = tensor.layout == torch.strided and not tensor.is_quantized
+            self.infos[name] = TensorInfo(kind if plain else f"{kind}, not plain", tuple(tensor.shape))
+
+    def pieces(self, name: str, *, rows: int | None = None) -> Iterator[np.ndarray]:
+        tensor, info = self._tensors[name].detach(), self.infos[name]
+        if tensor.device.type != "meta":
+            whole = tensor.view(self._torch.int16) if info.dtype.itemsize == 2 else tensor
+            yield whole.contiguous().numpy().view(info.dtype).reshape(info.shape or (1,))
+            return
+        begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if begin is None:
+            raise CheckpointError(f"{self._file.path}: this version of torch does not say where {name!r} lies")
+        begin += tensor.storage_offset() * info.dtype.itemsize
+        if tensor.is_contiguous():
+            yield from self._file.pieces(begin, info.dtype, info.shape, rows)
+            return
+        strides = tensor.stride()
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(info.shape, strides, strict=True))
+        if not math.prod(info.shape) or extent > self._file.size:
+            raise CheckpointError(f"{self._file.path}: tensor {name!r} cannot lie in the file")
+        flat = np.concatenate([piece.copy() for piece in self._file.pieces(begin, info.dtype, (extent,), None)])
+        byte_strides = [stride * info.dtype.itemsize for stride in strides]
+        yield np.lib.stride_tricks.as_strided(flat, info.shape, byte_strides, writeable=False)
+
+
+def _check_archive(path: Path) -> bool:
+    """Is it a zip archive whose tensors lie in it as they are?
+
+    Raises:
+        CheckpointError: it is one, and they do not.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            order = next((record for record in records if record.filename.endswith("/byteorder")), None)
+            big = order is not None and order.file_size < 64 and archive.read(order) == b"big"
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is truncated, or {_NOT_PLAIN}") from error
+    if big or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError(f"{path} is compressed, or of a machine of the other byte order, which is not read")
+    return True
+
+
+def _named(error: Exception) -> str:
+    """What torch would not unpickle, where it says so."""
+    _, found, rest = str(error).partition("Unsupported global: GLOBAL ")
+    return f": it holds a {rest.split()[0][:80]}, which is not unpickled" if found and rest.split() else ""
+
+
+def _flatten(content: Any, leaf: type, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Tensors by dotted name; what else a training checkpoint holds (step counts, options) is left."""
+    if not isinstance(content, Mapping) or depth > 32:
+        return
+    for key, value in content.items():
+        if isinstance(value, leaf):
+            yield f"{prefix}{key}", value
+        else:
+            yield from _flatten(value, leaf, f"{prefix}{key}.", depth + 1)
