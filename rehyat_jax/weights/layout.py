@@ -65,7 +65,8 @@ def locate(path: Path, name: str) -> Location:
         _check_foreign_folders(path, wanted)
     if not found:
         raise CheckpointError(f"{path} holds no weights (*.safetensors, *.pth)")
-    if not any(owners is UNKNOWN or wanted.name in owners for owners in found.values()):
+    # Where nothing is known of what is there, whoever opens it says what it is.
+    if any(found.values()) and not any(owners is UNKNOWN or wanted.name in owners for owners in found.values()):
         raise CheckpointError(f"{path} holds {_titles(found)}, not a {wanted.title}")
     return Location(component=wanted, weights=_only(path, found, wanted), config=own)
 
@@ -156,7 +157,8 @@ def _only(folder: Path, found: Mapping[Path, frozenset[str]], wanted: Component)
     mine = [file for file, owners in found.items() if wanted.name in owners]
     plain = [file for file in mine if file.name.count(".") == (3 if is_index(file) else 1)]
     standard = [file for file in plain if _stem(file) == wanted.stem]
-    candidates = standard[:1] or mine + [file for file, owners in found.items() if owners is UNKNOWN]
+    unknown = [file for file, owners in found.items() if owners is UNKNOWN or not any(found.values())]
+    candidates = standard[:1] or mine + unknown
     if len(candidates) > 1 and len({_format(file) for file in mine}) == len(mine) > 1:
         candidates = mine[:1]
     if len(candidates) > 1:

@@ -144,7 +144,7 @@ def _open(location: Location) -> Opened:
         config = component.infer(Shapes(infos, table, found.dialect.name))
     else:
         config = component.config_type.from_dict(location.config)
-    known = {generic(name) for row in component.table(config) for name in row.spellings(found.dialect.name)}
+    known = {generic(name) for row in table for name in row.spellings(found.dialect.name)}
     aside = {
         clean
         for clean in found.names
