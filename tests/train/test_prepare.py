@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,10 @@ from rehyat_jax.sampling import Euler, FlowSchedule, Guidance
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
 from rehyat_jax.video.io import write_video
 from train.data.clips import Bucket
-from train.data.footage import clips, find_footage
-from train.data.prepared import File, Prepared, PreparedClips
-from train.data.sources import PreparedInputs, Source
+from train.data.footage import find_footage
+from train.data.frames import clips
+from train.data.prepared import Prepared, PreparedClips
+from train.data.sources import PreparedInputs, Source, prepared_sources
 from train.data.trajectories import Sampling
 from train.engine.optimizer import OptimizerConfig
 from train.stages.distill import DistillTraining
@@ -69,37 +71,38 @@ def videos(tmp_path_factory) -> Path:
 
 def _prepare_alone(videos: Path, out: Path, model: Path, *more: str, die_after: int = 0) -> subprocess.CompletedProcess:
     """The command in a process of its own, killed by SIGKILL inside the shard after so many whole ones."""
-    command = ["prepare", str(videos), str(out), "--model", str(model), "--dtype", "float32"]
-    command += ["--videos-per-shard", "2", *more]
+    argv = ["prepare", str(videos), str(out), "--model", str(model), "--dtype", "float32", "--videos-per-shard", "2"]
     script = f"""
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
 import conftest, jax
 import train.data.encoding
 from rehyat_jax import cli
+from train.data.records import Shard
 
-describe, count = train.data.encoding._describe, 0
-pack = train.data.encoding.pack
+describe, count = Shard.describe, 0
+encode = train.data.encoding._VideoEncoder.__call__
 
-def counting(path, *, clips):
+def counting(self, folder):
     global count
-    describe(path, clips=clips)
-    count += 1
+    describe(self, folder)
+    count += self.file.name.startswith("clips")
 
-def dying(record):
-    if {die_after} and count == {die_after}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return pack(record)
+def dying(self, video):
+    for latents in encode(self, video):
+        if {die_after} and count == {die_after}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield latents
 
-train.data.encoding._describe, train.data.encoding.pack = counting, dying
-sys.exit(cli.main({command!r}))
+Shard.describe, train.data.encoding._VideoEncoder.__call__ = counting, dying
+sys.exit(cli.main({[*argv, *more]!r}))
 """
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def data(videos, model, tmp_path_factory) -> Path:
-    """Three shards, made without a stop."""
+    """Three shards of clips and three of captions, made without a stop."""
     out = tmp_path_factory.mktemp("data") / "clips"
     done = _prepare_alone(videos, out, model)
     assert done.returncode == 0, done.stderr
@@ -113,11 +116,14 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def test_records_are_what_the_models_own_networks_make(data, model):
     prepared = Prepared.open(data)
-    assert [shard.clips for shard in prepared.shards] == [3, 2, 1]
-    assert (prepared.plan.latents, prepared.plan.text) == ((3, 16, 16, 4), (7, 16))
+    assert [(video.shard, video.first, video.clips) for video in prepared.videos] == [
+        *[(1, 0, 1), (1, 1, 2)],  # shard 0 has the empty prompt and the first caption
+        *[(3, 0, 1), (3, 1, 1), (5, 0, 1)],
+    ]
+    assert (prepared.plan.latents, prepared.tokens, prepared.plan.text) == ((3, 16, 16, 4), 7, 16)
     vae, encoder, tokenizer = load_vae(model), load_text_encoder(model), Tokenizer.from_folder(model)
     cut = [(0, 0), (1, 0), (1, 5), (2, 0), (3, 0), (4, 0)]
-    source = prepared.clips(0)
+    source = prepared.clips()
     assert len(source) == len(prepared) == 6
     for index, (number, first) in enumerate(cut):
         record = source[index]
@@ -142,14 +148,15 @@ def test_killed_in_a_shard_and_continued_is_uninterrupted(data, videos, model, t
     with pytest.raises(ConfigError, match="is not finished: the same rehyat prepare continues it"):
         Prepared.open(out)
     before = {name: (out / name).stat().st_mtime_ns for name in os.listdir(out) if name.endswith(".array_record")}
-    assert len(before) == 2
-    # One of the two was damaged since: it is made anew, the other is not.
-    damaged = out / "clips-00001-of-00003.array_record"
+    first, second = (Prepared.open(data).shards[place].name for place in (1, 3))
+    assert {name for name in before if name.startswith("clips")} == {first, second}
+    # One of the two was damaged since: it is made again, the other is not.
+    damaged = out / second
     damaged.write_bytes(damaged.read_bytes()[:-1])
     resumed = _prepare_alone(videos, out, model)
     assert resumed.returncode == 0, resumed.stderr
     assert _files(out) == _files(data)
-    assert (out / "clips-00000-of-00003.array_record").stat().st_mtime_ns == before["clips-00000-of-00003.array_record"]
+    assert (out / first).stat().st_mtime_ns == before[first]
 
 
 @pytest.mark.full
@@ -167,7 +174,7 @@ def test_frames_are_taken_at_the_models_rate_and_fitted(tmp_path):
     video = _pixels(20, seed=0)
     for fps, expected in [(32, video[::2]), (16, video), (8, np.repeat(video, 2, axis=0))]:
         _write(tmp_path / "a.mp4", video, "a", fps=fps)
-        (found,) = find_footage(tmp_path)
+        (found,) = find_footage(tmp_path).footage
         taken = np.concatenate(list(clips(found.path, frames=5, fps=16, height=32, width=32)))
         np.testing.assert_array_equal(taken, expected[: len(taken)])
         assert len(taken) == len(expected) // 5 * 5
@@ -185,16 +192,21 @@ def test_captions_of_a_list(tmp_path):
     write_video(tmp_path / "in" / "a.mp4", _pixels(5, seed=0), codec="rgb")
     listed = tmp_path / "metadata.jsonl"
     listed.write_text('{"file_name": "in/a.mp4", "caption": " a lemon "}\n')
-    assert find_footage(tmp_path) == [(tmp_path / "in" / "a.mp4", "a lemon")]
+    assert [video[:3] for video in find_footage(tmp_path).footage] == [
+        (tmp_path / "in" / "a.mp4", "a lemon", "in/a.mp4")
+    ]
     for line, words in [
         ('{"file_name": "b.mp4", "caption": "a"}', "line 1 of .* names b.mp4, which is not there"),
         ('{"file_name": "in/a.mp4", "caption": ""}', "line 1 of .* has no caption for in/a.mp4"),
-        ('{"file_name": "in/a.mp4"}', 'line 1 of .* is not {"file_name"'),
+        ('{"file_name": "in/a.mp4", "caption": 5}', 'line 1 of .* is not {"file_name"'),
         ("no", "line 1 of .* is not"),
     ]:
         listed.write_text(line)
-        with pytest.raises(ConfigError, match=words):
-            find_footage(tmp_path)
+        (unusable,) = find_footage(tmp_path).unusable
+        assert re.search(words, unusable.reason)
+    listed.write_text('{"file_name": "in/a.mp4"}')
+    with pytest.raises(ConfigError, match=r"has no column 'caption' .it has file_name.: name its columns by"):
+        find_footage(tmp_path)
 
 
 def test_what_is_wrong_with_videos_is_one_sentence(data, videos, model, tmp_path, capsys):
@@ -214,19 +226,16 @@ def test_what_is_wrong_with_videos_is_one_sentence(data, videos, model, tmp_path
     (folder / "a.txt").write_text("\n")
     assert "a.mp4 has no caption: a.txt is empty" in said(folder, out)
     (folder / "a.txt").write_text("a lemon")
-    assert "a.mp4 is too short: 5 frames at 16 a second, and 9 are needed" in said(folder, out, "--frames", 9)
     assert "6 frames are not 2k + 1" in said(folder, out, "--frames", 6)
     assert "a side of 24 is no multiple of 16" in said(folder, out, "--size", "32x24")
     assert "--size must be" in said(folder, out, "--size", "32")
     assert "--part 3/2 is no part" in said(folder, out, "--part", "3/2")
-    (folder / "b.mp4").write_bytes(b"no video")
-    (folder / "b.txt").write_text("a lemon")
-    assert f"cannot read a video from {folder / 'b.mp4'}" in said(folder, out)
     assert not out.exists()
+    assert "a.mp4 is too short: 5 frames at 16 a second, and 9 are needed" in said(folder, out, "--frames", 9)
+    (folder / "a.mp4").write_bytes(b"no video")
+    assert f"cannot read a video from {folder / 'a.mp4'}" in said(folder, tmp_path / "other")
     same = "--dtype", "float32", "--videos-per-shard", "2"
     assert "made with frames 5 instead of 3" in said(videos, data, *same, "--frames", 3)
-    (folder / "b.mp4").unlink()
-    assert "made with other videos or captions" in said(folder, data, *same)
     assert "is not empty and was not made by rehyat prepare" in said(folder, videos)
 
 
@@ -300,25 +309,21 @@ def test_what_is_wrong_with_a_prepared_folder_is_one_sentence(model, data, tmp_p
     assert "6 clips, of which 6 are held out: none are left" in said(data, validation=validation)
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
-    shard = copy / "clips-00001-of-00003.array_record"
+    whole = Prepared.open(copy)
+    shard = copy / whole.shards[3].name
     content = bytearray(shard.read_bytes())
     content[200] ^= 1
     shard.write_bytes(content)
-    assert f"{shard} is missing or damaged: the same rehyat prepare makes it anew" in said(copy)
+    assert f"{shard} is missing or damaged: the same rehyat prepare makes it again" in said(copy)
     # Damage that no sample saw, in a large file, is met when the record is read.
-    records = Prepared(
-        folder=copy,
-        plan=Prepared.open(data).plan,
-        empty=Prepared.open(data).empty,
-        shards=(File.of(shard, clips=2),),
-    )
+    records = dataclasses.replace(whole, videos=whole.videos[2:4])
     for damage in (range(5000, 5010), range(len(content) - 9, len(content))):  # in a record, at the end of the file
         torn = bytearray(content)
         for place in damage:
             torn[place] ^= 255
         shard.write_bytes(torn)
-        with pytest.raises(RehyatError, match=r"00001-of-00003.array_record is damaged"):
-            [records.clips(0)[index] for index in range(2)]
+        with pytest.raises(RehyatError, match=f"{shard} is damaged: remove it, and the same"):
+            [records.clips()[index] for index in range(2)]
     shutil.copytree(model, tmp_path / "other")
     vae = load_vae(model)
     vae.quant_conv.bias.set_value(vae.quant_conv.bias.get_value() + 1)
@@ -344,13 +349,12 @@ def test_distillation_reads_prepared_clips(model, data, tmp_path):
         checkpoint_seconds=0.0,
         optimizer=OptimizerConfig(learning_rate=5e-2, warmup_steps=4, weight_decay=0.0),
     )
-    assert training.sources[0].held_out(2) == list(CAPTIONS[:2])
     training.run()
     assert [entry["step"] for entry in log_of(training)] == [1, 2, 3, 4]
     assert load_transformer(training.out).hybrid == training.hybrid
-    # The four clips that are not held out, each with its text and at a level of noise of its own.
+    # The clips that are not held out, each with its text and at a level of noise of its own.
     sampling = Sampling(schedules=(FlowSchedule(shift=3.0),), solver=Euler(), num_steps=2, guidance=Guidance(scale=1.0))
-    prepared = Prepared.open(data)
+    prepared = prepared_sources(training.sources, model, held_out=2)[data]
     inputs = PreparedInputs(
         training.sources[0],
         prepared,
@@ -358,10 +362,10 @@ def test_distillation_reads_prepared_clips(model, data, tmp_path):
         dtype=jnp.dtype("float32"),
         key=jax.random.key(0),
         seed=0,
-        held_out=2,
     )
     _, points = jax.jit(inputs.points)(None, inputs.turn(0), inputs.frozen)
-    rest = [prepared.clips(2)[index]["text"] for index in range(4)]
+    rest = [record["text"] for record in prepared.clips(held_out=False)]
+    assert len(rest) + sum(video.clips for video in prepared.videos if video.content in prepared.held_out) == 6
     assert points.text.shape == (4, 7, 16)
     assert {row.tobytes() for row in np.asarray(points.text)} == {row.tobytes() for row in rest}
     levels = np.asarray(points.timesteps) / 1000

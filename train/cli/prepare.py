@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.files import check_writable
+
+if TYPE_CHECKING:
+    from train.data.encoding import Outcome
+
+#: Videos that are passed over, told one by one.
+_TOLD = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +25,9 @@ class Prepare:
     """Encode a folder of videos with captions into DST, which `rehyat finetune` and `rehyat distill` read.
 
     A video's caption is the text file of the same name beside it (a.mp4, a.txt); or metadata.jsonl in SRC names both, a
-    line a video: {"file_name": "a.mp4", "caption": "a lemon …"}. A run that was stopped or killed goes on, where a
-    shard was not finished, when the same command is given again.
+    line a video: {"file_name": "a.mp4", "caption": "a lemon …"}, or a metadata.csv or metadata.json does. A folder of
+    numbered pictures is a video too. Videos that cannot be used are passed over and told of. A run that was stopped or
+    killed goes on when the same command is given again; when SRC has changed, it makes what is missing and no more.
     """
 
     source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SRC")]]
@@ -46,6 +54,24 @@ class Prepare:
     videos_per_shard: int = 64
     """Videos in a file."""
 
+    captions: Path | None = None
+    """A list of videos and captions: .jsonl, .json, .csv or .tsv. Its paths are within SRC, or absolute."""
+
+    file_column: str = "file_name"
+    """What the list calls a video's path."""
+
+    caption_column: str = "caption"
+    """What the list calls a caption."""
+
+    most_unusable: int | None = None
+    """More videos than so many that cannot be used end the run; half of all when not given."""
+
+    retry: bool = False
+    """Try the videos again that could not be used, although they are as they were."""
+
+    prune: bool = False
+    """Remove the files of DST that hold nothing but videos and captions that SRC has no more."""
+
     part: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
     """Encode every N-th shard from the I-th on, beside other processes that do the other parts of the same DST."""
 
@@ -70,12 +96,21 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
     from rehyat_jax.runtime.record import Phases, write_record
     from train.data.encoding import encode_footage, plan_encoding
+    from train.data.footage import find_footage
 
     keep_compiled(cache_folder())
     phases = Phases()
-    with phases.measure("check"):
-        encoding = plan_encoding(
+    with phases.measure("find"):
+        found = find_footage(
             options.source,
+            captions=options.captions,
+            file_column=options.file_column,
+            caption_column=options.caption_column,
+        )
+        if found.unlisted:
+            _say(f"{found.unlisted} videos in {options.source} are not in the list, and are left out")
+        encoding = plan_encoding(
+            found,
             model=options.model,
             frames=options.frames,
             height=height,
@@ -83,17 +118,47 @@ def main(argv: list[str]) -> None:
             fps=options.fps,
             dtype=options.dtype,
             videos_per_shard=options.videos_per_shard,
+            most_unusable=options.most_unusable,
         )
     with ProgressDisplay() as display, phases.measure("encode"):
-        clips = encode_footage(
+        outcome = encode_footage(
             encoding,
             options.destination,
             part=part,
             parts=parts,
-            progress=lambda done, total: display("videos", done, total),
+            retry=options.retry,
+            prune=options.prune,
+            progress=display,
         )
-    write_record(record, command="rehyat prepare", settings=dataclasses.asdict(options), phases=phases, clips=clips)
+    _report(outcome, options)
+    write_record(
+        record,
+        command="rehyat prepare",
+        settings=dataclasses.asdict(options),
+        phases=phases,
+        **dataclasses.asdict(outcome) | {"unusable": [video._asdict() for video in outcome.unusable]},
+    )
     print(options.destination)
+
+
+def _report(outcome: Outcome, options: Prepare) -> None:
+    if outcome.clips is None:
+        _say(f"this part is done, and others are not: {options.destination} is finished when they are")
+    if outcome.cut:
+        _say(f"{outcome.cut} captions are longer than the text encoder reads: their ends do not count")
+    if outcome.left:
+        _say(f"{outcome.left} videos that {options.destination} had are gone or have changed")
+    if outcome.stale:
+        size = f"{outcome.stale / 1e6:.1f} MB in {options.destination} hold nothing that {options.source} still has"
+        _say(f"{size}, and were removed" if options.prune else f"{size}: --prune removes them")
+    for video in outcome.unusable[:_TOLD]:
+        _say(f"passed over: {video.reason}")
+    if (more := len(outcome.unusable) - _TOLD) > 0:
+        _say(f"passed over: {more} more, all of them in the record")
+
+
+def _say(sentence: str) -> None:
+    print(f"rehyat: {sentence}", file=sys.stderr)
 
 
 def _numbers(text: str, between: str, wanted: str) -> tuple[int, int]:

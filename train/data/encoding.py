@@ -1,7 +1,8 @@
-"""Videos and captions into latents and prompt embeddings, shard by shard.
+"""Videos and captions into latents and prompt embeddings, shard by shard, and each content once.
 
-A shard is written under a partial name and renamed when whole, then described in a file beside it; one that is as its
-description says is not made again. So a run may be killed at any time, and that costs a shard at most.
+A video is known by its content, a caption by its text, and both by the folder's settings: videos that are added or
+changed are encoded, those that are gone leave the index, and a mended caption costs a caption. A shard is written under
+a partial name and renamed when whole, so a run may be killed at any time, and that costs a shard at most.
 """
 
 from __future__ import annotations
@@ -11,46 +12,81 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import load_vae, open_component
 from rehyat_jax.models.folder import find_model, read_defaults
-from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.runtime.files import reason, whole_file
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
-from train.data.footage import Footage, check_length, clips, find_footage
-from train.data.prepared import EMPTY, PLAN, File, Plan, Prepared, identity, pack
+from train.data.footage import Footage, Found, Unusable, content_digest, size_and_time
+from train.data.frames import clips, count_clips
+from train.data.ledger import Checked, Key, Ledger
+from train.data.prepared import INDEX, PLAN, VERSION, EncodePlan, Prepared, Video, check_version, identity
+from train.data.records import File, Held, Shard, pack, shards_of, write_shard
 
 #: Pixels of a step of the VAE: about a second of 480p would fill a small device, a latent frame of it does not.
 _STEP_PIXELS = 1 << 21
-#: Called with the videos done and in all.
-Progress = Callable[[int, int], None]
+#: Called with what is under way, how much of it is done, and all of it.
+Progress = Callable[[str, int, int], None]
 #: What two plans must have in common, in words where the name does not say it.
-_WORDS = {"footage": "other videos or captions", "vae": "another VAE", "text_encoder": "another text encoder"}
+_WORDS = {"vae": "another VAE", "text_encoder": "another text encoder"}
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """What is to be done, checked: nothing was decoded and no weights were read yet."""
+    """What is to be done: nothing was decoded and no weights were read yet."""
 
-    plan: Plan
-    source: Path
-    footage: tuple[Footage, ...]
+    plan: EncodePlan
+    found: Found
     model: Path
+    videos_per_shard: int
+    #: More videos that cannot be used end the run.
+    most_unusable: int
+
+    def check_limit(self, unusable: Sequence[Unusable]) -> None:
+        """
+        Raises:
+            ConfigError: too many videos cannot be used.
+        """
+        if len(unusable) > self.most_unusable:
+            total = len(self.found.footage) + len(self.found.unusable)
+            raise ConfigError(
+                f"{len(unusable)} of {total} videos cannot be used, and --most-unusable is {self.most_unusable}: "
+                f"{unusable[0].reason}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run has done."""
+
+    #: Clips in the folder; none where other parts are still at it.
+    clips: int | None
+    #: Videos that this run encoded.
+    encoded: int
+    #: Videos of the folder before that are gone from the source or changed.
+    left: int
+    #: Captions of which the text encoder reads a beginning alone.
+    cut: int
+    unusable: tuple[Unusable, ...]
+    #: Bytes of shards that hold nothing of the index any more, and whether they were removed.
+    stale: int
 
 
 def plan_encoding(
-    source: Path,
+    found: Found,
     *,
     model: str,
     frames: int | None,
@@ -59,19 +95,21 @@ def plan_encoding(
     fps: int,
     dtype: str,
     videos_per_shard: int,
+    most_unusable: int | None = None,
 ) -> Encoding:
-    """Find the videos and check all that can be checked of them and of the model.
+    """Check all that can be checked of the settings and the model.
 
     Args:
         frames, height, width: of a clip; None: the model's defaults.
+        most_unusable: None: half of the videos.
 
     Raises:
-        CheckpointError, ConfigError: no such model, size or videos; a video is short or has no caption.
+        CheckpointError, ConfigError: no such model or size; too many videos cannot be used.
     """
     for name, value in (("fps", fps), ("videos_per_shard", videos_per_shard)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
-    footage, folder = find_footage(source), find_model(model)
+    folder = find_model(model)
     defaults = read_defaults(folder)
     frames, height, width = frames or defaults.num_frames, height or defaults.height, width or defaults.width
     vae: Any = open_component(folder, "vae").config
@@ -81,79 +119,63 @@ def plan_encoding(
     for side, of_patch in zip((height, width), transformer.patch_size[1:], strict=True):
         if side % (vae.spatial_factor * of_patch):
             raise ConfigError(f"a side of {side} is no multiple of {vae.spatial_factor * of_patch} pixels")
-    for video in footage:
-        check_length(video.path, frames=frames, fps=fps)
-    text = PromptEncoder(folder, dtype=jnp.dtype(dtype))
-    tokens = text.tokenizer.encode([*(video.caption for video in footage), ""], TEXT_LENGTH).mask.sum(axis=1)
     shape = ((frames - 1) // vae.temporal_factor + 1, height // vae.spatial_factor, width // vae.spatial_factor)
-    plan = Plan(
-        footage=_digest(source, footage),
-        vae=identity(folder, "vae"),
-        text_encoder=identity(folder, "text_encoder"),
-        frames=frames,
-        height=height,
-        width=width,
-        fps=fps,
-        latents=(*shape, vae.z_dim),
-        text=(int(tokens.max()), text.text_dim),
-        dtype=dtype,
-        videos=len(footage),
+    total = len(found.footage) + len(found.unusable)
+    encoding = Encoding(
+        plan=EncodePlan(
+            vae=identity(folder, "vae"),
+            text_encoder=identity(folder, "text_encoder"),
+            frames=frames,
+            height=height,
+            width=width,
+            fps=fps,
+            latents=(*shape, vae.z_dim),
+            text=PromptEncoder(folder, dtype=jnp.dtype(dtype)).text_dim,
+            dtype=dtype,
+        ),
+        found=found,
+        model=folder,
         videos_per_shard=videos_per_shard,
+        most_unusable=total // 2 if most_unusable is None else most_unusable,
     )
-    return Encoding(plan=plan, source=source, footage=tuple(footage), model=folder)
-
-
-def _digest(source: Path, footage: list[Footage]) -> str:
-    digest = hashlib.sha256()
-    for video in footage:
-        entry = [video.path.relative_to(source).as_posix(), video.path.stat().st_size, video.caption]
-        digest.update(json.dumps(entry).encode())
-    return digest.hexdigest()
+    encoding.check_limit(found.unusable)
+    return encoding
 
 
 def encode_footage(
-    encoding: Encoding, folder: Path, *, part: int = 1, parts: int = 1, progress: Progress = lambda done, total: None
-) -> int:
-    """Make what is missing of ``folder``, or a part of its shards; the index when no part is missing any more.
+    encoding: Encoding,
+    folder: Path,
+    *,
+    part: int = 1,
+    parts: int = 1,
+    retry: bool = False,
+    prune: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Outcome:
+    """Make what is missing of ``folder``, or a part of it; the index when no part is missing any more.
 
-    Returns:
-        Clips in the folder.
+    Args:
+        retry: try the videos again that could not be used, although they are as they were.
+        prune: remove the shards that hold nothing of the index any more.
 
     Raises:
-        ConfigError: the folder is something else, or is being made by another plan.
-        RehyatError: a video is damaged; a file cannot be written.
+        ConfigError: the folder is something else, or was made by another plan; too many videos cannot be used.
+        RehyatError: a file cannot be written.
     """
-    plan = encoding.plan
-    _take(folder, plan)
-    encode = _Encoder(encoding)
-    mine, done = range(part - 1, plan.shards, parts), 0
-    total = sum(len(_videos(encoding, number)) for number in mine)
-    progress(0, total)
-    for number in mine:
-        name, videos = plan.shard(number), _videos(encoding, number)
-        if _described(folder, name) is None:
-            _write(folder / name, _records(encoding, videos, encode))
-        done += len(videos)
-        progress(done, total)
-    if _described(folder, EMPTY) is None:
-        with whole_file(folder / EMPTY) as partial:
-            partial.write_bytes(pack({"text": encode.text("")}))
-        _describe(folder / EMPTY, clips=0)
-    empty, shards = _described(folder, EMPTY), [_described(folder, plan.shard(number)) for number in range(plan.shards)]
-    whole = tuple(shard for shard in shards if shard is not None)
-    if empty is not None and len(whole) == plan.shards:
-        Prepared(folder=folder, plan=plan, shards=whole, empty=empty).write_index()
-    return sum(shard.clips for shard in whole)
+    _take(folder, encoding.plan)
+    return _Run(encoding, folder, part=part, parts=parts, retry=retry, progress=progress).all(prune=prune)
 
 
-def _take(folder: Path, plan: Plan) -> None:
+def _take(folder: Path, plan: EncodePlan) -> None:
     """The folder is this plan's from now on."""
     if (folder / PLAN).is_file():
         try:
-            theirs = Plan.from_dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
-        except (ValueError, TypeError, AttributeError) as error:
+            content = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+            check_version(content, where=folder)
+            theirs = EncodePlan.from_dict(content["plan"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{folder / PLAN} is damaged: choose another folder, or remove this one") from error
-        for field in dataclasses.fields(Plan):
+        for field in dataclasses.fields(EncodePlan):
             before, now = getattr(theirs, field.name), getattr(plan, field.name)
             if before != now:
                 what = _WORDS.get(field.name, f"{field.name} {before} instead of {now}")
@@ -161,85 +183,290 @@ def _take(folder: Path, plan: Plan) -> None:
     elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and was not made by rehyat prepare: choose another folder")
     else:
+        content = {"version": VERSION, "plan": dataclasses.asdict(plan)}
         with whole_file(folder / PLAN) as partial:
-            partial.write_text(json.dumps(dataclasses.asdict(plan), indent=1) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _videos(encoding: Encoding, shard: int) -> tuple[Footage, ...]:
-    count = encoding.plan.videos_per_shard
-    return encoding.footage[shard * count : (shard + 1) * count]
+def _caption_key(caption: str) -> str:
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class _Encoder:
-    """The networks, read when they are first needed."""
+class _Run:
+    """One part's work on a folder."""
+
+    def __init__(
+        self, encoding: Encoding, folder: Path, *, part: int, parts: int, retry: bool, progress: Progress
+    ) -> None:
+        self._encoding, self._folder, self._progress = encoding, folder, progress
+        self._part, self._parts = part, parts
+        self._before = Prepared.read_index(folder) if (folder / INDEX).is_file() else None
+        self._ledger = Ledger(folder, part=part, parts=parts)
+        self._known: dict[Key, Checked] = {}
+        for unusable in () if retry or self._before is None else self._before.unusable:
+            key = Key(unusable.name, unusable.size, unusable.modified)
+            self._known[key] = Checked(reason=unusable.reason)
+        for video in () if self._before is None else self._before.videos:
+            key = Key(video.name, video.size, video.modified)
+            self._known[key] = Checked(content=video.content, clips=video.clips)
+        self._settled = frozenset(self._known)  # as all parts see it
+        self._retry = retry
+        self._encoded = self._cut = 0
+
+    def all(self, *, prune: bool) -> Outcome:
+        found = self._ledger.read()
+        self._known |= {key: one for key, one in found.items() if not (self._retry and one.reason)}
+        self._check()
+        self._encode_captions()
+        self._encode_videos()
+        return self._finish(prune=prune)
+
+    def _mine(self, items: Sequence[_T], settled: Callable[[_T], bool]) -> list[list[_T]]:
+        """Groups of this part. They follow from the source and the index alone, never from what other parts did since:
+        so that each is somebody's, and a group that is made again is made of the same."""
+        groups = []
+        for of_kind in ([x for x in items if settled(x)], [x for x in items if not settled(x)]):
+            size = self._encoding.videos_per_shard
+            groups += [of_kind[start : start + size] for start in range(0, len(of_kind), size)]
+        return groups[self._part - 1 :: self._parts]
+
+    @functools.cached_property
+    def _groups(self) -> list[list[Footage]]:
+        return self._mine(self._encoding.found.footage, lambda video: Key.of(video) in self._settled)
+
+    def _check(self) -> None:
+        """Decode every video of this part that nobody has looked at yet, several side by side."""
+        videos = [video for group in self._groups for video in group if Key.of(video) not in self._known]
+        pool = ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1))
+        if videos:
+            self._progress("check", 0, len(videos))
+        try:
+            results = pool.map(self._checked, videos)
+            for done, (video, checked) in enumerate(zip(videos, results, strict=True), 1):
+                self._note(video, checked)
+                self._progress("check", done, len(videos))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _checked(self, video: Footage) -> Checked:
+        plan = self._encoding.plan
+        try:
+            content = content_digest(video.path)
+            return Checked(content=content, clips=count_clips(video.path, frames=plan.frames, fps=plan.fps))
+        except OSError as error:
+            return Checked(reason=f"cannot read {video.path}: {reason(error)}")
+        except RehyatError as error:
+            return Checked(reason=str(error))
+
+    def _note(self, video: Footage, checked: Checked) -> None:
+        self._known[Key.of(video)] = checked
+        self._ledger.add(Key.of(video), checked)
+        if checked.reason:
+            self._encoding.check_limit(self._unusable(video for group in self._groups for video in group))
+
+    def _unusable(self, videos: Iterator[Footage]) -> tuple[Unusable, ...]:
+        """Those that were no videos to begin with, and those of ``videos`` that turned out not to be."""
+        found = list(self._encoding.found.unusable)
+        for video in videos:
+            key = Key.of(video)
+            if (checked := self._known.get(key)) is not None and checked.reason:
+                found.append(Unusable(video.name, checked.reason, *key[1:]))
+        return tuple(found)
+
+    def _encode_captions(self) -> None:
+        settled = set() if self._before is None else {video.caption for video in self._before.videos}
+        captions = list(dict.fromkeys(["", *(video.caption for video in self._encoding.found.footage)]))
+        stored = {key for shard in shards_of(self._folder, "texts") for key in shard.held}
+        groups = self._mine(captions, lambda caption: _caption_key(caption) in settled)
+        missing = [[caption for caption in group if _caption_key(caption) not in stored] for group in groups]
+        total = sum(map(len, missing))
+        if not total:
+            return
+        encoder, tokens, done = _TextEncoder(self._encoding), dict[str, int](), 0
+        self._progress("captions", 0, total)
+
+        def records(group: list[str]) -> Iterator[tuple[str, bytes]]:
+            nonlocal done
+            for caption in group:
+                text, whole = encoder(caption)
+                key = _caption_key(caption)
+                tokens[key] = len(text)
+                self._cut += not whole
+                yield key, pack({"text": text, "caption": caption})
+                done += 1
+                self._progress("captions", done, total)
+
+        for group in filter(None, missing):
+            write_shard(self._folder, _shard_name("texts", map(_caption_key, group)), records(group), tokens=tokens)
+
+    def _encode_videos(self) -> None:
+        stored = {key for shard in shards_of(self._folder, "clips") for key in shard.held}
+        missing: list[list[tuple[Footage, Checked]]] = []
+        for group in self._groups:
+            missing.append([])
+            for video in group:
+                checked = self._known[Key.of(video)]
+                if not checked.reason and checked.content not in stored:
+                    stored.add(checked.content)
+                    missing[-1].append((video, checked))
+        total = sum(map(len, missing))
+        if not total:
+            return
+        encode, done = _VideoEncoder(self._encoding), 0
+        self._progress("videos", 0, total)
+
+        def records(group: list[tuple[Footage, Checked]]) -> Iterator[tuple[str, bytes | None]]:
+            nonlocal done
+            for video, checked in group:
+                try:
+                    for latents in encode(video):
+                        yield checked.content, pack({"latents": latents, "content": checked.content})
+                    self._encoded += 1
+                except RehyatError as error:
+                    self._note(video, dataclasses.replace(checked, reason=str(error)))
+                    yield checked.content, None
+                done += 1
+                self._progress("videos", done, total)
+
+        for videos in filter(None, missing):
+            name = _shard_name("clips", (checked.content for _, checked in videos))
+            write_shard(self._folder, name, records(videos))
+
+    def _finish(self, *, prune: bool) -> Outcome:
+        """The index, if all parts are done."""
+        self._known = self._ledger.read() | self._known
+        shards = [shard for kind in ("clips", "texts") for shard in shards_of(self._folder, kind, budget=0)]
+        index, unusable = self._index(shards), self._unusable(iter(self._encoding.found.footage))
+        left = stale = 0
+        if index is not None:
+            if not index.videos:
+                raise ConfigError(f"none of {len(unusable)} videos can be used: {unusable[0].reason}")
+            index.write_index()
+            self._ledger.clear()
+            names = {file.name for file in index.shards}
+            for shard in (shard for shard in shards if shard.file.name not in names):
+                stale += shard.file.bytes
+                if prune:
+                    shard.remove(self._folder)
+            there = {(video.name, video.content) for video in index.videos}
+            before = () if self._before is None else self._before.videos
+            left = sum((video.name, video.content) not in there for video in before)
+        return Outcome(
+            clips=None if index is None else len(index),
+            encoded=self._encoded,
+            left=left,
+            cut=self._cut,
+            unusable=unusable,
+            stale=stale,
+        )
+
+    def _index(self, shards: Sequence[Shard]) -> Prepared | None:
+        """Every video where its records are; None while a part is not done."""
+        found = {key: (shard, held) for shard in shards for key, held in shard.held.items()}
+        used: dict[str, int] = {}  # shards by name, in the order of their first use
+        files: list[File] = []
+
+        def place(key: str) -> tuple[int, Held] | None:
+            if (one := found.get(key)) is None:
+                return None
+            shard, held = one
+            if shard.file.name not in used:
+                used[shard.file.name] = len(files)
+                files.append(shard.file)
+            return used[shard.file.name], held
+
+        if (empty := place(_caption_key(""))) is None:
+            return None
+        videos, longest = [], empty[1].tokens
+        for video in self._encoding.found.footage:
+            if (checked := self._known.get(Key.of(video))) is None:
+                return None
+            if checked.reason:
+                continue
+            caption = _caption_key(video.caption)
+            clips, text = place(checked.content), place(caption)
+            if clips is None or text is None:
+                return None
+            longest = max(longest, text[1].tokens)
+            videos.append(
+                Video(
+                    name=video.name,
+                    size=video.size,
+                    modified=video.modified,
+                    content=checked.content,
+                    shard=clips[0],
+                    first=clips[1].first,
+                    clips=clips[1].count,
+                    caption=caption,
+                    text_shard=text[0],
+                    text=text[1].first,
+                )
+            )
+        return Prepared(
+            folder=self._folder,
+            plan=self._encoding.plan,
+            tokens=longest,
+            shards=tuple(files),
+            videos=tuple(videos),
+            empty=(empty[0], empty[1].first),
+            unusable=self._unusable(iter(self._encoding.found.footage)),
+        )
+
+
+def _shard_name(kind: str, keys: Iterable[str]) -> str:
+    """The same records make the same name."""
+    return f"{kind}-{hashlib.sha256(' '.join(keys).encode()).hexdigest()[:16]}.array_record"
+
+
+class _TextEncoder:
+    """The text encoder, read when it is first needed."""
 
     def __init__(self, encoding: Encoding) -> None:
-        self._encoding = encoding
         self._dtype = jnp.dtype(encoding.plan.dtype)
         self._prompts = PromptEncoder(encoding.model, dtype=self._dtype)
 
-    def text(self, caption: str) -> Float[np.ndarray, "L D"]:
-        """The caption's embedding, its tokens alone."""
+    def __call__(self, caption: str) -> tuple[Float[np.ndarray, "L D"], bool]:
+        """The caption's embedding, its tokens alone, and whether all of the caption is in it."""
+        tokens = int(self._prompts.tokenizer.encode(caption, TEXT_LENGTH + 1).mask.sum())
         with precision(self._dtype):
-            length = int(self._prompts.tokenizer.encode(caption, TEXT_LENGTH).mask.sum())
-            return np.asarray(self._prompts(caption)[0, :length].astype(self._dtype))
+            text = self._prompts(caption)[0, : min(tokens, TEXT_LENGTH)]
+            return np.asarray(text.astype(self._dtype)), tokens <= TEXT_LENGTH
 
-    def latents(self, clip: UInt8[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "T h w z"]:
-        """Normalised."""
-        with precision(jnp.float32):
-            return np.asarray(self._video(clip))
 
-    @functools.cached_property
-    def _video(self) -> Callable[[np.ndarray], Array]:
-        vae = load_vae(self._encoding.model)
-        (graph, params), plan = nnx.split(vae), self._encoding.plan
+class _VideoEncoder:
+    """The VAE's encoder, compiled for one clip."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._plan = encoding.plan
+        vae, plan = load_vae(encoding.model), encoding.plan
+        graph, self._params = nnx.split(vae)
         step = max(_STEP_PIXELS // (plan.height * plan.width * vae.config.temporal_factor), 1)
 
         @jax.jit
-        def encode(params: PyTree, clip: Array) -> Array:
+        def encode(params: PyTree, clip: UInt8[Array, "F H W 3"]) -> Float[Array, "T h w z"]:
             vae = nnx.merge(graph, params)
             video = clip[None].astype(jnp.float32) / 127.5 - 1.0
-            return vae.normalize(vae.encode(video, frames_per_step=step))[0].astype(self._dtype)
+            return vae.normalize(vae.encode(video, frames_per_step=step))[0].astype(jnp.dtype(plan.dtype))
 
-        return lambda clip: encode(params, clip)
+        self._encode = encode
 
+    def __call__(self, video: Footage) -> Iterator[Float[np.ndarray, "T h w z"]]:
+        """Normalised latents of its clips.
 
-def _records(encoding: Encoding, videos: tuple[Footage, ...], encode: _Encoder) -> Iterator[bytes]:
-    plan = encoding.plan
-    for video in videos:
-        text, name = encode.text(video.caption), video.path.relative_to(encoding.source).as_posix()
-        for clip in clips(video.path, frames=plan.frames, fps=plan.fps, height=plan.height, width=plan.width):
-            yield pack({"latents": encode.latents(clip), "text": text, "caption": video.caption, "video": name})
-
-
-def _write(path: Path, records: Iterator[bytes]) -> None:
-    """A shard, whole or not at all, and its description."""
-    for left in path.parent.glob(f".{path.name[:40]}.*.partial"):  # by a process that was killed
-        left.unlink(missing_ok=True)
-    count = 0
-    with whole_file(path) as partial:
+        Raises:
+            RehyatError: it is damaged, has changed since it was checked, or has latents that are not finite.
+        """
+        plan = self._plan
+        shots = clips(video.path, frames=plan.frames, fps=plan.fps, height=plan.height, width=plan.width)
+        for number, clip in enumerate(shots, 1):
+            with precision(jnp.float32):
+                latents = np.asarray(self._encode(self._params, clip))
+            if not np.isfinite(latents).all():
+                raise RehyatError(f"{video.path}: the latents of clip {number} are not finite")
+            yield latents
         try:
-            writer = ArrayRecordWriter(str(partial), "group_size:1")
-            for record in records:
-                writer.write(record)
-                count += 1
-            writer.close()
-        except (RuntimeError, ValueError) as error:  # of pybind11, for Riegeli's failures
-            raise RehyatError(f"cannot write {path}: {str(error).splitlines()[0][:200]}") from error
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-    _describe(path, clips=count)
-
-
-def _describe(path: Path, *, clips: int) -> None:
-    with whole_file(path.with_name(f"{path.name}.json")) as partial:
-        partial.write_text(json.dumps(dataclasses.asdict(File.of(path, clips=clips))) + "\n", encoding="utf-8")
-
-
-def _described(folder: Path, name: str) -> File | None:
-    """A file that was finished and is as it was, else None."""
-    try:
-        file = File(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return file if file.name == name and file.is_whole(folder) else None
+            same = size_and_time(video.path) == (video.size, video.modified)
+        except OSError as error:
+            raise RehyatError(f"cannot read {video.path}: {reason(error)}") from error
+        if not same:
+            raise RehyatError(f"{video.path} was changed while it was encoded")

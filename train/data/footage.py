@@ -1,155 +1,198 @@
-"""A folder of videos with captions, and a video's clips: frames at the model's rate, scaled and cut to its size."""
+"""Videos with captions: which there are, in a folder or a list, and which of them cannot be used."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import av
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
-
-from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.files import reason
+from train.data.captions import LISTS, read_list, read_text
 
 #: Endings of files that are videos.
-SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
-#: Names each video and its caption, where captions are not in files of their own.
-METADATA = "metadata.jsonl"
-#: Of two frames that are as near in time, to within so much, the earlier is taken.
-_TIE = 1e-6
+SUFFIXES = tuple(
+    ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()  # noqa: SIM905
+)
+#: Endings of files that are a video's frames: a folder of them is a video.
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class Footage(NamedTuple):
-    """A video and its caption."""
+    """A video (a file, or a folder of numbered pictures) and its caption."""
 
     path: Path
     caption: str
+    #: Its path within the source folder, or its whole path where it lies elsewhere.
+    name: str
+    #: Bytes and time of the last change, in nanoseconds: while they are the same, so is the content.
+    size: int
+    modified: int
 
 
-def find_footage(folder: Path) -> list[Footage]:
-    """Every video of a folder, in the order of their names (with ``metadata.jsonl``: of its lines).
+class Unusable(NamedTuple):
+    """A video that is passed over, and why."""
+
+    name: str
+    reason: str
+    #: Of the file, as `Footage`'s, where there is one: while they are the same, it need not be tried again.
+    size: int = -1
+    modified: int = -1
+
+
+class Found(NamedTuple):
+    """What a source holds."""
+
+    footage: tuple[Footage, ...]
+    unusable: tuple[Unusable, ...]
+    #: Videos of the folder that its list does not name.
+    unlisted: int
+
+
+def find_footage(
+    folder: Path,
+    *,
+    captions: Path | None = None,
+    file_column: str = "file_name",
+    caption_column: str = "caption",
+) -> Found:
+    """The videos of a folder in the order of their names or, where there is a list, of its entries.
+
+    Linked files and folders count as what they lead to. Hidden files and folders (``.…``, among them the ``._…`` of
+    macOS) do not count.
+
+    Args:
+        captions: the list; none: the first of `train.data.captions.LISTS` in the folder or, without one, for each video
+            the text file of the same name beside it.
 
     Raises:
-        ConfigError: there are none, one has no caption or is missing, or the captions cannot be read.
+        ConfigError: there is no video at all, or the list cannot be read.
     """
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}")
-    if (folder / METADATA).is_file():
-        found = [_listed(folder, number, line) for number, line in enumerate(_text(folder / METADATA).splitlines(), 1)]
+    there = sorted(_videos(folder))
+    captions = captions or next((path for name in LISTS if (path := folder / name).is_file()), None)
+    usable: list[Footage] = []
+    unusable: list[Unusable] = []
+    if captions is None:
+        pairs: Iterable[tuple[Path, str, str | ConfigError]] = ((path, str(path), _beside(path)) for path in there)
     else:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        found = [Footage(path, _beside(path)) for path in paths]
-    if not found:
-        raise ConfigError(f"{folder} has no videos ({', '.join(SUFFIXES)})")
-    return found
+        rows = read_list(captions, file_column=file_column, caption_column=caption_column)
+        pairs = [_listed(folder, row, file_column, caption_column) for row in rows]
+        listed = {_real(path) for path, _, _ in pairs}
+        there = [path for path in there if _real(path) not in listed]
+    for path, said, caption in pairs:
+        name = _name(folder, path)
+        try:
+            if isinstance(caption, ConfigError):
+                raise caption
+            size, modified = size_and_time(path)
+            usable.append(Footage(path, caption, name, size, modified))
+        except OSError as error:
+            unusable.append(Unusable(name, f"{said} cannot be read: {reason(error)}"))
+        except ConfigError as error:
+            unusable.append(Unusable(name, str(error)))
+    if not usable and not unusable:
+        raise ConfigError(
+            f"{captions or folder} has no videos ({', '.join(SUFFIXES)}, or folders of numbered pictures)"
+        )
+    return Found(tuple(usable), tuple(unusable), 0 if captions is None else len(there))
 
 
-def _listed(folder: Path, number: int, line: str) -> Footage:
-    where = f"line {number} of {folder / METADATA}"
-    try:
-        entry = json.loads(line)
-        name, caption = entry["file_name"], entry["caption"]
-        path = folder / name
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f'{where} is not {{"file_name": …, "caption": …}}') from error
-    if not path.is_file():
-        raise ConfigError(f"{where} names {name}, which is not there")
-    if not isinstance(caption, str) or not caption.strip():
-        raise ConfigError(f"{where} has no caption for {name}")
-    return Footage(path, caption.strip())
+def pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder that is a video, in the order of their numbers; none where it is something else."""
+    found: list[tuple[int, Path]] = []
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.suffix.lower() not in PICTURES:
+            continue
+        if not (number := re.search(r"(\d+)$", path.stem)):
+            return []
+        found.append((int(number[1]), path))
+    return [path for _, path in sorted(found)]
 
 
-def _beside(path: Path) -> str:
-    text = path.with_suffix(".txt")
+def content_digest(path: Path) -> str:
+    """Of a video's bytes, wherever it lies and whatever its name.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for picture in pictures(path):
+        whole.update(bytes.fromhex(content_digest(picture)))
+    return whole.hexdigest()
+
+
+def _videos(folder: Path) -> Iterator[Path]:
+    """Of a folder and all within it; a folder that links lead to twice counts once."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = Path(place)
+        films = [here / name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        yield from films
+        if not films and here != folder and len(pictures(here)) > 1:
+            yield here
+
+
+def _unreadable(error: OSError) -> None:
+    raise ConfigError(f"cannot read {error.filename}: {reason(error)}") from error
+
+
+def _real(path: Path) -> str:
+    return os.path.realpath(path)
+
+
+def _name(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """A video's bytes, and the time of its last change in nanoseconds.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not path.is_dir():
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    each = [picture.stat() for picture in pictures(path)]
+    return sum(status.st_size for status in each), max((status.st_mtime_ns for status in each), default=0)
+
+
+def _listed(folder: Path, row: tuple, file_column: str, caption_column: str) -> tuple[Path, str, str | ConfigError]:
+    where, file, caption = row
+    if not file or "\0" in file:
+        return folder / where, where, ConfigError(f'{where} is not {{"{file_column}": …, "{caption_column}": …}}')
+    path = folder / file  # an absolute path stays as it is
+    if not os.path.exists(path):  # what no file can be called does not exist either
+        return path, where, ConfigError(f"{where} names {file}, which is not there")
+    if path.is_dir() and not pictures(path):
+        return path, where, ConfigError(f"{where} names {file}, a folder without numbered pictures")
+    if caption is None:
+        return path, where, ConfigError(f'{where} is not {{"{file_column}": …, "{caption_column}": …}}')
+    if not caption.strip():
+        return path, where, ConfigError(f"{where} has no caption for {file}")
+    return path, where, caption.strip()
+
+
+def _beside(path: Path) -> str | ConfigError:
+    text = path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
     if not text.is_file():
-        raise ConfigError(f"{path} has no caption: there is no {text.name} beside it")
-    if not (caption := _text(text).strip()):
-        raise ConfigError(f"{path} has no caption: {text.name} is empty")
-    return caption
-
-
-def _text(path: Path) -> str:
+        return ConfigError(f"{path} has no caption: there is no {text.name} beside it")
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {reason(error)}") from error
-
-
-def check_length(path: Path, *, frames: int, fps: int) -> None:
-    """As far as a file's header tells; nothing is decoded.
-
-    Raises:
-        ConfigError: it is no video, or one that is shorter than ``frames`` at ``fps``.
-    """
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            count, rate = stream.frames, stream.average_rate
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ConfigError(f"cannot read a video from {path}: {getattr(error, 'strerror', None) or error}") from error
-    # A header that tells no number of frames is not held against a file.
-    if count and rate and (there := math.floor((count - 0.5) / float(rate) * fps + _TIE) + 1) < frames:
-        raise ConfigError(f"{path} is too short: {there} frames at {fps} a second, and {frames} are needed")
-
-
-def clips(
-    path: Path, *, frames: int, fps: int, height: int, width: int
-) -> Iterator[UInt8[np.ndarray, "F {height} {width} 3"]]:
-    """A video's whole clips one after the other; what is left at its end is dropped. Memory is one clip's.
-
-    At each multiple of 1 / ``fps`` the frame nearest in time is taken. It is scaled to cover ``height`` x ``width`` and
-    what stands over is cut off on both sides.
-
-    Raises:
-        RehyatError: the file is no video, is damaged, or has no whole clip.
-    """
-    clip: list[np.ndarray] = []
-    made = 0
-    for frame in _at_rate(path, fps):
-        clip.append(_fitted(frame, height, width))
-        if len(clip) == frames:
-            yield np.stack(clip)
-            clip, made = [], made + 1
-    if not made:
-        raise RehyatError(f"{path} is too short: {len(clip)} frames at {fps} a second, and {frames} are needed")
-
-
-def _at_rate(path: Path, fps: int) -> Iterator[av.VideoFrame]:
-    """A frame for each 1 / ``fps`` seconds."""
-    shown, begin, ending, number = None, 0.0, 0.0, 0
-    try:
-        with av.open(str(path)) as container:
-            rate = container.streams.video[0].average_rate
-            for frame in container.decode(video=0):
-                if shown is None:
-                    begin, ending = frame.time or 0.0, 0.5 / float(rate or fps)
-                else:
-                    halfway = ((shown.time or 0.0) + (frame.time or 0.0)) / 2 - begin
-                    while number / fps <= halfway + _TIE:
-                        yield shown
-                        number += 1
-                shown = frame
-    except (av.error.FFmpegError, IndexError) as error:
-        raise RehyatError(f"cannot read a video from {path}: {getattr(error, 'strerror', None) or error}") from error
-    while shown is not None and number / fps <= (shown.time or 0.0) - begin + ending + _TIE:
-        yield shown
-        number += 1
-
-
-def _fitted(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    rows, columns = pixels.shape[:2]
-    scale = max(height / rows, width / columns)
-    kept_rows, kept_columns = height / scale, width / scale
-    top, left = (rows - kept_rows) / 2, (columns - kept_columns) / 2
-    box = (left, top, left + kept_columns, top + kept_rows)
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box))
+        caption = read_text(text).strip()
+    except ConfigError as error:
+        return error
+    return caption or ConfigError(f"{path} has no caption: {text.name} is empty")

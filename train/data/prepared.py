@@ -1,6 +1,6 @@
-"""Data that `rehyat prepare` made: latents and prompt embeddings of clips, in ArrayRecord files that Grain reads.
+"""Data that `rehyat prepare` made: latents of clips and embeddings of captions, in ArrayRecord files that Grain reads.
 
-Which clips a round gets is a function of the seed and the number of clips before it, so that the reader's state follows
+Which clips a round gets is a function of the seed and the number of clips before it, so that the loader state follows
 from the step that a checkpoint is of: a resumed run goes on exactly, on as many processes as it likes.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.serialization
 import grain
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,15 @@ from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import open_component
 from rehyat_jax.runtime.files import sample_digest, whole_file
 from train.data.clips import AnyBucket
+from train.data.footage import Unusable
 from train.data.pools import Pool
+from train.data.records import File, Reader, damaged
 from train.parallel.devices import WHOLE, Rows
 
 INDEX = "data.json"
-#: Of the settings and files that a folder is being made from.
+#: The settings that a folder is made with.
 PLAN = "plan.json"
-#: The empty prompt's embedding.
-EMPTY = "empty.msgpack"
-_VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,33 +43,10 @@ class PreparedClips(AnyBucket):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class File:
-    """A file of a prepared folder, and what it must be."""
+class EncodePlan:
+    """How videos are encoded: what all clips of a folder have in common."""
 
-    name: str
-    bytes: int
-    digest: str
-    #: Records in it.
-    clips: int = 0
-
-    @classmethod
-    def of(cls, path: Path, *, clips: int = 0) -> File:
-        return cls(name=path.name, bytes=path.stat().st_size, digest=sample_digest(path).hex(), clips=clips)
-
-    def is_whole(self, folder: Path) -> bool:
-        """Whether it is there as it was written (of a large file: wherever a sample was taken)."""
-        try:
-            return File.of(folder / self.name, clips=self.clips) == self
-        except OSError:
-            return False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is made of what. Two runs of the same plan make the same files."""
-
-    #: Digests of the videos' names, sizes and captions, and of the networks.
-    footage: str
+    #: Digests of the networks.
     vae: str
     text_encoder: str
     frames: int
@@ -78,23 +55,12 @@ class Plan:
     fps: int
     #: [T, h, w, z] of a clip.
     latents: tuple[int, int, int, int]
-    #: Tokens of the longest caption, and the width of an embedding.
-    text: tuple[int, int]
+    #: Width of an embedding.
+    text: int
     dtype: str
-    videos: int
-    videos_per_shard: int
-    version: int = _VERSION
-
-    @property
-    def shards(self) -> int:
-        return -(-self.videos // self.videos_per_shard)
-
-    def shard(self, number: int) -> str:
-        """The name of a shard's file."""
-        return f"clips-{number:05d}-of-{self.shards:05d}.array_record"
 
     @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, source: Mapping[str, Any]) -> EncodePlan:
         """
         Raises:
             TypeError: it is not what `dataclasses.asdict` made.
@@ -103,13 +69,38 @@ class Plan:
         return cls(**values)
 
 
-def pack(record: Mapping[str, Any]) -> bytes:
-    """A record: arrays and texts by name."""
-    return flax.serialization.msgpack_serialize(dict(record))
+def check_version(content: Any, *, where: Path) -> None:
+    """
+    Raises:
+        ConfigError: a plan or an index is of another version of the format.
+    """
+    inner = content.get("plan", content) if isinstance(content, dict) else {}
+    version = content.get("version", inner.get("version")) if isinstance(inner, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise ConfigError(
+            f"{where} is of version {version} of prepared data, and this program reads version {VERSION}: "
+            "prepare the videos again, in another folder"
+        )
 
 
-def unpack(content: bytes) -> dict[str, Any]:
-    return flax.serialization.msgpack_restore(content)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Video:
+    """A video of the index: where it came from, and where its records are."""
+
+    name: str
+    #: Of the source file: while they are the same, so is the content.
+    size: int
+    modified: int
+    #: `train.data.footage.content_digest`.
+    content: str
+    #: The shard that has its clips (a place in `Prepared.shards`), the first of them there, and how many there are.
+    shard: int
+    first: int
+    clips: int
+    #: A digest of the caption, the shard that has its embedding, and the record.
+    caption: str
+    text_shard: int
+    text: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,17 +108,34 @@ class Prepared:
     """A finished folder."""
 
     folder: Path
-    plan: Plan
+    plan: EncodePlan
+    #: Tokens of the longest caption.
+    tokens: int
     shards: tuple[File, ...]
-    empty: File
+    videos: tuple[Video, ...]
+    #: Of the empty prompt: the shard that has its embedding, and the record.
+    empty: tuple[int, int]
+    #: Videos that could not be used.
+    unusable: tuple[Unusable, ...] = ()
+    #: Contents of the videos that training does not see: see `hold_out`.
+    held_out: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, folder: Path) -> Prepared:
-        """Read the index and check every file.
+        """Read the index and check the files, of many a part (`train.data.records.VERIFIED_BYTES`).
 
         Raises:
-            ConfigError: it is no prepared folder, is not finished, or a file is missing or damaged.
+            ConfigError: it is no prepared folder, is not finished, is of another version, or a file is missing or
+                damaged.
         """
+        found = cls.read_index(folder)
+        if bad := sorted(damaged(folder, found.shards)):
+            raise ConfigError(f"{folder / bad[0]} is missing or damaged: the same rehyat prepare makes it again")
+        return found
+
+    @classmethod
+    def read_index(cls, folder: Path) -> Prepared:
+        """As `open`, but looks at no other file."""
         try:
             content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         except OSError as error:
@@ -139,17 +147,19 @@ class Prepared:
             ) from error
         except ValueError as error:
             raise ConfigError(f"{folder / INDEX} is damaged") from error
+        check_version(content, where=folder)
         try:
-            plan, empty = Plan.from_dict(content["plan"]), File(**content["empty"])
-            shards = tuple(File(**shard) for shard in content["shards"])
-            if len(shards) != plan.shards or not sum(shard.clips for shard in shards) or plan.version != _VERSION:
-                raise ValueError
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{folder / INDEX} is damaged, or of another version of this program") from error
-        for file in (empty, *shards):
-            if not file.is_whole(folder):
-                raise ConfigError(f"{folder / file.name} is missing or damaged: the same rehyat prepare makes it anew")
-        return cls(folder=folder, plan=plan, shards=shards, empty=empty)
+            return cls(
+                folder=folder,
+                plan=EncodePlan.from_dict(content["plan"]),
+                tokens=content["tokens"],
+                shards=tuple(File(**shard) for shard in content["shards"]),
+                videos=tuple(Video(**video) for video in content["videos"]),
+                empty=(int(content["empty"][0]), int(content["empty"][1])),
+                unusable=tuple(Unusable(**video) for video in content["unusable"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{folder / INDEX} is damaged") from error
 
     def write_index(self) -> None:
         """What `open` reads.
@@ -158,16 +168,30 @@ class Prepared:
             RehyatError: it cannot be written.
         """
         content = {
+            "version": VERSION,
             "plan": dataclasses.asdict(self.plan),
-            "empty": dataclasses.asdict(self.empty),
+            "tokens": self.tokens,
+            "empty": self.empty,
             "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "unusable": [video._asdict() for video in self.unusable],
         }
+        # A line a video: a folder of a hundred thousand stays readable, and is written fast.
+        videos = ",\n".join(json.dumps(dataclasses.asdict(video)) for video in self.videos)
         with whole_file(self.folder / INDEX) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            head = json.dumps(content, indent=1).removesuffix("\n}")
+            partial.write_text(f'{head},\n "videos": [\n{videos}\n]\n}}\n', encoding="utf-8")
 
     def __len__(self) -> int:
         """Clips."""
-        return sum(shard.clips for shard in self.shards)
+        return sum(video.clips for video in self.videos)
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that training reads: settings, contents and captions, whichever shards they lie in."""
+        digest = hashlib.sha256(repr(self.plan).encode())
+        for video in self.videos:
+            digest.update(f"{video.content} {video.caption} {video.clips} ".encode())
+        return digest.hexdigest()
 
     def check(self, *, vae: str, text_encoder: str, frames: int, where: Path) -> None:
         """
@@ -185,30 +209,80 @@ class Prepared:
 
     def empty_text(self) -> Float[np.ndarray, "1 L D"]:
         """The empty prompt's embedding."""
-        return self._padded(unpack((self.folder / EMPTY).read_bytes())["text"])[None]
+        return self._padded(self._reader()(*self.empty)["text"])[None]
 
-    def captions(self, count: int) -> list[str]:
-        """Of the first clips."""
-        records = _Records(self.folder, self.shards)
-        return [records[index]["caption"] for index in range(min(count, len(records)))]
+    def held_out_captions(self, count: int) -> list[str]:
+        """Of the first clips that training does not see."""
+        read, videos = self._reader(), [video for video in self._by_hash() if self._is_out(video)]
+        clips = itertools.islice((video for video in videos for _ in range(video.clips)), count)
+        return [read(video.text_shard, video.text)["caption"] for video in clips]
 
-    def clips(self, first: int, last: int | None = None) -> grain.MapDataset:
-        """Clips ``first`` to ``last`` in the order of the files: latents, and text padded with zeros."""
+    def clips(self, *, held_out: bool | None = None) -> grain.MapDataset:
+        """Latents, and text padded with zeros, of the videos that training sees (False), of those that it does not
+        (True: in the order of their hashes), or of all (None), in the index's order."""
+        videos: Sequence[Video] = self.videos
+        if held_out is not None:
+            videos = [video for video in (self._by_hash() if held_out else videos) if self._is_out(video) == held_out]
+        return grain.MapDataset.source(_Clips(self._reader(), videos)).map(self._arrays)
 
-        def arrays(record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-            return {"latents": record["latents"], "text": self._padded(record["text"])}
+    def _arrays(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        if not np.isfinite(record["latents"]).all():
+            raise RehyatError(f"{self.folder}: latents of {record['name']}, clip {record['clip'] + 1}, are not finite")
+        return {"latents": record["latents"], "text": self._padded(record["text"])}
 
-        return grain.MapDataset.source(_Records(self.folder, self.shards))[first:last].map(arrays)
+    def _is_out(self, video: Video) -> bool:
+        return video.content in self.held_out
+
+    def _by_hash(self) -> list[Video]:
+        return sorted(self.videos, key=_spread)
+
+    def _reader(self) -> Reader:
+        return Reader(self.folder, [shard.name for shard in self.shards])
 
     def _padded(self, text: np.ndarray) -> np.ndarray:
-        return np.pad(text, ((0, self.plan.text[0] - len(text)), (0, 0)))
+        return np.pad(text, ((0, self.tokens - len(text)), (0, 0)))
 
 
-def open_prepared(buckets: Sequence[AnyBucket], model: Path) -> dict[Path, Prepared]:
-    """The folders of buckets of `PreparedClips`, checked against the model's folder whose training they are for.
+def _spread(video: Video) -> bytes:
+    """A place in an order that follows from the content alone, and from nothing that a name or a source tells."""
+    return hashlib.sha256(f"held out {video.content}".encode()).digest()
+
+
+def hold_out(folders: Mapping[Path, Prepared], clips: int) -> dict[Path, Prepared]:
+    """Keep whole videos from training, ``clips`` clips or a few more of each folder.
+
+    They are spread by a hash of their content: it tells nothing of their names, copies stay together, and it is the
+    same in every folder. A video that is held out of one folder of a run is held out of all.
 
     Raises:
-        ConfigError: see `Prepared.open` and `Prepared.check`.
+        ConfigError: a folder has not so many clips, or none are left.
+    """
+    out: set[str] = set()
+    for data in folders.values():
+        there = 0
+        for video in data._by_hash():
+            if there >= clips:
+                break
+            out.add(video.content)
+            there += video.clips
+    apart = {path: dataclasses.replace(data, held_out=frozenset(out)) for path, data in folders.items()}
+    for data in apart.values():
+        left = sum(video.clips for video in data.videos if video.content not in out)
+        if not left:
+            raise ConfigError(
+                f"{data.folder} has {len(data)} clips, of which {len(data) - left} are held out: none are left"
+            )
+    return apart
+
+
+def open_prepared(buckets: Sequence[AnyBucket], model: Path, *, held_out: int = 0) -> dict[Path, Prepared]:
+    """The folders of buckets of `PreparedClips`, checked against the model's folder whose training they are for.
+
+    Args:
+        held_out: clips of each that training does not see; see `hold_out`.
+
+    Raises:
+        ConfigError: see `Prepared.open`, `Prepared.check` and `hold_out`.
     """
     found: dict[Path, Prepared] = {}
     for bucket in buckets:
@@ -220,7 +294,7 @@ def open_prepared(buckets: Sequence[AnyBucket], model: Path) -> dict[Path, Prepa
                 frames=bucket.frames,
                 where=model,
             )
-    return found
+    return hold_out(found, held_out) if held_out else found
 
 
 def identity(model: Path, name: str) -> str:
@@ -238,35 +312,27 @@ def identity(model: Path, name: str) -> str:
     return digest.hexdigest()
 
 
-class _Records:
-    """Records of all shards, as Grain's random access takes them."""
+class _Clips:
+    """Clips with their captions, as Grain's random access takes them."""
 
-    def __init__(self, folder: Path, shards: Sequence[File]) -> None:
-        self._paths = [str(folder / shard.name) for shard in shards if shard.clips]
-        self._ends = np.cumsum([shard.clips for shard in shards if shard.clips])
-        for path in self._paths:  # all at once, an error would not say which
-            try:
-                grain.sources.ArrayRecordDataSource([path])
-            except RuntimeError as error:
-                raise _damaged(path) from error
-        self._source = grain.sources.ArrayRecordDataSource(self._paths)
+    def __init__(self, read: Reader, videos: Sequence[Video]) -> None:
+        self._read, self._videos = read, videos
+        self._ends = np.cumsum([video.clips for video in videos])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return unpack(self._source[index])
-        except Exception as error:  # ArrayRecord's checksums raise RuntimeError; msgpack has kinds of its own
-            raise _damaged(self._paths[int(np.searchsorted(self._ends, index, side="right"))]) from error
-
-
-def _damaged(path: str) -> RehyatError:
-    return RehyatError(f"{path} is damaged: the same rehyat prepare makes it anew")
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        video = self._videos[place]
+        clip = index - int(self._ends[place]) + video.clips
+        latents = self._read(video.shard, video.first + clip)["latents"]
+        text = self._read(video.text_shard, video.text)
+        return {"latents": latents, "text": text["text"], "name": video.name, "clip": clip}
 
 
 class PreparedFeed:
-    """A prepared folder's clips, shuffled anew each time that all have served; a `train.data.pools.Feed`."""
+    """A prepared folder's clips, shuffled again each time that all have served; a `train.data.pools.Feed`."""
 
     def __init__(
         self,
@@ -276,25 +342,19 @@ class PreparedFeed:
         seed: int,
         dtype: jnp.dtype,
         place: Callable[[int], int],
-        first: int = 0,
-        last: int | None = None,
+        held_out: bool = False,
         rows: Rows = WHOLE,
     ) -> None:
         """
         Args:
             count: clips a round, over all processes.
             place: of a round of the run among those that draw from here.
-            first, last: the clips that serve.
+            held_out: serve the clips that training does not see, in place of those that it does.
             rows: this process's share of a round.
-
-        Raises:
-            ConfigError: none are left.
         """
-        clips = data.clips(first, last)
-        if not len(clips):
-            raise ConfigError(f"{data.folder} has {len(data)} clips, of which {first} are held out: none are left")
-        self._count, self._place, self._plan, self._dtype = count // rows.parts, place, data.plan, dtype
+        self._count, self._place, self._data, self._dtype = count // rows.parts, place, data, dtype
         self._whole = count
+        clips = data.clips(held_out=held_out)
         mine = clips.seed(seed).shuffle().repeat()[rows.part :: rows.parts]
         options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=2 * self._count)
         self._rows = iter(mine.to_iter_dataset(options).batch(self._count))
@@ -308,10 +368,11 @@ class PreparedFeed:
         return next(self._rows)
 
     def turn_shapes(self) -> PyTree:
-        stored = jnp.dtype(self._plan.dtype)
+        plan = self._data.plan
+        stored = jnp.dtype(plan.dtype)
         return {
-            "latents": jax.ShapeDtypeStruct((self._whole, *self._plan.latents), stored),
-            "text": jax.ShapeDtypeStruct((self._whole, *self._plan.text), stored),
+            "latents": jax.ShapeDtypeStruct((self._whole, *plan.latents), stored),
+            "text": jax.ShapeDtypeStruct((self._whole, self._data.tokens, plan.text), stored),
         }
 
     def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:

@@ -47,7 +47,7 @@ class Source:
     share: float = 1.0
     #: Clips of MovingSprites with noise in place of the teacher's own trajectories.
     videos: bool = False
-    #: A folder that `rehyat prepare` made: its clips with noise in their place. Its first clips' captions are held out.
+    #: A folder that `rehyat prepare` made: its clips with noise in their place. Whole videos are held out.
     prepared: Path | None = None
     #: Of clips with a pillar: hidden-wait frames are drawn from 0 to this.
     longest_wait: int = 48
@@ -109,15 +109,14 @@ class Source:
         return of_file
 
     def held_out(self, count: int) -> list[str]:
-        """Prompts that are never trained on: captions kept for testing, or the file's first lines.
+        """Prompts that are never trained on: captions kept for testing, or the file's first lines. (Of a prepared
+        folder: `Prepared.held_out_captions`.)
 
         There are only as many occlusion captions as grounds: they are the same as in training.
 
         Raises:
             ConfigError: as `texts`.
         """
-        if self.prepared is not None:
-            return Prepared.open(self.prepared).captions(count)
         if self.of_sprites:
             return self._captions(0, "unseen", 0)[:count]
         return self._lines(count)[:count]
@@ -143,18 +142,27 @@ class Source:
         return lines
 
 
-def check_prepared(source: Source, model: Path) -> None:
-    """
+def prepared_sources(sources: Sequence[Source], model: Path, *, held_out: int) -> dict[Path, Prepared]:
+    """The prepared folders of sources.
+
+    Args:
+        model: the folder of the teacher, whose networks they must be of.
+        held_out: clips of each that training does not see; see `train.data.prepared.hold_out`.
+
     Raises:
-        ConfigError: the source's folder is not finished, damaged, of another size, or of another model.
+        ConfigError: a folder is not finished, damaged, of another size, or of another model.
     """
-    bucket = PreparedClips(folder=source.prepared or Path(), frames=source.frames, batch=source.batch)
-    plan = open_prepared([bucket], model)[bucket.folder].plan
-    if (plan.width, plan.height) != (source.width, source.height):
-        raise ConfigError(
-            f"{bucket.folder} has clips of {plan.width}x{plan.height}, and the source says "
-            f"{source.width}x{source.height}"
-        )
+    there = [source for source in sources if source.prepared is not None]
+    buckets = [PreparedClips(folder=x.prepared or Path(), frames=x.frames, batch=x.batch) for x in there]
+    found = open_prepared(buckets, model, held_out=held_out)
+    for source, bucket in zip(there, buckets, strict=True):
+        plan = found[bucket.folder].plan
+        if (plan.width, plan.height) != (source.width, source.height):
+            raise ConfigError(
+                f"{bucket.folder} has clips of {plan.width}x{plan.height}, and the source says "
+                f"{source.width}x{source.height}"
+            )
+    return found
 
 
 #: Embeddings [R, L, D] of texts.
@@ -275,7 +283,6 @@ class PreparedInputs:
         dtype: jnp.dtype,
         key: Key[Array, ""],
         seed: int,
-        held_out: int,
         rows: Rows = WHOLE,
     ) -> None:
         self._feed = PreparedFeed(
@@ -284,7 +291,6 @@ class PreparedInputs:
             seed=seed,
             dtype=dtype,
             place=lambda index: index,
-            first=held_out,
             rows=rows,
         )
         self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)

@@ -39,8 +39,7 @@ from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder
 from train.cli.command import run_training
-from train.data.prepared import Prepared
-from train.data.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, check_prepared
+from train.data.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, prepared_sources
 from train.data.trajectories import Sampling
 from train.engine.arithmetic import distillation_flops
 from train.engine.checkpoint import Checkpoints
@@ -323,16 +322,19 @@ class Distillation:
         self._teacher = devices.parameters(params)
         self._learner = training.learner(config, graph, sampling=self._sampling, devices=devices)
         self.graph, params = nnx.split(training.blocks(config))
-        for source in training.sources:
-            if source.prepared is not None:
-                check_prepared(source, folder)
+        prepared = prepared_sources(training.sources, folder, held_out=training.held_out)
         # All that a user may have got wrong is known before the text encoder is read.
         texts = {
             index: source.texts(seed=training.seed, reserved=training.held_out)
             for index, source in enumerate(training.sources)
             if source.samples
         }
-        held_out = [source.held_out(training.held_out) for source in training.sources]
+        held_out = [
+            source.held_out(training.held_out)
+            if source.prepared is None
+            else prepared[source.prepared].held_out_captions(training.held_out)
+            for source in training.sources
+        ]
         embed = _embeddings(folder, training.sources, dtype)
         self._held_out = [devices.everywhere(embed(prompts)) for prompts in held_out]
         self._nothing = devices.everywhere(embed([""]))
@@ -348,12 +350,11 @@ class Distillation:
                 self._inputs.append(
                     PreparedInputs(
                         source,
-                        Prepared.open(source.prepared),
+                        prepared[source.prepared],
                         sampling=self._sampling,
                         dtype=dtype,
                         key=key,
                         seed=training.seed,
-                        held_out=training.held_out,
                         rows=devices.rows(),
                     )
                 )

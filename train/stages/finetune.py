@@ -148,7 +148,7 @@ class FinetuneTraining(FlowTraining):
         if self.result.exists():
             raise RehyatError(f"{self.out} is there already; choose another --out")
         phases, dtype, source = phases or Phases(), jnp.dtype(self.dtype), whole_model(self.source)
-        prepared = open_prepared(self.buckets, source)
+        prepared = open_prepared(self.buckets, source, held_out=self.validation.held_out)
         with loading(self.mesh):
             student = self.student(source)
         graph, params = _in_dtype(student, dtype)

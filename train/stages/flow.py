@@ -50,10 +50,16 @@ class Validation:
 
     #: Steps from one time to the next; 0: never.
     every: int = 0
-    #: Clips of each bucket that training does not see, for the loss; the same with the same noise each time.
+    #: Clips of each bucket that training does not see, for the loss; the same with the same noise each time. Of
+    #: prepared clips whole videos are held out, spread by a hash of their content.
     clips: int = 32
     #: Each a video, by the model's own defaults and the same noise each time: ``videos/`` beside the checkpoints.
     prompts: tuple[str, ...] = ()
+
+    @property
+    def held_out(self) -> int:
+        """Clips of each bucket that training does not see; of prepared ones whole videos, and so a few more."""
+        return self.clips if self.every else 0
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.clips < 1:
@@ -238,7 +244,6 @@ class FlowTraining:
         """
         devices, turns = devices or Devices(None), self._turns()
         params, frozen = devices.parameters(params), devices.parameters(frozen)
-        held_out = self.validation.clips if self.validation.every else 0
 
         def feed(number: int, *, count: int | None = None) -> Feed:
             """Of a bucket: what it trains on or, with a count, so many clips that are held out."""
@@ -250,8 +255,7 @@ class FlowTraining:
                     seed=self.seed,
                     dtype=jnp.dtype(self.dtype),
                     place=functools.partial(bisect.bisect_left, turns[number]),
-                    first=0 if count else held_out,
-                    last=held_out if count else None,
+                    held_out=bool(count),
                     rows=devices.rows(),
                 )
             return SpriteFeed(
@@ -295,7 +299,7 @@ class FlowTraining:
         measures = [
             self._measurer(bucket, functools.partial(feed, number), loss, frozen, devices=devices)
             for number, bucket in enumerate(self.buckets)
-            if held_out
+            if self.validation.every
         ]
 
         def validate(state: TrainState, step: int) -> dict[str, float]:
