@@ -7,10 +7,14 @@ JOBS ?= 2
 # A dead worker says which test it was, and ends the run.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo check test test-all test-rest durations lint docs install clean
+.PHONY: demo live check test test-all test-rest durations lint docs install clean
 
 demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
 	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4
+
+live: .venv/installed  ## a page on which a sentence becomes a video without an end
+	$(BIN)/python -m pip install --quiet -e '.[serve]'
+	$(BIN)/rehyat serve --browser
 
 check: .venv/installed-test lint  ## ninety seconds: lint, types, and the tests that compile nothing large
 	$(BIN)/mypy & types=$$!; $(PYTEST) --tier check; tests=$$?; wait $$types && exit $$tests

@@ -26,6 +26,7 @@ _BUILT_IN = {
     "generate": "rehyat_jax.cli.generate:main",
     "info": "rehyat_jax.cli.info:main",
     "convert": "rehyat_jax.cli.convert:main",
+    "serve": "rehyat_jax.cli.serve:main",
     "eval": "rehyat_jax.cli.evaluate:main",
 }
 

@@ -105,6 +105,12 @@ class Tokenizer:
         """How many tokens there are; every id is smaller, unless ids are not contiguous."""
         return self._backend.get_vocab_size()
 
+    @property
+    def words(self) -> list[str]:
+        """The tokens that are whole words, in order: of a model with a small vocabulary, all that it knows."""
+        tokens = sorted(self._backend.get_vocab())
+        return [token[1:] for token in tokens if token.startswith("▁") and token[1:].isalpha()]
+
     def encode(self, prompts: str | Sequence[str], max_length: int = 512) -> Tokens:
         """Clean prompts and cut them into tokens, [B, max_length]. A prompt too long loses its end, but not ``</s>``.
 

@@ -69,6 +69,7 @@ class GrowingVideo:
         self._picture: Picture | None = None
         self._fragments, self._end = 0, 0
         self._parameters: bytes | None = None
+        self._head = b""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
@@ -126,6 +127,40 @@ class GrowingVideo:
         self._end += len(fragment)
         self._fragments += 1
         self.frames += len(block)
+
+    @property
+    def size(self) -> int:
+        """Bytes up to the end of the last whole fragment."""
+        return self._end
+
+    @property
+    def head(self) -> bytes:
+        """What stands before the first fragment, and a player must have before any; empty before the first block."""
+        if not self._end:
+            return b""
+        if not self._head:
+            start = next(box.start for box in _boxes(self._file, 0, self._end) if box.kind == b"moof")
+            self._file.seek(0)
+            self._head = self._file.read(start)
+        return self._head
+
+    @property
+    def codec(self) -> str | None:
+        """As browsers name the codec, ``avc1.PPCCLL`` (RFC 6381); None before the first block, or of another codec."""
+        sets = self._parameters
+        return f"avc1.{sets[1:4].hex()}" if sets and sets[0] == 1 and self._how["codec"] == "h264" else None
+
+    def cut(self, *, after: int) -> None:
+        """Drop what was appended beyond so many frames, 0 for all, and append there.
+
+        Raises:
+            RehyatError: none of the fragments ends there.
+        """
+        if after:
+            return self.go_on(after=after)
+        self._file.truncate(0)
+        self.frames, self._fragments, self._end = 0, 0, 0
+        self._parameters, self._head = None, b""
 
     def close(self) -> None:
         """Let other processes write the file. One that is still empty is removed."""

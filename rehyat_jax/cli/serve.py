@@ -1,0 +1,155 @@
+"""Open a page on which a sentence becomes a video without an end, and is changed while one watches."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from rehyat_jax.errors import RehyatError
+
+if TYPE_CHECKING:
+    from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.serve.host import Wish
+    from rehyat_jax.streams.stream import Stream
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+#: A model that knows no more words than these has them suggested.
+_FEW_WORDS = 400
+_EXAMPLE = "a koala moving right quickly on a red background"
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a model on a page, over a WebSocket (/v1/realtime/video) and as growing mp4 files (/v1/streams/ID.mp4).
+
+    Only this machine can reach it, unless another --host is given; then a token is needed, which is printed.
+    """
+
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR")] = "mini-sprites"
+    """A bundled model's name, or a model's folder; all of its blocks must be converted."""
+
+    host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
+    """Where to listen. Any other than this machine's own needs a token."""
+
+    port: Annotated[int, tyro.conf.arg(metavar="N")] = 8765
+    """Port; 0: any that is free."""
+
+    token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """What clients must show: Authorization: Bearer TEXT, or ?token=TEXT."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST")] = ()
+    """Further names under which the server may be reached."""
+
+    browser: bool = False
+    """Open the page in a browser."""
+
+    ahead: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 4.0
+    """Video that is made beyond what the furthest viewer is shown."""
+
+    streams: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    """Streams at once."""
+
+    idle: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 300.0
+    """A stream without viewers is ended after so long."""
+
+    dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="float32|bfloat16")] = "float32"
+    """Number format of the transformer and the text encoder."""
+
+
+def main(argv: list[str]) -> None:
+    """``rehyat serve``; returns when it is stopped by Ctrl-C or SIGTERM, after the chunk under way."""
+    options = tyro.cli(Serve, args=argv, prog="rehyat serve")
+    if not 0 <= options.port < 65536:
+        raise RehyatError(f"--port must be a whole number from 0 to 65535, not {options.port}")
+    for name in ("ahead", "idle", "streams"):
+        if not 0 < getattr(options, name) < 1e9:
+            raise RehyatError(f"--{name} must be above 0, not {getattr(options, name)}")
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+        import websockets  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RehyatError(f"rehyat serve needs {error.name}: pip install 'rehyat-jax[serve]'") from error
+    import jax
+
+    from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.serve.app import About, make_app
+    from rehyat_jax.serve.guard import Access
+    from rehyat_jax.serve.host import Host, Limits
+    from rehyat_jax.serve.live import Pace
+
+    pipe = TextToVideo.from_pretrained(options.model, dtype=options.dtype)
+    if (why := pipe.transformer.why_not_stream()) is not None:
+        raise RehyatError(why)
+    token = options.token or (None if options.host in _LOCAL else secrets.token_urlsafe(16))
+    access = Access(hosts=(*Access().hosts, *_named(options.host), *options.names), token=token)
+    words = _words(pipe)
+    about = About(
+        model=options.model,
+        device=jax.devices()[0].device_kind,
+        words=words,
+        example=_EXAMPLE if set(_EXAMPLE.split()) <= set(words) else "",
+    )
+    host = Host(
+        lambda wish: _opened(pipe, wish),
+        pace=Pace(fps=pipe.fps, ahead=options.ahead),
+        limits=Limits(streams=options.streams, idle=options.idle),
+    )
+    config = uvicorn.Config(
+        make_app(host, about, access=access),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        ws_max_size=1 << 16,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    _Announced(config, options, token).run()
+    host.close()
+
+
+def _opened(pipe: TextToVideo, wish: Wish) -> Stream:
+    return pipe.open_stream(
+        wish.prompt,
+        negative_prompt=wish.negative_prompt,
+        seed=wish.seed,
+        num_inference_steps=wish.num_inference_steps,
+        guidance_scale=wish.guidance_scale,
+        width=wish.width,
+        height=wish.height,
+    )
+
+
+def _Announced(config, options: Serve, token: str | None):
+    """A uvicorn server that says where it is once it listens."""
+    import uvicorn
+
+    class Announced(uvicorn.Server):
+        async def startup(self, sockets: list | None = None) -> None:
+            await super().startup(sockets)
+            if not self.started:
+                return
+            port = self.servers[0].sockets[0].getsockname()[1]
+            shown = f"[{options.host}]" if ":" in options.host else options.host
+            address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
+            print(f"rehyat: {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+            if options.browser:
+                import webbrowser
+
+                webbrowser.open(address)
+
+    return Announced(config)
+
+
+def _named(host: str) -> tuple[str, ...]:
+    return (f"[{host}]",) if ":" in host else (host,)
+
+
+def _words(pipe: TextToVideo) -> tuple[str, ...]:
+    """The words of a model that knows few."""
+    words = pipe.text.tokenizer.words
+    return tuple(words) if len(words) <= _FEW_WORDS else ()

@@ -1,0 +1,170 @@
+"""The server's routes: the page, live streams over WebSocket and as plain mp4, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket
+
+from rehyat_jax import __version__
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.serve.guard import Access, Guard
+from rehyat_jax.serve.host import Host, keep_copy
+from rehyat_jax.serve.live import LiveStream
+from rehyat_jax.serve.realtime import realtime
+
+_PAGE = Path(__file__).parent / "page"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What the page is told of the model."""
+
+    model: str
+    device: str
+    words: tuple[str, ...] = ()
+    example: str = ""
+
+
+def make_app(host: Host, about: About, *, access: Access | None = None) -> Starlette:
+    """An ASGI application around a host, which ends with it."""
+
+    async def page(_: Request) -> Response:
+        return FileResponse(_PAGE / "index.html")
+
+    async def described(_: Request) -> Response:
+        return JSONResponse(dataclasses.asdict(about) | {"version": __version__, "fps": host.pace.fps})
+
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(_: Request) -> Response:
+        lives = [host.get(name) for name in host.names()]
+        lines = [
+            *_metric("rehyat_streams", "gauge", "Live streams held.", len(lives)),
+            *_metric("rehyat_viewers", "gauge", "Viewers connected.", sum(live.viewers for live in lives)),
+            *_metric("rehyat_chunks_total", "counter", "Chunks made.", host.chunks_made),
+            *_metric("rehyat_frames_total", "counter", "Frames made.", host.frames_made),
+        ]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    async def streams(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_told(name, host.get(name)) for name in host.names()]})
+
+    async def stream(request: Request) -> Response:
+        name = request.path_params["name"]
+        if request.method == "DELETE":
+            host.end(name)
+            return JSONResponse({"id": name, "object": "stream", "deleted": True})
+        return JSONResponse(_told(name, host.get(name)))
+
+    async def thumbnail(request: Request) -> Response:
+        chunks, number = host.get(request.path_params["name"]).chunks, request.path_params["number"]
+        if number >= len(chunks):
+            raise RehyatError(f"there is no chunk {number}")
+        return Response(chunks[number].thumbnail, media_type="image/png", headers={"cache-control": "no-store"})
+
+    async def grown(request: Request) -> Response:
+        live = host.get(request.path_params["name"])
+        return StreamingResponse(_plain_video(live), media_type="video/mp4", headers={"cache-control": "no-store"})
+
+    async def whole(request: Request) -> Response:
+        name = request.path_params["name"]
+        live = host.get(name)
+        if not live.frames:
+            raise RehyatError("nothing was made yet")
+        made = await asyncio.wrap_future(host.call(lambda: keep_copy(live, host.folder / f"{name}.whole.mp4")))
+        return FileResponse(made, media_type="video/mp4", filename=f"rehyat-{name}.mp4")
+
+    async def state(request: Request) -> Response:
+        name = request.path_params["name"]
+        folder = host.folder / f"{name}.state"
+        await asyncio.wrap_future(host.get(name).save(folder))
+        return FileResponse(
+            folder / "stream.safetensors",
+            media_type="application/octet-stream",
+            filename=f"rehyat-{name}.stream.safetensors",
+        )
+
+    async def socket(connection: WebSocket) -> None:
+        await realtime(connection, host)
+
+    async def mistake(_: Request, error: Exception) -> Response:
+        missing = "there is no" in str(error)
+        body = {"error": {"message": str(error), "type": "invalid_request_error"}}
+        return JSONResponse(body, status_code=404 if missing else 400)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(host.close)
+
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Route("/health", health),
+            Route("/metrics", metrics),
+            Route("/v1/about", described),
+            Route("/v1/streams", streams),
+            Route("/v1/streams/{name}.mp4", grown),
+            Route("/v1/streams/{name}", stream, methods=["GET", "DELETE"]),
+            Route("/v1/streams/{name}/whole.mp4", whole),
+            Route("/v1/streams/{name}/state", state),
+            Route("/v1/streams/{name}/thumbnails/{number:int}.png", thumbnail),
+            WebSocketRoute("/v1/realtime/video", socket),
+            Mount("/page", StaticFiles(directory=_PAGE)),
+        ],
+        middleware=[Middleware(Guard, access=access or Access())],
+        exception_handlers={RehyatError: mistake},
+        lifespan=lifespan,
+    )
+
+
+async def _plain_video(live: LiveStream) -> AsyncIterator[bytes]:
+    """The file as it grows, from its beginning, for a player without a script; it ends where the stream is rewound."""
+    loop, something = asyncio.get_running_loop(), asyncio.Event()
+    unwatch, viewer = live.watch(lambda: loop.call_soon_threadsafe(something.set)), live.join(position=0.0)
+    epoch, number = live.epoch, 0
+    try:
+        while not live.closed and live.epoch == epoch:
+            something.clear()
+            data = live.fragment(number, epoch=epoch)
+            if data is None:
+                await something.wait()
+                continue
+            yield data if number else live.head + data
+            number += 1
+    finally:
+        unwatch()
+        viewer.close()
+
+
+def _told(name: str, live: LiveStream) -> dict[str, Any]:
+    chunks = [
+        {"number": c.number, "first_frame": c.first_frame, "frames": c.frames, "prompt": c.prompt, "seconds": c.seconds}
+        for c in live.chunks
+    ]
+    return {
+        "id": name,
+        "object": "stream",
+        "prompt": live.prompt,
+        "frames": live.frames,
+        "viewers": live.viewers,
+        "closed": live.closed,
+        "chunks": chunks,
+    }
+
+
+def _metric(name: str, kind: str, about: str, value: int) -> list[str]:
+    return [f"# HELP {name} {about}", f"# TYPE {name} {kind}", f"{name} {value}"]

@@ -1,0 +1,253 @@
+"""One model and the live streams that are made with it, in turn, by one thread. Knows no web."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.serve.live import LiveStream, Pace, Steerable
+
+_log = logging.getLogger(__name__)
+
+#: What names a stream: never a path, nor anything that a client chose.
+_NAME = re.compile(r"[0-9a-f]{16}")
+
+
+class Full(RehyatError):
+    """As many streams as the host may hold are there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What clients may take.
+
+    Attributes:
+        streams: live streams at once.
+        idle: seconds after which a stream without viewers is closed and its file removed.
+        life: seconds after which any stream is closed.
+        characters: of a sentence.
+    """
+
+    streams: int = 8
+    idle: float = 300.0
+    life: float = 6 * 3600.0
+    characters: int = 2000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wish:
+    """How a new stream is to be made; what is None is the model's own."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+#: Makes a stream of a wish, or raises RehyatError.
+Open = Callable[[Wish], Steerable]
+
+
+@dataclasses.dataclass
+class _Held:
+    live: LiveStream
+    begun: float
+    seen: float
+
+
+class Host:
+    """Holds live streams, gives each its turn, and ends those that nobody watches.
+
+    Args:
+        open_stream: makes a stream of the model; called on the host's thread alone, as all that a model does.
+        folder: where files may be kept; a temporary one, removed with the host, by default.
+    """
+
+    def __init__(
+        self, open_stream: Open, *, pace: Pace | None = None, limits: Limits | None = None, folder: Path | None = None
+    ) -> None:
+        self.pace, self.limits = pace or Pace(), limits or Limits()
+        self._open = open_stream
+        self._own = None if folder else tempfile.TemporaryDirectory(prefix="rehyat-serve-")
+        self.folder = folder or Path(self._own.name if self._own else "")
+        self._held: dict[str, _Held] = {}
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._work = threading.Condition()
+        self._stop = False
+        self.chunks_made = self.frames_made = 0
+        self._thread = threading.Thread(target=self._run, name="rehyat-host", daemon=True)
+        self._thread.start()
+
+    # Any thread.
+
+    def begin(self, wish: Wish) -> Future[str]:
+        """A new live stream; the result is its name.
+
+        Raises:
+            Full: there are as many as may be.
+            RehyatError: the sentence is too long; in the result: what the model says of the wish.
+        """
+        self.check_prompt(wish.prompt)
+        self.check_prompt(wish.negative_prompt)
+        self._check_room()
+
+        def begin() -> str:
+            name = secrets.token_hex(8)
+            live = LiveStream(self._open(wish), self.folder / f"{name}.mp4", pace=self.pace, on_change=self._something)
+            return self._hold(name, live)
+
+        return self.call(begin)
+
+    def branch(self, name: str, number: int, *, seed: int | None = None) -> Future[str]:
+        """A fork of a live stream from a chunk on, held beside it; the result is its name."""
+        live = self.get(name)
+        self._check_room()
+        other = secrets.token_hex(8)
+        done: Future[str] = Future()
+
+        def held(branched: Future[LiveStream]) -> None:
+            try:
+                done.set_result(self._hold(other, branched.result()))
+            except Exception as error:
+                done.set_exception(error)
+
+        live.branch(number, self.folder / f"{other}.mp4", seed=seed).add_done_callback(held)
+        return done
+
+    def get(self, name: str) -> LiveStream:
+        """
+        Raises:
+            RehyatError: there is no such stream (any more).
+        """
+        held = self._held.get(name) if _NAME.fullmatch(name) else None
+        if held is None:
+            raise RehyatError("there is no such stream (any more)")
+        return held.live
+
+    def names(self) -> list[str]:
+        with self._work:
+            return list(self._held)
+
+    def end(self, name: str) -> None:
+        """Close a stream and remove its file."""
+        live = self.get(name)
+        with self._work:
+            del self._held[name]
+        live.close()
+        live.path.unlink(missing_ok=True)
+
+    def check_prompt(self, prompt: Any) -> None:
+        """
+        Raises:
+            RehyatError: it is no text, or too long.
+        """
+        if not isinstance(prompt, str):
+            raise RehyatError("a sentence must be a text")
+        if len(prompt) > self.limits.characters:
+            raise RehyatError(f"a sentence may have {self.limits.characters} characters, not {len(prompt)}")
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run something on the host's thread, before the next chunk."""
+        future: Future[Any] = Future()
+        with self._work:
+            if self._stop:
+                future.set_exception(RehyatError("the server is ending"))
+                return future
+            self._calls.append((function, future))
+            self._work.notify_all()
+        return future
+
+    def close(self) -> None:
+        """End every stream after the chunk under way; files in the host's own folder go."""
+        with self._work:
+            self._stop = True
+            self._work.notify_all()
+        self._thread.join()
+        for held in list(self._held.values()):
+            held.live.close()
+        self._held.clear()
+        for _, future in self._calls:
+            future.set_exception(RehyatError("the server is ending"))
+        if self._own:
+            self._own.cleanup()
+
+    # The host's thread.
+
+    def _check_room(self) -> None:
+        if len(self._held) >= self.limits.streams:
+            raise Full(f"{self.limits.streams} streams are being made; try again later")
+
+    def _hold(self, name: str, live: LiveStream) -> str:
+        now = time.monotonic()
+        with self._work:
+            self._held[name] = _Held(live, now, now)
+            self._work.notify_all()
+        return name
+
+    def _something(self) -> None:
+        with self._work:
+            self._work.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._work:
+                if self._stop:
+                    return
+                calls, self._calls = self._calls, []
+                turn = list(self._held.items())
+            for function, future in calls:
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(function())
+                    except Exception as error:
+                        future.set_exception(error)
+            busy = bool(calls)
+            for name, held in turn:  # one chunk each, in turn
+                busy |= self._one_turn(name, held)
+            if not busy:
+                with self._work:
+                    if not self._stop and not self._calls:
+                        self._work.wait(timeout=0.1)
+
+    def _one_turn(self, name: str, held: _Held) -> bool:
+        live, now = held.live, time.monotonic()
+        before, frames = len(live.chunks), live.frames
+        try:
+            busy = live.work()
+        except Exception:
+            _log.exception("stream %s failed", name)
+            busy = True
+        made = len(live.chunks) - before
+        if made > 0:
+            self.chunks_made += made
+            self.frames_made += live.frames - frames
+        if live.viewers:
+            held.seen = now
+        if now - held.begun > self.limits.life or now - held.seen > self.limits.idle:
+            self.end(name)
+        return busy
+
+
+def keep_copy(live: LiveStream, target: Path) -> Path:
+    """A finished mp4 of what a live stream has made, with an index."""
+    from rehyat_jax.video.growing import finish_video
+
+    copy = target.with_suffix(".part")
+    shutil.copyfile(live.path, copy)
+    finish_video(copy, target)
+    copy.unlink()
+    return target

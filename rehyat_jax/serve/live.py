@@ -1,0 +1,392 @@
+"""A video that is steered while it is made: events at the ends of chunks, snapshots to go back to. Knows no web.
+
+One thread, the host's, makes chunks and applies events; any thread may post events and read what was made. Viewers hold
+no queues: each reads the growing file at its own pace, so that a slow one never slows the stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.video.growing import GrowingVideo
+
+#: Pixels of a thumbnail's longer side.
+_THUMBNAIL = 64
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """What a live stream needs of `rehyat_jax.streams.stream.Stream`."""
+
+    prompt: str
+    state: Any
+
+    def __next__(self) -> np.ndarray: ...
+    def fork(self, *, seed: int | None = None) -> Steerable: ...
+    def change_prompt(self, prompt: str) -> None: ...
+    def save(self, folder: str | os.PathLike[str]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One chunk of a live stream's file."""
+
+    number: int
+    #: Frames of the video before this chunk, and in it.
+    first_frame: int
+    frames: int
+    #: Bytes of the file before the end of this chunk's fragment; its beginning is the end of the one before.
+    end: int
+    prompt: str
+    #: Seconds that it took to make.
+    seconds: float
+    #: Its last frame, small, as a PNG.
+    thumbnail: bytes = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How far a live stream runs ahead of its viewers, and how long without any.
+
+    Attributes:
+        fps: frames a second of the video.
+        ahead: seconds of video that may be made beyond the furthest viewer's place.
+        alone: seconds for which it goes on without a viewer.
+        snapshot_bytes: device memory for snapshots of one stream.
+    """
+
+    fps: int = 16
+    ahead: float = 4.0
+    alone: float = 10.0
+    snapshot_bytes: int = 256 << 20
+
+
+class Viewer:
+    """Someone who watches: where in the video, in seconds. ``position`` is told by a player that reports it;
+    otherwise a player is taken to show a second a second from the place where it joined."""
+
+    def __init__(self, live: LiveStream, position: float) -> None:
+        self._live, self._joined, self._from, self._told = live, time.monotonic(), position, None
+
+    _told: float | None
+
+    @property
+    def position(self) -> float:
+        return self._from + time.monotonic() - self._joined if self._told is None else self._told
+
+    def at(self, position: float) -> None:
+        """The player shows this second of the video."""
+        self._told = max(0.0, position)
+        self._live.changed()
+
+    def close(self) -> None:
+        self._live.leave(self)
+
+
+class LiveStream:
+    """A stream, its growing file, what was made of which sentence, and what was asked for next.
+
+    Args:
+        stream: before its first chunk; the live stream owns it.
+        path: of the growing file, which must not be there.
+        on_change: called, from any thread, when there is something to do or to see.
+    """
+
+    def __init__(
+        self, stream: Steerable, path: Path, *, pace: Pace, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        self.pace, self.path = pace, path
+        self.failed: str | None = None
+        #: Counts the rewinds: what a viewer has beyond a rewind's place is void when this has changed.
+        self.epoch = 0
+        self._stream, self._on_change = stream, on_change
+        self._video = GrowingVideo(path, fps=pace.fps)
+        self._lock = threading.RLock()
+        self._chunks: list[Chunk] = []
+        self._snapshots: dict[int, Steerable] = {0: stream.fork()}
+        self._events: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._viewers: set[Viewer] = set()
+        self._watchers: set[Callable[[], object]] = set()
+        self._last_seen = time.monotonic()
+        self._closed = False
+        self._head, self._codec = b"", None
+
+    # What any thread may read.
+
+    _codec: str | None
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        with self._lock:
+            return list(self._chunks)
+
+    @property
+    def frames(self) -> int:
+        with self._lock:
+            return self._chunks[-1].first_frame + self._chunks[-1].frames if self._chunks else 0
+
+    @property
+    def seconds(self) -> float:
+        """Of video made so far."""
+        return self.frames / self.pace.fps
+
+    @property
+    def prompt(self) -> str:
+        return self._stream.prompt
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def viewers(self) -> int:
+        return len(self._viewers)
+
+    @property
+    def codec(self) -> str | None:
+        """As browsers want it named, ``avc1.…``; None before the first chunk."""
+        return self._codec
+
+    @property
+    def head(self) -> bytes:
+        """What a player must have before a fragment. Empty before the first chunk."""
+        return self._head
+
+    def fragment(self, number: int, *, epoch: int) -> bytes | None:
+        """A chunk's bytes in the file, without the head; None where there is no such chunk (yet, or any more)."""
+        with self._lock:
+            if epoch != self.epoch or number >= len(self._chunks) or self._closed:
+                return None
+            start = self._chunks[number - 1].end if number else len(self._head)
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                return file.read(self._chunks[number].end - start)
+
+    # What any thread may ask for.
+
+    def join(self, *, position: float | None = None) -> Viewer:
+        """A viewer from now on, from ``position`` (seconds) or the newest frame on."""
+        viewer = Viewer(self, self.seconds if position is None else position)
+        with self._lock:
+            self._viewers.add(viewer)
+        self.changed()
+        return viewer
+
+    def leave(self, viewer: Viewer) -> None:
+        with self._lock:
+            if viewer in self._viewers:
+                self._viewers.remove(viewer)
+                self._last_seen = time.monotonic()
+
+    def watch(self, watcher: Callable[[], object]) -> Callable[[], None]:
+        """Call ``watcher``, from any thread, whenever something changed; returns what ends that."""
+        with self._lock:
+            self._watchers.add(watcher)
+        return lambda: self._watchers.discard(watcher)
+
+    def change_prompt(self, prompt: str) -> Future[int]:
+        """What the chunks from the next one on show. The result: that chunk's number."""
+
+        def change() -> int:
+            self._stream.change_prompt(prompt)
+            return len(self._chunks)
+
+        return self._post(change)
+
+    def rewind(self, number: int) -> Future[int]:
+        """Drop every chunk from ``number`` on and go on from there, with the sentence in force now."""
+        return self._post(lambda: self._rewind(number))
+
+    def branch(self, number: int, path: Path, *, seed: int | None = None) -> Future[LiveStream]:
+        """A second live stream with the same chunks before ``number``, whose file is ``path``; it goes its own way."""
+        return self._post(lambda: self._branch(number, path, seed))
+
+    def save(self, folder: Path) -> Future[None]:
+        """Keep the state after the newest chunk: see ``Stream.save``."""
+        return self._post(lambda: self._stream.save(folder))
+
+    def close(self) -> None:
+        """No more chunks; the file is closed and stays."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._video.close()
+                for _, future in self._events:
+                    future.set_exception(RehyatError("the stream has ended"))
+                self._events.clear()
+        self.changed()
+
+    # What the host's thread does.
+
+    def work(self) -> bool:
+        """Apply the events that wait, then make a chunk if one is wanted; was there anything to do?"""
+        busy = False
+        while self._events and not self._closed:
+            event, future = self._events.popleft()
+            busy = True
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(event())
+                except Exception as error:
+                    future.set_exception(error)
+            self.changed()
+        if self.wants_chunk():
+            try:
+                self._make()
+            except Exception as error:
+                self.failed = str(error) or type(error).__name__
+                self.close()
+                if not isinstance(error, RehyatError):
+                    raise
+            busy = True
+        return busy
+
+    def wants_chunk(self) -> bool:
+        """Somebody watches, or did a moment ago, and is not far behind."""
+        if self._closed:
+            return False
+        with self._lock:
+            places = [viewer.position for viewer in self._viewers]
+        if not places:
+            return time.monotonic() - self._last_seen < self.pace.alone and self.seconds < self.pace.ahead
+        return self.seconds - max(places) < self.pace.ahead
+
+    def changed(self) -> None:
+        self._on_change()
+        with self._lock:
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher()
+
+    def _post(self, event: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closed:
+                future.set_exception(RehyatError("the stream has ended"))
+                return future
+            self._events.append((event, future))
+        self.changed()
+        return future
+
+    def _make(self) -> None:
+        begun = time.monotonic()
+        block = next(self._stream)
+        with self._lock:
+            if self._closed:
+                return
+            first = self.frames
+            self._video.append(block)
+            self._head, self._codec = self._video.head, self._video.codec
+            self._chunks.append(
+                Chunk(
+                    number=len(self._chunks),
+                    first_frame=first,
+                    frames=len(block),
+                    end=self._video.size,
+                    prompt=self._stream.prompt,
+                    seconds=time.monotonic() - begun,
+                    thumbnail=_png(block[-1]),
+                )
+            )
+            self._snapshots[len(self._chunks)] = self._stream.fork()
+            self._thin_snapshots()
+        self.changed()
+
+    def _thin_snapshots(self) -> None:
+        """Drop every second of the older snapshots while they take too much; the first and the newest stay."""
+        each = max(1, _bytes_of(self._snapshots[0].state))
+        most = max(2, self.pace.snapshot_bytes // each)
+        while len(self._snapshots) > most:
+            numbers = sorted(self._snapshots)
+            for number in numbers[1:-1:2] or numbers[:1]:
+                del self._snapshots[number]
+
+    def _at(self, number: int) -> Steerable:
+        """The stream after so many chunks: from the nearest snapshot before, the chunks after it made again."""
+        nearest = max(kept for kept in self._snapshots if kept <= number)
+        stream = self._snapshots[nearest].fork()
+        for chunk in self._chunks[nearest:number]:
+            if stream.prompt != chunk.prompt:
+                stream.change_prompt(chunk.prompt)
+            next(stream)
+        return stream
+
+    def _check_number(self, number: int) -> None:
+        if not isinstance(number, int) or not 0 <= number <= len(self._chunks):
+            raise RehyatError(f"there is no chunk {number!r}: the stream has {len(self._chunks)}")
+
+    def _rewind(self, number: int) -> int:
+        self._check_number(number)
+        prompt, stream = self._stream.prompt, self._at(number)
+        if stream.prompt != prompt:
+            stream.change_prompt(prompt)
+        with self._lock:
+            self._stream = stream
+            del self._chunks[number:]
+            self._snapshots = {kept: snapshot for kept, snapshot in self._snapshots.items() if kept <= number}
+            self.epoch += 1
+            for viewer in self._viewers:
+                viewer.at(min(viewer.position, self.seconds))
+            self._video.cut(after=self.frames)
+        return number
+
+    def _branch(self, number: int, path: Path, seed: int | None) -> LiveStream:
+        self._check_number(number)
+        stream = self._at(number)
+        if seed is not None:
+            stream = stream.fork(seed=seed)
+        other = LiveStream(stream, path, pace=self.pace, on_change=self._on_change)
+        chunks = self._chunks[:number]
+        if chunks:
+            other._video.close()
+            with open(self.path, "rb") as source, open(path, "wb") as copy:
+                shutil.copyfileobj(_Limited(source, chunks[-1].end), copy)
+            other._video = GrowingVideo(path, fps=self.pace.fps)
+            other._chunks = chunks
+            other._video.go_on(after=other.frames)
+            other._head, other._codec = self._head, self._codec
+            kept = {at: snapshot for at, snapshot in self._snapshots.items() if at <= number}
+            other._snapshots = kept | {number: stream.fork()}
+        if stream.prompt != self._stream.prompt:
+            stream.change_prompt(self._stream.prompt)
+        return other
+
+
+class _Limited(io.RawIOBase):
+    """The first bytes of a file."""
+
+    def __init__(self, file: io.BufferedReader, size: int) -> None:
+        self._file, self._left = file, size
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(self._left if size < 0 else min(size, self._left))
+        self._left -= len(data)
+        return data
+
+
+def _png(frame: np.ndarray) -> bytes:
+    image = Image.fromarray(frame)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _bytes_of(tree: Any) -> int:
+    import jax
+
+    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(tree))

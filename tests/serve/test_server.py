@@ -1,0 +1,254 @@
+"""The server by its routes and messages, with streams of numbered frames in a model's place."""
+
+import json
+import threading
+import time
+
+import httpx
+import pytest
+import uvicorn
+from shared.numbered import Numbered
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocketDisconnect
+
+from rehyat_jax.serve.app import About, make_app
+from rehyat_jax.serve.guard import Access
+from rehyat_jax.serve.host import Host, Limits, Wish
+from rehyat_jax.serve.live import Pace
+
+SOCKET = "ws://localhost:8765/v1/realtime/video"
+
+
+def serving(tmp_path, *, streams: int = 4, access: Access | None = None, **limits) -> TestClient:
+    host = Host(
+        lambda wish: Numbered(wish.prompt, wish.seed),
+        pace=Pace(ahead=2.0),
+        limits=Limits(streams=streams, **limits),
+        folder=tmp_path,
+    )
+    about = About(model="numbered", device="none", words=("cat",))
+    client = TestClient(make_app(host, about, access=access), base_url="http://localhost:8765")
+    client.host = host
+    return client
+
+
+@pytest.fixture
+def client(tmp_path):
+    with serving(tmp_path) as client:
+        yield client
+
+
+def heard(socket, kind: str) -> dict:
+    """The next message of a kind; fragments and other messages before it are passed over."""
+    while True:
+        message = socket.receive()
+        if message["type"] == "websocket.close":
+            raise WebSocketDisconnect(message.get("code", 1000))
+        if message.get("text") is not None:
+            content = json.loads(message["text"])
+            if content["type"] == kind:
+                return content
+
+
+def fragment(socket) -> tuple[dict, bytes]:
+    metadata = heard(socket, "video.chunk_metadata")
+    return metadata, socket.receive_bytes()
+
+
+def test_two_viewers_get_the_same_bytes(client):
+    with client.websocket_connect(SOCKET) as one:
+        one.send_json({"type": "session.start", "prompt": "a cat", "seed": 3})
+        start = heard(one, "video.start")
+        head = one.receive_bytes()
+        parts = [fragment(one) for _ in range(4)]
+        assert start["mime_type"].startswith('video/mp4; codecs="avc1.')
+        assert [part[0]["generation_chunk_index"] for part in parts] == [0, 1, 2, 3]
+        assert all(len(data) == metadata["byte_length"] for metadata, data in parts)
+        with client.websocket_connect(SOCKET) as other:
+            other.send_json({"type": "session.join", "id": start["id"], "from_chunk": 0})
+            assert heard(other, "video.start")["id"] == start["id"]
+            assert other.receive_bytes() == head
+            assert [fragment(other) for _ in range(4)] == parts
+
+
+def test_curl_gets_the_file_as_it_grows(tmp_path):
+    host = Host(lambda wish: Numbered(wish.prompt), pace=Pace(ahead=1.0), folder=tmp_path)
+    app = make_app(host, About(model="numbered", device="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        name = host.begin(Wish(prompt="a cat")).result(10)
+        got = b""
+        with httpx.stream("GET", f"http://localhost:{port}/v1/streams/{name}.mp4") as answer:
+            assert answer.headers["content-type"] == "video/mp4"
+            for data in answer.iter_raw():
+                got += data
+                live = host.get(name)
+                if len(live.chunks) > 6:
+                    break
+        assert len(got) > 1000
+        assert live.path.read_bytes().startswith(got)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_sentence_is_queued_and_its_chunk_says_so(client):
+    with client.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "prompt": "a cat"})
+        fragment(socket)
+        event = {"event_id": "e1", "event": {"prompt": "a dog"}}
+        socket.send_json({"type": "session.interaction", "interaction": event})
+        queued = heard(socket, "session.interaction.queued")
+        number = 0
+        while number < queued["generation_chunk_index"]:
+            socket.send_json({"type": "session.playback", "position_seconds": 1e6})
+            metadata, _ = fragment(socket)
+            number = metadata["generation_chunk_index"]
+        assert metadata["prompt"] == "a dog"
+        assert metadata["started_event_ids"] == ["e1"]
+
+
+def test_going_back_and_branching(client):
+    with client.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "prompt": "a cat"})
+        before = [fragment(socket)[1] for _ in range(4)]
+        socket.send_json({"type": "session.rewind", "chunk": 2})
+        back = heard(socket, "video.rewind")
+        assert (back["chunk"], back["position_seconds"]) == (2, 0.5)
+        assert [fragment(socket)[1] for _ in range(2)] == before[2:]
+        socket.send_json({"type": "session.fork", "chunk": 1, "seed": 9})
+        forked = heard(socket, "session.forked")
+        with client.websocket_connect(SOCKET) as other:
+            other.send_json({"type": "session.join", "id": forked["id"], "from_chunk": 0})
+            parts = [fragment(other)[1] for _ in range(2)]
+        assert parts[0] == before[0]
+        assert parts[1] != before[1]
+
+
+def test_a_stream_is_described_and_drawn_and_downloaded(client):
+    with client.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "prompt": "a cat"})
+        name = heard(socket, "video.start")["id"]
+        fragment(socket)
+        told = client.get(f"/v1/streams/{name}").json()
+        assert told["prompt"] == "a cat"
+        assert told["viewers"] == 1
+        assert client.get("/v1/streams").json()["data"][0]["id"] == name
+        assert client.get(f"/v1/streams/{name}/thumbnails/0.png").content.startswith(b"\x89PNG")
+        whole = client.get(f"/v1/streams/{name}/whole.mp4")
+        assert whole.content[4:8] == b"ftyp"
+        assert "rehyat_chunks_total" in client.get("/metrics").text
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/v1/about").json()["words"] == ["cat"]
+
+
+def test_the_page_is_whole_and_its_policy_strict(client):
+    page = client.get("/")
+    assert "<script src=" in page.text
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for part in ("page.js", "style.css"):
+        assert client.get(f"/page/{part}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "evil.example:8765"},
+        {"origin": "http://evil.example"},
+        {"origin": "http://localhost:9999"},
+        {"origin": "null"},
+    ],
+    ids=lambda headers: str(headers),
+)
+def test_foreign_names_and_foreign_pages_are_refused(client, headers):
+    assert client.get("/v1/streams", headers=headers).status_code == 403
+    with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect(SOCKET, headers=headers):
+        pass
+    assert refused.value.status_code == 403
+    assert not client.host.names()
+
+
+def test_a_token_is_asked_for(tmp_path):
+    with serving(tmp_path, access=Access(token="right")) as client:
+        assert client.get("/health").status_code == 401
+        assert client.get("/health?token=wrong").status_code == 401
+        assert client.get("/health?token=right").status_code == 200
+        assert client.get("/health", headers={"authorization": "Bearer right"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "session.start"},
+        {"type": "session.start", "prompt": 5},
+        {"type": "session.start", "prompt": "x" * 3000},
+        {"type": "session.start", "prompt": "a cat", "seed": "1"},
+        {"type": "session.start", "prompt": "a cat", "seed": True},
+        {"type": "session.join", "id": "../../etc/passwd"},
+        {"type": "session.join", "id": "0" * 16},
+        {"type": "nothing"},
+        {},
+    ],
+    ids=str,
+)
+def test_hostile_first_messages_are_answered_in_a_sentence(client, message):
+    with client.websocket_connect(SOCKET) as socket:
+        socket.send_json(message)
+        assert heard(socket, "error")["error"]["message"]
+        with pytest.raises(WebSocketDisconnect):
+            heard(socket, "video.start")
+    assert not client.host.names()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "not json",
+        "[" * 10_000,
+        '{"type": "session.rewind", "chunk": -1}',
+        '{"type": "session.rewind", "chunk": 1000000}',
+        '{"type": "session.rewind", "chunk": true}',
+        '{"type": "session.playback", "position_seconds": -1}',
+        '{"type": "session.interaction", "interaction": {"event": {"prompt": 3}}}',
+        '{"type": "session.interaction"}',
+        "x" * 70_000,
+    ],
+    ids=lambda message: message[:40],
+)
+def test_hostile_messages_leave_the_stream_as_it_is(client, message):
+    with client.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "prompt": "a cat"})
+        fragment(socket)
+        socket.send_text(message)
+        assert heard(socket, "error")["error"]["message"]
+        socket.send_json({"type": "session.ping"})
+        heard(socket, "session.pong")
+        assert fragment(socket)[1]
+
+
+def test_no_more_streams_than_may_be(tmp_path):
+    with serving(tmp_path, streams=1) as client, client.websocket_connect(SOCKET) as one:
+        one.send_json({"type": "session.start", "prompt": "a cat"})
+        fragment(one)
+        with client.websocket_connect(SOCKET) as other:
+            other.send_json({"type": "session.start", "prompt": "a dog"})
+            assert "try again later" in heard(other, "error")["error"]["message"]
+
+
+def test_a_stream_that_nobody_watches_is_ended(tmp_path):
+    with serving(tmp_path, idle=0.2) as client:
+        with client.websocket_connect(SOCKET) as socket:
+            socket.send_json({"type": "session.start", "prompt": "a cat"})
+            fragment(socket)
+        until = time.monotonic() + 10
+        while client.host.names() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not client.host.names()
+        assert not list(tmp_path.glob("*.mp4"))
