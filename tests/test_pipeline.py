@@ -13,6 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import tiers
 from shared.checkpoint import save_tiny_checkpoint, tiny_pipeline
 from shared.tiers import examples
 
@@ -66,11 +67,13 @@ ENOUGH = 100
 
 @pytest.mark.parametrize(
     ("patch", "shift", "settings"),
-    [
-        ((1, 2, 2), 3.0, {**SMALL, "guidance_scale": 5.0, "negative_prompt": "static, 2 subtitles"}),
-        ((1, 1, 1), 8.0, {**SMALL, "height": 16, "num_frames": 1, "num_inference_steps": 7, "guidance_scale": 1.0}),
-        ((1, 2, 2), 5.0, {**SMALL, "num_frames": 13, "num_inference_steps": 12, "guidance_scale": 2.5}),
-    ],
+    tiers.breadth(
+        [
+            ((1, 2, 2), 3.0, {**SMALL, "guidance_scale": 5.0, "negative_prompt": "static, 2 subtitles"}),
+            ((1, 1, 1), 8.0, {**SMALL, "height": 16, "num_frames": 1, "num_inference_steps": 7, "guidance_scale": 1.0}),
+            ((1, 2, 2), 5.0, {**SMALL, "num_frames": 13, "num_inference_steps": 12, "guidance_scale": 2.5}),
+        ]
+    ),
 )
 def test_makes_what_diffusers_makes(tmp_path, cache, patch, shift, settings):
     theirs = save_tiny_checkpoint(tmp_path, seed=int(shift), patch=patch, shift=shift)
@@ -110,6 +113,7 @@ def test_euler_as_diffusers_has_it(tmp_path, cache):
     assert psnr(ours("a cat", noise=noise, output="float", guidance_scale=3.0, **SMALL), expected[0]) > ENOUGH
 
 
+@pytest.mark.full
 def test_bundled_models_open_in_diffusers_and_agree(cache):
     """The real client at the model's own defaults, a few steps of them, in float32 (≥ 45 dB asked for): left alone it
     takes the text encoder's dtype from its file, bfloat16."""
@@ -125,6 +129,7 @@ def test_bundled_models_open_in_diffusers_and_agree(cache):
         assert psnr(ours(prompt, noise=noise, output="float", **settings), expected[0]) > ENOUGH
 
 
+@pytest.mark.full
 def test_the_bundled_student_streams_and_its_teacher_is_beside_it(cache):
     """Three latent frames are nine of video; 60 MB are allowed."""
     pipe = TextToVideo.from_pretrained("mini-sprites", cache_dir=cache)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import tiers
 from shared.devices import environment
 from shared.tiers import examples
 
@@ -149,7 +150,7 @@ def everything(cut: Cut) -> Callable[..., dict[tuple[str, str, str], Any]]:
 
 @settings(max_examples=examples(200), deadline=None, derandomize=True, database=None)
 @given(
-    cut=st.sampled_from(CUTS),
+    cut=st.sampled_from(tiers.chosen(CUTS, test=3)),
     decayed=st.booleans(),
     sharpness=st.sampled_from([0.3, 1.0, 4.0]),
     seed=st.integers(0, 2**32 - 1),
@@ -207,7 +208,7 @@ def test_update_as_printed_is_wrong():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 1e-2)])
-@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("stabilizer", tiers.breadth(STABILIZERS))
 def test_precision(dtype, tolerance, stabilizer, x64):
     """Of the root mean square of the output, against float64 of the same rounded inputs; N = 300, D = 64, F = 128.
     The contract's figures: 2e-5 and 1e-2."""
@@ -234,7 +235,7 @@ def test_state_is_wide():
     np.testing.assert_allclose(state.z, phi.sum(1), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("overlap", "causal"), [(2, True), (5, True), (5, False)])
+@pytest.mark.parametrize(("overlap", "causal"), tiers.breadth([(5, True), (2, True), (5, False)]))
 def test_gradients(overlap, causal, x64):
     """To q, k, v, both features, decay and the initial state, of the output and of the state after: scan against
     reference 1e-10 (float64). Compiled. With the longer overlap the initial state has an empty place, which has no
@@ -296,7 +297,7 @@ def test_stabilizer_has_no_gradient(x64):
         np.testing.assert_allclose(np.sum(gradient * direction), expected, atol=1e-8)
 
 
-@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("stabilizer", tiers.breadth(STABILIZERS))
 def test_extreme_scores_stay_finite(stabilizer):
     """Scores far beyond what float32's exponential holds, either side, values and gradients: an empty past beside
     vanishing weights, and a past beside weights that would overflow."""
@@ -362,6 +363,7 @@ def test_memory_does_not_grow():
     assert temporary(64, backward) - temporary(16, backward) <= 48 * allowed * 1.01
 
 
+@pytest.mark.full
 def test_sharded_over_batch_and_heads():
     """Eight virtual devices, both of JAX's sharding modes, cut and continued, with gradients, as on one device."""
     program = """
@@ -454,6 +456,7 @@ jitted = jax.jit(
 )
 
 
+@pytest.mark.full
 def test_an_empty_state_is_no_constant_to_the_compiler():
     # XLA's CPU backend read beyond a product's operand that it knew to be zero everywhere: another result, or NaN, in
     # every process. Each implementation here had it: a walk of one whole chunk is unrolled, so that its state is known.

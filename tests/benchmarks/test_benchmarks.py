@@ -86,6 +86,7 @@ def tiny_study(folder, *more):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.full
 def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys):
     """From the teacher to its figures; a run again does what is missing, and another seed compiles nothing new."""
     fewer = dataclasses.replace(ablations.TINY, occlusion_batch=0, occlusions=0, long_clips=0)

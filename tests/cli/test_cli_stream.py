@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared import tiers
 from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import cli
@@ -194,7 +195,7 @@ def test_a_model_that_cannot_stream_names_its_blocks(rehyat, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4, 5])
+@pytest.mark.parametrize("chunks", [2, *map(tiers.full, (1, 4, 5))])
 def test_a_run_that_ended_anywhere_is_gone_on_with(rehyat, stopped, short, chunks):
     out = stopped(chunks)
     assert len(read_video(out)) == min(5 + 8 * (chunks - 1), SHORT)
@@ -250,6 +251,7 @@ sys.exit(cli.main(sys.argv[1:]))
     return subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
 
 
+@pytest.mark.full
 def test_signals_cost_no_frame(checkpoint, tmp_path):
     """SIGKILL in the first chunk, twice in the middle, then Ctrl-C: in the end the bytes of an undisturbed run."""
     calm, out = tmp_path / "calm" / "a.mp4", tmp_path / "a.mp4"
@@ -276,6 +278,7 @@ def test_signals_cost_no_frame(checkpoint, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [*FILES, "calm"]
 
 
+@pytest.mark.full
 def test_a_full_disk_is_a_sentence_and_loses_nothing(rehyat, short, tmp_path, small_disk):
     out = small_disk / "a.mp4"
     result = rehyat(out, "--frames", 100_000)

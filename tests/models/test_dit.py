@@ -11,6 +11,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from flax import nnx
 from safetensors.numpy import load_file
+from shared import tiers
 from shared.wan import TINY, Case, abstract, by_diffusers, by_us, inputs, ported, reference, relative, scans
 
 from rehyat_jax.errors import RehyatError
@@ -72,7 +73,7 @@ def test_zeros_after_a_text_cost_one_token(tmp_path):
         ours(*map(jnp.asarray, (latents, times, text)), text_tokens=case.text - 1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tiers.breadth(CASES, test=2))
 def test_agrees_with_diffusers(name, tmp_path):
     """1e-4 absolute on activations of order one, in float32."""
     case = CASES[name]
@@ -83,7 +84,7 @@ def test_agrees_with_diffusers(name, tmp_path):
     np.testing.assert_allclose(by_us(ported(model, tmp_path), *arguments), theirs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["as_wan", "patches_of_one_pixel"])
+@pytest.mark.parametrize("name", ["as_wan", tiers.full("patches_of_one_pixel")])
 def test_each_frame_may_have_a_time_of_its_own(name, tmp_path):
     """diffusers with a time for each token, as Wan2.2's 5B has it: 1e-4 absolute; one for all frames as one alone."""
     case = CASES[name]

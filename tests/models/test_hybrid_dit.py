@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from shared import tiers
 from shared.wan import Case, abstract, by_diffusers, by_us, inputs, ported, quickly_compiled, reference, relative, scans
 
 from rehyat_jax.attention.softmax import softmax_attention
@@ -159,7 +160,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", tiers.breadth(SETTINGS, test=2))
 def test_agrees_with_the_equation_between_diffusers_projections(name, tmp_path, monkeypatch):
     """diffusers' model, whose attention function is the equation wherever a block is converted: 1e-4 absolute on
     activations of order one, as for the teacher."""
@@ -182,8 +183,10 @@ def test_agrees_with_the_equation_between_diffusers_projections(name, tmp_path, 
     np.testing.assert_allclose(by_us(ours, *inputs(CASE)), theirs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("chunk", [7, 1000])
-@pytest.mark.parametrize("options", [{}, {"blocks": (1,)}, {"causal": False}, {"overlap_frames": 0}], ids=str)
+@pytest.mark.parametrize("chunk", [7, tiers.full(1000)])
+@pytest.mark.parametrize(
+    "options", tiers.breadth([{}, {"blocks": (1,)}, {"causal": False}, {"overlap_frames": 0}]), ids=str
+)
 def test_a_chunk_of_the_whole_video_is_the_teacher(options, chunk, tmp_path):
     """1e-6 relative: the same numbers, summed in another order."""
     model = student(HybridConfig(chunk_frames=chunk, **options), folder=tmp_path)
@@ -221,7 +224,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", tiers.breadth(STREAMS, test=2))
 def test_chunk_by_chunk_is_the_whole_call(name, tmp_path):
     """1e-5 relative in float32; pieces of one chunk, of several, and a last that is short."""
     model = student(STREAMS[name], folder=tmp_path)
@@ -416,6 +419,7 @@ def test_a_block_hands_out_what_distillation_needs(tmp_path):
     np.testing.assert_allclose(softmax_attention(q[1], k[1], v[1]), y[1], atol=1e-6)
 
 
+@pytest.mark.full
 def test_the_computation_in_bf16(tmp_path):
     """As near to float32 as the teacher in bf16 is, within a factor of two; the state's sums stay float32."""
     case = CASE

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from flax import nnx
+from shared import tiers
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.wan.config import VAEConfig
@@ -110,7 +111,7 @@ def small():
     return ours_from(reference(SMALL, seed=7), SMALL)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiers.breadth(CASES))
 def test_as_diffusers(case):
     cfg, shape = CASES[case]
     model = reference(cfg, seed=len(case))
@@ -130,7 +131,7 @@ def test_as_diffusers(case):
     np.testing.assert_allclose(decode(vae, latents), expected_video, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["wan's shape", "halving once"])
+@pytest.mark.parametrize("case", [tiers.full("wan's shape"), "halving once"])
 def test_in_pieces_as_whole(case):
     cfg, (_, height, width) = CASES[case]
     vae = ours_from(reference(cfg, seed=1), cfg)
@@ -207,6 +208,7 @@ def test_gradients_from_scratch():
     assert all("attentions" in path and "proj" not in path for path in still), still
 
 
+@pytest.mark.full
 def test_bfloat16_is_near(small):
     coarse = ours_from(reference(SMALL, seed=7), SMALL, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     video, latents = video_of((13, 12, 20), batch=1), latents_of(SMALL, (13, 12, 20), batch=1)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import tiers
 from shared.tiers import examples
 
 from benchmarks import stream_memory
@@ -83,13 +84,16 @@ def difference(a: jax.Array, b: jax.Array) -> float:
 
 @pytest.mark.parametrize(
     ("hybrid", "batch"),
-    [
-        # Seven frames: chunks of 3, 3 and 1; then 2, 2, 2 and 1 under an overlap longer than a chunk.
-        (HybridConfig(chunk_frames=3, overlap_frames=1), 2),
-        (HybridConfig(chunk_frames=2, overlap_frames=3, decay=True, stabilizer="lse"), 1),
-        (HybridConfig(chunk_frames=2, overlap_frames=1, kind="window", sink_frames=1), 1),
-        (HybridConfig(chunk_frames=3, overlap_frames=0, kind="linear"), 1),
-    ],
+    tiers.breadth(
+        [
+            # Seven frames: chunks of 3, 3 and 1; then 2, 2, 2 and 1 under an overlap longer than a chunk.
+            (HybridConfig(chunk_frames=3, overlap_frames=1), 2),
+            (HybridConfig(chunk_frames=2, overlap_frames=3, decay=True, stabilizer="lse"), 1),
+            (HybridConfig(chunk_frames=2, overlap_frames=1, kind="window", sink_frames=1), 1),
+            (HybridConfig(chunk_frames=3, overlap_frames=0, kind="linear"), 1),
+        ],
+        test=2,
+    ),
 )
 def test_the_two_sweeps_are_one_function(hybrid, batch):
     """20 steps with guidance, float32: the issue asks for 1e-4."""
@@ -99,7 +103,7 @@ def test_the_two_sweeps_are_one_function(hybrid, batch):
     assert difference(whole, swept(model, shape, by=per_chunk, batch=batch)) <= 1e-4
 
 
-@pytest.mark.parametrize(("remember", "decay"), [(0.0, True), (0.25, False)])
+@pytest.mark.parametrize(("remember", "decay"), [(0.0, True), tiers.full(0.25, False)])
 def test_a_finished_chunk_is_remembered_at_its_own_level(remember, decay):
     """Against calls on the whole video so far, each frame at its own time: what is finished at ``remember``, the newest
     chunk at the step's; the solver by hand. Float32, five steps with guidance; chunks of 3, 3 and 1."""
@@ -130,7 +134,7 @@ def test_a_finished_chunk_is_remembered_at_its_own_level(remember, decay):
     assert difference(made, swept(model, (7, *size), by=per_step, steps=steps)) > 0.01
 
 
-@pytest.mark.parametrize("remember", ["steps", 0.0, 0.1])
+@pytest.mark.parametrize("remember", ["steps", 0.0, tiers.full(0.1)])
 def test_a_beginning_is_read_as_if_it_had_been_made(remember):
     """Two given chunks, then one that is made: against calls on the whole video, the given frames at the level and time
     that the newest chunk has, or at those of what is finished; the solver by hand."""

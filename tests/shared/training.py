@@ -15,6 +15,7 @@ from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.variables import kernel, table
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text.tokenizer import Tokenizer
 from train.data.clips import Bucket
@@ -75,6 +76,18 @@ def write_teacher(folder: Path) -> Path:
     defaults = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.0}
     complete_folder(folder, shift=3.0, defaults=defaults)
     return folder
+
+
+def problem() -> dict:
+    """Parameters of every kind, for an optimiser without a network."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "layer": {
+            "kernel": nnx.Param(jax.random.normal(keys[0], (5, 3)), **kernel(None, None)),
+            "bias": nnx.Param(jax.random.normal(keys[1], (3,))),
+        },
+        "table": {"embedding": nnx.Param(jax.random.normal(keys[2], (4, 2)), **table())},
+    }
 
 
 def finetuning(model: Path, out: Path, **options) -> FinetuneTraining:

@@ -65,6 +65,7 @@ def rehyat(capsys, monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.full
 def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("rehyat_jax.sprites.evaluation._LONGEST_WAIT", 4)  # shorter clips
     code, output, error = rehyat("sprites", "--model", student, "--teacher", teacher, *QUICK)
@@ -102,6 +103,7 @@ def test_a_student_beside_its_teacher(rehyat, student, teacher, tmp_path, monkey
         assert word in error
 
 
+@pytest.mark.full
 def test_what_was_measured_before_an_end_is_kept(rehyat, teacher, monkeypatch):
     def ended(*_, **__):
         raise RehyatError("ended")
@@ -200,6 +202,7 @@ def test_clips_are_the_streams_and_the_whole_videos_of_their_seeds(student):
             assert np.abs(streamed.astype(int) - whole).max() <= 1
 
 
+@pytest.mark.full
 def test_clips_go_on_from_true_ones_with_or_without_what_they_remember(student):
     pipe, rng = TextToVideo.from_pretrained(student), np.random.default_rng(0)
     state = nnx.state(pipe.transformer, MixerParam)  # far from their start, so that the past counts

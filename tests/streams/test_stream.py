@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from shared import tiers
 from shared.checkpoint import save_tiny_checkpoint
 from shared.tiers import examples
 
@@ -92,7 +93,7 @@ def test_a_stream_has_the_frames_of_a_call(pipe):
     assert apart.mean() < 0.001
 
 
-@pytest.mark.parametrize("remember", ["steps", 0.0])
+@pytest.mark.parametrize("remember", [0.0, tiers.full("steps")])
 def test_a_stream_goes_on_from_a_beginning(pipe, tmp_path, remember):
     """Its first frames are those of the whole video's latents, decoded at once: the given and what was made after."""
     video = np.random.default_rng(0).integers(0, 256, (13, 32, 48, 3), np.uint8)
@@ -175,6 +176,7 @@ def test_nothing_is_compiled_and_nothing_grows_after_the_first_chunk(pipe, caplo
     assert [name for name in compiled(1) if name in programs] == []
 
 
+@pytest.mark.full
 def test_another_process_goes_on_bit_for_bit(checkpoint, saved, tmp_path):
     """Without the compiled programs of this one."""
     folder, expected = saved
@@ -578,6 +580,7 @@ for version in itertools.count():
 """
 
 
+@pytest.mark.full
 def test_a_kill_at_any_moment_leaves_a_whole_stream(tmp_path):
     """SIGKILL while a state of 20 MB is written again and again: what is there afterwards is one version of it."""
     shapes = ((4, 1, 1 << 20), (1, 1 << 20), (1, 1, 1, 5))

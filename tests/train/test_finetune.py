@@ -78,6 +78,7 @@ def whole(teacher, tmp_path_factory) -> FinetuneTraining:
     return training
 
 
+@pytest.mark.full
 def test_the_loss_falls_over_clips_of_both_lengths(whole):
     log = log_of(whole)
     # Clips longer than the teacher's are not compared with it.
@@ -86,6 +87,7 @@ def test_the_loss_falls_over_clips_of_both_lengths(whole):
     assert log[-1]["loss"] < 0.75 * log[0]["loss"]
 
 
+@pytest.mark.full
 def test_the_result_is_a_whole_model_that_streams(whole, teacher):
     assert {path.name for path in whole.out.iterdir()} == {
         "model_index.json",
@@ -117,6 +119,7 @@ def test_the_result_is_a_whole_model_that_streams(whole, teacher):
     assert TextToVideo.from_pretrained(whole.out).defaults.num_inference_steps == 2
 
 
+@pytest.mark.full
 def test_anew_a_student_is_its_teacher_converted(whole):
     begun = finetuning(whole.out, Path("unused"), anew=True).student(whole.out)
     softmax = load_transformer(whole.out, hybrid=None)
@@ -190,6 +193,7 @@ def test_history_is_cleaner_and_not_learned(teacher):
     assert loss(params, {}, batch._replace(weights=jnp.zeros((2, 5))))[0] == 0
 
 
+@pytest.mark.full
 def test_a_student_that_remembers_says_so(teacher, tmp_path):
     """Trained with history: its folder's default, which a stream follows with one state for all steps."""
     training = finetuning(
@@ -278,6 +282,7 @@ def test_impossible_settings_are_named(change, words):
         finetuning(Path("unused"), Path("unused"), **change)
 
 
+@pytest.mark.full
 def test_what_does_not_fit_is_one_sentence(whole, teacher, tmp_path):
     out = tmp_path / "out"
     short = (Bucket(kind="plain", frames=4, batch=4),)
@@ -360,6 +365,7 @@ def test_validation_measures_and_shows_the_average(teacher, tmp_path):
     assert all(entry["tflops_per_s"] > 0 for entry in log_of(training))
 
 
+@pytest.mark.full
 def test_the_last_checkpoint_exports_the_model_of_the_run(whole, teacher, tmp_path, capsys):
     file = tmp_path / "config.py"
     file.write_text(

@@ -334,6 +334,7 @@ def test_what_is_wrong_with_a_prepared_folder_is_one_sentence(model, data, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_distillation_reads_prepared_clips(model, data, tmp_path):
     training = DistillTraining(
         out=tmp_path / "student",

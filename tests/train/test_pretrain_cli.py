@@ -240,6 +240,7 @@ def test_the_last_checkpoint_exports_the_model_of_the_run(trained, tiny, tmp_pat
     assert exported["model_index.json"] == (trained / "model_index.json").read_bytes()
 
 
+@pytest.mark.full
 def test_a_trained_model_is_gone_on_from(trained, tiny, tmp_path, rehyat):
     """At a learning rate of 0 the result is what it began with, VAE included; of other sizes it is refused."""
     out, still = tmp_path / "out", ("--optimizer.learning-rate", 0, "--steps", 16)
