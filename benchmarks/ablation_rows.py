@@ -40,7 +40,8 @@ def _row(
     **fields: Any,
 ) -> Row:
     """By what differs from chunks of three frames, an overlap of one, all blocks, length_norm where it can be."""
-    can = fields.get("kind", "hybrid") == "hybrid" and fields.get("causal", True)
+    mixer = HybridConfig(**fields).mixer
+    can = "length_norm" in mixer.fields() and mixer.why_not_stream() is None
     return Row(
         hybrid=HybridConfig(**{"length_norm": can} | fields),
         stages=stages or ("distill", "finetune"),

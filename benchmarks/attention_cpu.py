@@ -17,8 +17,8 @@ import jax
 import tyro
 
 from rehyat_jax import hybrid_attention
-from rehyat_jax.attention.baselines import window_attention
 from rehyat_jax.attention.softmax import softmax_attention
+from rehyat_jax.mixers.window import window_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
-from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import load_transformer, load_vae
 from rehyat_jax.models.folder import Defaults, find_model, read_defaults, read_scheduler
 from rehyat_jax.models.wan.transformer import WanTransformer
@@ -86,7 +86,7 @@ class TextToVideo:
         name_or_path: str | os.PathLike[str],
         *,
         dtype: DTypeLike = jnp.float32,
-        hybrid: HybridConfig | Literal["auto"] | None = "auto",
+        hybrid: Conversion | Literal["auto"] | None = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from pallas_kernels.gpu.triton import _divided, _product
-
-Positive = Literal["softplus", "exp"]
+from pallas_kernels.options import Positive
 
 
 class Layers(NamedTuple):

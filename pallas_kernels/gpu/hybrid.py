@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gpu.windows import Kernels, Stabilizer, Windows, attend
+from pallas_kernels.gpu.windows import Kernels, Windows, attend
+from pallas_kernels.options import Stabilizer
 
 #: Σ φ vᵀ [B, H, T, F, D] and Σ φ [B, H, T, F] of chunks; of one, without T. All products here have a head's tokens
 #: together, as the kernel of φ writes features: no pass over memory turns them.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Stabilizer = Literal["row_max", "lse", "none"]
+from pallas_kernels.merge import shares, stabilizer_of
+from pallas_kernels.options import Stabilizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,18 +86,9 @@ def _forward(
 ) -> tuple[Array, Any]:
     softmax, total, largest = kernels.forward(windows, q, k, v, seen)
     total, largest = (x.swapaxes(1, 2) for x in (total, largest))
-    match stabilizer:
-        case "row_max":
-            c = largest
-        case "lse":
-            c = total
-        case "none":
-            c = jnp.zeros_like(total)
-    # An empty linear part has no say in the common factor, beside which small scores could vanish: 0 / 0.
-    common = jnp.where(n == 0, total, jnp.maximum(total, c))
-    local = jnp.exp2(total - common)
-    # With an empty linear part the difference is not bounded by 0, and 2 to it is multiplied by 0.
-    past = jnp.exp2(jnp.minimum(c - common, 115.0))
+    # What the kernels give is normalised: its exponent is the logarithm of the sum, its sum 1.
+    c = stabilizer_of(stabilizer, largest, lambda: total)
+    common, local, past = shares(total, c, n, base="2")
     normalizer = local + n * past
     y = softmax.astype(jnp.float32) * (local / normalizer)[..., None]
     y = (y + a.astype(jnp.float32) * (past / normalizer)[..., None]).astype(v.dtype)

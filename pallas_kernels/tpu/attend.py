@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.merge import shares, stabilizer_of
+from pallas_kernels.options import Stabilizer
 from pallas_kernels.tpu.call import COLUMNS_COLUMNS, ROWS_ROWS, TILE, call, inside, product
 
-Stabilizer = Literal["row_max", "lse", "none"]
 #: Keys and values.
 Segment = tuple[Float[Array, "B H T _ D"], Float[Array, "B H T _ D"]]
 
@@ -135,12 +136,8 @@ def _forward_kernel(seen, q, segments, features_q, s, z, out, rows, maximum, tot
         phi, m, n = features_q[...], maximum[...], total[...]
         a_linear = product(s[...].astype(phi.dtype), phi, ROWS_ROWS)
         n_linear = product(z[...].astype(phi.dtype), phi, ROWS_ROWS)
-        c = {"row_max": m, "lse": m + jnp.log2(n), "none": jnp.zeros_like(m)}[plan.stabilizer]
-        # An empty linear part has no say in the common factor, beside which small scores could vanish: 0 / 0.
-        common = jnp.where(n_linear == 0, m, jnp.maximum(m, c))
-        local = jnp.exp2(m - common)
-        # With an empty linear part the difference is not bounded by 0, and 2 to it is multiplied by 0.
-        past = jnp.exp2(jnp.minimum(c - common, 115))
+        c = stabilizer_of(plan.stabilizer, m, lambda: m + jnp.log2(n))
+        common, local, past = shares(m, c, n_linear, base="2")
         inverse = 1 / (n * local + n_linear * past)
         out[...] = ((sums[...] * local + a_linear * past) * inverse).T.astype(out.dtype)
         rows[0:1, :] = common

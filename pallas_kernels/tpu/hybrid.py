@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.options import Stabilizer
 from pallas_kernels.tpu import attend, sums
 from pallas_kernels.tpu.blocks import Blocks, divided
 from pallas_kernels.tpu.call import TILE
@@ -32,7 +33,7 @@ def hybrid(
     decay: Float[Array, " H"],
     chunk: int,
     causal: bool,
-    stabilizer: attend.Stabilizer,
+    stabilizer: Stabilizer,
     blocks: Blocks,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H D"], Float[Array, "B H F D"], Float[Array, "B H F"]]:

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.options import Stabilizer
+from rehyat_jax.attention.linear import LinearState
 from rehyat_jax.attention.pallas import lacking, pallas, whole_on_each_device
-from rehyat_jax.attention.reference import Stabilizer, reference
-from rehyat_jax.attention.scan import empty_sums, scan
+from rehyat_jax.attention.reference import reference
+from rehyat_jax.attention.scan import scan
 from rehyat_jax.attention.state import HybridState, empty_places
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.runtime.platform import platform
@@ -87,7 +89,7 @@ def hybrid_attention(
         causal: the linear set is every token before the window; else every token outside it.
         stabilizer: the c of ``exp(q·k/√D − c)``, which the linear part is not divided by: ``"row_max"`` (as printed),
             ``"lse"`` (the softmax part's sum is 1) or ``"none"`` (0: φ_q·φ_k stands for ``exp(q·k/√D)`` itself).
-        implementation: ``"reference"`` is the dense equation, ``"scan"`` walks over the chunks, ``"pallas"`` is the
+        implementation: ``"reference"`` is the dense equation, ``"scan"`` scans over the chunks, ``"pallas"`` is the
             kernels for TPU (interpreted on a CPU, slowly) and CUDA, which arrays divided among devices reach inside
             ``jax.shard_map``. ``"auto"`` is pallas on these two where it can be, else scan.
         decay: γ of each head: every chunk, what is in the state is multiplied by it before more is added. None is 1.
@@ -145,7 +147,7 @@ def empty_state(
 ) -> HybridState:
     """``HybridState.zeros`` for these inputs, sharded as they are."""
     return HybridState(
-        *empty_sums(features_k, v),
+        *LinearState.empty(features_k, v),
         k=empty_places(q, overlap),
         v=empty_places(v, overlap),
         features_k=empty_places(features_k, overlap),

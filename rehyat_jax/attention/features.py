@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
+from pallas_kernels.options import Positive
 from rehyat_jax.attention.pallas import whole_on_each_device
 from rehyat_jax.attention.state import accumulator
 from rehyat_jax.errors import ConfigError
@@ -21,7 +22,6 @@ from rehyat_jax.runtime.platform import device_kind
 from rehyat_jax.runtime.variables import MixerParam, kernel, sharded
 
 Activation = Literal["gelu", "silu", "relu"]
-Positive = Literal["softplus", "exp", "none"]
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),

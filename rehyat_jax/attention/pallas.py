@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu, tpu
-from rehyat_jax.attention.reference import Stabilizer
+from pallas_kernels.options import Stabilizer
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.runtime.platform import device_kind, platform
 

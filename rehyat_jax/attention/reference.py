@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
+from pallas_kernels.options import Stabilizer
 from rehyat_jax.attention.state import HybridState
-
-Stabilizer = Literal["row_max", "lse", "none"]
 
 
 def reference(

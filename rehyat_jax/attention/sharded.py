@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from pallas_kernels.options import Stabilizer
 from rehyat_jax.attention.api import Implementation, hybrid_attention
-from rehyat_jax.attention.reference import Stabilizer
-from rehyat_jax.attention.scan import Sums, empty_sums, enter
+from rehyat_jax.attention.linear import LinearState
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import ConfigError, RehyatError
@@ -139,7 +139,7 @@ def _past(
     """Inside ``shard_map``: the state before this device's first token."""
     tokens = k.shape[1]
     past_k, past_v, past_features = (_tokens_before(x, overlap, devices) for x in (k, v, features_k))
-    before = empty_sums(features_k, v)
+    before = LinearState.empty(features_k, v)
     if decay is not None:
         decay = decay.astype(before.s.dtype)
     # What leaves the window while this device's chunks are walked through: first what it holds of its neighbours'.
@@ -152,16 +152,15 @@ def _past(
             later = (tokens - 1 - start - jnp.arange(features.shape[1])) // chunk
             fade = decay[None] ** later[:, None].astype(decay.dtype)
             features = features.astype(decay.dtype) * fade[None, :, :, None]
-        before = enter(before, features, values)
+        before = before.update(features, values)
     # Exclusive prefix sum in log₂ steps; with decay, what comes from further left has faded by every chunk between.
     before = _from_left(before, 1, devices)
     distance = 1
     while distance < devices - 1:
         earlier = _from_left(before, distance, devices)
         if decay is not None:
-            fade = decay ** (distance * (tokens // chunk))
-            earlier = Sums(earlier.s * fade[None, :, None, None], earlier.z * fade[None, :, None])
-        before = Sums(before.s + earlier.s, before.z + earlier.z)
+            earlier = earlier.decayed(decay ** (distance * (tokens // chunk)))
+        before = LinearState(before.s + earlier.s, before.z + earlier.z)
         distance *= 2
     seen = jnp.minimum(jax.lax.axis_index(_CONTEXT) * tokens, overlap).astype(jnp.int32)
     return HybridState(before.s, before.z, past_k, past_v, past_features, seen)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.umt5.rows import TEXT_ENCODER
 from rehyat_jax.models.wan.rows import WAN_TRANSFORMER
@@ -62,7 +62,7 @@ _MODEL_INDEX = {
 
 
 def load_transformer(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, hybrid: HybridConfig | Literal["auto"] | None = "auto"
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, hybrid: Conversion | Literal["auto"] | None = "auto"
 ) -> WanTransformer:
     """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
 
@@ -83,7 +83,7 @@ def load_transformer(
     plan = make_plan(Path(path), "transformer", dtype=dtype)
     student = attached_to("transformer", plan, dtype=dtype) if hybrid == "auto" else None
     module = cast(WanTransformer, filled((student and student.instead) or plan, dtype=dtype))
-    if isinstance(hybrid, HybridConfig):
+    if isinstance(hybrid, Conversion):
         return module.with_hybrid(hybrid, rngs=nnx.Rngs(0))
     if student is None:
         return module

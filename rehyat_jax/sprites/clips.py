@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from rehyat_jax.attention.scan import Sums
+from rehyat_jax.attention.linear import LinearState
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.wan.vae import WanVAE
@@ -140,11 +140,11 @@ def _emptied(states: States) -> States:
     """Without what is summed over the past: of a hybrid block, its softmax window is left."""
 
     def block(state: Any) -> Any:
-        if isinstance(state, HybridState | Sums):
+        if isinstance(state, HybridState | LinearState):
             return state._replace(s=jnp.zeros_like(state.s), z=jnp.zeros_like(state.z))
         return state
 
-    return jax.tree.map(block, states, is_leaf=lambda x: isinstance(x, HybridState | Sums))
+    return jax.tree.map(block, states, is_leaf=lambda x: isinstance(x, HybridState | LinearState))
 
 
 def quantized(video: Float[Array, "B F H W 3"]) -> UInt8[np.ndarray, "B F H W 3"]:

@@ -12,10 +12,10 @@ import torch
 from flax import nnx
 
 from rehyat_jax import hybrid_attention
-from rehyat_jax.attention.baselines import window_attention
 from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.mixers.window import window_attention
 from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.folder import bundled_models
 

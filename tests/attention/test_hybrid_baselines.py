@@ -16,8 +16,9 @@ from shared import tiers
 from shared.tiers import examples
 
 from rehyat_jax import hybrid_attention
-from rehyat_jax.attention.baselines import WindowState, linear_attention, window_attention
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.mixers.linear import linear_attention
+from rehyat_jax.mixers.window import WindowState, window_attention
 
 
 def drawn(tokens: int, *widths: int, batch: int = 2, seed: int = 0) -> list[np.ndarray]:

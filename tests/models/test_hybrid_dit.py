@@ -287,7 +287,7 @@ def test_positions_far_into_a_stream(tmp_path):
         (None, "blocks 0-2 of 3"),
         (HybridConfig(blocks=(1,)), "blocks 0, 2 of 3"),
         (HybridConfig(blocks=(0, 1)), "block 2 of 3"),
-        (HybridConfig(causal=False), "blocks 0-2 are not causal"),
+        (HybridConfig(causal=False), "blocks 0-2 of 3 are not causal"),
     ],
     ids=str,
 )

@@ -13,13 +13,14 @@ from shared.training import random_module
 
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.softmax import softmax_attention
+from rehyat_jax.mixers.base import Mixer
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.mixers.hybrid import HybridAttention
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.transformer import WanTransformer
 from train.data.trajectories import Points
 from train.engine.optimizer import OptimizerConfig
-from train.stages.attention_loss import health, score_loss, weights
+from train.stages.attention_loss import health, score_loss
 from train.stages.blockwise import Seen, draw_order, learn, measure, observe
 
 #: For values, not speed.
@@ -41,9 +42,10 @@ WAN = WanConfig(
 # Weights and losses --------------------------------------------------------------------------------------------------
 
 
-def _attention(hybrid: HybridConfig, seed: int = 0) -> HybridAttention:
+def _attention(hybrid: HybridConfig, seed: int = 0) -> Mixer:
     """A block of random numbers whose past weighs as much as its window."""
-    attention = HybridAttention(WAN, hybrid, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    attention = hybrid.mixer.make(heads=2, head_dim=12, **kinds, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     state = nnx.state(attention)
     nnx.update(attention, jax.tree.map(lambda x: x + jnp.asarray(rng.uniform(0.1, 0.4, x.shape), x.dtype), state))
@@ -65,6 +67,7 @@ def _seen(frames: int, frame: int, rows: int = 2, seed: int = 0) -> Seen:
         HybridConfig(chunk_frames=2, overlap_frames=1, causal=False),
         HybridConfig(chunk_frames=2, kind="linear", decay=True),
         HybridConfig(chunk_frames=2, kind="linear", causal=False),
+        HybridConfig(chunk_frames=1, kind="window", sink_frames=1),
     ],
     ids=lambda h: f"{h.kind}-{h.chunk_frames}-{h.overlap_frames}-{h.stabilizer}-{'causal' if h.causal else 'all'}",
 )
@@ -74,7 +77,7 @@ def test_weights_are_those_of_the_operator(hybrid):
     queries = jnp.array([0, 4, 8, 14])
     found, whole = quick(
         lambda seen: (
-            weights(attention, seen.q, seen.k, queries=queries, frame=frame),
+            attention.weights(seen.q, seen.k, queries=queries, frame=frame),
             attention(seen.q, seen.k, seen.v, frame=frame),
         )
     )(seen)
@@ -94,7 +97,7 @@ def test_weights_are_those_of_the_operator(hybrid):
 
 def test_the_score_loss_is_the_published_one():
     attention, seen = _attention(HybridConfig(chunk_frames=1, overlap_frames=0, stabilizer="none")), _seen(3, 2, rows=1)
-    found = weights(attention, seen.q, seen.k, queries=jnp.arange(6), frame=2)
+    found = attention.weights(seen.q, seen.k, queries=jnp.arange(6), frame=2)
     phi_q, phi_k = (np.asarray(f(x), np.float64)[0] for f, x in [(attention.phi_q, seen.q), (attention.phi_k, seen.k)])
     q, k = (np.asarray(x, np.float64)[0] for x in (seen.q, seen.k))
     expected = [
@@ -126,17 +129,19 @@ def points() -> Points:
     return Points(latents, jnp.array([900.0, 600.0, 300.0, 20.0]), text)
 
 
-def _blocks(count: int) -> list[HybridAttention]:
+def _blocks(count: int) -> list[Mixer]:
     return [_attention(HYBRID, seed) for seed in range(count)]
 
 
-def _stacked(blocks: list[HybridAttention]):
+def _stacked(blocks: list[Mixer]):
     return jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(block) for block in blocks))
 
 
 def _pass(teacher, points, converted, *, optimizer=PLAIN, loss="l1", passes=1, parts=1):
     """Of every converted block, by the real thing: its state afterwards and its loss. Also the velocity."""
     graph = nnx.graphdef(_attention(HYBRID))
+    numbers = tuple(i for i, here in enumerate(converted) if here)
+    mixing = Mixing.of(dataclasses.replace(HYBRID, blocks=numbers), len(converted))
 
     @quick
     def run(blocks, order):
@@ -145,7 +150,8 @@ def _pass(teacher, points, converted, *, optimizer=PLAIN, loss="l1", passes=1, p
                 block, seen, order, jnp.float32(1e-2), graph=graph, frame=frame, loss=loss, optimizer=optimizer
             )
 
-        return observe(teacher, points, visit, blocks, converted=converted)
+        velocity, (given,) = observe(teacher, points, [visit], [blocks], mixing=mixing)
+        return velocity, given
 
     def apply(blocks):
         order = draw_order(jax.random.key(0), rows=4, tokens=16, passes=passes, parts=parts)
@@ -252,7 +258,8 @@ def test_a_chunk_of_the_whole_video_is_the_teacher(teacher, points):
     def visit(params, seen, frame):
         return measure(params, seen, graph=nnx.graphdef(blocks[0]), frame=frame)
 
-    velocity, figures = quick(lambda own: observe(teacher, points, visit, own, converted=(True,) * 3, text_tokens=40))(
+    mixing = Mixing.of(hybrid, 3)
+    velocity, (figures,) = quick(lambda own: observe(teacher, points, [visit], [own], mixing=mixing, text_tokens=40))(
         _stacked(blocks)
     )
     padded = jnp.pad(points.text, ((0, 0), (0, 35), (0, 0)))

@@ -19,9 +19,9 @@ from shared.checkpoint import save_tiny_checkpoint
 from shared.tiers import examples
 from shared.wan import TINY, reference
 
-from rehyat_jax.attention import api, features
+from pallas_kernels.options import Positive, Stabilizer
+from rehyat_jax.attention.features import Activation
 from rehyat_jax.errors import CheckpointError, ConfigError
-from rehyat_jax.mixers import config as hybrid_config
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.checkpoints import convert, describe, load_transformer, save_transformer
 from rehyat_jax.models.wan.transformer import WanTransformer
@@ -340,11 +340,11 @@ def literals(kind) -> st.SearchStrategy:
             "overlap_frames": st.integers(0, 40),
             "blocks": st.just("all") | st.sets(st.integers(0, 60), min_size=1).map(lambda found: tuple(sorted(found))),
             "kind": st.sampled_from(["hybrid", "linear"]),
-            "stabilizer": literals(hybrid_config.Stabilizer),
+            "stabilizer": literals(Stabilizer),
             "degree": st.integers(1, 8),
             "layers": st.integers(1, 8),
-            "activation": literals(hybrid_config.Activation),
-            "positive": literals(hybrid_config.Positive),
+            "activation": literals(Activation),
+            "positive": literals(Positive),
             "decay": st.booleans(),
         }
     )
@@ -353,11 +353,3 @@ def literals(kind) -> st.SearchStrategy:
 def test_configurations_out_and_in_again(values):
     hybrid = HybridConfig(**values)
     assert HybridConfig.from_dict(json.loads(json.dumps(hybrid.to_dict()))) == hybrid
-
-
-def test_options_are_those_of_the_operator_and_of_the_feature_map():
-    """Named once more in the configuration, which a program reads before it loads JAX."""
-    assert hybrid_config.Stabilizer == api.Stabilizer
-    assert hybrid_config.Implementation == api.Implementation
-    assert hybrid_config.Activation == features.Activation
-    assert hybrid_config.Positive == features.Positive

@@ -25,8 +25,9 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.config import Conversion, HybridConfig
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.sampling import FlowSchedule, UniPC
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
@@ -159,11 +160,12 @@ def finetune_program(training: FinetuneTraining, devices: Sequence[Any], *, size
         ConfigError: the configuration does not say what the model is, or the mesh does not divide.
     """
     model, vae = _model(training.model, training.source), VAEConfig.wan()
-    hybrid = on_tpu(training.hybrid or HybridConfig())
+    # As a TPU would choose: what this machine would is another thing.
+    hybrid = (training.hybrid or HybridConfig()).implemented("pallas")
     dtype, longest = jnp.dtype(training.dtype), training.longest(vae)
     on = training.devices(vae, model, hybrid, among=devices)
 
-    def transformer(hybrid: HybridConfig | None) -> Any:
+    def transformer(hybrid: Conversion | None) -> Any:
         abstract = nnx.eval_shape(lambda: WanTransformer(model, hybrid=hybrid, dtype=dtype, rngs=nnx.Rngs(0)))
         return nnx.split(abstract, nnx.Param)
 
@@ -191,7 +193,7 @@ def distill_program(training: DistillTraining, devices: Sequence[Any]) -> list[P
     Raises:
         ConfigError: the configuration does not say what the model is, or the mesh does not divide.
     """
-    training = dataclasses.replace(training, hybrid=on_tpu(training.hybrid))
+    training = dataclasses.replace(training, hybrid=training.hybrid.implemented("pallas"))
     model, vae, dtype = _model(training.model, training.teacher), VAEConfig.wan(), jnp.dtype(training.dtype)
     shapes = [source.latent_shape(vae, model) for source in training.sources]
     on = training.devices(model, shapes, among=devices)
@@ -200,8 +202,10 @@ def distill_program(training: DistillTraining, devices: Sequence[Any]) -> list[P
     )
     sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
     learner = training.learner(model, graph, sampling=sampling, devices=on)
-    blocks = nnx.state(nnx.eval_shape(lambda: training.blocks(model)))
-    state, programs = jax.eval_shape(jax.vmap(training.optimizer.init), blocks), []
+    mixing = Mixing.of(training.hybrid, model.num_layers)
+    blocks = nnx.eval_shape(lambda: training.blocks(model))
+    groups = [nnx.state(group) for group in mixing.parted(blocks)]
+    state, programs = mixing.joined(jax.eval_shape(training.init_blocks, groups)), []
 
     def embed(texts: Sequence[str]) -> Array:
         return jnp.zeros((len(texts), TEXT_LENGTH, model.text_dim), dtype)
@@ -214,13 +218,6 @@ def distill_program(training: DistillTraining, devices: Sequence[Any]) -> list[P
         lowered = learner.lower(inputs, state, carried, params, shape=shape)
         programs.append(Program(lowered, training.flops(model, source, shape), training.steps_per_round, on.shape))
     return programs
-
-
-def on_tpu(hybrid: HybridConfig) -> HybridConfig:
-    """As a TPU would choose: what this machine would is another thing."""
-    if hybrid.kind == "hybrid" and hybrid.implementation == "auto":
-        return dataclasses.replace(hybrid, implementation="pallas")
-    return hybrid
 
 
 def estimate(program: Program, on: Slice) -> Estimate:

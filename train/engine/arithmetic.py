@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 
-from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.base import MixerConfig
+from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.mixing import Mixing
 
 #: Peak arithmetic of one device in bfloat16, dense, in TFLOP/s, by what JAX calls the device; from the data sheets of
 #: NVIDIA (A100, H100, H200, GH200, B200) and Google Cloud (TPU v4 to v7).
@@ -33,7 +35,7 @@ PEAK_TFLOPS: dict[str, float] = {
 
 
 def forward_flops(
-    model: WanConfig, hybrid: HybridConfig | None, *, shape: tuple[int, int, int], text_tokens: int = 512
+    model: WanConfig, hybrid: Conversion | None, *, shape: tuple[int, int, int], text_tokens: int = 512
 ) -> int:
     """Floating-point operations of one forward pass on one clip; a pass with its gradient is three times that.
 
@@ -50,37 +52,22 @@ def forward_flops(
     time = (model.freq_dim + 7 * width) * width
     projections = (6 * tokens + 2 * text_tokens) * width**2
     block = projections + 2 * tokens * text_tokens * width + 2 * tokens * width * model.ffn_dim
-    converted = [False] * model.num_layers if hybrid is None else hybrid.converted(model.num_layers)
-    whole = 2 * tokens**2 * width
-    attention = sum(
-        whole if hybrid is None or not is_hybrid else _hybrid_products(model, hybrid, frames=frames, frame=frame)
-        for is_hybrid in converted
-    )
-    return 2 * (ends + text + time + model.num_layers * block + attention)
+    mixers = Mixing.of(hybrid, model.num_layers).mixers
+    attention = sum(_mixer_flops(model, mixer, frames=frames, frame=frame) for mixer in mixers)
+    return 2 * (ends + text + time + model.num_layers * block) + attention
 
 
 def distillation_flops(
-    model: WanConfig, hybrid: HybridConfig, *, shape: tuple[int, int, int], updates: int, text_tokens: int = 512
+    model: WanConfig, hybrid: Conversion, *, shape: tuple[int, int, int], updates: int, text_tokens: int = 512
 ) -> int:
     """Floating-point operations of a round on one point: the teacher's forward pass, and so many updates of every
     converted block's maps on it."""
     frames, rows, columns = (side // patch for side, patch in zip(shape, model.patch_size, strict=True))
-    attention = _hybrid_products(model, hybrid, frames=frames, frame=rows * columns)
-    blocks = sum(hybrid.converted(model.num_layers))
-    return forward_flops(model, None, shape=shape, text_tokens=text_tokens) + 6 * updates * blocks * attention
+    mixers = [mixer for mixer in hybrid.mixers(model.num_layers) if mixer.converts]
+    attention = sum(_mixer_flops(model, mixer, frames=frames, frame=rows * columns) for mixer in mixers)
+    return forward_flops(model, None, shape=shape, text_tokens=text_tokens) + 3 * updates * attention
 
 
-def _hybrid_products(model: WanConfig, hybrid: HybridConfig, *, frames: int, frame: int) -> int:
-    """Products of a converted block's attention: the window's, the feature maps', the state's."""
-    width, head_dim, tokens = model.dim, model.attention_head_dim, frames * frame
-    pairs = 0
-    for start in range(0, frames, hybrid.chunk_frames):
-        end = min(start + hybrid.chunk_frames, frames)
-        first = max(start - hybrid.overlap_frames, 0)
-        pairs += (end - start) * (end - first + min(hybrid.sink_frames, first)) * frame**2
-    window = 0 if hybrid.kind == "linear" else 2 * pairs * width
-    if hybrid.kind == "window":
-        return window
-    features = hybrid.degree * head_dim
-    maps = 2 * tokens * model.num_attention_heads * (head_dim * features + (hybrid.layers - 1) * features**2)
-    return window + maps + 2 * tokens * width * features
+def _mixer_flops(model: WanConfig, mixer: MixerConfig, *, frames: int, frame: int) -> int:
+    heads, head_dim = model.num_attention_heads, model.attention_head_dim
+    return mixer.flops(frames=frames, frame=frame, heads=heads, head_dim=head_dim)

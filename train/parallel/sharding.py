@@ -25,9 +25,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.runtime.mesh import AXES, spec
+from rehyat_jax.runtime.mesh import ALONG, AXES, spec
 from rehyat_jax.runtime.variables import axes_of, map_variables
 
 
@@ -112,7 +112,7 @@ class MeshConfig:
 
 
 def check_mesh(
-    size: Mapping[str, int], model: WanConfig, *, hybrid: HybridConfig | None, batch: int, latent_frames: int
+    size: Mapping[str, int], model: WanConfig, *, hybrid: Conversion | None, batch: int, latent_frames: int
 ) -> None:
     """
     Args:
@@ -124,13 +124,16 @@ def check_mesh(
     """
     frames = latent_frames // model.patch_size[0]
     chunk = 1 if hybrid is None else hybrid.chunk_frames
-    features = model.attention_head_dim
+    of_mixers = [
+        (f"{dimension} of a head", number, ALONG[dimension])
+        for mixer in (() if hybrid is None else hybrid.distinct())
+        for dimension, number in mixer.divided(model.attention_head_dim).items()
+    ]
     for what, number, by in [
         ("heads", model.num_attention_heads, ("tensor",)),
         ("hidden units", model.ffn_dim, ("tensor",)),
         ("channels", model.dim, ("fsdp", "context")),
-        ("channels of a head", features, ("context",)),
-        ("features of a head", features * (1 if hybrid is None else hybrid.degree), ("fsdp",)),
+        *of_mixers,
         ("clips of a batch", batch, ("data", "fsdp")),
     ]:
         pieces = math.prod(size[axis] for axis in by)

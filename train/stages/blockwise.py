@@ -7,8 +7,8 @@ the pass itself is never differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from rehyat_jax.attention.sharded import softmax_over_devices
-from rehyat_jax.mixers.hybrid import HybridAttention
+from rehyat_jax.mixers.base import Mixer
+from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.transformer import WanTransformer, text_repeats
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
 from train.data.trajectories import Points
 from train.engine.optimizer import OptimizerConfig, TrainState
-from train.stages.attention_loss import Health, health, relative_error, score_loss, weights
+from train.stages.attention_loss import LossName, health, relative_error, score_loss
 
 #: Queries of a video whose weights are looked at one by one.
 _QUERIES = 256
@@ -47,18 +48,21 @@ Visit = Callable[[PyTree, Seen, int], PyTree]
 def observe(
     teacher: WanTransformer,
     points: Points,
-    visit: Visit,
-    own: PyTree,
+    visits: Sequence[Visit],
+    own: Sequence[PyTree],
     *,
-    converted: tuple[bool, ...],
+    mixing: Mixing,
     chunk: int = 1,
     text_tokens: int | None = None,
-) -> tuple[Float[Array, "R T h w z"], PyTree]:
-    """The teacher's velocity, and what the visits to the converted blocks gave, over a leading axis of these.
+) -> tuple[Float[Array, "R T h w z"], tuple[PyTree, ...]]:
+    """The teacher's velocity, and what the visits to the converted blocks gave: by group, over an axis of its blocks.
+
+    One scan over all layers, whose body is compiled once for each group of `mixing`, however the groups alternate.
 
     Args:
-        own: what belongs to each converted block, over the same axis.
-        chunk: latent frames that stay together where time is cut.
+        visits: each converted group's.
+        own: each converted group's: what belongs to a block, over an axis of its blocks.
+        chunk: latent frames that stay together where time is sharded.
         text_tokens: see `WanTransformer`'s call.
     """
     frames = points.latents.shape[1]
@@ -69,41 +73,58 @@ def observe(
     tokens = inputs.x.shape[1] * frames // (frames + padding)
     frame = inputs.grid[1] * inputs.grid[2]
     graph, layers = nnx.split(teacher.blocks)
-    numbers = np.flatnonzero(converted)
-    if not all(converted):
-        # A layer that is not converted has its neighbour's, and no use for it.
-        own = jax.tree.map(lambda x: x[np.maximum(np.cumsum(converted) - 1, 0)], own)
+    groups = mixing.converted_groups
+    of_group = [np.array([mixer == group for mixer in mixing.mixers]) for group in groups]
+    alike = len(mixing.groups) == 1
+    if not alike:
+        # A layer of another group has its neighbour's, and no use for it.
+        own = [
+            jax.tree.map(lambda x, here=here: x[np.maximum(np.cumsum(here) - 1, 0)], each)
+            for here, each in zip(of_group, own, strict=True)
+        ]
+    # The number of each layer's visit; after the last, none.
+    which = jnp.array([groups.index(mixer) if mixer.converts else len(groups) for mixer in mixing.mixers])
 
-    def layer(x: Array, params: tuple[Any, Any, Array]) -> tuple[Array, Any]:
+    def layer(x: Array, params: tuple[Any, Sequence[Any], Array]) -> tuple[Array, Any]:
         x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, params[0])
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             y = softmax_over_devices(q, k, v, tokens=tokens)
             seen = Seen(q, k, v, y)
-            if all(converted):
-                return y, visit(params[1], seen, frame)
-            nothing = jax.tree.map(
-                lambda z: jnp.zeros(z.shape, z.dtype), jax.eval_shape(lambda: visit(params[1], seen, frame))
-            )
-            return y, jax.lax.cond(params[2], lambda: visit(params[1], seen, frame), lambda: nothing)
+            made = [
+                lambda visit=visit, mine=mine: visit(mine, seen, frame)
+                for visit, mine in zip(visits, params[1], strict=True)
+            ]
+            if alike:
+                return y, (made[0](),)
+            zeros = [jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), jax.eval_shape(make)) for make in made]
+
+            def branch(number: int) -> Callable[[], tuple[Any, ...]]:
+                return lambda: tuple(make() if i == number else zeros[i] for i, make in enumerate(made))
+
+            count = len(made) + (not all(mixing.converted))
+            return y, jax.lax.switch(params[2], [branch(i) for i in range(count)])
 
         return block.attending(x, text, inputs.modulation, inputs.rotary, attend, **how)
 
-    x, given = jax.lax.scan(layer, inputs.x, (layers, own, jnp.array(converted)))
-    if not all(converted):
-        given = jax.tree.map(lambda z: z[numbers], given)
+    x, given = jax.lax.scan(layer, inputs.x, (layers, tuple(own), which))
+    if not alike:
+        given = tuple(
+            jax.tree.map(lambda z, here=here: z[np.flatnonzero(here)], each)
+            for here, each in zip(of_group, given, strict=True)
+        )
     return teacher.unembed(x, inputs)[:, :frames], given
 
 
 class Order(NamedTuple):
-    """Of every optimiser step on what was seen: its part of the rows, and the queries of the score loss."""
+    """For every optimiser step on what was seen: its part of the rows, and the queries of the score loss."""
 
     rows: Int[Array, "steps P"]
     queries: Int[Array, "steps Q"]
 
 
 def draw_order(key: Key[Array, ""], *, rows: int, tokens: int, passes: int, parts: int) -> Order:
-    """``passes`` times all rows, each time cut anew into ``parts``."""
+    """``passes`` times all rows, each time divided again into ``parts``."""
     row_key, query_key = jax.random.split(key)
     passes_of_rows = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(row_key, passes))
     queries = jax.random.randint(query_key, (passes * parts, min(_QUERIES, tokens)), 0, tokens)
@@ -118,23 +139,25 @@ def learn(
     *,
     graph: Any,
     frame: int,
-    loss: Literal["l1", "score"],
+    loss: LossName,
     optimizer: OptimizerConfig,
     tokens: int | None = None,
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One block after an optimiser step for each of ``order``'s, and the loss that the first of them saw.
 
     Args:
-        graph: of the block's `HybridAttention`, whose parameters ``block`` has.
+        graph: of the block's `Mixer`, whose parameters ``block`` has.
         tokens: how many there are; those after them are padding.
     """
     rows = seen.q.shape[0]
 
     def objective(params: PyTree, part: Seen, queries: Array) -> Array:
-        attention = nnx.merge(graph, params)
+        mixer: Mixer = nnx.merge(graph, params)
         if loss == "score":
-            return score_loss(weights(attention, part.q[:, :tokens], part.k[:, :tokens], queries=queries, frame=frame))
-        return _error(attention, part, frame=frame, tokens=tokens)
+            found = mixer.weights(part.q[:, :tokens], part.k[:, :tokens], queries=queries, frame=frame)
+            assert found is not None, "a mixer that learns by its weights has some"
+            return score_loss(found)
+        return error(mixer, part, frame=frame, tokens=tokens)
 
     def step(block: TrainState, x: Order) -> tuple[TrainState, Array]:
         # The whole needs no copy.
@@ -147,7 +170,7 @@ def learn(
 
 
 class Figures(NamedTuple):
-    """How a block does: at a step of sampling, or over all of them."""
+    """How well a block does: at a step of sampling, or over all of them."""
 
     #: Σ|ŷ − y| / Σ|y|.
     error: Float[Array | np.ndarray, "*shape"]
@@ -159,18 +182,18 @@ class Figures(NamedTuple):
 
 def measure(params: PyTree, seen: Seen, *, graph: Any, frame: int, tokens: int | None = None) -> Figures:
     """One block as it is; ``tokens`` as in `learn`."""
-    attention = nnx.merge(graph, params)
+    mixer = nnx.merge(graph, params)
     tokens = seen.q.shape[1] if tokens is None else tokens
-    error = _error(attention, seen, frame=frame, tokens=tokens)
     # Evenly spread, the last token among them.
     queries = jnp.asarray(np.linspace(0, tokens - 1, min(_QUERIES, tokens)).astype(np.int32))
     q, k = seen.q[:, :tokens], seen.k[:, :tokens]
-    found: Health = health(weights(attention, q, k, queries=queries, frame=frame))
-    return Figures(error, found.share, found.normaliser)
+    found = health(mixer.weights(q, k, queries=queries, frame=frame))
+    return Figures(error(mixer, seen, frame=frame, tokens=tokens), found.share, found.normaliser)
 
 
-def _error(attention: HybridAttention, seen: Seen, *, frame: int, tokens: int | None) -> Float[Array, ""]:
-    guess = attention(seen.q, seen.k, seen.v, frame=frame)
+def error(mixer: Mixer, seen: Seen, *, frame: int, tokens: int | None) -> Float[Array, ""]:
+    """`relative_error` of a mixer's output; ``tokens`` as in `learn`."""
+    guess = mixer(seen.q, seen.k, seen.v, frame=frame, tokens=tokens)
     if tokens is not None and tokens < guess.shape[1]:
         real = jnp.arange(guess.shape[1], dtype=jnp.int32) < tokens
         guess = jnp.where(real[None, :, None, None], guess, jnp.zeros((), guess.dtype))

@@ -24,11 +24,11 @@ from flax import nnx
 from jaxtyping import Array, Int, Key, PyTree
 
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
-from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.mixers.hybrid import HybridAttention, hybrid_blocks
+from rehyat_jax.mixers.config import BlockMixers, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
 from rehyat_jax.models.folder import find_model, read_scheduler
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.compilation import cache_folder
@@ -47,6 +47,7 @@ from train.engine.loop import compile_all, run
 from train.engine.optimizer import OptimizerConfig, Skipped, TrainState
 from train.parallel.devices import Devices, Processes, first_process, loading, wait_for_all
 from train.parallel.sharding import MeshConfig, check_mesh
+from train.stages.attention_loss import LossName, check_learns
 from train.stages.block_choice import choose_blocks
 from train.stages.blockwise import Figures
 from train.stages.learner import Learner
@@ -60,15 +61,17 @@ class DistillState(NamedTuple):
     """All that a run carries from round to round."""
 
     step: Int[Array, ""]
-    #: Each converted block's feature maps and optimiser, over a leading axis of these.
-    blocks: TrainState
+    #: Each converted group's mixers and optimisers over a leading axis of its blocks, as `Mixing.joined` has them; None
+    #: for a group without parameters.
+    blocks: PyTree
     #: What each source carries.
     carried: tuple[PyTree, ...]
 
     @property
     def skipped(self) -> Skipped:
-        """Of each block."""
-        return self.blocks.skipped
+        """Of each block that learns."""
+        groups = jax.tree.leaves(self.blocks, is_leaf=lambda x: isinstance(x, TrainState))
+        return jax.tree.map(lambda *counts: jnp.concatenate(counts), *(group.skipped for group in groups))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ class DistillTraining:
     teacher: Path = Path("mini-sprites")
     #: Its sizes, which `rehyat plan` needs before there is such a folder; none: whatever it has.
     model: tyro.conf.AvoidSubcommands[WanConfig | None] = None
-    hybrid: HybridConfig = HybridConfig()
+    hybrid: tyro.conf.AvoidSubcommands[HybridConfig | BlockMixers] = HybridConfig()
     #: Only so many of the converted blocks stay converted in the result: those with the smallest held-out error.
     best: int | None = None
     sources: tuple[Source, ...] = (Source(frames=65, batch=32),)
@@ -90,7 +93,7 @@ class DistillTraining:
     #: Flow shifts that the trajectories take in turn, for a wider mix of noise levels; none: the model's own.
     shifts: tuple[float, ...] = ()
     #: "l1": the error of the output, as published. "score": of the weights; see `score_loss`.
-    loss: Literal["l1", "score"] = "l1"
+    loss: LossName = "l1"
     #: The points of one forward pass of the teacher serve so often, and in so many parts, an optimiser step each.
     updates_per_point: int = 1
     minibatches: int = 1
@@ -128,12 +131,7 @@ class DistillTraining:
                     f"{self._rows(source)} points ({source.batch} x {self._rows(source) // source.batch} branches of "
                     f"guidance) cannot be cut into {self.minibatches} minibatches"
                 )
-        if self.hybrid.kind == "window":
-            raise ConfigError("blocks of kind 'window' have no feature maps to learn")
-        if self.loss == "score" and self.hybrid.kind != "hybrid":
-            raise ConfigError(
-                "the score loss is for blocks of kind 'hybrid', whose linear part stands beside a softmax"
-            )
+        check_learns(self.hybrid, self.loss)
 
     @property
     def result(self) -> Path:
@@ -188,7 +186,7 @@ class DistillTraining:
         with phases.measure("measure"):
             error = distillation.measure(state).error
         with phases.measure("save"):
-            averaged = distillation.devices.on_host(state.blocks.ema)
+            averaged = distillation.devices.on_host(distillation.averaged(state))
             if first_process():
                 self._write(self.result, folder, distillation, averaged, error)
             wait_for_all("result")
@@ -222,12 +220,13 @@ class DistillTraining:
 
     def learner(self, model: WanConfig, teacher: Any, *, sampling: Sampling, devices: Devices) -> Learner:
         """What makes the programs; ``teacher``: its graph."""
+        mixing = Mixing.of(self.hybrid, model.num_layers)
         blocks = nnx.eval_shape(lambda: self.blocks(model))
         return Learner(
             config=model,
-            hybrid=self.hybrid,
+            mixing=mixing,
             teacher=teacher,
-            graph=nnx.split(blocks)[0],
+            graphs=[nnx.split(group)[0] for group in mixing.parted(blocks)],
             sampling=sampling,
             optimizer=self.optimizer,
             loss=self.loss,
@@ -242,11 +241,21 @@ class DistillTraining:
             model, self.hybrid, shape=(shape[0], shape[1], shape[2]), updates=self.updates_per_point
         )
 
-    def blocks(self, model: WanConfig) -> HybridAttention:
-        """The converted blocks before they have learned."""
-        return hybrid_blocks(
-            model, self.hybrid, dtype=jnp.dtype(self.dtype), param_dtype=jnp.float32, rngs=nnx.Rngs(self.seed)
+    def blocks(self, model: WanConfig) -> Any:
+        """The converted blocks' mixers before they have learned."""
+        made = Mixing.of(self.hybrid, model.num_layers).make(
+            model,
+            dtype=jnp.dtype(self.dtype),
+            param_dtype=jnp.float32,
+            rngs=nnx.Rngs(self.seed),
         )
+        assert made is not None
+        return made
+
+    def init_blocks(self, params: Sequence[PyTree]) -> list[TrainState | None]:
+        """Of each group, from its parameters over an axis of its blocks; None where it has none."""
+        init = jax.vmap(self.optimizer.init)
+        return [init(group) if jax.tree.leaves(group) else None for group in params]
 
     def sampling(self, schedule: FlowSchedule, solver: Solver) -> Sampling:
         """The teacher's, of a model with this schedule and solver."""
@@ -272,7 +281,7 @@ class DistillTraining:
         if self.best is not None:
             distillation.compile()
             error = distillation.measure(state).error
-        self._write(folder, teacher, distillation, state.blocks.ema, error)
+        self._write(folder, teacher, distillation, distillation.averaged(state), error)
 
     def _write(
         self,
@@ -283,11 +292,12 @@ class DistillTraining:
         error: Array | np.ndarray | None,
     ) -> None:
         """The teacher's folder with a ``rehyat`` part, of the blocks with the smallest error where some are chosen."""
-        blocks, hybrid = nnx.merge(distillation.graph, averaged), self.hybrid
+        mixing, hybrid = distillation.mixing, self.hybrid
+        blocks = distillation.module(averaged)
         if self.best is not None and error is not None:
             chosen = choose_blocks(error.tolist(), self.best)
-            hybrid = dataclasses.replace(hybrid, blocks=tuple(distillation.numbers[i] for i in chosen))
-            nnx.update(blocks, jax.tree.map(lambda x: x[np.array(chosen)], nnx.state(blocks)))
+            hybrid = hybrid.only(tuple(distillation.numbers[i] for i in chosen))
+            blocks = mixing.selected(blocks, Mixing.of(hybrid, distillation.teacher.config.num_layers))
         with whole_folder(folder) as partial:
             for name in _KEPT:
                 if (teacher / name).is_dir():
@@ -304,9 +314,9 @@ class Distillation:
         self.training, self.teacher = training, teacher
         config, dtype = teacher.config, jnp.dtype(training.dtype)
         check_sizes(training.model, config, where=folder)
-        converted = training.hybrid.converted(config.num_layers)
+        self.mixing = mixing = Mixing.of(training.hybrid, config.num_layers)
         #: The converted blocks' numbers among all.
-        self.numbers = [i for i, chosen in enumerate(converted) if chosen]
+        self.numbers = [i for i, chosen in enumerate(mixing.converted) if chosen]
         if training.best is not None and not 1 <= training.best <= len(self.numbers):
             raise ConfigError(f"the best {training.best} of {len(self.numbers)} converted blocks cannot be chosen")
         self._sampling = training.sampling(*read_scheduler(folder))
@@ -321,7 +331,8 @@ class Distillation:
         graph, params = nnx.split(teacher)
         self._teacher = devices.parameters(params)
         self._learner = training.learner(config, graph, sampling=self._sampling, devices=devices)
-        self.graph, params = nnx.split(training.blocks(config))
+        self._blocks = nnx.eval_shape(lambda: training.blocks(config))
+        params = [nnx.state(group) for group in mixing.parted(training.blocks(config))]
         prepared = prepared_sources(training.sources, folder, held_out=training.held_out)
         # All that a user may have got wrong is known before the text encoder is read.
         texts = {
@@ -373,7 +384,7 @@ class Distillation:
             inputs.frozen = devices.everywhere(inputs.frozen)
         self.state = DistillState(
             devices.everywhere(jnp.zeros((), jnp.int32)),
-            devices.made(jax.jit(jax.vmap(training.optimizer.init)), devices.parameters(params)),
+            mixing.joined(devices.made(jax.jit(training.init_blocks), devices.parameters(params))),
             tuple(inputs.begin(devices) for inputs in self._inputs),
         )
 
@@ -414,7 +425,7 @@ class Distillation:
         The same noise and prompts in every run.
         """
         found = [
-            measurer(state.blocks.ema, self._teacher, text, self._nothing)
+            measurer(self.averaged(state), self._teacher, text, self._nothing)
             for measurer, text in zip(self._measurers, self._held_out, strict=True)
         ]
         everything: Figures = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(found))  # [source, step, block]
@@ -433,13 +444,24 @@ class Distillation:
             file.write(json.dumps(entry) + "\n")
         return figures
 
+    def averaged(self, state: DistillState) -> PyTree:
+        """The averaged parameters of every converted group, as `Mixing.joined` has them."""
+        groups = self.mixing.parted(state.blocks)
+        return self.mixing.joined([nnx.State({}) if group is None else group.ema for group in groups])
+
+    def module(self, averaged: PyTree) -> Any:
+        """The blocks' mixers with these parameters."""
+        groups = zip(self.mixing.parted(self._blocks), self.mixing.parted(averaged), strict=True)
+        made = [nnx.merge(nnx.split(shapes)[0], params) for shapes, params in groups]
+        return made[0] if len(made) == 1 else nnx.List(made)
+
     def _lower(self, which: int) -> jax.stages.Lowered:
         return self._learner.lower(
             self._inputs[which], self.state.blocks, self.state.carried[which], self._teacher, shape=self._shapes[which]
         )
 
     def _lower_measurer(self, which: int) -> jax.stages.Lowered:
-        arrays = self.state.blocks.ema, self._teacher, self._held_out[which], self._nothing
+        arrays = self.averaged(self.state), self._teacher, self._held_out[which], self._nothing
         return self._learner.lower_measurer(*arrays, shape=self._shapes[which])
 
 

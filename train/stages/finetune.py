@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
-from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.config import BlockMixers, Conversion, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_transformer
 from rehyat_jax.models.folder import DEFAULTS_FILE, find_model
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
@@ -87,7 +87,7 @@ class FinetuneTraining(FlowTraining):
     model: tyro.conf.AvoidSubcommands[WanConfig | None] = None
     #: How blocks are converted; none: as the source's are. A student keeps its feature maps, and what it lacks of
     #: this (decay, length) starts as if it were not there.
-    hybrid: tyro.conf.AvoidSubcommands[HybridConfig | None] = None
+    hybrid: tyro.conf.AvoidSubcommands[HybridConfig | BlockMixers | None] = None
     history: History = History()
     #: What the student's streams do unless a user says otherwise: see ``rehyat generate --remember``.
     remember: Literal["steps"] | float = "steps"
@@ -119,8 +119,8 @@ class FinetuneTraining(FlowTraining):
             raise ConfigError("a teacher needs a teacher_weight above 0, and a teacher_weight needs a teacher")
         if self.teacher is not None and all(bucket.frames > self.teacher_frames for bucket in self.buckets):
             raise ConfigError(f"no bucket's clips are as short as teacher_frames ({self.teacher_frames})")
-        if self.history.share and (self.hybrid is None or not self.hybrid.causal):
-            raise ConfigError("history is of causal chunks: say by hybrid what the student's are")
+        if self.history.share and not _causal_chunks(self.hybrid):
+            raise ConfigError("history is of causal chunks of one length: say by hybrid what the student's are")
         if self.history.share and self.teacher is not None:
             raise ConfigError("a teacher has seen one noise level for all frames alone: it cannot be beside history")
         check_remember(self.remember)
@@ -220,7 +220,7 @@ class FinetuneTraining(FlowTraining):
         """Latent frames of the longest clip that is compared with the teacher."""
         return 1 + (self.teacher_frames - 1) // vae.temporal_factor
 
-    def flops(self, model: WanConfig, hybrid: HybridConfig | None, shape: tuple[int, int, int], *, longest: int) -> int:
+    def flops(self, model: WanConfig, hybrid: Conversion | None, shape: tuple[int, int, int], *, longest: int) -> int:
         """Floating-point operations of a step on one clip of these latent frames, rows and columns."""
         compared = self.teacher is not None and shape[0] <= longest
         learning = 3 * forward_flops(model, hybrid, shape=shape)
@@ -273,6 +273,12 @@ class FinetuneTraining(FlowTraining):
         return loss
 
 
+def _causal_chunks(hybrid: Conversion | None) -> bool:
+    """Whether the converted blocks have chunks of one length, which see no later ones."""
+    mixers = () if hybrid is None else hybrid.distinct()
+    return len({mixer.chunk_frames for mixer in mixers}) == 1 and not any(mixer.why_not_stream() for mixer in mixers)
+
+
 def whole_model(name: Path) -> Path:
     """The folder of a bundled model's name or a path.
 
@@ -285,7 +291,7 @@ def whole_model(name: Path) -> Path:
     return folder
 
 
-def student_of(model: WanTransformer, hybrid: HybridConfig | None, *, where: Path) -> WanTransformer:
+def student_of(model: WanTransformer, hybrid: Conversion | None, *, where: Path) -> WanTransformer:
     """The student that finetuning begins with: the model itself, or with its blocks converted as ``hybrid`` says.
 
     A student keeps its hybrid blocks' parameters; those that ``hybrid`` adds are at their start.
@@ -302,7 +308,7 @@ def student_of(model: WanTransformer, hybrid: HybridConfig | None, *, where: Pat
     if model.hybrid is None:
         return student
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(x.hybrid_blocks))) for x in (student, model))
-    if model.converted != student.converted or any(
+    if model.mixing.pattern != student.mixing.pattern or any(
         path not in ours or ours[path].get_value().shape != leaf.get_value().shape for path, leaf in theirs.items()
     ):
         raise ConfigError(f"{where} has other hybrid blocks than this run's hybrid: their parameters do not fit")

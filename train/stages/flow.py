@@ -23,7 +23,7 @@ import tyro
 from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.errors import CheckpointError, ConfigError
-from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
@@ -157,7 +157,7 @@ class FlowTraining:
         self,
         vae: VAEConfig,
         model: WanConfig,
-        hybrid: HybridConfig | None,
+        hybrid: Conversion | None,
         *,
         among: Sequence[jax.Device] | None = None,
     ) -> Devices:

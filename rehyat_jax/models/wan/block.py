@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
         self.norm_k = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
 
-    # What the attention itself takes: projected, normed, split into heads, turned to their positions.
+    # What the attention itself takes: projected, normed, split into heads, rotated to their positions.
 
     def q(self, x: Float[Array, "B N C"], rotary: CosSin | None = None) -> Float[Array, "B N H D"]:
         return _placed(self._split(self.norm_q(self.to_q(x))), rotary)

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.mixers.hybrid import BlockState, empty_state, hybrid_blocks, listed, why_not_stream
+from rehyat_jax.mixers.base import Mixer, MixerConfig
+from rehyat_jax.mixers.config import Conversion, read_conversion
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.mixing import Mixing, listed
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.opening import open_tensors
 from rehyat_jax.weights.plan import LoadPlan, make_plan, pair_tensors, parameters
@@ -36,23 +37,24 @@ DIALECT = "rehyat"
 STEM = "features"
 
 
-def student_rows(config: WanConfig, hybrid: HybridConfig) -> tuple[Row, ...]:
-    """The table of the converted blocks' parameters, made from the module: a converted block keeps its own number."""
-    converted = tuple(i for i, is_hybrid in enumerate(hybrid.converted(config.num_layers)) if is_hybrid)
-    narrow = _abstract(config, hybrid, jnp.bfloat16)
+def student_rows(config: WanConfig, hybrid: Conversion) -> tuple[Row, ...]:
+    """The table of the converted blocks' parameters, made from the modules: a converted block keeps its own number."""
+    mixing = Mixing.of(hybrid, config.num_layers)
+    modules = mixing.parted(_abstract(config, hybrid, jnp.bfloat16))
     return tuple(
         Row(
-            path,
+            mixing.prefix(group) + path,
             {DIALECT: f"blocks.{{}}.{path}"},
             float32=variable.get_value().dtype == jnp.float32,
-            layers=converted,
+            layers=mixing.blocks(mixer),
         )
-        for path, variable in parameters(nnx.state(narrow)).items()
+        for group, (mixer, module) in enumerate(zip(mixing.converted_groups, modules, strict=True))
+        for path, variable in parameters(nnx.state(module)).items()
     )
 
 
 def write_student(
-    folder: Path, config: WanConfig, hybrid: HybridConfig, blocks: nnx.Module, *, dtype: Any = None
+    folder: Path, config: WanConfig, hybrid: Conversion, blocks: nnx.Module, *, dtype: Any = None
 ) -> None:
     """The ``rehyat`` part of a student into its transformer's folder; ``dtype`` None: each parameter keeps its own.
 
@@ -78,7 +80,7 @@ class StudentPart:
                 transformer of other sizes than ``config``.
             ConfigError: its configuration is impossible, or not of this model.
         """
-        hybrid = HybridConfig.from_dict(read_json(folder / "config.json"))
+        hybrid = read_conversion(read_json(folder / "config.json"))
         weights = folder / f"{STEM}.safetensors"
         tensors, abstract = open_tensors(weights), _abstract(config, hybrid, dtype)
         slots = pair_tensors(
@@ -111,21 +113,18 @@ class StudentPart:
 
     def describe(self, attached: Attached, config: WanConfig, *, root: Path, others: Mapping[str, Any]) -> StudentInfo:
         """What its blocks have and carry."""
-        hybrid: HybridConfig = attached.plan.config
-        # Of frames without tokens: the sums alone.
-        sums, state = (
-            jax.eval_shape(lambda frame=frame: empty_state(config, hybrid, batch=1, frame=frame, dtype=jnp.bfloat16))
-            for frame in (0, 1)
-        )
-        vae = others.get("vae")
+        hybrid: Conversion = attached.plan.config
+        mixing, vae = Mixing.of(hybrid, config.num_layers), others.get("vae")
+        modules = mixing.parted(_abstract(config, hybrid, jnp.bfloat16))
         return StudentInfo(
             weights=attached.plan.weights,
-            config=hybrid,
             softmax=None if attached.instead is None else attached.instead.weights,
-            converted=hybrid.converted(config.num_layers),
+            mixing=mixing,
+            mixers=tuple(
+                MixerInfo(mixer=mixer, blocks=mixing.blocks(mixer), **_state(mixer, module))
+                for mixer, module in zip(mixing.converted_groups, modules, strict=True)
+            ),
             parameters=sum(info.size for info in attached.plan.tensors.infos.values()),
-            sums_nbytes=_nbytes(sums),
-            kept_nbytes=_nbytes(state) - _nbytes(sums),
             size=_size(root, config, vae) if isinstance(vae, VAEConfig) else None,
         )
 
@@ -134,51 +133,85 @@ STUDENT = StudentPart()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerInfo:
+    """The blocks of one mixer, and the state that each carries from chunk to chunk: of one video, at one step and
+    guidance branch."""
+
+    mixer: MixerConfig
+    blocks: tuple[int, ...]
+    #: Bytes of one block's state whatever a frame's size: sums s and z.
+    sums_nbytes: int
+    #: Bytes of one block's kept tokens (overlap, sinks), in bfloat16: for each token of a frame.
+    kept_nbytes: int
+
+    def nbytes(self, tokens: int) -> int:
+        """Of all its blocks, with so many tokens a frame."""
+        return len(self.blocks) * (self.sums_nbytes + self.kept_nbytes * tokens)
+
+    def lines(self, tokens: int) -> list[str]:
+        options = ", ".join(f"{key} {value}" for key, value in self.mixer.to_dict().items() if key != "mixer")
+        sums, kept = self.sums_nbytes, self.kept_nbytes * tokens
+        return [
+            f"mixer       {self.mixer.name} in {listed(self.blocks)}: {options}",
+            f"            state of a block: {sums:,} bytes of sums in float32, {kept:,} of kept tokens in bfloat16",
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentInfo:
     """A student's own part on disk, and what its blocks carry from chunk to chunk."""
 
     weights: Path
-    config: HybridConfig
     #: Its own weights in the place of those around it, where it has them.
     softmax: Path | None
-    #: Per block of the model.
-    converted: tuple[bool, ...]
+    mixing: Mixing
+    #: Of the converted blocks.
+    mixers: tuple[MixerInfo, ...]
     parameters: int
-    #: Bytes of the sums s and z, of one block; as the next, of one video at one step and guidance branch.
-    sums_nbytes: int
-    #: Bytes of the tokens kept (overlap, sinks), of one block, in bfloat16: for each token of a frame.
-    kept_nbytes: int
     #: Of the model's own videos, where known: what they are called, and their tokens a frame.
     size: tuple[str, int] | None
 
+    @property
+    def converted(self) -> tuple[bool, ...]:
+        """For each block of the model: is it converted?"""
+        return self.mixing.converted
+
     def __str__(self) -> str:
         blocks = [i for i, converted in enumerate(self.converted) if converted]
-        options = ", ".join(f"{key} {value}" for key, value in self.config.to_dict().items() if key != "blocks")
         where, tokens = self.size or ("one token a frame", 1)
-        kept = self.kept_nbytes * tokens
         lines = [
             f"hybrid      {listed(blocks)} of {len(self.converted)}",
-            f"options     {options}",
+            *(line for info in self.mixers for line in info.lines(tokens)),
+            f"state       all {len(blocks)}: {sum(info.nbytes(tokens) for info in self.mixers):,} bytes a chunk",
+            f"            ({where}; for each guidance branch, and each step unless finished chunks are remembered)",
             f"features    {self.parameters:,} parameters in {self.weights}",
             *([f"finetuned   {self.softmax}"] if self.softmax else []),
-            f"state       a block: {self.sums_nbytes:,} bytes of sums in float32, {kept:,} of kept tokens in bfloat16",
-            f"            all {len(blocks)}: {len(blocks) * (self.sums_nbytes + kept):,} bytes a chunk",
-            f"            ({where}; for each guidance branch, and each step unless finished chunks are remembered)",
         ]
-        if why := why_not_stream(self.config, self.converted):
+        if why := self.mixing.why_not_stream():
             lines.append(f"            {why}")
         return "\n".join(f"  {line}" for line in lines)
 
 
-def _abstract(config: WanConfig, hybrid: HybridConfig, dtype: Any) -> Any:
-    """The hybrid blocks without memory: shapes only."""
+def _abstract(config: WanConfig, hybrid: Conversion, dtype: Any) -> Any:
+    """The converted blocks' mixers without memory: shapes only."""
     kinds = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
-    return nnx.eval_shape(lambda: hybrid_blocks(config, hybrid, **kinds, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Mixing.of(hybrid, config.num_layers).make(config, **kinds, rngs=nnx.Rngs(0)))
 
 
-def _nbytes(state: BlockState) -> int:
+def _state(mixer: MixerConfig, module: Mixer) -> dict[str, int]:
+    """The bytes of a block's mixer state, of which a frame without tokens leaves the sums."""
+    if mixer.why_not_stream() is not None:
+        return {"sums_nbytes": 0, "kept_nbytes": 0}
+    sums, state = (
+        _nbytes(jax.eval_shape(lambda frame=frame: module.init_state(batch=1, frame=frame, dtype=jnp.bfloat16)))
+        for frame in (0, 1)
+    )
+    return {"sums_nbytes": sums, "kept_nbytes": state - sums}
+
+
+def _nbytes(state: Any) -> int:
     """Of its arrays; a count of tokens is none."""
-    return sum(x.size * x.dtype.itemsize for x in state if x.ndim)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
 
 
 def _size(root: Path, transformer: WanConfig, vae: VAEConfig) -> tuple[str, int]:

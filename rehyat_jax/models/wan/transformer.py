@@ -17,20 +17,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from rehyat_jax.attention.sharded import softmax_over_devices
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.mixers.hybrid import (
-    BlockState,
-    HybridAttention,
-    empty_state,
-    hybrid_blocks,
-    scan_layers,
-    take_parameters,
-    why_not_stream,
-)
+from rehyat_jax.mixers.base import Mixer
+from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.wan.block import Block, TextKV, modulate, modulation_table
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.mixing import Mixing, scan_layers, take_parameters
 from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
 from rehyat_jax.runtime.variables import kernel
@@ -104,22 +96,22 @@ class WanTransformer(nnx.Module):
     """Velocity of a noisy latent video under a text.
 
     The blocks are one module whose parameters have a leading axis of ``num_layers``; the forward pass scans over it.
-    What converted blocks have beside the teacher's parameters is another, ``hybrid_blocks``, with a leading axis of the
-    converted blocks alone: without it the model is the teacher, name by name.
+    The mixers of the converted blocks are another, ``hybrid_blocks``, with a leading axis of these blocks, or a list of
+    such where blocks have different mixers (`Mixing`): without it the model is the teacher, name by name.
     """
 
     def __init__(
         self,
         config: WanConfig,
         *,
-        hybrid: HybridConfig | None = None,
+        hybrid: Conversion | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         """
         Raises:
-            ConfigError: ``hybrid`` names a block that there is not.
+            ConfigError: ``hybrid`` is not of a model of this depth.
         """
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
@@ -152,32 +144,37 @@ class WanTransformer(nnx.Module):
         )
         # Last, so that a student's other parameters are the teacher's of the same seed.
         self.hybrid = hybrid
-        self.converted = (False,) * config.num_layers if hybrid is None else hybrid.converted(config.num_layers)
-        self.hybrid_blocks = None if hybrid is None else hybrid_blocks(config, hybrid, rngs=rngs, **kinds)
+        self.mixing = Mixing.of(hybrid, config.num_layers)
+        self.hybrid_blocks = self.mixing.make(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    @property
+    def converted(self) -> tuple[bool, ...]:
+        """For each block: is it converted?"""
+        return self.mixing.converted
 
     def with_hybrid(
         self,
-        hybrid: HybridConfig | None,
+        hybrid: Conversion | None,
         *,
         rngs: nnx.Rngs | None = None,
-        blocks: HybridAttention | None = None,
+        blocks: Any = None,
     ) -> WanTransformer:
         """This model's teacher (the same arrays) with other hybrid blocks, or None.
 
         Args:
-            rngs: initialise the hybrid blocks anew.
+            rngs: initialise the hybrid blocks newly.
             blocks: where ``rngs`` is not given: whose parameters the hybrid blocks have; this model's by default, so
                 that the chunks, the stabiliser or the implementation of a student can be changed.
 
         Raises:
-            ConfigError: ``hybrid`` names a block that there is not, or the parameters do not fit it.
+            ConfigError: ``hybrid`` is not of a model of this depth, or the parameters do not fit it.
         """
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         student = nnx.eval_shape(lambda: WanTransformer(self.config, hybrid=hybrid, **kinds, rngs=nnx.Rngs(0)))
         if hybrid is not None and rngs is not None:
-            student.hybrid_blocks = hybrid_blocks(self.config, hybrid, rngs=rngs, **kinds)
+            student.hybrid_blocks = student.mixing.make(self.config, **kinds, rngs=rngs)
         elif hybrid is not None:
-            if blocks is None and student.converted != self.converted:
+            if blocks is None and student.mixing.pattern != self.mixing.pattern:
                 raise ConfigError("other blocks than this model's are to be hybrids: initialise them anew, with rngs")
             take_parameters(student.hybrid_blocks, self.hybrid_blocks if blocks is None else blocks)
         teacher = nnx.state(self)
@@ -197,8 +194,8 @@ class WanTransformer(nnx.Module):
     ) -> Float[Array, "B T H W {self.config.out_channels}"]:
         """The velocity (noise − video) in the compute dtype.
 
-        On a mesh in force (`rehyat_jax.runtime.mesh`) the batch, time and heads are cut over its devices; a video is
-        padded at its end where its chunks do not divide by the devices, which changes nothing.
+        On a mesh in force (`rehyat_jax.runtime.mesh`) the batch, time and heads are sharded over its devices; a video
+        is padded at its end where its chunks do not divide by the devices, which changes nothing.
 
         Args:
             latents: normalised latents, channels last; T, H, W multiples of the patch.
@@ -207,16 +204,16 @@ class WanTransformer(nnx.Module):
             text: the encoder's output, zero beyond the prompt.
             text_tokens: as many tokens as are attended to, zeros after ``text``'s (Wan: 512); by default those that it
                 has. The zeros cost one token: the rest have its keys and values.
-            remat: for training: keep each block's input alone and compute the block anew in the backward pass.
+            remat: for training: keep each block's input alone and compute the block again in the backward pass.
             unroll: every block in the program in place of a loop over blocks. For training a small model: what a loop
                 keeps for the backward pass is copied in and out of its arrays. The larger program compiles longer.
 
         Raises:
-            RehyatError: T, H or W is not a multiple of the patch, or T of the chunk where time is cut; there are not as
-                many times as frames.
+            RehyatError: T, H or W is not a multiple of the patch, or T of the chunk where time is sharded; there are
+                not as many times as frames.
         """
         frames = latents.shape[1]
-        chunk = self.config.patch_size[0] * (self.hybrid.chunk_frames if self.hybrid is not None else 1)
+        chunk = self.config.patch_size[0] * self.mixing.whole_chunks
         padding = frames_on_devices(frames, chunk) - frames
         if timesteps.ndim == 2:
             timesteps = jnp.pad(timesteps, ((0, 0), (0, padding)), mode="edge")
@@ -225,41 +222,42 @@ class WanTransformer(nnx.Module):
         how = {"text_repeats": text_repeats(embedded.shape[1], text_tokens)}
         tokens = inputs.x.shape[1] * frames // (frames + padding)
         graph, layers = nnx.split(self.blocks)
-        hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
 
-        def softmax(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return softmax_over_devices(q, k, v, tokens=tokens), None
+        def step(mixer_graph: Any) -> Callable[..., tuple[Array, None]]:
+            def layer(x: Array, params: tuple[Any, Any]) -> tuple[Array, None]:
+                x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, params[0])
+                mixer = nnx.merge(mixer_graph, params[1])
 
-        def teacher(x: Array, layer: Any) -> tuple[Array, None]:
-            x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, layer)
-            return block.attending(x, embedded, inputs.modulation, inputs.rotary, softmax, **how)
+                def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                    return mixer(q, k, v, frame=inputs.grid[1] * inputs.grid[2], tokens=tokens), None
 
-        def student(x: Array, both: tuple[Any, Any]) -> tuple[Array, None]:
-            x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, both[0])
-            attention = nnx.merge(hybrid_graph, both[1])
+                return block.attending(x, embedded, inputs.modulation, inputs.rotary, attend, **how)
 
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-                return attention(q, k, v, frame=inputs.grid[1] * inputs.grid[2]), None
+            return jax.checkpoint(layer) if remat else layer
 
-            return block.attending(x, embedded, inputs.modulation, inputs.rotary, attend, **how)
-
-        if remat:
-            teacher, student = jax.checkpoint(teacher), jax.checkpoint(student)
-        x = scan_layers(teacher, student, inputs.x, layers, hybrids, self.converted, unroll=unroll)
+        graphs, mixers = zip(*map(nnx.split, self._mixers()), strict=True)
+        x, _ = scan_layers(
+            [step(g) for g in graphs], inputs.x, layers, mixers, pattern=self.mixing.pattern, unroll=unroll
+        )
         return self.unembed(x, inputs)[:, :frames]
 
-    def init_stream(self, batch: int, height: int, width: int) -> BlockState:
-        """The state before a video's first chunk: every block's, stacked over a leading axis of layers.
+    def init_stream(self, batch: int, height: int, width: int) -> Any:
+        """The mixer states before a video's first chunk: every block's, stacked over a leading axis of layers.
 
         Its size depends on the batch and on the latents' height and width, and on no number of frames but the overlap.
 
         Raises:
             RehyatError: the model cannot stream, or height or width is not a multiple of the patch.
         """
-        hybrid = self._streaming()
+        self._check_streams()
         _, rows, columns = self._grid((self.config.patch_size[0], height, width))
-        state = empty_state(self.config, hybrid, batch=batch, frame=rows * columns, dtype=self.dtype)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.config.num_layers, *x.shape)), state)
+
+        def stacked(mixer: Mixer, blocks: int) -> Any:
+            state = mixer.sharded(mixer.init_state(batch=batch, frame=rows * columns, dtype=self.dtype))
+            return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (blocks, *x.shape)), state)
+
+        counts = [len(self.mixing.blocks(mixer)) for mixer in self.mixing.groups]
+        return self.mixing.joined([stacked(*each) for each in zip(self._mixers(), counts, strict=True)])
 
     def read_text(self, text: Float[Array, "B L {self.config.text_dim}"], text_tokens: int | None = None) -> TextKV:
         """A text as `stream` takes it: what every block sees of it, stacked over a leading axis of layers.
@@ -282,11 +280,11 @@ class WanTransformer(nnx.Module):
         latents: Float[Array, "B T H W {self.config.in_channels}"],
         timesteps: Num[Array, "B *frames"],
         text: TextKV,
-        state: BlockState,
+        state: Any,
         *,
         first_frame: int | Int[Array, ""],
         text_tokens: int | None = None,
-    ) -> tuple[Float[Array, "B T H W {self.config.out_channels}"], BlockState]:
+    ) -> tuple[Float[Array, "B T H W {self.config.out_channels}"], Any]:
         """The velocity of the next frames of a video, and the state after them.
 
         Calls on consecutive pieces, each of whole chunks save a last one, equal one call on the whole video at the same
@@ -304,36 +302,44 @@ class WanTransformer(nnx.Module):
             RehyatError: the model cannot stream; the sizes are not multiples of the patch; more than one chunk that
                 are no whole number of chunks.
         """
-        hybrid = self._streaming()
-        inputs = self.embed(latents, timesteps, first_frame=first_frame)
+        self._check_streams()
+        inputs, chunk = self.embed(latents, timesteps, first_frame=first_frame), self.mixing.chunk_frames
         frames, rows, columns = inputs.grid
-        if frames > hybrid.chunk_frames and frames % hybrid.chunk_frames:
-            raise RehyatError(f"{frames} frames are not a whole number of chunks of {hybrid.chunk_frames}")
+        if frames > chunk and frames % chunk:
+            raise RehyatError(f"{frames} frames are not a whole number of chunks of {chunk}")
         first = jnp.asarray(first_frame, jnp.int32) // self.config.patch_size[0]
         how = {"text_repeats": text_repeats(text.k.shape[2], text_tokens)}
         graph, layers = nnx.split(self.blocks)
-        hybrid_graph, hybrids = nnx.split(self.hybrid_blocks)
 
-        def step(x: Array, layer: tuple[Any, Any, TextKV, BlockState]) -> tuple[Array, BlockState]:
-            attention = nnx.merge(hybrid_graph, layer[1])
+        def step(mixer_graph: Any) -> Callable[..., tuple[Array, Any]]:
+            def layer(x: Array, params: tuple[tuple[Any, TextKV], tuple[Any, Any]]) -> tuple[Array, Any]:
+                (block, text), (own, state) = params
+                mixer = nnx.merge(mixer_graph, own)
 
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, BlockState]:
-                return attention.stream(q, k, v, layer[3], frame=rows * columns, first=first)
+                def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                    y, after = mixer.step(q, k, v, mixer.sharded(state), frame=rows * columns, first=first)
+                    return y, mixer.sharded(after)
 
-            return nnx.merge(graph, layer[0]).attending(x, layer[2], inputs.modulation, inputs.rotary, attend, **how)
+                return nnx.merge(graph, block).attending(x, text, inputs.modulation, inputs.rotary, attend, **how)
 
-        x, state = jax.lax.scan(step, inputs.x, (layers, hybrids, text, state))
-        return self.unembed(x, inputs), state
+            return layer
+
+        graphs, mixers = zip(*map(nnx.split, self._mixers()), strict=True)
+        own = list(zip(mixers, self.mixing.parted(state), strict=True))
+        x, states = scan_layers([step(g) for g in graphs], inputs.x, (layers, text), own, pattern=self.mixing.pattern)
+        return self.unembed(x, inputs), self.mixing.joined(states)
 
     def why_not_stream(self) -> str | None:
         """None for a model that can stream; else one sentence that names the blocks that prevent it."""
-        return why_not_stream(self.hybrid, self.converted)
+        return self.mixing.why_not_stream()
 
-    def _streaming(self) -> HybridConfig:
-        why = self.why_not_stream()
-        if why is not None or self.hybrid is None:
-            raise RehyatError(why or "")
-        return self.hybrid
+    def _check_streams(self) -> None:
+        if why := self.why_not_stream():
+            raise RehyatError(why)
+
+    def _mixers(self) -> tuple[Mixer, ...]:
+        """The stacked module of every group of blocks."""
+        return self.mixing.modules(self.hybrid_blocks)
 
     def embed(
         self,
