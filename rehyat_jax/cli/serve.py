@@ -13,7 +13,7 @@ from rehyat_jax.errors import RehyatError
 
 if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
-    from rehyat_jax.serve.host import Wish
+    from rehyat_jax.serve.wish import Wish
     from rehyat_jax.streams.stream import Stream
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")

@@ -20,9 +20,10 @@ from starlette.websockets import WebSocket
 from rehyat_jax import __version__
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.guard import Access, Guard
-from rehyat_jax.serve.host import Host, keep_copy
+from rehyat_jax.serve.host import Full, Host, keep_copy
 from rehyat_jax.serve.live import LiveStream
 from rehyat_jax.serve.realtime import realtime
+from rehyat_jax.serve.videos import video_routes
 
 _PAGE = Path(__file__).parent / "page"
 
@@ -72,7 +73,7 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
     async def thumbnail(request: Request) -> Response:
         chunks, number = host.get(request.path_params["name"]).chunks, request.path_params["number"]
         if number >= len(chunks):
-            raise RehyatError(f"there is no chunk {number}")
+            raise RehyatError(f"there is no such chunk: {number}")
         return Response(chunks[number].thumbnail, media_type="image/png", headers={"cache-control": "no-store"})
 
     async def grown(request: Request) -> Response:
@@ -101,8 +102,10 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
         await realtime(connection, host)
 
     async def mistake(_: Request, error: Exception) -> Response:
-        missing = "there is no" in str(error)
+        missing = str(error).startswith("there is no such")
         body = {"error": {"message": str(error), "type": "invalid_request_error"}}
+        if isinstance(error, Full):
+            return JSONResponse(body, status_code=503, headers={"retry-after": "10"})
         return JSONResponse(body, status_code=404 if missing else 400)
 
     @asynccontextmanager
@@ -122,6 +125,7 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
             Route("/v1/streams/{name}/whole.mp4", whole),
             Route("/v1/streams/{name}/state", state),
             Route("/v1/streams/{name}/thumbnails/{number:int}.png", thumbnail),
+            *video_routes(host, about.model),
             WebSocketRoute("/v1/realtime/video", socket),
             Mount("/page", StaticFiles(directory=_PAGE)),
         ],

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.serve.jobs import Job
 from rehyat_jax.serve.live import LiveStream, Pace, Steerable
+from rehyat_jax.serve.wish import Wish
 
 _log = logging.getLogger(__name__)
 
@@ -37,25 +39,16 @@ class Limits:
         idle: seconds after which a stream without viewers is closed and its file removed.
         life: seconds after which any stream is closed.
         characters: of a sentence.
+        jobs: videos that wait or are kept; the oldest that has ended makes room.
+        frames: of such a video.
     """
 
     streams: int = 8
     idle: float = 300.0
     life: float = 6 * 3600.0
     characters: int = 2000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Wish:
-    """How a new stream is to be made; what is None is the model's own."""
-
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
+    jobs: int = 64
+    frames: int = 16 * 600
 
 
 #: Makes a stream of a wish, or raises RehyatError.
@@ -85,6 +78,7 @@ class Host:
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="rehyat-serve-")
         self.folder = folder or Path(self._own.name if self._own else "")
         self._held: dict[str, _Held] = {}
+        self._jobs: dict[str, Job] = {}
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._work = threading.Condition()
         self._stop = False
@@ -150,6 +144,50 @@ class Host:
         live.close()
         live.path.unlink(missing_ok=True)
 
+    def queue(self, wish: Wish, *, frames: int) -> Job:
+        """A video of so many frames, to be made when those before it are done, beside the live streams.
+
+        Raises:
+            Full: as many wait as may.
+            RehyatError: it is too long, or its sentence is.
+        """
+        self.check_prompt(wish.prompt)
+        self.check_prompt(wish.negative_prompt)
+        if not 1 <= frames <= self.limits.frames:
+            raise RehyatError(f"a video may have 1 to {self.limits.frames} frames, not {frames}")
+        name = secrets.token_hex(8)
+        job = Job(name, wish, frames, self.folder / f"{name}.video.mp4", self.pace.fps)
+        with self._work:
+            while len(self._jobs) >= self.limits.jobs:
+                ended = next((other for other in self._jobs.values() if other.ended), None)
+                if ended is None:
+                    raise Full(f"{self.limits.jobs} videos wait; try again later")
+                self._jobs.pop(ended.name).discard()
+            self._jobs[name] = job
+            self._work.notify_all()
+        return job
+
+    def jobs(self) -> list[Job]:
+        with self._work:
+            return list(self._jobs.values())
+
+    def job(self, name: str) -> Job:
+        """
+        Raises:
+            RehyatError: there is no such video (any more).
+        """
+        job = self._jobs.get(name) if _NAME.fullmatch(name) else None
+        if job is None:
+            raise RehyatError("there is no such video (any more)")
+        return job
+
+    def drop(self, name: str) -> None:
+        """Forget a video, finished or not, and remove its file."""
+        job = self.job(name)
+        with self._work:
+            self._jobs.pop(name, None)
+        self.call(job.discard)
+
     def check_prompt(self, prompt: Any) -> None:
         """
         Raises:
@@ -180,6 +218,9 @@ class Host:
         for held in list(self._held.values()):
             held.live.close()
         self._held.clear()
+        for job in self._jobs.values():
+            if not job.ended:
+                job.discard()
         for _, future in self._calls:
             future.set_exception(RehyatError("the server is ending"))
         if self._own:
@@ -218,10 +259,27 @@ class Host:
             busy = bool(calls)
             for name, held in turn:  # one chunk each, in turn
                 busy |= self._one_turn(name, held)
+            busy |= self._one_job()
             if not busy:
                 with self._work:
                     if not self._stop and not self._calls:
                         self._work.wait(timeout=0.1)
+
+    def _one_job(self) -> bool:
+        """A chunk of the oldest video that is not done."""
+        job = next((job for job in self.jobs() if not job.ended), None)
+        if job is None:
+            return False
+        try:
+            if job.status == "queued":
+                job.begin(self._open(job.wish))
+            self.frames_made += job.work()
+            self.chunks_made += 1
+        except Exception as error:
+            if not isinstance(error, RehyatError):
+                _log.exception("video %s failed", job.name)
+            job.fail(error)
+        return True
 
     def _one_turn(self, name: str, held: _Held) -> bool:
         live, now = held.live, time.monotonic()

@@ -59,6 +59,15 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What rewinds left: so many chunks, which end after so many seconds; and the epoch since."""
+
+    epoch: int
+    chunks: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
     """How far a live stream runs ahead of its viewers, and how long without any.
 
@@ -111,8 +120,8 @@ class LiveStream:
     ) -> None:
         self.pace, self.path = pace, path
         self.failed: str | None = None
-        #: Counts the rewinds: what a viewer has beyond a rewind's place is void when this has changed.
-        self.epoch = 0
+        #: The chunks that rewinds went back to, in order: what a viewer has from there on is void.
+        self._cuts: list[int] = []
         self._stream, self._on_change = stream, on_change
         self._video = GrowingVideo(path, fps=pace.fps)
         self._lock = threading.RLock()
@@ -138,6 +147,19 @@ class LiveStream:
     def frames(self) -> int:
         with self._lock:
             return self._chunks[-1].first_frame + self._chunks[-1].frames if self._chunks else 0
+
+    @property
+    def epoch(self) -> int:
+        """Counts the rewinds."""
+        return len(self._cuts)
+
+    def kept_since(self, epoch: int) -> Kept:
+        """What is left of the chunks that there were at an epoch, now that there were rewinds."""
+        with self._lock:
+            kept = min(self._cuts[epoch:], default=len(self._chunks))
+            before = self._chunks[kept - 1] if kept else None
+            frames = before.first_frame + before.frames if before else 0
+            return Kept(epoch=self.epoch, chunks=kept, seconds=frames / self.pace.fps)
 
     @property
     def seconds(self) -> float:
@@ -338,7 +360,7 @@ class LiveStream:
             self._stream = stream
             del self._chunks[number:]
             self._snapshots = {kept: snapshot for kept, snapshot in self._snapshots.items() if kept <= number}
-            self.epoch += 1
+            self._cuts.append(number)
             for viewer in self._viewers:
                 viewer.at(min(viewer.position, self.seconds))
             self._video.cut(after=self.frames)

@@ -19,12 +19,12 @@ import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.serve.host import Full, Host, Wish
+from rehyat_jax.serve.host import Full, Host
 from rehyat_jax.serve.live import LiveStream, Viewer
+from rehyat_jax.serve.wish import Wish
 
 #: Characters of a message.
 _LONGEST = 1 << 16
-_NUMBERS = {"seed": int, "num_inference_steps": int, "guidance_scale": float, "width": int, "height": int}
 
 
 async def realtime(socket: WebSocket, host: Host) -> None:
@@ -55,7 +55,7 @@ class _Connection:
             if message.get("type") == "session.join":
                 name = _text(message, "id")
             elif message.get("type") == "session.start":
-                name = await asyncio.wrap_future(host.begin(_wish(message)))
+                name = await asyncio.wrap_future(host.begin(Wish.from_message(message)))
             else:
                 raise RehyatError("the first message is session.start or session.join")
             live = host.get(name)
@@ -96,11 +96,11 @@ class _Connection:
         while True:
             self._something.clear()
             if live.epoch != epoch:
-                epoch, chunks = live.epoch, live.chunks
-                kept = min(self._next, len(chunks))
-                time = (chunks[kept].first_frame if kept < len(chunks) else live.frames) / live.pace.fps
-                self._next = kept
-                await self._say({"type": "video.rewind", "chunk": kept, "position_seconds": time})
+                kept = live.kept_since(epoch)
+                epoch = kept.epoch
+                if kept.chunks < self._next:
+                    self._next = kept.chunks
+                    await self._say({"type": "video.rewind", "chunk": kept.chunks, "position_seconds": kept.seconds})
             data = live.fragment(self._next, epoch=epoch)
             if data is None:
                 if live.closed:
@@ -244,20 +244,3 @@ def _whole(message: Mapping[str, Any], name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
         raise RehyatError(f"{name} must be a whole number from 0")
     return value
-
-
-def _wish(message: Mapping[str, Any]) -> Wish:
-    """
-    Raises:
-        RehyatError: a value is not of its kind.
-    """
-    numbers: dict[str, Any] = {}
-    for name, kind in _NUMBERS.items():
-        value = message.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-            raise RehyatError(f"{name} must be a number, not {str(value)[:80]!r}")
-        numbers[name] = value
-    negative = _text(message, "negative_prompt") if message.get("negative_prompt") is not None else ""
-    return Wish(prompt=_text(message, "prompt"), negative_prompt=negative, **numbers)

@@ -13,8 +13,9 @@ from starlette.websockets import WebSocketDisconnect
 
 from rehyat_jax.serve.app import About, make_app
 from rehyat_jax.serve.guard import Access
-from rehyat_jax.serve.host import Host, Limits, Wish
+from rehyat_jax.serve.host import Host, Limits
 from rehyat_jax.serve.live import Pace
+from rehyat_jax.serve.wish import Wish
 
 SOCKET = "ws://localhost:8765/v1/realtime/video"
 

@@ -1,0 +1,146 @@
+"""OpenAI's interface for videos: ``POST /v1/videos`` and its kin, as JSON or a form, over the host's jobs."""
+
+from __future__ import annotations
+
+import json
+import re
+from email.parser import BytesParser
+from email.policy import HTTP
+from typing import Any
+from urllib.parse import parse_qsl
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.serve.host import Host
+from rehyat_jax.serve.jobs import Job
+from rehyat_jax.serve.wish import Wish
+
+#: Fields of a form that are numbers; in JSON they are numbers already.
+_WHOLE, _REAL = ("seed", "num_frames", "num_inference_steps", "fps"), ("guidance_scale", "seconds")
+
+
+def video_routes(host: Host, model: str) -> list[Route]:
+    """The routes ``/v1/models``, ``/v1/videos``, ``/v1/videos/ID`` and ``/v1/videos/ID/content``."""
+
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": model, "object": "model", "owned_by": "rehyat"}]})
+
+    async def create(request: Request) -> Response:
+        fields = await _fields(request)
+        if fields.get("model") not in (None, "", model):
+            raise RehyatError(f"there is no model {str(fields['model'])[:80]!r} here; the model is {model!r}")
+        if fields.get("input_reference") is not None:
+            raise RehyatError("input_reference is not supported: this model makes videos from text")
+        if fields.get("fps") not in (None, host.pace.fps):
+            raise RehyatError(f"fps must be {host.pace.fps}, the model's own, not {fields['fps']}")
+        width, height = _size(fields.get("size"))
+        wish = Wish.from_message({"width": width, "height": height} | fields)
+        job = host.queue(wish, frames=_frames(fields, host.pace.fps))
+        return JSONResponse(_told(job, model))
+
+    async def listed(_: Request) -> Response:
+        jobs = sorted(host.jobs(), key=lambda job: -job.created)
+        return JSONResponse({"object": "list", "data": [_told(job, model) for job in jobs], "has_more": False})
+
+    async def one(request: Request) -> Response:
+        name = request.path_params["name"]
+        if request.method == "DELETE":
+            host.drop(name)
+            return JSONResponse({"id": name, "object": "video.deleted", "deleted": True})
+        return JSONResponse(_told(host.job(name), model))
+
+    async def content(request: Request) -> Response:
+        job = host.job(request.path_params["name"])
+        if job.status != "completed":
+            raise RehyatError(f"the video is not there: its status is {job.status}")
+        return FileResponse(job.path, media_type="video/mp4", filename=f"{job.name}.mp4")
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/videos", create, methods=["POST"]),
+        Route("/v1/videos", listed, methods=["GET"]),
+        Route("/v1/videos/{name}", one, methods=["GET", "DELETE"]),
+        Route("/v1/videos/{name}/content", content),
+    ]
+
+
+def _told(job: Job, model: str) -> dict[str, Any]:
+    wish = job.wish
+    return {
+        "id": job.name,
+        "object": "video",
+        "model": model,
+        "status": job.status,
+        "progress": int(100 * job.done / job.frames),
+        "created_at": int(job.created),
+        "completed_at": None if job.completed is None else int(job.completed),
+        "expires_at": None,
+        "prompt": wish.prompt,
+        "seconds": f"{job.frames / job.fps:g}",
+        "size": f"{wish.width}x{wish.height}" if wish.width else None,
+        "remixed_from_video_id": None,
+        "error": None if job.error is None else {"code": "failed", "message": job.error},
+    }
+
+
+async def _fields(request: Request) -> dict[str, Any]:
+    """The request's fields, of JSON or of either kind of form; those in ``extra_body`` among them.
+
+    Raises:
+        RehyatError: the body is none of these.
+    """
+    kind, body = request.headers.get("content-type", ""), await request.body()
+    try:
+        if kind.startswith("multipart/form-data"):
+            fields = _form(kind, body)
+        elif kind.startswith("application/x-www-form-urlencoded"):
+            fields = dict(parse_qsl(body.decode("utf-8")))
+        else:
+            fields = json.loads(body)
+        if not isinstance(fields, dict):
+            raise ValueError("no object")
+        extra = fields.pop("extra_body", None) or {}
+        fields |= json.loads(extra) if isinstance(extra, str) else dict(extra)
+        for names, number in ((_WHOLE, int), (_REAL, float)):
+            for name in names:
+                if isinstance(fields.get(name), str):
+                    fields[name] = number(fields[name])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RehyatError("the body must be JSON or a form with a prompt, and numbers where numbers belong") from error
+    return fields
+
+
+def _form(kind: str, body: bytes) -> dict[str, Any]:
+    message = BytesParser(policy=HTTP).parsebytes(b"content-type: " + kind.encode("latin-1") + b"\r\n\r\n" + body)
+    fields: dict[str, Any] = {}
+    for part in message.iter_parts():
+        name = part.get_param("name", header="content-disposition")
+        data = part.get_payload(decode=True)
+        if isinstance(name, str) and isinstance(data, bytes):
+            fields[name] = data if part.get_filename() else data.decode("utf-8")
+    return fields
+
+
+def _size(size: Any) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(size))
+    if not match:
+        raise RehyatError(f"size must be a width and a height as 832x480, not {str(size)[:80]!r}")
+    return int(match[1]), int(match[2])
+
+
+def _frames(fields: dict[str, Any], fps: int) -> int:
+    """As many as ``num_frames`` says, else ``seconds``, else four seconds."""
+    frames = fields.get("num_frames")
+    if frames is None:
+        seconds = fields.get("seconds", 4)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
+            raise RehyatError(f"seconds must be a number above 0, not {str(seconds)[:80]!r}")
+        frames = max(1, round(seconds * fps))
+    if isinstance(frames, bool) or not isinstance(frames, int):
+        raise RehyatError(f"num_frames must be a whole number, not {str(frames)[:80]!r}")
+    return frames
