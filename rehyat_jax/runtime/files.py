@@ -33,11 +33,10 @@ def reason(error: OSError) -> str:
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A partial name beside ``path`` to write to; it becomes ``path`` when the block ends well and is removed when not.
+def partial_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty file beside ``path``, on its disk, to write to; whatever is left of it at the end is removed.
 
-    Missing parent folders are made. An interrupt counts as not ending well; a file already at ``path`` stays as it was
-    until the rename.
+    Missing parent folders are made.
 
     Raises:
         RehyatError: the file cannot be written (full disk, read-only folder, a folder of that name, …).
@@ -50,12 +49,27 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise IsADirectoryError(errno.EISDIR, "")
         partial.touch(exist_ok=False)
         yield partial
-        os.replace(partial, path)
     except OSError as error:
         raise RehyatError(f"cannot write {path}: {reason(error)}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A partial name beside ``path`` to write to; it becomes ``path`` when the block ends well and is removed when not.
+
+    An interrupt counts as not ending well; a file already at ``path`` stays as it was until the rename. Where ``path``
+    is a link, the file that it leads to is replaced, and the partial lies beside that one.
+
+    Raises:
+        RehyatError: as :func:`partial_file`.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    with partial_file(target) as partial:
+        yield partial
+        os.replace(partial, target)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -12,9 +12,9 @@ import dataclasses
 import errno
 import io
 import os
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -22,20 +22,24 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.runtime.files import reason, whole_file
-from rehyat_jax.video.io import Codec, Picture
+from rehyat_jax.runtime.files import partial_file, reason, whole_file
+from rehyat_jax.video import colour
+from rehyat_jax.video.boxes import BOX, boxes, chapter_box, fragments
+from rehyat_jax.video.containers import address, opened_video, unreadable
+from rehyat_jax.video.io import FREE_NAMES, Codec, Picture
 
 #: Fragments whose times the muxer leaves as they are; no index at the end, where the next fragment will stand.
 _FRAGMENTED = {
-    "movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer",
+    "movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer+use_metadata_tags",
     "avoid_negative_ts": "disabled",
     "fflags": "+bitexact",
 }
 #: For packets that stand in a file already: a fragment begins with each key frame.
-_FRAGMENTED_AT_KEYS = _FRAGMENTED | {"movflags": "empty_moov+default_base_moof+frag_keyframe+skip_trailer"}
-
-#: Bytes of a box's size and name.
-_BOX = 8
+_FRAGMENTED_AT_KEYS = _FRAGMENTED | {
+    "movflags": "empty_moov+default_base_moof+frag_keyframe+skip_trailer+use_metadata_tags"
+}
+#: What a reader adds to a file's own metadata.
+_BRANDS = {"major_brand", "minor_version", "compatible_brands", "encoder"}
 
 
 class GrowingVideo:
@@ -50,7 +54,7 @@ class GrowingVideo:
     Args:
         path: the file; missing folders are made. One that is there stays as it is until the first block, which begins
             a new video; or :meth:`go_on` with it.
-        fps, scale, codec: as :func:`~rehyat_jax.video.io.write_video`.
+        fps, scale, codec, metadata: as :func:`~rehyat_jax.video.io.write_video`.
 
     Raises:
         RehyatError: the file cannot be written, or another process is writing it.
@@ -63,10 +67,14 @@ class GrowingVideo:
         fps: int = 16,
         scale: int | None = None,
         codec: Codec = "h264",
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.frames = Path(path), 0
+        self._metadata = dict(metadata or {})
+        self._chapter: str | None = None
         self._how = {"fps": fps, "scale": scale, "codec": codec}
         self._picture: Picture | None = None
+        self._tagged = True
         self._fragments, self._end = 0, 0
         self._parameters: bytes | None = None
         self._head = b""
@@ -84,21 +92,26 @@ class GrowingVideo:
     def go_on(self, *, after: int) -> None:
         """Keep this many frames of the file that is there, and append to them: the rest is cut off, a torn end too.
 
+        A file that was begun before colours were tagged goes on without tags and chapters, as it was begun.
+
         Raises:
             RehyatError: none of its fragments ends there.
         """
         frames = 0
-        for number, fragment in enumerate(_fragments(self._file), start=1):
-            frames = fragment.frames
+        for number, fragment in enumerate(fragments(self._file), start=1):
+            frames, self._chapter = fragment.frames, fragment.chapter or self._chapter
             if frames == after:
                 self._file.truncate(fragment.end)
-                self._parameters = _parameter_sets(self.path)
+                self._parameters, self._tagged = _begun_with(self.path)
                 self.frames, self._fragments, self._end = frames, number, fragment.end
                 return
         raise RehyatError(f"cannot go on with {self.path} after {after} frames: it holds {frames}, or is cut elsewhere")
 
-    def append(self, block: UInt8[np.ndarray, "F H W 3"]) -> None:
+    def append(self, block: UInt8[np.ndarray, "F H W 3"], *, chapter: str | None = None) -> None:
         """Encode a block of frames and put it on the disk, whole or not at all. A block without frames is nothing.
+
+        Args:
+            chapter: what the block shows; where that is another than before, a chapter of this title begins.
 
         Raises:
             RehyatError: the disk is full, the file was removed meanwhile, …, or the frames do not fit those before.
@@ -106,6 +119,9 @@ class GrowingVideo:
         if not len(block):
             return
         head, fragment, parameters = self._encode(block)
+        begins = chapter is not None and chapter != self._chapter and self._tagged
+        if begins and chapter is not None:
+            fragment = chapter_box(chapter) + fragment
         if self._parameters is None:
             self._parameters, fragment = parameters, head + fragment
         elif parameters != self._parameters:
@@ -127,6 +143,7 @@ class GrowingVideo:
         self._end += len(fragment)
         self._fragments += 1
         self.frames += len(block)
+        self._chapter = chapter if begins else self._chapter
 
     @property
     def size(self) -> int:
@@ -177,9 +194,13 @@ class GrowingVideo:
 
     def _encode(self, block: UInt8[np.ndarray, "F H W 3"]) -> tuple[bytes, bytes, bytes | None]:
         """The file's head, the fragment, and the encoder's parameter sets, which the head holds."""
-        picture = self._picture = self._picture or Picture.of(block, **self._how)  # type: ignore[arg-type]
+        picture = self._picture = self._picture or dataclasses.replace(
+            Picture.of(block, **self._how),  # type: ignore[arg-type]
+            tagged=self._tagged,
+        )
         file, number = io.BytesIO(), str(self._fragments + 1)
         with av.open(file, "w", format="mp4", options=_FRAGMENTED | {"fragment_index": number}) as container:
+            container.metadata.update(self._metadata)
             # Without B-frames a packet's times are its frame's.
             stream = picture.add_stream(container, bf="0")
             for index, frame in enumerate(block, start=self.frames):
@@ -189,13 +210,13 @@ class GrowingVideo:
             container.mux(stream.encode())
         whole = file.getvalue()
         file.seek(0)
-        parameters = _parameter_sets(file)
-        start = next(box.start for box in _boxes(file, 0, len(whole)) if box.kind == b"moof")
+        parameters, _ = _begun_with(file)
+        start = next(box.start for box in boxes(file, 0, len(whole)) if box.kind == b"moof")
         return whole[:start], whole[start:], parameters
 
     def _write(self, data: bytes) -> None:
         """What begins a box is written last: until then all that is new is a box without a name, which players skip."""
-        for start, part in ((_BOX, data[_BOX:]), (0, data[:_BOX])):
+        for start, part in ((BOX, data[BOX:]), (0, data[:BOX])):
             view = memoryview(part)
             self._file.seek(self._end + start)
             while view:  # an unbuffered write may take a part
@@ -209,17 +230,18 @@ class GrowingVideo:
 def whole_frames(path: str | os.PathLike[str]) -> Iterator[int]:
     """Number of frames up to the end of each whole fragment of a growing video, in order; of a missing file none."""
     with suppress(FileNotFoundError), open(path, "rb") as file:
-        for fragment in _fragments(file):
+        for fragment in fragments(file):
             yield fragment.frames
 
 
 def finish_video(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """An ordinary mp4, with an index and a length, of a growing one: the same packets, none encoded again.
+    """An ordinary mp4, with an index, a length and chapters, of a growing one: the same packets, none encoded again.
 
     Raises:
         RehyatError: it cannot be read or written.
     """
-    _copy_packets(source, target, {"fflags": "+bitexact"})
+    with whole_file(target) as partial:
+        _copy_packets(source, partial, FREE_NAMES | {"fflags": "+bitexact"}, chapters=_chapters(source))
 
 
 def reopen_video(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -228,7 +250,23 @@ def reopen_video(source: str | os.PathLike[str], target: str | os.PathLike[str])
     Raises:
         RehyatError: it cannot be read or written.
     """
-    _copy_packets(source, target, _FRAGMENTED_AT_KEYS)
+    with opened_video(source) as video:
+        rate = video.stream.average_rate or Fraction(1)
+        titles = {
+            round(chapter["start"] * (chapter["time_base"] or 1) * rate): chapter["metadata"].get("title", "")
+            for chapter in video.container.chapters()
+        }
+    with whole_file(target) as made, partial_file(target) as plain:
+        _copy_packets(source, plain, _FRAGMENTED_AT_KEYS, chapters=[])
+        with open(plain, "rb") as given, open(made, "wb") as file:
+            begin = frames = 0
+            for fragment in fragments(given):
+                start = next(box.start for box in boxes(given, begin, fragment.end) if box.kind == b"moof")
+                _copy_bytes(given, file, begin, start)
+                if frames in titles:
+                    file.write(chapter_box(titles[frames]))
+                _copy_bytes(given, file, start, fragment.end)
+                begin, frames = fragment.end, fragment.frames
 
 
 def spaced_frames(path: str | os.PathLike[str], *, count: int, fps: int) -> UInt8[np.ndarray, "F H W 3"]:
@@ -238,40 +276,64 @@ def spaced_frames(path: str | os.PathLike[str], *, count: int, fps: int) -> UInt
         RehyatError: the file is missing or is no video.
     """
     chosen: list[np.ndarray] = []
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = container.streams.video[0]
-            assert stream.time_base is not None
-            ticks = 1 / (fps * stream.time_base)  # of one frame
-            for index in np.unique(np.linspace(0, stream.frames - 1, count).round().astype(int)):
-                wanted = int(index * ticks)
-                container.seek(wanted, stream=stream)
-                frames = (frame for frame in container.decode(stream) if frame.pts is not None)
-                chosen.append(next(frame for frame in frames if frame.pts >= wanted).to_ndarray(format="rgb24"))
-    except (av.error.FFmpegError, IndexError, StopIteration) as error:
-        raise RehyatError(f"cannot read a video from {path}: {getattr(error, 'strerror', None) or error}") from error
+    with opened_video(path) as video:
+        stream = video.stream
+        assert stream.time_base is not None
+        ticks = 1 / (fps * stream.time_base)  # of one frame
+        for index in np.unique(np.linspace(0, stream.frames - 1, count).round().astype(int)):
+            wanted = int(index * ticks)
+            video.container.seek(wanted, stream=stream)
+            frames = (frame for frame in video.container.decode(stream) if frame.pts is not None)
+            frame = next((frame for frame in frames if frame.pts >= wanted), None)
+            if frame is None:
+                raise unreadable(path, f"it has no frame {index}")
+            chosen.append(colour.to_rgb(frame))
     return np.stack(chosen)
 
 
-def _copy_packets(source: str | os.PathLike[str], target: str | os.PathLike[str], options: dict[str, str]) -> None:
-    try:
-        with whole_file(target) as partial, av.open(os.fspath(source)) as given:
-            stream = given.streams.video[0]
-            with av.open(os.fspath(partial), "w", format="mp4", options=options) as made:
-                copy = made.add_stream_from_template(stream)
-                for packet in given.demux(stream):
-                    if packet.dts is not None:  # the last one marks the end
-                        packet.stream = copy
-                        made.mux(packet)
-    except (av.error.InvalidDataError, IndexError) as error:
-        raise RehyatError(f"cannot read a video from {source}: {error}") from error
+def _chapters(path: str | os.PathLike[str]) -> list[av.container.core.Chapter]:
+    """A growing video's, each up to the next or to the end."""
+    with opened_video(path) as video, open(path, "rb") as file:
+        step = 1 / (video.stream.average_rate or Fraction(1))
+        parts = list(fragments(file))
+    starts = [0, *(part.frames for part in parts)]
+    begun = [(start, part.chapter) for start, part in zip(starts, parts, strict=False) if part.chapter is not None]
+    ends = [*(start for start, _ in begun[1:]), starts[-1]]
+    return [
+        {"id": number, "start": start, "end": end, "time_base": step, "metadata": {"title": title or ""}}
+        for number, ((start, title), end) in enumerate(zip(begun, ends, strict=True))
+    ]
 
 
-def _parameter_sets(file: Path | io.BytesIO) -> bytes | None:
-    """What a decoder must know before the first frame, as the head of the file says it."""
+def _copy_packets(
+    source: str | os.PathLike[str],
+    partial: Path,
+    options: dict[str, str],
+    *,
+    chapters: list[av.container.core.Chapter],
+) -> None:
+    with opened_video(source) as given, av.open(address(partial), "w", format="mp4", options=options) as made:
+        made.metadata.update({name: text for name, text in given.container.metadata.items() if name not in _BRANDS})
+        made.set_chapters(chapters)
+        copy = made.add_stream_from_template(given.stream)
+        for packet in given.container.demux(given.stream):
+            if packet.dts is not None:  # the last one marks the end
+                packet.stream = copy
+                made.mux(packet)
+
+
+def _copy_bytes(given: io.BufferedReader, file: io.BufferedWriter, start: int, end: int) -> None:
+    given.seek(start)
+    while (left := end - given.tell()) > 0:
+        file.write(given.read(min(left, 1 << 20)))
+
+
+def _begun_with(file: Path | io.BytesIO) -> tuple[bytes | None, bool]:
+    """What a decoder must know before the first frame, as the head of the file says it; whether colours are told."""
     try:
-        with av.open(os.fspath(file) if isinstance(file, Path) else file) as container:
-            return container.streams.video[0].codec_context.extradata
+        with av.open(address(file) if isinstance(file, Path) else file) as container:
+            context = container.streams.video[0].codec_context
+            return context.extradata, colour.is_tagged(context)
     except (av.error.FFmpegError, IndexError) as error:
         raise RehyatError(f"cannot go on with {file}: it is no video ({getattr(error, 'strerror', error)})") from error
 
@@ -288,51 +350,3 @@ def _lock(file: io.FileIO, path: Path) -> None:
         raise RehyatError(f"cannot write {path}: another process is writing it") from None
     except OSError:  # a file system without locks
         return
-
-
-@dataclasses.dataclass(frozen=True)
-class _Box:
-    kind: bytes
-    start: int
-    end: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fragment:
-    """Its end in bytes, and the number of frames up to there."""
-
-    end: int
-    frames: int
-
-
-def _boxes(file: io.IOBase, start: int, end: int) -> Iterator[_Box]:
-    """The whole boxes between two places of a file."""
-    while start + _BOX <= end:
-        file.seek(start)
-        size, kind = struct.unpack(">I4s", file.read(_BOX))
-        if size < _BOX or start + size > end:
-            return
-        yield _Box(kind, start, start + size)
-        start += size
-
-
-def _inside(file: io.IOBase, box: _Box, kind: bytes) -> Iterator[_Box]:
-    return (inner for inner in _boxes(file, box.start + _BOX, box.end) if inner.kind == kind)
-
-
-def _fragments(file: io.IOBase) -> Iterator[_Fragment]:
-    """The whole fragments from the beginning; whatever follows the last one is torn."""
-    frames = 0
-    for box in _boxes(file, 0, file.seek(0, os.SEEK_END)):
-        if box.kind == b"moof":
-            frames += sum(
-                _samples(file, run) for track in _inside(file, box, b"traf") for run in _inside(file, track, b"trun")
-            )
-        elif box.kind == b"mdat":
-            yield _Fragment(box.end, frames)
-
-
-def _samples(file: io.IOBase, run: _Box) -> int:
-    """The sample count of a track run; version and flags stand before it."""
-    file.seek(run.start + 12)
-    return int.from_bytes(file.read(4))

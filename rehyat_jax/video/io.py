@@ -1,4 +1,4 @@
-"""Videos on disk: mp4 through PyAV, and a contact sheet to see a video at a glance."""
+"""Videos on disk: mp4 through PyAV, in BT.709 and tagged so, and a contact sheet to see a video at a glance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import av
@@ -16,6 +16,9 @@ from PIL import Image
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.video import colour
+from rehyat_jax.video.containers import address
+from rehyat_jax.video.reading import read_video as read_video
 
 #: Frames smaller than this on their shorter side are enlarged: 4:2:0 halves the colour planes, and a video of 64 x 64
 #: pixels is a stamp in a text-book player.
@@ -30,6 +33,9 @@ _CODECS: dict[Codec, tuple[str, str, dict[str, str]]] = {
     "rgb": ("libx264rgb", "rgb24", {"crf": "0", "preset": "medium"}),
 }
 
+#: Metadata may have any names; without this the muxer drops those that iTunes does not know.
+FREE_NAMES = {"movflags": "use_metadata_tags"}
+
 
 def write_video(
     path: str | os.PathLike[str],
@@ -38,6 +44,7 @@ def write_video(
     fps: int = 16,
     scale: int | None = None,
     codec: Codec = "h264",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write an mp4 under a partial name and rename it when whole.
 
@@ -48,6 +55,8 @@ def write_video(
         scale: whole number by which each side is enlarged (nearest neighbour). ``None``: for "h264" the smallest that
             makes the shorter side at least 256 pixels and both sides even; for "rgb" 1.
         codec: "h264" (4:2:0, for people) or "rgb" (lossless, for measuring).
+        metadata: texts to keep in the file by any names, as those of
+            :func:`~rehyat_jax.video.metadata.generation_metadata`.
 
     Raises:
         RehyatError: there are no frames, blocks differ in size, a side is odd under "h264", or the file cannot be
@@ -59,7 +68,8 @@ def write_video(
         raise RehyatError(f"cannot write {path}: there are no frames")
     picture = Picture.of(first, fps=fps, scale=scale, codec=codec)
     # FFmpeg's own errors of writing (full disk, …) are OSErrors.
-    with whole_file(path) as partial, av.open(os.fspath(partial), "w", format="mp4") as container:
+    with whole_file(path) as partial, av.open(address(partial), "w", format="mp4", options=FREE_NAMES) as container:
+        container.metadata.update(metadata or {})
         stream = picture.add_stream(container)
         for block in itertools.chain([first], blocks):
             if block.shape[1:3] != first.shape[1:3]:
@@ -78,6 +88,8 @@ class Picture:
     scale: int
     fps: int
     codec: Codec
+    #: In BT.709 and said so; else as files were written before: converted by BT.601, and nothing said.
+    tagged: bool = True
 
     @classmethod
     def of(cls, block: UInt8[np.ndarray, "F H W 3"], *, fps: int, scale: int | None, codec: Codec) -> Picture:
@@ -96,27 +108,15 @@ class Picture:
         encoder, pixel_format, settings = _CODECS[self.codec]
         stream = container.add_stream(encoder, rate=self.fps, options=settings | options)
         stream.width, stream.height, stream.pix_fmt = self.width, self.height, pixel_format
+        if self.tagged:
+            colour.tag(stream.codec_context)
         return stream
 
     def image(self, frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
-        return av.VideoFrame.from_ndarray(_enlarged(frame, self.scale), format="rgb24")
-
-
-def read_video(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "F H W 3"]:
-    """All frames of a video, RGB. Exact for videos written with ``codec="rgb"`` and ``scale=1``.
-
-    Raises:
-        RehyatError: the file is missing or is no video.
-    """
-    try:
-        with av.open(os.fspath(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.error.FFmpegError, IndexError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RehyatError(f"cannot read a video from {path}: {why}") from error
-    if not frames:
-        raise RehyatError(f"cannot read a video from {path}: it holds no frames")
-    return np.stack(frames)
+        pixels = _enlarged(frame, self.scale)
+        if not self.tagged:
+            return av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        return colour.from_rgb(pixels, _CODECS[self.codec][1])
 
 
 def contact_sheet(

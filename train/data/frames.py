@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import av
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.video.reading import frames_at_rate
 from train.data.footage import pictures
-
-#: Of two frames that are as near in time, to within so much, the earlier is taken.
-_TIE = 1e-6
-
-
-class _Frame(NamedTuple):
-    #: Seconds.
-    time: float
-    #: Makes its pixels, [H, W, 3].
-    pixels: Callable[[], np.ndarray]
-
 
 def count_clips(path: Path, *, frames: int, fps: int) -> int:
     """How many whole clips decoding a video gives: all of it is decoded, and no pixels are kept.
@@ -42,7 +31,7 @@ def clips(
 ) -> Iterator[UInt8[np.ndarray, "F {height} {width} 3"]]:
     """A video's whole clips one after the other; what is left at its end is dropped. Memory is one clip's.
 
-    At each multiple of 1 / ``fps`` the frame nearest in time is taken. It is scaled to cover ``height`` x ``width`` and
+    At each multiple of 1 / ``fps`` the frame nearest in time is taken, as a player shows it. It is scaled to cover ``height`` x ``width`` and
     what stands over is cut off on both sides. A folder of numbered pictures has ``fps`` of them a second.
 
     Raises:
@@ -50,8 +39,8 @@ def clips(
     """
     clip: list[np.ndarray] = []
     made = 0
-    for frame in _at_rate(path, fps):
-        clip.append(_fitted(frame.pixels(), height, width))
+    for pixels in _at_rate(path, fps):
+        clip.append(_fitted(pixels(), height, width))
         if len(clip) == frames:
             yield np.stack(clip)
             clip, made = [], made + 1
@@ -63,31 +52,14 @@ def _too_short(path: Path, *, there: int, frames: int, fps: int) -> RehyatError:
     return RehyatError(f"{path} is too short: {there} frames at {fps} a second, and {frames} are needed")
 
 
-def _at_rate(path: Path, fps: int) -> Iterator[_Frame]:
-    """A frame for each 1 / ``fps`` seconds."""
+def _at_rate(path: Path, fps: int) -> Iterator[Callable[[], np.ndarray]]:
+    """For each 1 / ``fps`` seconds what makes the frame's pixels, [H, W, 3], as a player shows them."""
     if path.is_dir():
-        for number, picture in enumerate(pictures(path)):
-            yield _Frame(number / fps, lambda picture=picture: _picture(picture))  # type: ignore[misc]
+        for picture in pictures(path):
+            yield functools.partial(_picture, picture)
         return
-    shown, begin, ending, number = None, 0.0, 0.0, 0
-    try:
-        with av.open(str(path)) as container:
-            rate = container.streams.video[0].average_rate
-            for decoded in container.decode(video=0):
-                frame = _Frame(decoded.time or 0.0, lambda decoded=decoded: decoded.to_ndarray(format="rgb24"))  # type: ignore[misc]
-                if shown is None:
-                    begin, ending = frame.time, 0.5 / float(rate or fps)
-                else:
-                    halfway = (shown.time + frame.time) / 2 - begin
-                    while number / fps <= halfway + _TIE:
-                        yield shown
-                        number += 1
-                shown = frame
-    except (av.error.FFmpegError, IndexError) as error:
-        raise RehyatError(f"cannot read a video from {path}: {getattr(error, 'strerror', None) or error}") from error
-    while shown is not None and number / fps <= shown.time - begin + ending + _TIE:
-        yield shown
-        number += 1
+    for frame in frames_at_rate(path, fps):
+        yield frame.pixels
 
 
 def _picture(path: Path) -> np.ndarray:
