@@ -5,6 +5,10 @@ class RehyatError(Exception):
     """Bad input: a path, a checkpoint, a size, a setting. The message is one clear sentence that names the culprit."""
 
 
+class RehyatWarning(UserWarning):
+    """What the user should know of a run that goes on: one sentence, which the program prints."""
+
+
 class CheckpointError(RehyatError):
     """A checkpoint that is missing, truncated, foreign, incomplete or not finite."""
 

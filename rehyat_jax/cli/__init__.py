@@ -11,12 +11,14 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rehyat_jax import __version__
-from rehyat_jax.errors import RehyatError
+from rehyat_jax.errors import RehyatError, RehyatWarning
 from rehyat_jax.runtime.files import reason
 
 #: Exit codes: done, failed by a defect, the user's mistake, interrupted (128 + SIGINT).
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in commands:
         return _mistake(f"there is no command {name[:80]!r}; the commands are {', '.join(commands)}")
     try:
-        return _load(commands[name])(rest) or DONE
+        with _warnings_as_sentences():
+            return _load(commands[name])(rest) or DONE
     except SystemExit as stop:  # the argument parser has said what it had to say
         return stop.code if isinstance(stop.code, int) else MISTAKE if stop.code else DONE
     except KeyboardInterrupt as interrupt:
@@ -99,6 +102,22 @@ def _summary(command: importlib.metadata.EntryPoint) -> str:
             docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
             return (docstring or "").split("\n")[0].replace("`", "")
     return ""
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RehyatWarning)
+        show = warnings.showwarning
+
+        def say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, RehyatWarning):
+                print(f"rehyat: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = say
+        yield
 
 
 def _mistake(sentence: str) -> int:

@@ -50,5 +50,11 @@ def main(argv: list[str]) -> None:
             teacher=None if options.teacher is None else find_model(options.teacher),
             progress=lambda done, total: display("MB", math.ceil(done / 1e6), math.ceil(total / 1e6)),
         )
-    write_record(record, command="rehyat convert", settings=dataclasses.asdict(options), phases=phases)
+    write_record(
+        record,
+        command="rehyat convert",
+        settings=dataclasses.asdict(options),
+        phases=phases,
+        output=options.destination,
+    )
     print(options.destination)

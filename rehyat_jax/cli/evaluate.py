@@ -153,6 +153,7 @@ def _run(options: Sprites) -> None:
                 command="rehyat eval sprites",
                 settings=resolved,
                 phases=phases,
+                output=options.out,
                 measurements=[to_dict(each) for each in found],
             )
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rehyat_jax.cli.generate_stream import Outputs, Request, check_outputs, stream_video
+from rehyat_jax.cli.generate_stream import Outputs, Request, check_outputs, described, stream_video
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.runtime.files import check_writable, whole_file
+from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.runtime.outputs import owned_output
 
 if TYPE_CHECKING:
     from rehyat_jax.mixers.config import HybridConfig
@@ -59,6 +60,9 @@ class Generate:
     resume: bool = False
     """Go on with a per-chunk video that was interrupted or killed, from FILE.mp4.state: the same command with
     --resume. With another prompt, the rest shows that."""
+
+    overwrite: bool = False
+    """Replace FILE.mp4 if there is one."""
 
     hybrid: Annotated[str | None, tyro.conf.arg(metavar="CHUNK+OVERLAP")] = None
     """Convert every block on loading, as 3+1: chunks of 3 latent frames that see 1 before them. The feature maps are
@@ -121,11 +125,16 @@ def _run(options: Generate) -> None:
     hybrid = _parse_hybrid(options.hybrid)
     # Now, not after minutes of work.
     outputs = Outputs(video=options.out, sheet=options.out.with_suffix(".png"), record=options.out.with_suffix(".json"))
-    for path in (outputs.video, outputs.sheet, outputs.record):
-        check_writable(path)
-    check_outputs(outputs, resume=options.resume)
-
-    with ProgressDisplay() as display:
+    owned = owned_output(
+        outputs.video,
+        command="rehyat generate",
+        beside=[outputs.sheet, outputs.record],
+        overwrite=options.overwrite,
+        resume=options.resume,
+        otherwise=", --resume goes on with it" if outputs.saved() else "",
+    )
+    with owned, ProgressDisplay() as display:
+        check_outputs(outputs, resume=options.resume)
         display("load", 0, 1)
         from rehyat_jax.runtime.record import Phases
 
@@ -188,9 +197,10 @@ def _whole_video(
 ) -> Settings:
     """The per-step sweep: the video is made, then written; nothing is left of one that is not whole."""
     from rehyat_jax.runtime.record import write_record
-    from rehyat_jax.video.io import contact_sheet, write_video
+    from rehyat_jax.video.io import check_video_room, contact_sheet, write_video
 
     settings = pipe.settings(num_frames=request.frames, **request.sampling)
+    check_video_room(outputs.video, settings.num_frames, height=settings.height, width=settings.width)
     frames = pipe.run(
         request.prompt,
         settings,
@@ -205,10 +215,16 @@ def _whole_video(
         )
         display("write", 0, 1)
         with phases.measure("write"):
-            write_video(video, frames, fps=pipe.fps)
-            contact_sheet(sheet, frames)
+            write_video(video, frames, fps=pipe.fps, metadata=described(request, settings, model=str(record["model"])))
+            contact_sheet(sheet, frames, output=outputs.video)
         made = dataclasses.asdict(settings) | {"solver": str(settings.solver), "sweep": "per-step"}
-        write_record(record_file, command="rehyat generate", settings=dict(record) | made, phases=phases)
+        write_record(
+            record_file,
+            command="rehyat generate",
+            settings=dict(record) | made,
+            phases=phases,
+            output=outputs.video,
+        )
         display("write", 1, 1)
     return settings
 

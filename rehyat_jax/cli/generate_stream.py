@@ -68,6 +68,19 @@ class Request:
     sampling: Mapping[str, Any]
 
 
+def described(request: Request, settings: Settings, *, model: str) -> dict[str, str]:
+    """What the video itself says of how it was made."""
+    from rehyat_jax.video.metadata import generation_metadata
+
+    return generation_metadata(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        model=model,
+        settings=dataclasses.asdict(settings) | {"solver": str(settings.solver), "num_frames": request.frames},
+    )
+
+
 def check_outputs(outputs: Outputs, *, resume: bool) -> None:
     """Learn before the model is read that the run cannot begin.
 
@@ -119,6 +132,7 @@ def stream_video(
     """
     from rehyat_jax.sampling.rollout import chunk_frames
     from rehyat_jax.video.growing import GrowingVideo, reopen_video
+    from rehyat_jax.video.io import check_video_room
 
     chunk_frames(pipe.transformer)  # raises where the model cannot stream, before any file is made
     if not 1 <= request.frames <= _LONGEST:
@@ -126,7 +140,11 @@ def stream_video(
     resume = resume and bool(outputs.saved())
     if resume and _is_finished(outputs.video):  # it was killed after its last chunk
         reopen_video(outputs.video, outputs.video)
-    with GrowingVideo(outputs.video, fps=pipe.fps) as video:
+    settings = pipe.settings(
+        num_frames=1 + pipe.vae.config.temporal_factor * (chunk_frames(pipe.transformer) - 1), **request.sampling
+    )
+    metadata = described(request, settings, model=str(record["model"]))
+    with GrowingVideo(outputs.video, fps=pipe.fps, metadata=metadata) as video:
         display("text", 0, 1)
         with phases.measure("text"):
             stream = _resumed(pipe, request, outputs) if resume else _begun(pipe, request)
@@ -134,6 +152,12 @@ def stream_video(
         after = stream.frames_done
         if resume:
             video.go_on(after=after)
+        check_video_room(
+            outputs.video,
+            max(request.frames - after, 0),
+            height=stream.settings.height,
+            width=stream.settings.width,
+        )
         try:
             _fill(video, stream, outputs, frames=request.frames, display=display, phases=phases)
             display("write", 0, 1)
@@ -203,7 +227,7 @@ def _fill(
         with phases.measure("encode"):
             if not video.frames:
                 outputs.forget()  # of the video that is replaced now
-            video.append(block[: frames - video.frames])
+            video.append(block[: frames - video.frames], chapter=stream.prompt)
         display("frames", video.frames, frames)
         now = time.monotonic()
         if video.frames < frames and now - saved_at >= _PATIENCE * cost:
@@ -225,8 +249,8 @@ def _finish(outputs: Outputs, *, fps: int, phases: Phases, settings: Mapping[str
         )
         with phases.measure("write"):
             finish_video(outputs.video, video)
-            contact_sheet(sheet, spaced_frames(video, count=_THUMBNAILS, fps=fps))
-        write_record(record, command="rehyat generate", settings=settings, phases=phases)
+            contact_sheet(sheet, spaced_frames(video, count=_THUMBNAILS, fps=fps), output=outputs.video)
+        write_record(record, command="rehyat generate", settings=settings, phases=phases, output=outputs.video)
     outputs.forget()
 
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.runtime.outputs import marker
 
 
 @dataclasses.dataclass
@@ -25,7 +25,7 @@ class Phase:
     milliseconds: float = 0.0
     #: Peak resident memory of the process during the phase (since the start of the process where the system cannot
     #: reset its mark).
-    host_peak_bytes: int = 0
+    host_peak_bytes: int | None = None
     #: Peak memory of the fullest device, since the start of the process: devices do not reset theirs.
     device_peak_bytes: int | None = None
 
@@ -46,7 +46,8 @@ class Phases:
             yield
         finally:
             phase.milliseconds += 1000 * (time.perf_counter() - start)
-            phase.host_peak_bytes = max(phase.host_peak_bytes, _host_peak_bytes())
+            peaks = [peak for peak in (phase.host_peak_bytes, _host_peak_bytes()) if peak is not None]
+            phase.host_peak_bytes = max(peaks, default=None)
             phase.device_peak_bytes = _device_peak_bytes()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -70,7 +71,13 @@ def environment() -> dict[str, Any]:
 
 
 def write_record(
-    path: str | os.PathLike[str], *, command: str, settings: Mapping[str, Any], phases: Phases, **more: Any
+    path: str | os.PathLike[str],
+    *,
+    command: str,
+    settings: Mapping[str, Any],
+    phases: Phases,
+    output: str | os.PathLike[str],
+    **more: Any,
 ) -> None:
     """Write the record as JSON, whole or not at all.
 
@@ -79,6 +86,7 @@ def write_record(
         command: what made the output, as "rehyat generate".
         settings: every setting with the value it was resolved to, the seed among them.
         phases: what was measured.
+        output: what the record stands beside; it may be replaced with that one.
         more: further entries, as the output's size.
 
     Raises:
@@ -86,6 +94,7 @@ def write_record(
     """
     record = {
         "command": command,
+        **marker(output),
         "argv": sys.argv,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "settings": dict(settings),
@@ -103,13 +112,17 @@ def _reset_host_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present size
 
 
-def _host_peak_bytes() -> int:
+def _host_peak_bytes() -> int | None:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from rehyat_jax.errors import CheckpointError
+from rehyat_jax.errors import CheckpointError, RehyatWarning
 from rehyat_jax.models.checkpoints import load_text_encoder, open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.runtime.files import sample_digest
@@ -24,20 +26,24 @@ TEXT_LENGTH = 512
 class PromptEncoder:
     """A tokenizer, and a UMT5 encoder that is read from disk when first needed."""
 
-    def __init__(self, folder: Path, *, dtype: DTypeLike = jnp.float32, cache: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: DTypeLike = jnp.float32, cache: Path | None = None, repair: bool = True
+    ) -> None:
         """Open a checkpoint's text part: sizes and headers are checked, the weights not yet read.
 
         Args:
             folder: a whole checkpoint's, diffusers or original layout.
             dtype: of the encoder's weights and computation.
-            cache: a folder for embeddings; ``None``: made anew each time.
+            cache: a folder for embeddings; ``None``: made each time.
+            repair: have ftfy repair prompts, as :func:`~rehyat_jax.text.tokenizer.clean_prompt` says.
 
         Raises:
             CheckpointError, ConfigError: tokenizer or encoder is missing, damaged or foreign, or they do not fit.
         """
         self._folder, self._dtype = folder, dtype
         self._cache = None if cache is None else PromptCache(cache)
-        self.tokenizer = Tokenizer.from_folder(folder)
+        self.tokenizer = Tokenizer.from_folder(folder, repair=repair)
+        self._told: set[str] = set()
         opened = open_component(folder, "text_encoder")
         self._config, self._files = opened.config, opened.tensors.files
         if self.tokenizer.vocab_size > self._config.vocab_size:
@@ -61,6 +67,7 @@ class PromptEncoder:
         Raises:
             CheckpointError: the weights are damaged.
         """
+        self.tell_cut([prompt])
         tokens = self.tokenizer.encode(prompt, TEXT_LENGTH)
         key = f"{self._identity} {tokens.ids.tolist()} {tokens.mask.sum()}"
         rows = None if self._cache is None else self._cache.get(key, shape=(1, TEXT_LENGTH, self.text_dim))
@@ -69,6 +76,24 @@ class PromptEncoder:
             if self._cache is not None:
                 self._cache.put(key, rows)
         return jnp.asarray(rows)
+
+    def tell_cut(self, prompts: Sequence[str]) -> None:
+        """Warn, once for these prompts together and never again of one of them, of those that are too long.
+
+        Warns:
+            RehyatWarning: how many lose their ends, and how long the longest is.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._told]
+        cut = {prompt: n for prompt, n in zip(new, self.tokenizer.lengths(new), strict=True) if n > TEXT_LENGTH}
+        self._told.update(cut)
+        if cut:
+            many = "a prompt has" if len(prompts) == 1 else f"{len(cut)} of {len(prompts)} prompts have"
+            longest = f"{max(cut.values())}" if len(cut) == 1 else f"up to {max(cut.values())}"
+            warnings.warn(
+                f"{many} {longest} tokens, and Wan reads {TEXT_LENGTH}: what comes after them is cut off",
+                RehyatWarning,
+                stacklevel=2,
+            )
 
     @cached_property
     def _identity(self) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,14 +36,18 @@ _log = logging.getLogger(__name__)
 _BUCKET = 64
 
 
-def clean_prompt(text: str) -> str:
-    """A prompt as ``WanPipeline`` cleans it: HTML entities resolved twice over, white space made single spaces.
+def clean_prompt(text: str, *, repair: bool = True) -> str:
+    """A prompt as Wan's own code and ``WanPipeline`` clean it: repaired by ftfy, HTML entities resolved twice over,
+    white space made single spaces.
 
-    One difference: where ftfy is installed, diffusers also has it repair text (encodings mistaken for one another,
-    curly quotes, control characters). That would make a video depend on what else is installed, so of ftfy's repairs
-    only one is made here: lone surrogates, which no tokenizer takes, become U+FFFD.
+    Args:
+        repair: have ftfy repair it: curly quotes, full-width letters, ligatures, encodings mistaken for one another,
+            control characters. Without that only a byte order mark at the beginning goes, and lone surrogates, which
+            no tokenizer takes, become U+FFFD.
     """
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").removeprefix("\ufeff")
+    if repair:
+        text = ftfy.fix_text(text)
     for _ in range(2):
         try:
             text = html.unescape(text)
@@ -65,10 +70,11 @@ class Tokenizer:
     #: Where a whole checkpoint keeps it: diffusers' layout, the original layout.
     _HOMES = ("", "tokenizer", "google/umt5-xxl")
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, *, repair: bool = True) -> None:
         """
         Args:
             backend: has ``<pad>``, and appends ``</s>``.
+            repair: as :func:`clean_prompt`.
 
         Raises:
             CheckpointError: it has or does not.
@@ -78,11 +84,14 @@ class Tokenizer:
         pad, eos = backend.token_to_id("<pad>"), backend.token_to_id("</s>")
         if pad is None or eos is None or backend.encode("").ids != [eos]:
             raise CheckpointError("the tokenizer is not of T5's kind: it must have <pad>, and end each text with </s>")
-        self._backend, self._pad = backend, pad
+        self._backend, self._pad, self._repair = backend, pad, repair
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
+    def from_folder(cls, path: str | os.PathLike[str], *, repair: bool = True) -> Tokenizer:
         """Read ``tokenizer.json`` from the tokenizer's own folder, or from a whole checkpoint's in either layout.
+
+        Args:
+            repair: as :func:`clean_prompt`.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it is not of T5's kind.
@@ -96,7 +105,7 @@ class Tokenizer:
         except Exception as error:  # The library raises plain Exception.
             raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}") from error
         try:
-            return cls(backend)
+            return cls(backend, repair=repair)
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
 
@@ -123,10 +132,18 @@ class Tokenizer:
         self._backend.enable_truncation(max_length)
         ids = np.full((len(prompts), max_length), self._pad, np.int32)
         mask = np.zeros_like(ids)
-        for row, encoding in enumerate(self._backend.encode_batch([clean_prompt(prompt) for prompt in prompts])):
+        for row, encoding in enumerate(self._backend.encode_batch(self._cleaned(prompts))):
             ids[row, : len(encoding.ids)] = encoding.ids
             mask[row, : len(encoding.ids)] = 1
         return Tokens(ids, mask)
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt has, its ``</s>`` among them, before any is cut."""
+        self._backend.no_truncation()
+        return [len(encoding.ids) for encoding in self._backend.encode_batch(self._cleaned(prompts))]
+
+    def _cleaned(self, prompts: Sequence[str]) -> list[str]:
+        return [clean_prompt(prompt, repair=self._repair) for prompt in prompts]
 
 
 def embed_prompts(

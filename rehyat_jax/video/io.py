@@ -13,13 +13,17 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.runtime.files import check_room, whole_file
+from rehyat_jax.runtime.outputs import marker
 from rehyat_jax.video import colour
 from rehyat_jax.video.containers import address
 from rehyat_jax.video.reading import read_video as read_video
 
+#: At crf 16, of pictures with much detail; flat ones take a tenth of it.
+_BYTES_PER_PIXEL = 0.1
 #: Frames smaller than this on their shorter side are enlarged: 4:2:0 halves the colour planes, and a video of 64 x 64
 #: pixels is a stamp in a text-book player.
 _COMFORTABLE = 256
@@ -79,6 +83,16 @@ def write_video(
         container.mux(stream.encode())
 
 
+def check_video_room(path: str | os.PathLike[str], frames: int, *, height: int, width: int) -> None:
+    """Warn before frames of this size are made that their video may not fit on the disk.
+
+    Warns:
+        RehyatWarning: there is less room than twice what ordinary pictures take: a stream is copied when it is whole.
+    """
+    pixels = frames * height * width * _comfortable_scale(height, width) ** 2
+    check_room(path, size=int(2 * _BYTES_PER_PIXEL * pixels), what="the video", certain=False)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Picture:
     """How frames become a video's pictures. Made by :meth:`of`, which checks."""
@@ -120,11 +134,17 @@ class Picture:
 
 
 def contact_sheet(
-    path: str | os.PathLike[str], frames: UInt8[np.ndarray, "F H W 3"], *, columns: int = 4, rows: int = 3
+    path: str | os.PathLike[str],
+    frames: UInt8[np.ndarray, "F H W 3"],
+    *,
+    output: str | os.PathLike[str],
+    columns: int = 4,
+    rows: int = 3,
 ) -> None:
     """Write a PNG of up to ``columns * rows`` frames, evenly spaced in time, first and last among them.
 
-    Small frames are enlarged by a whole number (nearest neighbour).
+    Small frames are enlarged by a whole number (nearest neighbour). The PNG says that it was made for the video
+    ``output``, so that it may be replaced with that one.
 
     Raises:
         RehyatError: there are no frames, or the file cannot be written.
@@ -141,8 +161,11 @@ def contact_sheet(
     for place, index in enumerate(chosen):
         top, left = place // columns * (height + gap), place % columns * (width + gap)
         sheet[top : top + height, left : left + width] = _enlarged(frames[index], scale)
+    texts = PngInfo()
+    for name, text in marker(output).items():
+        texts.add_itxt(name, text)
     with whole_file(path) as partial, open(partial, "wb") as file:
-        Image.fromarray(sheet).save(file, format="png")
+        Image.fromarray(sheet).save(file, format="png", pnginfo=texts)
 
 
 def _enlarged(frame: UInt8[np.ndarray, "H W 3"], scale: int) -> UInt8[np.ndarray, "_H _W 3"]:

@@ -23,6 +23,7 @@ from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.sprites.captions import Description, Movement, caption
 from rehyat_jax.sprites.world import DIRECTIONS, GROUNDS, NAMES, SPEEDS
+from rehyat_jax.text.files import numbered_lines, read_text
 from rehyat_jax.text.tokenizer import PromptCache, Tokenizer, clean_prompt, embed_prompts, embed_tokens
 from train.data.tokenizer import LARGEST_VOCABULARY, build_sprite_tokenizer
 
@@ -57,11 +58,6 @@ def tokenizer(folder):
     return Tokenizer.from_folder(folder)
 
 
-@pytest.fixture
-def without_ftfy(monkeypatch):
-    monkeypatch.setattr(pipeline_wan, "is_ftfy_available", lambda: False)
-
-
 # Cleaning
 
 
@@ -69,14 +65,41 @@ def without_ftfy(monkeypatch):
     "text",
     [*CAPTIONS, *ODD, "a &amp;amp; b &lt;i&gt;", "&amp;lt;", "  a \u00a0 b\u3000c\r\nd ", "&#55296; &#0; &nbsp;x"],
 )
-def test_cleaning_is_that_of_wan_pipeline(text, without_ftfy):
-    assert clean_prompt(text) == pipeline_wan.prompt_clean(text)
+@pytest.mark.parametrize("repair", [True, False])
+def test_cleaning_is_that_of_wan_pipeline(text, repair, monkeypatch):
+    monkeypatch.setattr(pipeline_wan, "is_ftfy_available", lambda: repair)
+    assert clean_prompt(text, repair=repair) == pipeline_wan.prompt_clean(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("a \u201ccat\u201d, it\u2019s \u2018red\u2019", "a \"cat\", it's 'red'"),
+        ("ＡＢＣ １２３ ｶﾀｶﾅ", "ABC 123 カタカナ"),
+        ("\ufb01re and \ufb02ight", "fire and flight"),
+        ("schÃ¶n", "schön"),
+        ("\ufeffa cat", "a cat"),
+        ("a\u2028cat", "a cat"),
+        ("a \x1b[31mred\x1b[0m cat", "a red cat"),
+    ],
+)
+def test_prompts_are_repaired_as_the_official_code_does(text, clean, tokenizer, folder):
+    """What ftfy makes of them, by hand; and the tokens are those of the plain spelling."""
+    assert clean_prompt(text) == clean == pipeline_wan.prompt_clean(text)
+    np.testing.assert_array_equal(tokenizer.encode(text).ids, tokenizer.encode(clean).ids)
+    as_it_is = Tokenizer.from_folder(folder, repair=False)
+    assert clean_prompt(text, repair=False) == clean_prompt(clean_prompt(text, repair=False), repair=False)
+    if "\u201c" in text:
+        assert (as_it_is.encode(text).ids != as_it_is.encode(clean).ids).any()
+
+
+def test_prompts_lose_a_byte_order_mark_without_repair_too():
+    assert clean_prompt("\ufeffa cat", repair=False) == "a cat"
 
 
 @pytest.mark.parametrize("text", [*CAPTIONS, "Fish &amp; chips,  50% off! (twice)", "日本語 und Übermut"])
 def test_ftfy_changes_nothing_in_ordinary_text(text):
-    assert pipeline_wan.is_ftfy_available()
-    assert clean_prompt(text) == pipeline_wan.prompt_clean(text)
+    assert clean_prompt(text) == clean_prompt(text, repair=False)
 
 
 @given(st.text(st.characters(exclude_categories=[])))
@@ -154,6 +177,21 @@ def test_prompts_of_no_and_of_a_hundred_thousand_characters(tokenizer):
     ids, mask = tokenizer.encode(["", "lemon " * 16_667, "x" * 100_000])
     assert mask.sum(1).tolist() == [1, 512, 512]
     assert ids[:, -1].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_prompts_in_a_file_end_where_an_editor_ends_a_line(tmp_path, end):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"\ufeffa cat{end}on a mat\r\n\r\n   \n a dog \r\n".encode())
+    assert list(numbered_lines(read_text(path))) == [(1, f"a cat{end}on a mat"), (4, "a dog")]
+
+
+def test_prompts_in_a_file_that_is_no_text_are_a_sentence(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfea")
+    with pytest.raises(ConfigError, match=r"a\.txt is not a text file"):
+        read_text(tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match=r"cannot read the list: it does not exist"):
+        read_text(tmp_path / "none.txt", what="the list")
 
 
 def test_length_must_leave_room_for_the_end(tokenizer):

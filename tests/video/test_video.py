@@ -115,7 +115,7 @@ def test_full_disk_is_one_sentence_and_no_file(full_disk):
     with pytest.raises(RehyatError, match=r"cannot write .*a\.mp4: (no space is left|the file is larger)"):
         write_video(full_disk / "a.mp4", noise(40, 64, 64, 3))
     with pytest.raises(RehyatError, match=r"cannot write .*a\.png: (no space is left|the file is larger)"):
-        contact_sheet(full_disk / "a.png", noise(40, 64, 64, 3))
+        contact_sheet(full_disk / "a.png", noise(40, 64, 64, 3), output=full_disk / "a.mp4")
     assert os.listdir(full_disk) == []
 
 
@@ -163,7 +163,7 @@ def test_mistakes_are_sentences(tmp_path):
 @pytest.mark.parametrize(("count", "shape"), [(1, (128, 128)), (3, (128, 388)), (12, (388, 518)), (81, (388, 518))])
 def test_contact_sheet(tmp_path, count, shape):
     video = np.broadcast_to(np.linspace(0, 250, count).astype(np.uint8)[:, None, None, None], (count, 8, 8, 3)).copy()
-    contact_sheet(tmp_path / "a.png", video)
+    contact_sheet(tmp_path / "a.png", video, output="a.mp4")
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
     assert sheet.shape == (*shape, 3)
     assert sheet[0, 0, 0] == video[0, 0, 0, 0]
@@ -175,7 +175,8 @@ def test_record_says_what_when_and_how_much(tmp_path):
     for _ in range(2):
         with phases.measure("denoise"):
             block = np.ones(30_000_000, np.uint8)
-    record.write_record(tmp_path / "a.json", command="rehyat generate", settings={"seed": 7}, phases=phases, frames=81)
+    what = {"command": "rehyat generate", "settings": {"seed": 7}, "phases": phases, "output": "a.mp4"}
+    record.write_record(tmp_path / "a.json", **what, frames=81)
     told = json.loads((tmp_path / "a.json").read_text())
     assert told["settings"] == {"seed": 7}
     assert told["frames"] == 81

@@ -94,6 +94,7 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
         command=f"rehyat {command}",
         settings={"config": name, **dataclasses.asdict(training)},  # type: ignore[call-overload]
         phases=phases,
+        output=training.result,
         last=_last_metrics(training.train_folder / "metrics.jsonl"),
     )
     print(training.result)

@@ -136,6 +136,7 @@ def main(argv: list[str]) -> None:
         command="rehyat prepare",
         settings=dataclasses.asdict(options),
         phases=phases,
+        output=options.destination,
         **dataclasses.asdict(outcome) | {"unusable": [video._asdict() for video in outcome.unusable]},
     )
     print(options.destination)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.runtime.files import reason
+from rehyat_jax.text.files import numbered_lines, read_text
 
 #: Lists that are read without being named, the first that is there.
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.json")
@@ -25,20 +25,6 @@ class Row(NamedTuple):
     #: A path as the list gives it, and the caption; either is None where the entry has no text for it.
     file: str | None
     caption: str | None
-
-
-def read_text(path: Path) -> str:
-    """A text file in UTF-8, without the byte order mark that some editors put first.
-
-    Raises:
-        ConfigError: it cannot be read, or is no text.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file in UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {reason(error)}") from error
 
 
 def read_list(path: Path, *, file_column: str, caption_column: str) -> list[Row]:
@@ -76,10 +62,8 @@ def read_list(path: Path, *, file_column: str, caption_column: str) -> list[Row]
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # By "\n" alone: what else `str.splitlines` cuts at (U+2028, …) may stand within a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"line {number} of {path}", _object(line)
+    for number, line in numbered_lines(text):
+        yield f"line {number} of {path}", _object(line)
 
 
 def _object(line: str) -> Mapping[str, Any]:

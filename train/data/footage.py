@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.files import reason
-from train.data.captions import LISTS, read_list, read_text
+from rehyat_jax.text.files import read_text
+from train.data.captions import LISTS, read_list
 
 #: Endings of files that are videos.
 SUFFIXES = tuple(

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.runtime.files import reason
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
+from rehyat_jax.text.files import numbered_lines, read_text
 from train.data.clips import Bucket
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
 from train.data.trajectories import Points, Prompts, Sampling, Turn
@@ -128,15 +128,8 @@ class Source:
         return captions(world.sample_scenes(key, _CAPTIONS, split=split))
 
     def _lines(self, reserved: int) -> list[str]:
-        try:
-            text = Path(self.prompts).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"prompts {self.prompts[:200]!r} are neither 'plain' nor 'occlusion' nor a file: {reason(error)}"
-            ) from error
-        except ValueError as error:  # not UTF-8, or a null character in the name
-            raise ConfigError(f"prompts {self.prompts[:200]!r} are not a text file") from error
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        what = f"the prompts {self.prompts[:200]!r}, neither 'plain' nor 'occlusion', as a file with a prompt a line"
+        lines = [line for _, line in numbered_lines(read_text(self.prompts, what=what))]
         if len(lines) <= reserved:
             raise ConfigError(f"{self.prompts} has {len(lines)} prompts, of which {reserved} are to be held out")
         return lines
