@@ -10,7 +10,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reord
 .PHONY: demo live check test test-all test-rest durations lint docs install clean
 
 demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
-	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4
+	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4 --overwrite
 
 live: .venv/installed  ## a page on which a sentence becomes a video without an end
 	$(BIN)/python -m pip install --quiet -e '.[serve]'

@@ -301,7 +301,7 @@ def _chapters(path: str | os.PathLike[str]) -> list[av.container.core.Chapter]:
     ends = [*(start for start, _ in begun[1:]), starts[-1]]
     return [
         {"id": number, "start": start, "end": end, "time_base": step, "metadata": {"title": title or ""}}
-        for number, ((start, title), end) in enumerate(zip(begun, ends, strict=True))
+        for number, ((start, title), end) in enumerate(zip(begun, ends, strict=False))
     ]
 
 

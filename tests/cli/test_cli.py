@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import av
 import jax
 import pytest
 from shared import tiers
@@ -16,6 +17,7 @@ from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import __version__, cli
 from rehyat_jax.models.folder import find_model
+from rehyat_jax.runtime.outputs import locked
 from rehyat_jax.video.io import read_video
 
 SMALL = ["--frames", "5", "--size", "32x16", "--steps", "2", "--guidance", "1"]
@@ -74,6 +76,63 @@ def test_generate_writes_video_sheet_and_record(rehyat, checkpoint, tmp_path):
     assert {"load", "text", "denoise", "decode", "write"} == set(record["phases"])
     assert record["versions"]["jax"] == jax.__version__
     assert "denoise: 2/2" in error
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:a.mp4", "50%d.mp4", "-a.mp4", "ä b'.mp4"])
+def test_any_name_is_a_name(rehyat, checkpoint, tmp_path, monkeypatch, name):
+    """None is a protocol, a pattern or an option."""
+    monkeypatch.chdir(tmp_path)
+    code, _, error = rehyat("generate", "a cat", "--model", checkpoint, *SMALL, f"--out={name}")
+    assert code == 0, error
+    assert sorted(os.listdir()) == sorted([name, *(name.replace(".mp4", ending) for ending in (".json", ".png"))])
+    assert len(read_video(name)) == 5
+    with av.open(os.path.abspath(name)) as container:
+        assert container.metadata["parameters"].startswith("a cat\nSteps: 2, Sampler: UniPC")
+        assert json.loads(container.metadata["comment"])["model"] == str(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.json"])
+def test_users_files_beside_the_video_are_kept(rehyat, checkpoint, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    generate = ["generate", "a cat", "--model", "none", *SMALL, "--out", tmp_path / "a.mp4"]
+    for options in ([], ["--overwrite"]):
+        assert_sentence(rehyat(*generate, *options), name, "not made by rehyat for a.mp4")
+    assert (tmp_path / name).read_text() == "mine"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_users_files_a_video_is_replaced_when_told(rehyat, checkpoint, tmp_path):
+    out = tmp_path / "a.mp4"
+    out.write_bytes(b"mine")
+    generate = ["generate", "a cat", "--model", checkpoint, *SMALL, "--out", out]
+    assert_sentence(rehyat(*generate), "a.mp4 exists already", "--overwrite")
+    assert out.read_bytes() == b"mine"
+    for _ in range(2):  # its own sheet and record are no obstacle
+        code, _, error = rehyat(*generate, "--overwrite")
+        assert code == 0, error
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.mp4", "a.png"]
+
+
+def test_one_owner_of_a_video(rehyat, checkpoint, tmp_path):
+    with locked(tmp_path / "a.mp4", command="rehyat generate"):
+        result = rehyat("generate", "a cat", "--model", "none", *SMALL, "--out", tmp_path / "a.mp4")
+        assert_sentence(result, "another process is writing it", f"process {os.getpid()} on")
+
+
+def test_leftovers_of_a_killed_run_are_named(rehyat, checkpoint, tmp_path):
+    left = tmp_path / ".a.mp4.01234567.partial"
+    left.write_bytes(bytes(2000))
+    code, _, error = rehyat("generate", "a cat", "--model", checkpoint, *SMALL, "--out", tmp_path / "a.mp4")
+    assert code == 0, error
+    assert f"rehyat: removed {left}, which a run that was killed left (2.0 kB)" in error
+    assert not left.exists()
+
+
+def test_prompts_that_are_cut_are_said_once(rehyat, checkpoint, tmp_path):
+    code, _, error = rehyat("generate", "x " * 700, "--model", checkpoint, *SMALL, "--out", tmp_path / "a.mp4")
+    assert code == 0, error
+    assert error.count("cut off") == 1
+    assert "rehyat: a prompt has 701 tokens, and Wan reads 512" in error
 
 
 def test_sampling_options_are_resolved(rehyat, checkpoint, tmp_path):
@@ -289,6 +348,7 @@ def test_an_interrupt_leaves_no_broken_file(checkpoint, tmp_path, line):
         "161",
         "--steps",
         "1000",
+        "--overwrite",
         "--out",
         out,
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from shared import tiers
@@ -195,6 +196,18 @@ def test_a_model_that_cannot_stream_names_its_blocks(rehyat, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_chapters_and_settings_are_in_the_video(rehyat, stopped, tmp_path):
+    """The prompts of a run that went on with another one, from frame 13 on; metadata of the first command."""
+    out = stopped(3)
+    assert rehyat(out, "--resume", "--frames", SHORT, prompt="a dog")[0] == 0
+    with av.open(str(out)) as container:
+        chapters, told = container.chapters(), container.metadata
+    assert [chapter["metadata"]["title"] for chapter in chapters] == ["a cat", "a dog"]
+    assert round(float(chapters[1]["start"] * chapters[1]["time_base"]) * 16) == 13
+    assert told["parameters"].startswith("a cat\nSteps: 2")
+    assert json.loads(told["comment"])["settings"]["width"] == 16
+
+
 @pytest.mark.parametrize("chunks", [2, *map(tiers.full, (1, 4, 5))])
 def test_a_run_that_ended_anywhere_is_gone_on_with(rehyat, stopped, short, chunks):
     out = stopped(chunks)
@@ -302,7 +315,7 @@ def test_another_process_holds_the_file(rehyat, tmp_path):
     with GrowingVideo(tmp_path / "a.mp4") as video:
         video.append(np.zeros((1, 16, 16, 3), np.uint8))
         before = (tmp_path / "a.mp4").read_bytes()
-        assert_sentence(rehyat(tmp_path / "a.mp4", "--frames", 6), "another process is writing it")
+        assert_sentence(rehyat(tmp_path / "a.mp4", "--frames", 6, "--overwrite"), "another process is writing it")
         assert (tmp_path / "a.mp4").read_bytes() == before
 
 
@@ -366,6 +379,7 @@ def test_states_that_are_none(rehyat, tmp_path):
     (state / "stream.safetensors").write_bytes(b"torn")
     assert_sentence(rehyat(out, "--resume"), "damaged")
     assert out.read_bytes() == b"mine"
-    code, _, error = rehyat(out, "--frames", 6)  # begins anew
+    assert_sentence(rehyat(out, "--frames", 6), "exists already", "--overwrite", "--resume goes on with it")
+    code, _, error = rehyat(out, "--frames", 6, "--overwrite")
     assert code == 0, error
     assert sorted(os.listdir(tmp_path)) == FILES
