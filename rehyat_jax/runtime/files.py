@@ -114,7 +114,7 @@ def check_new_folder(path: str | os.PathLike[str]) -> Path:
                 raise cannot_write(path, "it is a file, not a folder")
             if target == Path.cwd() or target in Path.cwd().parents:
                 raise cannot_write(path, "it is the folder that this command runs in: name a new one")
-            if os.path.ismount(target):
+            if _is_mounted(target):
                 raise cannot_write(path, "a disk is mounted there, which cannot be renamed: name a folder in it")
             if any(target.iterdir()):
                 raise cannot_write(path, "it exists and is not empty: name a new folder")
@@ -161,7 +161,7 @@ def check_room(path: str | os.PathLike[str], *, size: int, what: str, certain: b
     warnings.warn(said, RehyatWarning, stacklevel=2)
 
 
-def human_size(size: float) -> str:
+def human_size(size: float | int) -> str:
     """Bytes as people say them: 1.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
@@ -213,6 +213,18 @@ def sample_digest(path: Path) -> bytes:
     return digest.digest()
 
 
+def _is_mounted(path: Path) -> bool:
+    """Whether something is mounted at this very name, which can then not be renamed."""
+    if os.path.ismount(path):
+        return True
+    try:  # a file or a folder of the same disk is told by Linux's own list alone
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    name = re.sub(r"[ \t\n\\]", lambda match: f"\\{ord(match[0]):03o}", os.path.realpath(path))
+    return any(line.split(" ")[4] == name for line in mounts)
+
+
 def _check_kind(path: Path) -> None:
     """
     Raises:
@@ -229,5 +241,5 @@ def _check_kind(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "")
     if not stat.S_ISREG(mode):
         raise cannot_write(path, "it is a device, not a file")
-    if os.path.ismount(path):
+    if _is_mounted(path):
         raise cannot_write(path, "it is mounted from elsewhere and cannot be replaced")

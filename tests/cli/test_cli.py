@@ -132,7 +132,7 @@ def test_prompts_that_are_cut_are_said_once(rehyat, checkpoint, tmp_path):
     code, _, error = rehyat("generate", "x " * 700, "--model", checkpoint, *SMALL, "--out", tmp_path / "a.mp4")
     assert code == 0, error
     assert error.count("cut off") == 1
-    assert "rehyat: a prompt has 701 tokens, and Wan reads 512" in error
+    assert "rehyat: a prompt has 1401 tokens, and Wan reads 512" in error
 
 
 def test_sampling_options_are_resolved(rehyat, checkpoint, tmp_path):
