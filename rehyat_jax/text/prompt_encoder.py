@@ -27,7 +27,13 @@ class PromptEncoder:
     """A tokenizer, and a UMT5 encoder that is read from disk when first needed."""
 
     def __init__(
-        self, folder: Path, *, dtype: DTypeLike = jnp.float32, cache: Path | None = None, repair: bool = True
+        self,
+        folder: Path,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        cache: Path | None = None,
+        repair: bool = True,
+        warn: bool = True,
     ) -> None:
         """Open a checkpoint's text part: sizes and headers are checked, the weights not yet read.
 
@@ -35,6 +41,7 @@ class PromptEncoder:
             folder: a whole checkpoint's, diffusers or original layout.
             dtype: of the encoder's weights and computation.
             cache: a folder for embeddings; ``None``: made each time.
+            warn: tell of a prompt that is cut when it is first met; False where the caller counts them.
             repair: have ftfy repair prompts, as :func:`~rehyat_jax.text.tokenizer.clean_prompt` says.
 
         Raises:
@@ -43,7 +50,7 @@ class PromptEncoder:
         self._folder, self._dtype = folder, dtype
         self._cache = None if cache is None else PromptCache(cache)
         self.tokenizer = Tokenizer.from_folder(folder, repair=repair)
-        self._told: set[str] = set()
+        self._warn, self._told = warn, set[str]()
         opened = open_component(folder, "text_encoder")
         self._config, self._files = opened.config, opened.tensors.files
         if self.tokenizer.vocab_size > self._config.vocab_size:
@@ -67,7 +74,8 @@ class PromptEncoder:
         Raises:
             CheckpointError: the weights are damaged.
         """
-        self.tell_cut([prompt])
+        if self._warn:
+            self.tell_cut([prompt])
         tokens = self.tokenizer.encode(prompt, TEXT_LENGTH)
         key = f"{self._identity} {tokens.ids.tolist()} {tokens.mask.sum()}"
         rows = None if self._cache is None else self._cache.get(key, shape=(1, TEXT_LENGTH, self.text_dim))

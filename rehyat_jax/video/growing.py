@@ -97,7 +97,7 @@ class GrowingVideo:
         Raises:
             RehyatError: none of its fragments ends there.
         """
-        frames = 0
+        frames, self._chapter = 0, None
         for number, fragment in enumerate(fragments(self._file), start=1):
             frames, self._chapter = fragment.frames, fragment.chapter or self._chapter
             if frames == after:
@@ -156,9 +156,9 @@ class GrowingVideo:
         if not self._end:
             return b""
         if not self._head:
-            start = next(box.start for box in _boxes(self._file, 0, self._end) if box.kind == b"moof")
+            end = next(box.end for box in boxes(self._file, 0, self._end) if box.kind == b"moov")
             self._file.seek(0)
-            self._head = self._file.read(start)
+            self._head = self._file.read(end)
         return self._head
 
     @property
@@ -178,6 +178,7 @@ class GrowingVideo:
         self._file.truncate(0)
         self.frames, self._fragments, self._end = 0, 0, 0
         self._parameters, self._head = None, b""
+        self._picture, self._tagged, self._chapter = None, True, None
 
     def close(self) -> None:
         """Let other processes write the file. One that is still empty is removed."""

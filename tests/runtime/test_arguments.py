@@ -19,7 +19,7 @@ def test_arguments_whole_numbers_of_any_library(value):
 
 @pytest.mark.parametrize("value", [5.0, "5", None, True, np.bool_(True), [5], np.array([5]), 5j, fractions.Fraction(5)])
 def test_arguments_that_are_no_whole_numbers(value):
-    with pytest.raises(RehyatError, match="^steps must be a whole number of 1 or more, not ") as error:
+    with pytest.raises(RehyatError, match=r"^steps must be a whole number of 1 or more, not ") as error:
         arguments.whole_number("steps", value, least=1)
     assert repr(value)[:20] in str(error.value)
 
@@ -46,7 +46,7 @@ def test_arguments_numbers_of_any_library(value):
 
 @pytest.mark.parametrize("value", ["a", "1.5", None, True, [1.5], float("nan"), float("inf"), 10**400, 1j])
 def test_arguments_that_are_no_finite_numbers(value):
-    with pytest.raises(RehyatError, match="^guidance_scale must be a finite number, not "):
+    with pytest.raises(RehyatError, match=r"^guidance_scale must be a finite number, not "):
         arguments.number("guidance_scale", value)
 
 
@@ -68,7 +68,7 @@ def test_arguments_texts(value):
 
 @pytest.mark.parametrize("value", [5, None, [], ["a", 5], b"a", {"a": 1}])
 def test_arguments_that_are_no_texts(value):
-    with pytest.raises(RehyatError, match="^prompt must be a text or a list of texts that is not empty, not "):
+    with pytest.raises(RehyatError, match=r"^prompt must be a text or a list of texts that is not empty, not "):
         arguments.texts("prompt", value)
 
 
@@ -79,13 +79,13 @@ def test_arguments_number_formats(value):
 
 @pytest.mark.parametrize("value", ["bf16", "float16", np.float64, int, None, 5, "", object])
 def test_arguments_that_are_no_number_formats(value):
-    with pytest.raises(RehyatError, match="^dtype must be float32 or bfloat16, not "):
+    with pytest.raises(RehyatError, match=r"^dtype must be float32 or bfloat16, not "):
         arguments.float_dtype("dtype", value)
 
 
 @pytest.mark.parametrize("value", [5, None, "a\0b", ["a"]])
 def test_arguments_that_are_no_paths(value):
-    with pytest.raises(RehyatError, match="^path must be a path, not "):
+    with pytest.raises(RehyatError, match=r"^path must be a path, not "):
         arguments.user_path("path", value)
 
 

@@ -423,7 +423,7 @@ class _TextEncoder:
 
     def __init__(self, encoding: Encoding) -> None:
         self._dtype = jnp.dtype(encoding.plan.dtype)
-        self._prompts = PromptEncoder(encoding.model, dtype=self._dtype)
+        self._prompts = PromptEncoder(encoding.model, dtype=self._dtype, warn=False)
 
     def __call__(self, caption: str) -> tuple[Float[np.ndarray, "L D"], bool]:
         """The caption's embedding, its tokens alone, and whether all of the caption is in it."""

@@ -14,6 +14,7 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.video.reading import frames_at_rate
 from train.data.footage import pictures
 
+
 def count_clips(path: Path, *, frames: int, fps: int) -> int:
     """How many whole clips decoding a video gives: all of it is decoded, and no pixels are kept.
 
@@ -31,8 +32,9 @@ def clips(
 ) -> Iterator[UInt8[np.ndarray, "F {height} {width} 3"]]:
     """A video's whole clips one after the other; what is left at its end is dropped. Memory is one clip's.
 
-    At each multiple of 1 / ``fps`` the frame nearest in time is taken, as a player shows it. It is scaled to cover ``height`` x ``width`` and
-    what stands over is cut off on both sides. A folder of numbered pictures has ``fps`` of them a second.
+    At each multiple of 1 / ``fps`` the frame nearest in time is taken, as a player shows it. It is scaled to cover
+    ``height`` x ``width`` and what stands over is cut off on both sides. A folder of numbered pictures has ``fps`` of
+    them a second.
 
     Raises:
         RehyatError: the file is no video, is damaged, or has no whole clip.
