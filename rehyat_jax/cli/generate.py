@@ -133,8 +133,8 @@ def _run(options: Generate) -> None:
         resume=options.resume,
         otherwise=", --resume goes on with it" if outputs.saved() else "",
     )
+    check_outputs(outputs, resume=options.resume)
     with owned, ProgressDisplay() as display:
-        check_outputs(outputs, resume=options.resume)
         display("load", 0, 1)
         from rehyat_jax.runtime.record import Phases
 

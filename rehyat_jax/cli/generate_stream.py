@@ -227,7 +227,8 @@ def _fill(
         with phases.measure("encode"):
             if not video.frames:
                 outputs.forget()  # of the video that is replaced now
-            video.append(block[: frames - video.frames], chapter=stream.prompt)
+            video.begin_chapter(stream.prompt)
+            video.append(block[: frames - video.frames])
         display("frames", video.frames, frames)
         now = time.monotonic()
         if video.frames < frames and now - saved_at >= _PATIENCE * cost:

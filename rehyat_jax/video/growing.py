@@ -72,6 +72,7 @@ class GrowingVideo:
         self.path, self.frames = Path(path), 0
         self._metadata = dict(metadata or {})
         self._chapter: str | None = None
+        self._next_chapter: str | None = None
         self._how = {"fps": fps, "scale": scale, "codec": codec}
         self._picture: Picture | None = None
         self._tagged = True
@@ -107,11 +108,12 @@ class GrowingVideo:
                 return
         raise RehyatError(f"cannot go on with {self.path} after {after} frames: it holds {frames}, or is cut elsewhere")
 
-    def append(self, block: UInt8[np.ndarray, "F H W 3"], *, chapter: str | None = None) -> None:
-        """Encode a block of frames and put it on the disk, whole or not at all. A block without frames is nothing.
+    def begin_chapter(self, title: str) -> None:
+        """Say what the blocks from here on show: a chapter of this title begins, unless it is under way already."""
+        self._next_chapter = title
 
-        Args:
-            chapter: what the block shows; where that is another than before, a chapter of this title begins.
+    def append(self, block: UInt8[np.ndarray, "F H W 3"]) -> None:
+        """Encode a block of frames and put it on the disk, whole or not at all. A block without frames is nothing.
 
         Raises:
             RehyatError: the disk is full, the file was removed meanwhile, …, or the frames do not fit those before.
@@ -119,8 +121,8 @@ class GrowingVideo:
         if not len(block):
             return
         head, fragment, parameters = self._encode(block)
-        begins = chapter is not None and chapter != self._chapter and self._tagged
-        if begins and chapter is not None:
+        chapter = self._next_chapter
+        if chapter is not None and chapter != self._chapter and self._tagged:
             fragment = chapter_box(chapter) + fragment
         if self._parameters is None:
             self._parameters, fragment = parameters, head + fragment
@@ -143,7 +145,7 @@ class GrowingVideo:
         self._end += len(fragment)
         self._fragments += 1
         self.frames += len(block)
-        self._chapter = chapter if begins else self._chapter
+        self._chapter = chapter or self._chapter
 
     @property
     def size(self) -> int:

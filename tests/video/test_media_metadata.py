@@ -396,11 +396,13 @@ def test_media_metadata_chapters_begin_where_the_prompt_changes(tmp_path):
     blocks = [np.full((stop - start, 16, 16, 3), start, np.uint8) for start, stop in itertools.pairwise(cuts)]
     with GrowingVideo(growing) as video:
         for block, prompt in zip(blocks[:3], prompts, strict=False):
-            video.append(block, chapter=prompt)
+            video.begin_chapter(prompt)
+            video.append(block)
     with GrowingVideo(growing) as video:
         video.go_on(after=21)
         for block, prompt in zip(blocks[2:], prompts[2:], strict=True):
-            video.append(block, chapter=prompt)
+            video.begin_chapter(prompt)
+            video.append(block)
     assert len(read_video(growing)) == 45
     with open(growing, "rb") as file:
         assert [part.chapter for part in fragments(file)] == ["a cat", "a dog " * 99, None, "ein Löwe"]
@@ -428,7 +430,8 @@ def test_media_metadata_a_video_begun_before_goes_on_as_it_was_begun(tmp_path):
             path.write_bytes(data)
     with GrowingVideo(path) as video:
         video.go_on(after=9)
-        video.append(blocks[1], chapter="a prompt")
+        video.begin_chapter("a prompt")
+        video.append(blocks[1])
     assert path.read_bytes() == before.read_bytes()
 
 
