@@ -7,7 +7,7 @@ JOBS ?= 2
 # A dead worker says which test it was, and ends the run.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo live check test test-all test-rest durations lint docs install clean
+.PHONY: demo live check test test-all test-rest durations platforms lint docs install clean
 
 demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
 	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4 --overwrite
@@ -30,6 +30,10 @@ test-rest: .venv/installed-test  ## what test-all adds to test
 durations: .venv/installed-test  ## measure anew what tests cost: which of them `check` runs, and which files come first
 	$(PYTEST) --tier all --record new
 	$(PYTEST) --tier check --record larger
+
+platforms: .venv/bin/python  ## that every dependency has a wheel for each platform and Python; asks the package index
+	$(BIN)/python -m pip install --quiet packaging
+	$(BIN)/python .ci/platforms.py
 
 lint: .venv/installed-test docs
 	$(BIN)/ruff check .

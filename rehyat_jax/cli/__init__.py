@@ -7,10 +7,13 @@ imports them by name. Nothing heavy is imported before a command needs it: ``reh
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,8 +24,8 @@ from rehyat_jax import __version__
 from rehyat_jax.errors import RehyatError, RehyatWarning
 from rehyat_jax.runtime.files import reason
 
-#: Exit codes: done, failed by a defect, the user's mistake, interrupted (128 + SIGINT).
-DONE, MISTAKE, INTERRUPTED = 0, 2, 130
+#: Exit codes: done, the user's mistake, interrupted (128 + SIGINT), stopped (128 + SIGTERM); a defect's is 1.
+DONE, MISTAKE, INTERRUPTED, TERMINATED = 0, 2, 130, 143
 
 _BUILT_IN = {
     "generate": "rehyat_jax.cli.generate:main",
@@ -45,15 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     name, *rest = arguments
     if name not in commands:
-        return _mistake(f"there is no command {name[:80]!r}; the commands are {', '.join(commands)}")
+        near = difflib.get_close_matches(name, commands, n=1, cutoff=0.5)
+        near = [command for command in commands if name and command.startswith(name)] or near
+        meant = f"; did you mean {' or '.join(near)}?" if near else "."
+        return _mistake(f"there is no command {name[:80]!r}{meant or '.'} The commands are {', '.join(commands)}")
+    stopped: list[int] = []
     try:
-        with _warnings_as_sentences():
+        with _warnings_as_sentences(), _stoppable(stopped):
             return _load(commands[name])(rest) or DONE
     except SystemExit as stop:  # the argument parser has said what it had to say
         return stop.code if isinstance(stop.code, int) else MISTAKE if stop.code else DONE
     except KeyboardInterrupt as interrupt:
-        print("\nrehyat: interrupted" + "".join(f"; {note}" for note in interrupt.args), file=sys.stderr)
-        return INTERRUPTED
+        how = "rehyat: stopped" if stopped else "\nrehyat: interrupted"
+        print(how + "".join(f"; {note}" for note in interrupt.args), file=sys.stderr)
+        return TERMINATED if stopped else INTERRUPTED
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("REHYAT_TRACEBACK") == "1":
@@ -102,6 +110,29 @@ def _summary(command: importlib.metadata.EntryPoint) -> str:
             docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
             return (docstring or "").split("\n")[0].replace("`", "")
     return ""
+
+
+@contextmanager
+def _stoppable(came: list[int]) -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that nothing is left half written; a second one kills.
+
+    Args:
+        came: gets the signal's number.
+    """
+
+    def stop(number: int, _: Any) -> None:
+        came.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

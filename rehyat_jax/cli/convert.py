@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.runtime.files import check_writable
 
@@ -34,7 +35,7 @@ class Convert:
 
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Convert, args=argv, prog="rehyat convert")
+    options = parse_options(Convert, argv, command="convert")
     record = options.destination.parent / f"{options.destination.name}.json"
     check_writable(record)
     from rehyat_jax.models.checkpoints import convert

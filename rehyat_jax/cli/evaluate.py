@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.generate import parse_remember
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(0 if argv else 2)
     if argv[0] != "sprites":
         raise RehyatError(f"a model can be measured on sprites, not on {argv[0][:80]!r}")
-    options = tyro.cli(Sprites, args=argv[1:], prog="rehyat eval sprites")
+    options = parse_options(Sprites, argv[1:], command="eval sprites")
     if options.out.suffix.lower() != ".json":
         raise RehyatError(f"--out must end in .json, not {options.out.name!r}")
     check_writable(options.out)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.generate_stream import Outputs, Request, check_outputs, described, stream_video
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
@@ -103,7 +104,7 @@ class Generate:
 
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Generate, args=argv, prog="rehyat generate")
+    options = parse_options(Generate, argv, command="generate")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)

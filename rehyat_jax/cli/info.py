@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from rehyat_jax.cli.arguments import parse_options
+
 
 @dataclasses.dataclass(frozen=True)
 class Info:
@@ -18,7 +20,7 @@ class Info:
 
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Info, args=argv, prog="rehyat info")
+    options = parse_options(Info, argv, command="info")
     from rehyat_jax.models.checkpoints import describe
     from rehyat_jax.models.folder import bundled_models
 

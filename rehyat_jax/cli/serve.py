@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.errors import RehyatError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Serve:
 
 def main(argv: list[str]) -> None:
     """``rehyat serve``; returns when it is stopped by Ctrl-C or SIGTERM, after the chunk under way."""
-    options = tyro.cli(Serve, args=argv, prog="rehyat serve")
+    options = parse_options(Serve, argv, command="serve")
     if not 0 <= options.port < 65536:
         raise RehyatError(f"--port must be a whole number from 0 to 65535, not {options.port}")
     for name in ("ahead", "idle", "streams"):

@@ -127,7 +127,7 @@ def user_path(name: str, value: object) -> Path:
     Raises:
         RehyatError: it is no path.
     """
-    if not isinstance(value, str | os.PathLike) or "\0" in os.fsdecode(value):
+    if not isinstance(value, str | os.PathLike):
         raise wrong(name, value, "a path")
     try:
         return Path(os.fsdecode(value)).expanduser()

@@ -37,8 +37,9 @@ def owned_output(
     overwrite: bool = False,
     resume: bool = False,
     otherwise: str = "",
+    is_folder: bool = False,
 ) -> Iterator[None]:
-    """Own a file, and the files beside it, from before the first byte to the last.
+    """Own a file or a folder, and the files beside it, from before the first byte to the last.
 
     Args:
         path: the output.
@@ -46,15 +47,16 @@ def owned_output(
         beside: files that are written with it; each must be missing, empty or marked as made for this output.
         overwrite: replace an output that is there.
         resume: go on with an output that is there.
+        is_folder: the output is a folder; whether it may be written is the caller's to check.
         otherwise: what else the user may do about one that is there; it ends the sentence.
 
     Raises:
         RehyatError: it cannot be written, exists already, is another process's, or a file beside it is not ours.
     """
-    for each in (path, *beside):
+    for each in beside if is_folder else (path, *beside):
         check_writable(each)
     with locked(path, command=command):
-        if not (overwrite or resume) and _holds_something(path):
+        if not (overwrite or resume or is_folder) and _holds_something(path):
             raise RehyatError(f"{os.fspath(path)} exists already: --overwrite replaces it{otherwise}")
         check_ours(path, beside=beside)
         for each in (path, *beside):

@@ -81,7 +81,8 @@ class GrowingVideo:
         self._head = b""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            self._file = io.FileIO(os.open(self.path, flags, 0o666), "r+")
         except OSError as error:
             raise self._unwritable(error) from error
         try:

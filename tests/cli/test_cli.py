@@ -364,3 +364,51 @@ def test_an_interrupt_leaves_no_broken_file(checkpoint, tmp_path, line):
     assert output == ""
     assert os.listdir(tmp_path) == ["a.mp4"]
     assert out.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("gen", "generate"), ("genrate", "generate"), ("inf", "info"), ("pre", "prepare or pretrain")]
+)
+def test_arguments_a_mistyped_command_is_suggested(rehyat, typed, meant):
+    assert_sentence(rehyat(typed), f"there is no command {typed!r}; did you mean {meant}?")
+
+
+def test_arguments_help_tells_defaults_that_say_something(rehyat):
+    for command in ("generate", "info", "convert", "prepare", "export", "serve"):
+        code, output, _ = rehyat(command, "--help")
+        assert code == 0
+        for nothing in ("default: None", "default: False", "default: ''"):
+            assert nothing not in " ".join(output.split())
+    assert "default: mini-sprites" in rehyat("generate", "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "others"),
+    [
+        ("distill", ["sprites_distill", "wan_14b_distill"], ["sprites_dit", "finetune"]),
+        ("finetune", ["sprites_finetune", "wan_1_3b_finetune"], ["distill\n", "sprites_vae"]),
+        ("pretrain", ["sprites_dit", "sprites_dit_longer", "sprites_vae"], ["wan_", "finetune"]),
+    ],
+)
+def test_arguments_help_lists_a_commands_own_configurations(rehyat, command, own, others):
+    code, output, _ = rehyat(command, "--help")
+    assert code == 0
+    listed = output.partition("Configurations")[2].partition("rehyat ")[0]
+    for name in own:
+        assert f"\n  {name}\n" in listed
+    for name in others:
+        assert name not in listed
+
+
+def test_sigterm_stops_as_ctrl_c_does_and_exits_with_143(checkpoint, tmp_path):
+    """Nothing is left of a per-step video, lock and partial files neither."""
+    argv = program("generate", "a cat", "--model", checkpoint, "--size", "96x96", "--frames", "161", "--steps", "1000")
+    with subprocess.Popen([*argv, "--out", tmp_path / "a.mp4"], stderr=subprocess.PIPE, text=True) as process:
+        for said in process.stderr:
+            if said.startswith("denoise: "):
+                break
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate()
+    assert process.returncode == 143, error
+    assert error.strip().split("\n")[-1] == "rehyat: stopped; nothing was written"
+    assert os.listdir(tmp_path) == []

@@ -262,13 +262,13 @@ def test_checkpoints_of_another_model_are_refused(tmp_path, rehyat, monkeypatch)
     toy, out = tmp_path / "toy.py", tmp_path / "out"
     toy.write_text(TOY)
     monkeypatch.setenv("SIGNAL", str(int(signal.SIGTERM)))
-    assert rehyat("pretrain", toy, "--out", out)[0] == 0
+    assert rehyat("pretrain", toy, "--out", out)[0] == 143
     toy.write_text(TOY.replace("ones(3)", "ones(4)"))
     words = "another model", "kernel", "float32[3] there and float32[4] here", "--out"
     assert_sentence(rehyat("pretrain", toy, "--out", out), *words)
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_so_and_goes_on(tmp_path, rehyat, monkeypatch, number, expected):
     toy, out = tmp_path / "toy.py", tmp_path / "out"
     toy.write_text(TOY)

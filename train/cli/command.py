@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -12,8 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import tyro
 
+from rehyat_jax.cli import TERMINATED
+from rehyat_jax.cli.arguments import hide_missing_defaults
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.runtime.files import check_writable
+from rehyat_jax.runtime.outputs import owned_output
 from rehyat_jax.runtime.record import Phases
 from train.cli.config_files import bundled_configs, load_config
 from train.parallel.devices import Processes, first_process
@@ -43,7 +46,7 @@ class Training(Protocol):
         ...
 
 
-#: The classes that ``config`` may be of; a function, so that telling the usage loads none of them.
+#: The classes that ``config`` may be of; a function, so that finding a command loads none of them.
 Kinds = Callable[[], tuple[type, ...]]
 
 
@@ -55,14 +58,15 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
         about: what the command does, for its help.
 
     Returns:
-        0: done, or stopped by SIGTERM with a checkpoint saved.
+        0: done. 143: stopped by SIGTERM with a checkpoint saved; the result is not there yet, and a job system that
+            took this for success would take half a training for the whole.
 
     Raises:
         KeyboardInterrupt: stopped by Ctrl-C, with a checkpoint saved.
         RehyatError: a mistake in the file, a field or the output folder; training diverged.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print(_help(command, about), file=sys.stdout if argv else sys.stderr)
+        print(_help(command, about, kinds()), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name, *fields = argv
     if name.startswith("-"):
@@ -70,8 +74,13 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
     training = parse(command, name, fields, kinds=kinds())
     training.processes.join()
     record = training.result.with_name(f"{training.result.name}.json")
-    check_writable(record)  # now, not after the training
+    # Now, not after the training. Processes of one run share an output, which the first one owns.
+    owned = owned_output(training.result, command=f"rehyat {command}", beside=[record], is_folder=True)
+    with owned if first_process() else contextlib.nullcontext():
+        return _run(training, command, name, record)
 
+
+def _run(training: Training, command: str, name: str, record: Path) -> int:
     from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
     from rehyat_jax.runtime.record import write_record
     from train.engine.loop import Stopped
@@ -86,7 +95,7 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
             raise KeyboardInterrupt(said) from None
         if first_process():
             print(f"rehyat: stopped; {said}", file=sys.stderr)
-        return 0
+        return TERMINATED
     if not first_process():
         return 0
     write_record(
@@ -104,6 +113,7 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
 def parse(command: str, name: str, fields: list[str], *, kinds: tuple[type, ...]) -> Training:
     """The file's configuration with fields replaced."""
     config, about = load_config(name, kinds=kinds)
+    hide_missing_defaults(type(config))
     training, unknown = tyro.cli(
         type(config),
         default=config,
@@ -117,14 +127,14 @@ def parse(command: str, name: str, fields: list[str], *, kinds: tuple[type, ...]
     return training
 
 
-def _help(command: str, about: str) -> str:
-    configs = "\n".join(f"  {name}" for name in bundled_configs())
+def _help(command: str, about: str, kinds: tuple[type, ...]) -> str:
+    configs = "\n".join(f"  {name}" for name in bundled_configs(kinds))
     return (
         f"usage: rehyat {command} CONFIG [--field value …]\n\n"
         f"{about.replace('`', '').strip()}\n\n"
         "CONFIG is the path of a Python file, or the name of one in the package configs. It is executed, so take\n"
         "files from people you trust only.\n\n"
-        f"Configurations that ship with the package:\n{configs}\n\n"
+        f"Configurations for {command} that ship with the package:\n{configs}\n\n"
         f"rehyat {command} CONFIG --help tells what it does and its fields. A run that was stopped goes on when the\n"
         "same command is given again."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import pkgutil
@@ -21,16 +22,26 @@ class ConfigFile(NamedTuple):
     about: str
 
 
-def bundled_configs() -> dict[str, Path]:
-    """The files of the package ``configs``, by name."""
+def bundled_configs(kinds: tuple[type, ...] = (object,)) -> dict[str, Path]:
+    """The files of the package ``configs`` whose ``config`` is of one of ``kinds``, by name; none is executed."""
     spec = importlib.util.find_spec("configs")
     folders = list(spec.submodule_search_locations or []) if spec else []
-    return {
+    files = {
         module.name: Path(folder) / f"{module.name}.py"
         for folder in folders
         for module in pkgutil.iter_modules([folder])
         if not module.ispkg
     }
+    names = {kind.__name__ for kind in kinds}
+    return files if object in kinds else {name: path for name, path in files.items() if _class_name(path) in names}
+
+
+def _class_name(path: Path) -> str | None:
+    """Of a file's ``config = Class(…)``."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["config"]:
+            return ast.unparse(node.value.func).split(".")[-1] if isinstance(node.value, ast.Call) else None
+    return None
 
 
 def load_config(name_or_path: str | os.PathLike[str], *, kinds: tuple[type, ...]) -> ConfigFile:
@@ -48,7 +59,7 @@ def load_config(name_or_path: str | os.PathLike[str], *, kinds: tuple[type, ...]
     try:
         source = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        names = ", ".join(bundled_configs()) or "none"
+        names = ", ".join(bundled_configs(kinds)) or "none"
         raise ConfigError(f"there is no file {name[:200]!r}, nor a configuration of that name ({names})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a text file") from error

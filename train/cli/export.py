@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.errors import ConfigError
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
         RehyatError: a mistake in the file or a field; there is no such checkpoint; the folder cannot be written.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
-    options = tyro.cli(Export, args=argv[:cut], prog="rehyat export")
+    options = parse_options(Export, argv[:cut], command="export")
     from train.cli.command import parse
     from train.stages.diffusion import DiffusionTraining
     from train.stages.distill import DistillTraining

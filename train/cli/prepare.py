@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.files import check_writable
 
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
     Raises:
         RehyatError: a mistake in the arguments, the videos, the captions or the model; a file cannot be written.
     """
-    options = tyro.cli(Prepare, args=argv, prog="rehyat prepare")
+    options = parse_options(Prepare, argv, command="prepare")
     part, parts = _numbers(options.part, "/", "--part must be a number of a part and of parts as 2/8")
     if not 1 <= part <= parts:
         raise ConfigError(f"--part {options.part} is no part: the first is 1/{parts} and the last {parts}/{parts}")
