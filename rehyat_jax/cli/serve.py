@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -57,6 +58,10 @@ class Serve:
     idle: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 300.0
     """A stream without viewers is ended after so long."""
 
+    folder: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Keep streams here, saved as they grow: a server that is started again goes on with them. When not given they are
+    gone with the server."""
+
     dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="float32|bfloat16")] = "float32"
     """Number format of the transformer and the text encoder."""
 
@@ -69,6 +74,8 @@ def main(argv: list[str]) -> None:
     for name in ("ahead", "idle", "streams"):
         if not 0 < getattr(options, name) < 1e9:
             raise RehyatError(f"--{name} must be above 0, not {getattr(options, name)}")
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     try:
         import starlette  # noqa: F401
         import uvicorn
@@ -97,6 +104,8 @@ def main(argv: list[str]) -> None:
     )
     host = Host(
         lambda wish: _opened(pipe, wish),
+        resume=pipe.resume_stream,
+        folder=options.folder,
         pace=Pace(fps=pipe.fps, ahead=options.ahead),
         limits=Limits(streams=options.streams, idle=options.idle),
     )

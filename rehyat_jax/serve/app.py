@@ -60,7 +60,10 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
         ]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
-    async def streams(_: Request) -> Response:
+    async def streams(request: Request) -> Response:
+        if request.method == "POST":
+            name = await asyncio.wrap_future(host.begin_saved(await request.body()))
+            return JSONResponse(_told(name, host.get(name)))
         return JSONResponse({"object": "list", "data": [_told(name, host.get(name)) for name in host.names()]})
 
     async def stream(request: Request) -> Response:
@@ -119,7 +122,7 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
             Route("/health", health),
             Route("/metrics", metrics),
             Route("/v1/about", described),
-            Route("/v1/streams", streams),
+            Route("/v1/streams", streams, methods=["GET", "POST"]),
             Route("/v1/streams/{name}.mp4", grown),
             Route("/v1/streams/{name}", stream, methods=["GET", "DELETE"]),
             Route("/v1/streams/{name}/whole.mp4", whole),

@@ -29,6 +29,12 @@ class Access:
     hosts: tuple[str, ...] = _LOCAL
     token: str | None = None
     most_bytes: int = 1 << 20
+    #: The same of a saved stream that is handed in by ``POST /v1/streams``.
+    most_state_bytes: int = 1 << 28
+
+    def most(self, scope: Scope) -> int:
+        takes_state = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == "/v1/streams"
+        return self.most_state_bytes if takes_state else self.most_bytes
 
 
 class Guard:
@@ -51,7 +57,7 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *_encoded(_POLICY.items())]
             await send(message)
 
-        await self._app(scope, self._limited(receive), with_policy)
+        await self._app(scope, self._limited(receive, self._access.most(scope)), with_policy)
 
     def _refused(self, headers: Headers, scope: Scope) -> tuple[int, str] | None:
         host = headers.get("host", "")
@@ -62,8 +68,9 @@ class Guard:
             return 403, "another origin's page may not use this server"
         if self._access.token is not None and not self._has_token(headers, scope):
             return 401, "a token is needed: Authorization: Bearer …, or ?token=…"
-        if int(headers.get("content-length") or 0) > self._access.most_bytes:
-            return 413, f"a body may have {self._access.most_bytes} bytes"
+        length, most = headers.get("content-length") or "0", self._access.most(scope)
+        if not length.isdecimal() or int(length) > most:
+            return 413, f"a body may have {most} bytes"
         return None
 
     def _has_token(self, headers: Headers, scope: Scope) -> bool:
@@ -72,7 +79,7 @@ class Guard:
             given = (parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token") or [""])[0]
         return hmac.compare_digest(given.encode(), (self._access.token or "").encode())
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, most: int) -> Receive:
         """A body without a length is cut off where it becomes too long."""
         got = 0
 
@@ -80,7 +87,7 @@ class Guard:
             nonlocal got
             message = await receive()
             got += len(message.get("body", b""))
-            if got > self._access.most_bytes:
+            if got > most:
                 return {"type": "http.disconnect"}
             return message
 

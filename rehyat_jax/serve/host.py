@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 import secrets
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.files import whole_file
 from rehyat_jax.serve.jobs import Job
-from rehyat_jax.serve.live import LiveStream, Pace, Steerable
+from rehyat_jax.serve.live import Chunk, LiveStream, Pace, Steerable
 from rehyat_jax.serve.wish import Wish
 
 _log = logging.getLogger(__name__)
@@ -53,6 +55,10 @@ class Limits:
 
 #: Makes a stream of a wish, or raises RehyatError.
 Open = Callable[[Wish], Steerable]
+#: The stream that was saved in a folder; raises RehyatError where there is none that can be trusted.
+Resume = Callable[[Path], Steerable]
+#: Of a stream's time, at most a quarter goes into saving it.
+_PATIENCE = 3.0
 
 
 @dataclasses.dataclass
@@ -60,6 +66,8 @@ class _Held:
     live: LiveStream
     begun: float
     seen: float
+    saved: float = 0.0
+    cost: float = 0.0
 
 
 class Host:
@@ -67,14 +75,23 @@ class Host:
 
     Args:
         open_stream: makes a stream of the model; called on the host's thread alone, as all that a model does.
-        folder: where files may be kept; a temporary one, removed with the host, by default.
+        resume: reads a saved stream; without it none can be handed in.
+        folder: where files are kept; a temporary one, removed with the host, by default. With ``resume``, streams are
+            saved in it as they grow, and those of an earlier host go on.
     """
 
     def __init__(
-        self, open_stream: Open, *, pace: Pace | None = None, limits: Limits | None = None, folder: Path | None = None
+        self,
+        open_stream: Open,
+        *,
+        resume: Resume | None = None,
+        pace: Pace | None = None,
+        limits: Limits | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.pace, self.limits = pace or Pace(), limits or Limits()
-        self._open = open_stream
+        self._open, self._resume = open_stream, resume
+        self._keeps = folder is not None and resume is not None
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="rehyat-serve-")
         self.folder = folder or Path(self._own.name if self._own else "")
         self._held: dict[str, _Held] = {}
@@ -102,6 +119,28 @@ class Host:
         def begin() -> str:
             name = secrets.token_hex(8)
             live = LiveStream(self._open(wish), self.folder / f"{name}.mp4", pace=self.pace, on_change=self._something)
+            return self._hold(name, live)
+
+        return self.call(begin)
+
+    def begin_saved(self, state: bytes) -> Future[str]:
+        """A live stream that goes on from a saved state, the content of its file; the result is its name.
+
+        Raises:
+            Full: there are as many as may be.
+            RehyatError: this host takes none; in the result: why the state cannot be gone on from.
+        """
+        resume = self._resume
+        if resume is None:
+            raise RehyatError("this server takes no saved states")
+        self._check_room()
+
+        def begin() -> str:
+            name = secrets.token_hex(8)
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                Path(folder, "stream.safetensors").write_bytes(state)
+                stream = resume(Path(folder))
+            live = LiveStream(stream, self.folder / f"{name}.mp4", pace=self.pace, on_change=self._something)
             return self._hold(name, live)
 
         return self.call(begin)
@@ -143,6 +182,8 @@ class Host:
             del self._held[name]
         live.close()
         live.path.unlink(missing_ok=True)
+        self._chunks_file(name).unlink(missing_ok=True)
+        shutil.rmtree(self._state_folder(name), ignore_errors=True)
 
     def queue(self, wish: Wish, *, frames: int) -> Job:
         """A video of so many frames, to be made when those before it are done, beside the live streams.
@@ -215,6 +256,9 @@ class Host:
             self._stop = True
             self._work.notify_all()
         self._thread.join()
+        for name, held in list(self._held.items()):
+            if self._keeps and held.live.chunks and not held.live.closed:
+                self._save(name, held)
         for held in list(self._held.values()):
             held.live.close()
         self._held.clear()
@@ -243,7 +287,46 @@ class Host:
         with self._work:
             self._work.notify_all()
 
+    def _state_folder(self, name: str) -> Path:
+        return self.folder / f"{name}.state"
+
+    def _chunks_file(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _save(self, name: str, held: _Held) -> None:
+        """The chunks first: of those that a kill leaves beyond the state, the next host knows nothing."""
+        begun, live = time.monotonic(), held.live
+        content = {"before": live.before, "chunks": [chunk.to_dict() for chunk in live.chunks]}
+        with whole_file(self._chunks_file(name)) as partial:
+            partial.write_text(json.dumps(content), encoding="utf-8")
+        live.save_now(self._state_folder(name))
+        held.saved = time.monotonic()
+        held.cost = held.saved - begun
+
+    def _restore(self) -> None:
+        """Streams that an earlier host left in the folder; what cannot be gone on with stays as it is, and is said."""
+        for state in sorted(self.folder.glob("*.state")):
+            name = state.stem
+            if not _NAME.fullmatch(name) or self._resume is None:
+                continue
+            try:
+                content = json.loads(self._chunks_file(name).read_text("utf-8"))
+                live = LiveStream.resumed(
+                    self._resume(state),
+                    self.folder / f"{name}.mp4",
+                    [Chunk.from_dict(each) for each in content["chunks"]],
+                    before=content["before"],
+                    pace=self.pace,
+                    on_change=self._something,
+                )
+            except (RehyatError, OSError, ValueError, TypeError, KeyError) as error:
+                _log.warning("the stream %s cannot be gone on with: %s", name, error)
+                continue
+            self._hold(name, live)
+
     def _run(self) -> None:
+        if self._keeps:
+            self._restore()
         while True:
             with self._work:
                 if self._stop:
@@ -293,6 +376,8 @@ class Host:
         if made > 0:
             self.chunks_made += made
             self.frames_made += live.frames - frames
+            if self._keeps and now - held.saved >= _PATIENCE * held.cost:
+                self._save(name, held)
         if live.viewers:
             held.seen = now
         if now - held.begun > self.limits.life or now - held.seen > self.limits.idle:

@@ -6,6 +6,7 @@ no queues: each reads the growing file at its own pace, so that a slow one never
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import os
@@ -13,7 +14,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -35,6 +36,8 @@ class Steerable(Protocol):
     prompt: str
     state: Any
 
+    @property
+    def frames_done(self) -> int: ...
     def __next__(self) -> np.ndarray: ...
     def fork(self, *, seed: int | None = None) -> Steerable: ...
     def change_prompt(self, prompt: str) -> None: ...
@@ -56,6 +59,13 @@ class Chunk:
     seconds: float
     #: Its last frame, small, as a PNG.
     thumbnail: bytes = dataclasses.field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"thumbnail": base64.b64encode(self.thumbnail).decode()}
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Chunk:
+        return cls(**{**source, "thumbnail": base64.b64decode(source["thumbnail"])})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,8 @@ class LiveStream:
     ) -> None:
         self.pace, self.path = pace, path
         self.failed: str | None = None
+        #: Frames of the stream before the file's first: of one that goes on from a saved state.
+        self.before = stream.frames_done
         #: The chunks that rewinds went back to, in order: what a viewer has from there on is void.
         self._cuts: list[int] = []
         self._stream, self._on_change = stream, on_change
@@ -133,6 +145,34 @@ class LiveStream:
         self._last_seen = time.monotonic()
         self._closed = False
         self._head, self._codec = b"", None
+
+    @classmethod
+    def resumed(
+        cls,
+        stream: Steerable,
+        path: Path,
+        chunks: Sequence[Chunk],
+        *,
+        before: int,
+        pace: Pace,
+        on_change: Callable[[], None],
+    ) -> LiveStream:
+        """A live stream that was made before: its file, cut where the saved ``stream`` stands, and its chunks.
+
+        Raises:
+            RehyatError: the file and the stream do not belong together.
+        """
+        live = cls(stream, path, pace=pace, on_change=on_change)
+        done = stream.frames_done - before
+        live.before = before
+        live._chunks = [chunk for chunk in chunks if chunk.first_frame + chunk.frames <= done]
+        if live.frames != done:
+            live.close()
+            raise RehyatError(f"{path} does not belong to the stream beside it")
+        live._video.cut(after=done)
+        live._head, live._codec = live._video.head, live._video.codec
+        live._snapshots = {len(live._chunks): live._snapshots[0]}
+        return live
 
     # What any thread may read.
 
@@ -277,6 +317,10 @@ class LiveStream:
             busy = True
         return busy
 
+    def save_now(self, folder: Path) -> None:
+        """As `save`, on the host's thread."""
+        self._stream.save(folder)
+
     def wants_chunk(self) -> bool:
         """Somebody watches, or did a moment ago, and is not far behind."""
         if self._closed:
@@ -330,7 +374,7 @@ class LiveStream:
 
     def _thin_snapshots(self) -> None:
         """Drop every second of the older snapshots while they take too much; the first and the newest stay."""
-        each = max(1, _bytes_of(self._snapshots[0].state))
+        each = max(1, _bytes_of(self._snapshots[min(self._snapshots)].state))
         most = max(2, self.pace.snapshot_bytes // each)
         while len(self._snapshots) > most:
             numbers = sorted(self._snapshots)
@@ -339,7 +383,10 @@ class LiveStream:
 
     def _at(self, number: int) -> Steerable:
         """The stream after so many chunks: from the nearest snapshot before, the chunks after it made again."""
-        nearest = max(kept for kept in self._snapshots if kept <= number)
+        earlier = [kept for kept in self._snapshots if kept <= number]
+        if not earlier:
+            raise RehyatError(f"the stream was resumed at chunk {min(self._snapshots)}: it cannot go back further")
+        nearest = max(earlier)
         stream = self._snapshots[nearest].fork()
         for chunk in self._chunks[nearest:number]:
             if stream.prompt != chunk.prompt:

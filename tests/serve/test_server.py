@@ -7,10 +7,11 @@ import time
 import httpx
 import pytest
 import uvicorn
-from shared.numbered import Numbered
+from shared.numbered import Numbered, resumed
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
+from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.app import About, make_app
 from rehyat_jax.serve.guard import Access
 from rehyat_jax.serve.host import Host, Limits
@@ -253,3 +254,67 @@ def test_a_stream_that_nobody_watches_is_ended(tmp_path):
             time.sleep(0.05)
         assert not client.host.names()
         assert not list(tmp_path.glob("*.mp4"))
+
+
+def _kept(tmp_path) -> Host:
+    return Host(lambda wish: Numbered(wish.prompt, wish.seed), resume=resumed, pace=Pace(ahead=1e9), folder=tmp_path)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("handed_in", [False, True])
+def test_streams_in_a_kept_folder_go_on_with_another_server(tmp_path, torn, handed_in):
+    """Ended in order, or killed after the state: what was made beyond it is made again, the same bytes. So do streams
+    that went on from a saved state."""
+    host = _kept(tmp_path)
+    if handed_in:
+        content = {"prompt": "a cat", "seed": 4, "past": 9, "frames": 40}
+        name = host.begin_saved(json.dumps(content).encode()).result(10)
+    else:
+        name = host.begin(Wish(prompt="a cat", seed=4)).result(10)
+    live = host.get(name)
+    live.join()
+    _until(lambda: len(live.chunks) >= 5)
+    if torn:
+        host._save = lambda *_: None
+        made = len(live.chunks)
+        _until(lambda: len(live.chunks) >= made + 3)
+    host.close()
+    before = live.path.read_bytes()
+
+    host = _kept(tmp_path)
+    _until(lambda: host.names() == [name])
+    live = host.get(name)
+    assert live.chunks[0].thumbnail.startswith(b"\x89PNG")
+    live.join()
+    _until(lambda: live.path.stat().st_size > len(before))
+    with live._lock:
+        assert live.path.read_bytes().startswith(before)
+    gone = live.rewind(0)
+    with pytest.raises(RehyatError, match="cannot go back further"):
+        gone.result(10)
+    host.end(name)
+    host.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_state_is_handed_in(tmp_path):
+    host = Host(lambda wish: Numbered(wish.prompt), resume=resumed, pace=Pace(ahead=2.0))
+    app = make_app(host, About(model="numbered", device="none"))
+    with TestClient(app, base_url="http://localhost:8765") as client, client.websocket_connect(SOCKET) as one:
+        one.send_json({"type": "session.start", "prompt": "a cat"})
+        name = heard(one, "video.start")["id"]
+        fragment(one)
+        saved = client.get(f"/v1/streams/{name}/state").content
+        told = client.post("/v1/streams", content=saved).json()
+        assert told["prompt"] == "a cat"
+        for hostile in (b"", b"{}", b"\x00" * 100, b'{"prompt": "x"}'):
+            answer = client.post("/v1/streams", content=hostile)
+            assert answer.status_code == 400
+            assert "no saved stream" in answer.json()["error"]["message"]
+
+
+def _until(what, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)

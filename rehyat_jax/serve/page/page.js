@@ -222,6 +222,16 @@ at("say").addEventListener("submit", (event) => {
 at("anew").addEventListener("click", () => { if (at("say").reportValidity()) begin(); });
 at("pause").addEventListener("click", pause);
 
+at("load").addEventListener("change", async () => {
+  const [file] = at("load").files;
+  if (!file) return;
+  const answer = await fetch(withToken("/v1/streams"), { method: "POST", body: file });
+  const told = await answer.json();
+  if (answer.ok) watch(told.id);
+  else tell(told.error.message);
+  at("load").value = "";
+});
+
 function pause() {
   const paused = !video.paused;
   if (view) view.paused = paused;
