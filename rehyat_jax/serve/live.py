@@ -355,6 +355,7 @@ class LiveStream:
             if self._closed:
                 return
             first = self.frames
+            self._video.begin_chapter(self._stream.prompt)
             self._video.append(block)
             self._head, self._codec = self._video.head, self._video.codec
             self._chunks.append(
