@@ -24,9 +24,13 @@ def known_dtype(dtype: Any) -> np.dtype:
     Raises:
         CheckpointError: no model is loaded as this.
     """
-    if jnp.dtype(dtype).name not in ("float32", "bfloat16", "float16"):
-        raise CheckpointError(f"a model cannot be loaded as {jnp.dtype(dtype).name}: float32, bfloat16 or float16")
-    return jnp.dtype(dtype)
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError as error:
+        raise CheckpointError(f"a model cannot be loaded as {dtype!r}: float32, bfloat16 or float16") from error
+    if dtype is None or known.name not in ("float32", "bfloat16", "float16"):
+        raise CheckpointError(f"a model cannot be loaded as {known.name}: float32, bfloat16 or float16")
+    return known
 
 
 def filled(plan: LoadPlan, *, dtype: Any) -> nnx.Module:

@@ -287,4 +287,5 @@ def beside(holding: Holding, others: Iterable[Holding], name: str, info: TensorI
 
 def narrow(row: Row, dtype: Any) -> Any:
     """The type in which a row is kept when the model is kept in ``dtype`` (diffusers' ``_keep_in_fp32_modules``)."""
-    return jnp.dtype(jnp.float32) if row.float32 else jnp.dtype(dtype)
+    wide = row.float32 or (row.float32_for_float16 and jnp.dtype(dtype) == jnp.float16)
+    return jnp.dtype(jnp.float32) if wide else jnp.dtype(dtype)

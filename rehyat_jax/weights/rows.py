@@ -33,6 +33,8 @@ class Row:
     _: dataclasses.KW_ONLY
     #: Stays float32 when the model is loaded in a narrower type (diffusers' ``_keep_in_fp32_modules``).
     float32: bool = False
+    #: Stays float32 when the model is loaded in float16, whose range its products leave (transformers' T5 ``wo``).
+    float32_for_float16: bool = False
     #: Zeros alone are refused: a model that reads nothing of its prompt would make noise without a word.
     not_zero: bool = False
     #: The layers' numbers in the files, along our leading axis; None: 0, 1, 2, …
@@ -57,9 +59,17 @@ class Row:
         return (self.layers or tuple(range(shape[0]))) if self.stacked else (None,)
 
 
-def rows_of_linear(ours: str, names: Mapping[str, str], *, bias: bool = True, float32: bool = False) -> tuple[Row, ...]:
+def rows_of_linear(
+    ours: str,
+    names: Mapping[str, str],
+    *,
+    bias: bool = True,
+    float32: bool = False,
+    float32_for_float16: bool = False,
+) -> tuple[Row, ...]:
     """Rows of a linear layer, from its name in each dialect."""
-    weight = Row(f"{ours}.kernel", {key: f"{name}.weight" for key, name in names.items()}, "linear", float32=float32)
+    weights = {key: f"{name}.weight" for key, name in names.items()}
+    weight = Row(f"{ours}.kernel", weights, "linear", float32=float32, float32_for_float16=float32_for_float16)
     if not bias:
         return (weight,)
     return weight, Row(f"{ours}.bias", {key: f"{name}.bias" for key, name in names.items()}, float32=float32)

@@ -15,6 +15,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.checkpoints import load_text_encoder
 from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder, relative_position_buckets
 
@@ -169,3 +170,30 @@ def test_learns_from_scratch_with_adam():
     _, losses = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))((params, optimizer.init(params)))
     assert losses[0] > 1.8
     assert losses[-10:].mean() < 0.1
+
+
+@pytest.mark.parametrize("scale", [1.0, 3000.0, 1e5])
+def test_float16_is_that_of_transformers_and_never_overflows(tmp_path, scale):
+    """Loaded from one folder by both, where the feed-forward's sums are up to 4e5, beyond float16's 65504: 2e-2 on
+    activations of order one (float16 keeps 11 bits, over three layers)."""
+    config = CONFIGS["as_t5"]
+    model = reference(config, seed=3)
+    with torch.no_grad():
+        for block in model.encoder.block:
+            block.layer[1].DenseReluDense.wo.weight.mul_(scale)
+    model.save_pretrained(tmp_path)
+    ids, mask = batch(config, length=64, real=[64, 9], seed=1)
+    theirs = UMT5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16).eval()
+    assert theirs.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(ids).long(), torch.from_numpy(mask)).last_hidden_state.float().numpy()
+    encoder = load_text_encoder(tmp_path, dtype=jnp.float16)
+    assert encoder.block.ffn.wo.kernel[...].dtype == jnp.float32
+    assert encoder.block.ffn.wi_0.kernel[...].dtype == jnp.float16
+    made = encoder(ids, mask)
+    assert made.dtype == jnp.float16
+    made = np.asarray(made.astype(jnp.float32))
+    assert np.isfinite(made).all()
+    np.testing.assert_allclose(made[mask], want[mask], atol=2e-2)
+    exact = np.asarray(load_text_encoder(tmp_path)(ids, mask))
+    np.testing.assert_allclose(made[mask], exact[mask], atol=2e-2)

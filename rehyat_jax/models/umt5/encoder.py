@@ -113,10 +113,12 @@ class GatedFeedForward(nnx.Module):
         width, inner = config.d_model, config.d_ff
         self.wi_0 = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.wi_1 = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.wo = _linear(inner, width, inner**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.wide, stored = _residual_dtype(dtype), _residual_dtype(param_dtype)
+        self.wo = _linear(inner, width, inner**-0.5, dtype=self.wide, param_dtype=stored, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
+        gate = jax.nn.gelu(self.wi_0(x), approximate=True).astype(self.wide)
+        return self.wo(gate * self.wi_1(x).astype(self.wide))
 
 
 class UMT5Block(nnx.Module):
@@ -132,16 +134,17 @@ class UMT5Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], mask: Float[Array, "B L"], *, buckets: Int[Array, "L L"]
     ) -> Float[Array, "B L D"]:
-        x = x + self.self_attention(self.self_attention_norm(x), mask, buckets=buckets)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.self_attention(self.self_attention_norm(x), mask, buckets=buckets).astype(x.dtype)
+        return x + self.ffn(self.ffn_norm(x)).astype(x.dtype)
 
 
 class UMT5Encoder(nnx.Module):
     """UMT5's encoder stack, from token ids to hidden states.
 
     Parameters of ``block`` have a leading layer axis; the forward pass scans over it. Layer norms, position biases and
-    softmax are computed in float32, the rest in ``dtype``. Freshly made, it has T5's initialisation: each projection
-    keeps the variance of its input, embeddings have variance one.
+    softmax are computed in float32, the rest in ``dtype``; in float16 the feed-forward's sums and the residual stream
+    are float32 too. Freshly made, it has T5's initialisation: each projection keeps the variance of its input,
+    embeddings have variance one.
 
     Args:
         config: sizes.
@@ -212,8 +215,15 @@ class UMT5Encoder(nnx.Module):
         def layer(x: Array, params: Any) -> tuple[Array, None]:
             return nnx.merge(graphdef, params)(x, additive, buckets=buckets), None
 
-        x, _ = jax.lax.scan(layer, self.shared(jnp.asarray(ids)), params)
-        return self.final_layer_norm(x)
+        embedded = self.shared(jnp.asarray(ids))
+        x, _ = jax.lax.scan(layer, embedded.astype(_residual_dtype(embedded.dtype)), params)
+        return self.final_layer_norm(x).astype(embedded.dtype)
+
+
+def _residual_dtype(dtype: DTypeLike) -> Any:
+    """In float16 the sums of the feed-forward overflow: there ``wo`` and what it adds to are float32, as in
+    transformers."""
+    return jnp.dtype(jnp.float32) if jnp.dtype(dtype) == jnp.float16 else jnp.dtype(dtype)
 
 
 def _linear(

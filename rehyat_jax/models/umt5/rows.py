@@ -42,6 +42,7 @@ def _rows() -> Iterator[Row]:
             f"block.ffn.{ours}",
             {"diffusers": f"{feed_forward}.DenseReluDense.{ours}", "original": f"blocks.{{}}.ffn.{original}"},
             bias=False,
+            float32_for_float16=ours == "wo",
         )
     norm = {"diffusers": f"{feed_forward}.layer_norm.weight", "original": "blocks.{}.norm2.weight"}
     yield Row("block.ffn_norm.scale", norm)
