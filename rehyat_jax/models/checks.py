@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Container, Mapping
 from typing import Any
 
 from rehyat_jax.errors import ConfigError
@@ -32,11 +33,38 @@ def check_positive(config: Any, *names: str) -> None:
             raise ConfigError(f"{type(config).__name__}.{name} must be a positive number, not {value!r}")
 
 
-def check_fixed(kind: str, source: Mapping[str, Any], **required: Any) -> None:
-    """Refuse a file that asks for a variant of the architecture which this one is not."""
+def check_understood(
+    kind: str, source: Mapping[str, Any], *, known: Container[str], required: Mapping[str, Any]
+) -> None:
+    """One set of checks of a file that says what a network is, whoever wrote it.
+
+    What this program has one form of must say that form. What it does not know may make another network of the same
+    tensors, and is warned of by name, unless it says that something is off (null, false, empty) or begins with an
+    underscore (the writer's own notes).
+
+    Raises:
+        ConfigError: the file asks for a variant of the architecture which this one is not.
+    """
     for name, value in required.items():
-        if name in source and source[name] != value:
-            raise ConfigError(f"{kind}: {name} = {source[name]!r} is not supported (only {value!r})")
+        if name in source and _plain(source[name]) != value:
+            raise ConfigError(f"{kind}: {name} = {_short(source[name])} is not supported (only {value!r})")
+    for name, value in source.items():
+        off = value is None or value is False or value in ([], {}, "", ())
+        if name not in known and name not in required and not name.startswith("_") and not off:
+            warnings.warn(
+                f"{kind}: {name[:80]} = {_short(value)} is nothing that this program knows, and is not heeded: it may "
+                "be another network of the same tensors",
+                stacklevel=3,
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def entries(name: str, value: Any) -> tuple:

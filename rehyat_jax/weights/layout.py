@@ -146,6 +146,8 @@ def _config_beside(path: Path, wanted: Component) -> Mapping[str, Any] | None:
     config = _config(path.parent)
     if config is None or wanted.described_by(config):
         return config
+    if described(config) is None and "_class_name" in config:
+        raise CheckpointError(f"{path.parent / _CONFIG} says that {path.name} is a {_called(config)}: not supported")
     if described(config) is None:
         warnings.warn(f"{path.parent / _CONFIG} describes a {_called(config)}: it is not used", stacklevel=2)
     return None

@@ -6,7 +6,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rehyat_jax.models.checks import check_fixed, check_positive, check_whole_numbers
+from rehyat_jax.models.checks import check_positive, check_understood, check_whole_numbers
+
+
+#: What files may say of the encoder that it has one form of.
+_HAS: dict[str, Any] = {
+    "model_type": "umt5",
+    "feed_forward_proj": "gated-gelu",
+    "is_gated_act": True,
+    "dense_act_fn": "gelu_new",
+    "quantization_config": None,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,8 @@ class TextEncoderConfig:
         Raises:
             ConfigError: a value is impossible, or the file describes another encoder.
         """
-        check_fixed("UMT5 configuration", source, model_type="umt5", feed_forward_proj="gated-gelu")
+        # transformers writes dozens of settings of generation, of training and of its own: any name may be there.
+        check_understood("UMT5 configuration", source, known=source, required=_HAS)
         return cls(**{k: v for k, v in source.items() if k in {f.name for f in dataclasses.fields(cls)}})
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,7 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.models.checks import check_fixed, check_positive, check_whole_numbers, entries, is_whole
+from rehyat_jax.models.checks import check_positive, check_understood, check_whole_numbers, entries, is_whole
+
+
+#: What files may say of the transformer that it has one form of: both layouts' words.
+_TRANSFORMER_HAS: dict[str, Any] = {
+    "model_type": "t2v",
+    "text_len": 512,
+    "window_size": [-1, -1],
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+    "quantization_config": None,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,16 +94,10 @@ class WanConfig:
         if "dim" in source and "num_heads" in source:
             source = cls._from_original(source)
         kind = "Wan transformer configuration"
-        check_fixed(
-            kind,
-            source,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            image_dim=None,
-            added_kv_proj_dim=None,
-            pos_embed_seq_len=None,
-        )
         known = {f.name for f in dataclasses.fields(cls)}
+        check_understood(kind, source, known=known, required=_TRANSFORMER_HAS)
+        if (name := source.get("_class_name", "WanModel")) not in ("WanTransformer3DModel", "WanModel"):
+            raise ConfigError(f"{kind}: {str(name)[:80]!r} is another network than WanModel or WanTransformer3DModel")
         if missing := {"num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim"} - set(source):
             raise ConfigError(f"{kind}: {', '.join(sorted(missing))} missing")
         values = {k: v for k, v in source.items() if k in known}
@@ -99,22 +107,14 @@ class WanConfig:
 
     @staticmethod
     def _from_original(source: Mapping[str, Any]) -> dict[str, Any]:
-        if source.get("model_type", "t2v") != "t2v":
-            raise ConfigError(f"model_type {source['model_type']!r} is not supported: only text to video ('t2v')")
+        """The original layout's file in diffusers' words; what diffusers has no word for stays as it is."""
         dim, heads = source["dim"], source["num_heads"]
         if not (isinstance(dim, int) and isinstance(heads, int) and heads > 0 and dim % heads == 0):
             raise ConfigError(f"dim {dim!r} is not a multiple of num_heads {heads!r}")
-        names = {
-            "num_layers": "num_layers",
-            "ffn_dim": "ffn_dim",
-            "in_dim": "in_channels",
-            "out_dim": "out_channels",
-            "text_dim": "text_dim",
-            "freq_dim": "freq_dim",
-            "eps": "eps",
-            "patch_size": "patch_size",
-        }
-        values = {ours: source[theirs] for theirs, ours in names.items() if theirs in source}
+        renamed = {"in_dim": "in_channels", "out_dim": "out_channels"}
+        values = {renamed.get(name, name): value for name, value in source.items() if name not in ("dim", "num_heads")}
+        if values.get("qk_norm") is True:
+            values["qk_norm"] = "rms_norm_across_heads"
         return values | {"num_attention_heads": heads, "attention_head_dim": dim // heads}
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +131,20 @@ class WanConfig:
             "pos_embed_seq_len": None,
         }
 
+
+#: What files may say of the autoencoder that it has one form of.
+_VAE_HAS: dict[str, Any] = {
+    "is_residual": False,
+    "patch_size": None,
+    "decoder_base_dim": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "dropout": 0.0,
+    "clip_output": True,
+    "quantization_config": None,
+}
+#: What diffusers writes and the other values say.
+_VAE_NOTES = frozenset({"scale_factor_spatial", "scale_factor_temporal"})
 
 #: Wan2.1's published latent statistics (diffusers, ``AutoencoderKLWan``'s defaults).
 _WAN_LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -202,17 +216,9 @@ class VAEConfig:
         Raises:
             ConfigError: a value is impossible, or the file describes another autoencoder (Wan2.2's, …).
         """
-        check_fixed(
-            "Wan VAE configuration",
-            source,
-            is_residual=False,
-            patch_size=None,
-            decoder_base_dim=None,
-            in_channels=3,
-            out_channels=3,
-            dropout=0.0,
-        )
-        values = {k: v for k, v in source.items() if k in {f.name for f in dataclasses.fields(cls)}}
+        known = {f.name for f in dataclasses.fields(cls)}
+        check_understood("Wan VAE configuration", source, known=known | _VAE_NOTES, required=_VAE_HAS)
+        values = {k: v for k, v in source.items() if k in known}
         for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
             if name in values:
                 values[name] = entries(name, values[name])
