@@ -127,7 +127,7 @@ class TextToVideo:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | int | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         noise: Float[Array | np.ndarray, "B T h w z"] | None = None,
         schedule: FlowSchedule | None = None,
@@ -143,7 +143,7 @@ class TextToVideo:
             height, width: in pixels; cut to multiples of what a token covers (16 in Wan), with a warning.
             num_inference_steps: evaluations of the transformer (twice that with guidance).
             guidance_scale: of classifier-free guidance; 1 or less: none.
-            negative_prompt: what guidance leads away from.
+            negative_prompt: what guidance leads away from; when not given, the model's own.
             seed: of the initial noise, 0 to 2³² − 1; the i-th prompt of a list gets the noise of ``seed + i``.
             noise: the initial noise itself, standard normal, channels last.
             schedule, solver: others than the model's own.
@@ -166,7 +166,13 @@ class TextToVideo:
             solver=solver,
         )
         return self.run(
-            prompt, settings, negative_prompt=negative_prompt, seed=seed, noise=noise, output=output, on_step=on_step
+            prompt,
+            settings,
+            negative_prompt=_or(negative_prompt, self.defaults.negative_prompt),
+            seed=seed,
+            noise=noise,
+            output=output,
+            on_step=on_step,
         )
 
     def open_stream(
@@ -177,7 +183,7 @@ class TextToVideo:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | int | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
@@ -217,7 +223,7 @@ class TextToVideo:
             vae=self.vae,
             text=self.text,
             settings=settings,
-            negative_prompt=negative_prompt,
+            negative_prompt=_or(negative_prompt, self.defaults.negative_prompt),
             seed=seed,
             beginning=beginning,
         )
@@ -242,6 +248,11 @@ class TextToVideo:
         with warnings.catch_warnings(action="ignore"):
             if self.settings(**vars(settings)) != settings:
                 raise RehyatError(f"this model makes no video of {settings.width}x{settings.height}")
+
+    def schedule_at(self, *, height: int | None = None, width: int | None = None) -> FlowSchedule:
+        """The noise levels of a video of this size (the model's own when not given), where none are asked for."""
+        size = {"height": _or(height, self.defaults.height), "width": _or(width, self.defaults.width)}
+        return self.defaults.advised_schedule(**size) or self.schedule
 
     def settings(
         self,
@@ -271,7 +282,7 @@ class TextToVideo:
             width=width,
             num_inference_steps=_or(num_inference_steps, self.defaults.num_inference_steps),
             guidance_scale=float(_or(guidance_scale, self.defaults.guidance_scale)),
-            schedule=_or(schedule, self.schedule),
+            schedule=_or(schedule, self.schedule_at(height=height, width=width)),
             solver=_or(solver, self.solver),
             remember=check_remember(_or(remember, self.defaults.remember)),
         )

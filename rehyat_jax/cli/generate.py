@@ -78,8 +78,8 @@ class Generate:
     guidance: Annotated[float | None, tyro.conf.arg(metavar="G")] = None
     """How strongly the prompt guides; 1 or less: without guidance, in half the time."""
 
-    negative: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
-    """What not to show."""
+    negative: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """What not to show; the model's own when not given."""
 
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """The same seed and settings make the same video."""
@@ -156,7 +156,7 @@ def _run(options: Generate) -> None:
         display("load", 1, 1)
         request = Request(
             prompt=options.prompt,
-            negative_prompt=options.negative,
+            negative_prompt=pipe.defaults.negative_prompt if options.negative is None else options.negative,
             seed=options.seed,
             frames=pipe.defaults.num_frames if options.frames is None else options.frames,
             sampling={
@@ -164,13 +164,13 @@ def _run(options: Generate) -> None:
                 "width": width,
                 "num_inference_steps": options.steps,
                 "guidance_scale": options.guidance,
-                "schedule": _schedule(options, pipe.schedule),
+                "schedule": _schedule(options, pipe.schedule_at(height=height, width=width)),
                 "solver": _solver(options, pipe.solver),
                 "remember": remember,
             },
         )
-        asked = {
-            name: getattr(options, name) for name in ("prompt", "negative", "model", "hybrid", "seed", "dtype", "out")
+        asked = {name: getattr(options, name) for name in ("prompt", "model", "hybrid", "seed", "dtype", "out")} | {
+            "negative": request.negative_prompt
         }
         streams = pipe.transformer.why_not_stream() is None
         if options.sweep == "per-chunk" or options.resume or (options.sweep is None and streams):

@@ -1,10 +1,11 @@
 """Checkpoints of the networks that this program has: loaded, saved, converted and described.
 
-The engine in `rehyat_jax.weights` knows no network; they are made known to it here.
+The engine in `rehyat_jax.weights` knows no network; `models.networks` makes them known to it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -15,21 +16,20 @@ from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.mixers.config import Conversion
+from rehyat_jax.models.folder import DEFAULTS_FILE, SCHEDULER_FILE, read_defaults, read_scheduler
+from rehyat_jax.models.networks import components_in, make_plan
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
-from rehyat_jax.models.umt5.rows import TEXT_ENCODER
-from rehyat_jax.models.wan.rows import WAN_TRANSFORMER
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.models.wan.vae_rows import WAN_VAE
 from rehyat_jax.sampling.schedule import FlowSchedule
 from rehyat_jax.sampling.scheduler_config import scheduler_to_config
-from rehyat_jax.sampling.solvers import UniPC
 from rehyat_jax.weights.convert import Progress, attached_to, convert_weights
+from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.inspect import CheckpointInfo, describe_weights
 from rehyat_jax.weights.load import filled, known_dtype
-from rehyat_jax.weights.plan import make_plan, open_component, parameters
-from rehyat_jax.weights.registry import WRITTEN, component, register
+from rehyat_jax.weights.plan import parameters
+from rehyat_jax.weights.registry import WRITTEN, component
 from rehyat_jax.weights.save import of_module, write_network
 from rehyat_jax.weights.writing import MAX_SHARD_BYTES, whole_folder, write_json
 
@@ -39,15 +39,10 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "load_vae",
-    "open_component",
     "save_text_encoder",
     "save_transformer",
     "save_vae",
 ]
-
-# In the order in which they are told of.
-for _network in (WAN_TRANSFORMER, WAN_VAE, TEXT_ENCODER):
-    register(_network)
 
 #: diffusers' ``WanPipeline`` with the parts that the original release stands for.
 _MODEL_INDEX = {
@@ -158,8 +153,8 @@ def convert(
 ) -> None:
     """Write a checkpoint anew in the diffusers layout: a whole one, or one network's folder or file.
 
-    A whole checkpoint takes its tokenizer along, and its scheduler and ``model_index.json``, or Wan2.1's own for the
-    original release (UniPC, shift 3, as the published 480p models have it).
+    A whole checkpoint takes its tokenizer along, its scheduler, its settings and ``model_index.json``; a release gets
+    those that say how it is run here without them, which is as its authors advise (`models.wan.advice`).
 
     A student's ``rehyat/`` part goes with its transformer.
 
@@ -195,24 +190,45 @@ def describe(path: str | os.PathLike[str]) -> CheckpointInfo:
         CheckpointError: missing, damaged, incomplete, or not of a network that this program knows.
         ConfigError: a configuration is impossible or another architecture's.
     """
-    return describe_weights(Path(path))
+    path = Path(path)
+    info = describe_weights(path)
+    whole = path.is_dir() and {"transformer", "vae"} <= set(components_in(path))
+    return dataclasses.replace(info, notes=_settings(path)) if whole else info
+
+
+def _settings(folder: Path) -> tuple[str, ...]:
+    """How a whole checkpoint is run when nothing else is asked for, in lines."""
+    defaults, (schedule, solver) = read_defaults(folder), read_scheduler(folder)
+    own = [name for name in (DEFAULTS_FILE, str(SCHEDULER_FILE)) if (folder / name).is_file()]
+    return (
+        "run with",
+        f"  size        {defaults.width}x{defaults.height}, {defaults.num_frames} frames",
+        f"  steps       {defaults.num_inference_steps} of {type(solver).__name__}, guidance "
+        f"{defaults.guidance_scale:g}, shift {schedule.shift:g} on the grid {schedule.grid!r}",
+        f"  negative    {defaults.negative_prompt or 'none'}",
+        f"  by          {', '.join([*own, 'the advice for'])} {defaults.advice}",
+    )
 
 
 def _copy_the_rest(src: Path, dst: Path) -> None:
-    """What is not weights: tokenizer, scheduler, index."""
+    """What is not weights: tokenizer, scheduler, settings, index. What the source is run with, the result is."""
     tokenizer = next((folder for folder in (src / "tokenizer", src / "google" / "umt5-xxl") if folder.is_dir()), None)
     if tokenizer is None:
         raise CheckpointError(f"{src} has no tokenizer (tokenizer/ or google/umt5-xxl/)")
     shutil.copytree(tokenizer, dst / "tokenizer")
-    scheduler = src / "scheduler" / "scheduler_config.json"
-    (dst / "scheduler").mkdir()
-    if scheduler.is_file():
-        shutil.copyfile(scheduler, dst / "scheduler" / scheduler.name)
+    (dst / SCHEDULER_FILE).parent.mkdir()
+    own = read_json(src / DEFAULTS_FILE) if (src / DEFAULTS_FILE).is_file() else {}
+    if (src / SCHEDULER_FILE).is_file():
+        shutil.copyfile(src / SCHEDULER_FILE, dst / SCHEDULER_FILE)
     else:
-        schedule = FlowSchedule(grid="diffusers", shift=3.0)
-        write_json(dst / "scheduler" / scheduler.name, scheduler_to_config(schedule, UniPC()))
-    if (src / "rehyat_defaults.json").is_file():
-        shutil.copyfile(src / "rehyat_defaults.json", dst / "rehyat_defaults.json")
+        # For diffusers the shift at the model's own size; the grid, and shifts at other sizes, are for our own file.
+        defaults, (schedule, solver) = read_defaults(src), read_scheduler(src)
+        write_json(
+            dst / SCHEDULER_FILE, scheduler_to_config(FlowSchedule(grid="diffusers", shift=schedule.shift), solver)
+        )
+        own = {"schedule": defaults.schedule, "negative_prompt": defaults.negative_prompt} | own
+    if own:
+        write_json(dst / DEFAULTS_FILE, own)
     if (src / "model_index.json").is_file():
         shutil.copyfile(src / "model_index.json", dst / "model_index.json")
     else:

@@ -6,9 +6,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rehyat_jax.errors import CheckpointError, ConfigError
+from rehyat_jax.models.networks import components_in, open_component
+from rehyat_jax.models.wan.advice import Advice, advised
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.sampling import FlowSchedule, Solver, UniPC, scheduler_from_config
 from rehyat_jax.sampling.rollout import Remember, check_remember
 from rehyat_jax.weights.files import read_json
@@ -16,15 +19,15 @@ from rehyat_jax.weights.files import read_json
 _ASSETS = Path(__file__).parents[1] / "assets"
 #: Beside ``model_index.json``: our file, because diffusers warns of keys in its own that it does not know.
 DEFAULTS_FILE = "rehyat_defaults.json"
+SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a model is run at when nothing else is asked for.
 
-    The values here are Wan2.1 T2V-1.3B's: 480p, 81 frames and 50 steps as ``generate.py`` of Wan-Video/Wan2.1, guidance
-    as its README advises for that model (diffusers' own default is 5). A folder may bring its own in
-    ``rehyat_defaults.json``.
+    A folder may bring its own in ``rehyat_defaults.json``; what it does not say is as the authors of Wan advise for a
+    model of its width (`models.wan.advice`); the values here are those for T2V-1.3B.
     """
 
     height: int = 480
@@ -32,27 +35,52 @@ class Defaults:
     num_frames: int = 81
     num_inference_steps: int = 50
     guidance_scale: float | int = 6.0
+    negative_prompt: str = ""
     #: How a stream remembers its chunks: as the model was trained.
     remember: Remember = "steps"
+    #: "folder": the noise levels are those of ``scheduler_config.json``. "authors": those of the authors' program, with
+    #: the shift that they advise for the model and the size.
+    schedule: Literal["folder", "authors"] = "folder"
+    #: The transformer that all this is for; no setting of the file.
+    model: WanConfig | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
-    def from_dict(cls, source: Mapping[str, Any]) -> Defaults:
+    def from_dict(cls, source: Mapping[str, Any], *, otherwise: Defaults | None = None) -> Defaults:
         """
+        Args:
+            otherwise: has what ``source`` does not say; the class's own values when not given.
+
         Raises:
             ConfigError: an unknown name, or a value that is no number of its kind.
         """
-        kinds: dict[str, type | tuple[type, ...]] = {field.name: int for field in dataclasses.fields(cls)}
-        kinds |= {"guidance_scale": (int, float), "remember": (str, int, float)}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            field.name: int for field in dataclasses.fields(cls) if field.name != "model"
+        }
+        kinds |= {"guidance_scale": (int, float), "remember": (str, int, float), "negative_prompt": str}
+        kinds |= {"schedule": str}
         for name, value in source.items():
             if name not in kinds:
                 raise ConfigError(f"{DEFAULTS_FILE}: {name[:80]!r} is no setting; there are {', '.join(kinds)}")
             if not isinstance(value, kinds[name]) or isinstance(value, bool):
                 raise ConfigError(f"{DEFAULTS_FILE}: {name} cannot be {str(value)[:80]!r}")
+        if source.get("schedule", "folder") not in ("folder", "authors"):
+            raise ConfigError(f"{DEFAULTS_FILE}: schedule must be folder or authors, not {source['schedule'][:80]!r}")
         try:
             check_remember(source.get("remember", "steps"))
         except ConfigError as error:
             raise ConfigError(f"{DEFAULTS_FILE}: {error}") from error
-        return cls(**source)
+        return dataclasses.replace(otherwise or cls(), **source)
+
+    @property
+    def advice(self) -> Advice:
+        """What the authors advise for the model, at its own size."""
+        return advised(self.model or WanConfig.t2v_1_3b())
+
+    def advised_schedule(self, *, height: int, width: int) -> FlowSchedule | None:
+        """The authors' noise levels for videos of this size; None where the folder has levels of its own."""
+        if self.schedule == "folder" or self.model is None:
+            return None
+        return FlowSchedule(grid="official", shift=advised(self.model, height=height, width=width).shift)
 
 
 def bundled_models() -> dict[str, Path]:
@@ -95,24 +123,48 @@ def _from_hub(repository: str) -> Path:
 
 
 def read_defaults(folder: Path) -> Defaults:
-    """The folder's own defaults, else Wan2.1's.
+    """The folder's own defaults; what it does not say is as the authors advise for its transformer.
+
+    A folder without a scheduler (a release's) is run as the authors' program runs it: their noise levels, and their
+    negative prompt where none is asked for.
 
     Raises:
         CheckpointError, ConfigError: the folder's file cannot be read or makes no sense.
     """
-    path = folder / DEFAULTS_FILE
-    return Defaults.from_dict(read_json(path)) if path.is_file() else Defaults()
+    own, model = folder / DEFAULTS_FILE, _transformer_of(folder)
+    advice = advised(model)
+    released = not (folder / SCHEDULER_FILE).is_file()
+    otherwise = Defaults(
+        height=advice.height,
+        width=advice.width,
+        num_frames=advice.num_frames,
+        num_inference_steps=advice.num_inference_steps,
+        guidance_scale=advice.guidance_scale,
+        negative_prompt=advice.negative_prompt if released else "",
+        schedule="authors" if released else "folder",
+        model=model,
+    )
+    return Defaults.from_dict(read_json(own), otherwise=otherwise) if own.is_file() else otherwise
+
+
+def _transformer_of(folder: Path) -> WanConfig:
+    """The sizes of a folder's transformer; T2V-1.3B's where it has none."""
+    if "transformer" not in components_in(folder):
+        return WanConfig.t2v_1_3b()
+    config: WanConfig = open_component(folder, "transformer").config
+    return config
 
 
 def read_scheduler(folder: Path) -> tuple[FlowSchedule, Solver]:
-    """The folder's ``scheduler/scheduler_config.json``; without one (the original layout) the original program's.
-
-    That is UniPC on the official grid, with the shift that the README of Wan-Video/Wan2.1 advises for T2V-1.3B.
+    """How the folder's model is sampled at its own size: by its ``scheduler/scheduler_config.json``; without one (a
+    release's folder) by the authors' program, which is UniPC on the official grid with the shift that they advise.
 
     Raises:
         CheckpointError, ConfigError: the file cannot be read, or describes a scheduler that we do not have.
     """
-    path = folder / "scheduler" / "scheduler_config.json"
-    if path.is_file():
-        return scheduler_from_config(read_json(path))
-    return FlowSchedule(grid="official", shift=8.0), UniPC()
+    defaults = read_defaults(folder)
+    advice = defaults.advised_schedule(height=defaults.height, width=defaults.width)
+    if (folder / SCHEDULER_FILE).is_file():
+        schedule, solver = scheduler_from_config(read_json(folder / SCHEDULER_FILE))
+        return advice or schedule, solver
+    return advice or FlowSchedule(grid="official", shift=advised(_transformer_of(folder)).shift), UniPC()

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rehyat_jax.errors import CheckpointError, RehyatWarning
-from rehyat_jax.models.checkpoints import load_text_encoder, open_component
+from rehyat_jax.models.checkpoints import load_text_encoder
+from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.runtime.files import sample_digest
 from rehyat_jax.text.tokenizer import PromptCache, Tokenizer, embed_tokens

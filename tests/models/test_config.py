@@ -141,3 +141,45 @@ def test_width_and_factors():
     assert (WanConfig.t2v_1_3b().dim, WanConfig.t2v_14b().dim) == (1536, 5120)
     assert (VAEConfig.wan().spatial_factor, VAEConfig.wan().temporal_factor) == (8, 4)
     assert dataclasses.replace(VAEConfig.wan(), temperal_downsample=(False, False, True)).temporal_factor == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "culprit"),
+    [
+        (ORIGINAL, {"_class_name": "CausalWanModel"}, "CausalWanModel"),
+        (ORIGINAL, {"_class_name": "WanVACEModel"}, "WanVACEModel"),
+        (ORIGINAL, {"window_size": [21, 21]}, "window_size"),
+        (ORIGINAL, {"qk_norm": False}, "qk_norm"),
+        (ORIGINAL, {"cross_attn_norm": False}, "cross_attn_norm"),
+        (ORIGINAL, {"text_len": 256}, "text_len"),
+        (WanConfig().to_dict(), {"_class_name": "CausalWanTransformer3DModel"}, "CausalWanTransformer3DModel"),
+        (WanConfig().to_dict(), {"qk_norm": "rms_norm"}, "qk_norm"),
+        (WanConfig().to_dict(), {"cross_attn_norm": False}, "cross_attn_norm"),
+        (WanConfig().to_dict(), {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+    ],
+)
+def test_another_network_with_the_same_tensors_is_refused_by_name(source, change, culprit):
+    with pytest.raises(ConfigError, match=culprit):
+        WanConfig.from_dict(source | change)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "change"),
+    [
+        (WanConfig, ORIGINAL, {"local_attn_size": 12}),
+        (WanConfig, ORIGINAL, {"num_frame_per_block": 3}),
+        (WanConfig, WanConfig().to_dict(), {"sink_size": 1}),
+        (WanConfig, WanConfig().to_dict(), {"rope_scaling": {"factor": 2}}),
+        (VAEConfig, VAEConfig().to_dict(), {"non_linearity": "relu"}),
+    ],
+)
+def test_another_network_with_the_same_tensors_is_warned_of_by_name(kind, source, change):
+    ((name, _),) = change.items()
+    with pytest.warns(UserWarning, match=name):
+        kind.from_dict(source | change)
+
+
+def test_what_says_the_usual_or_that_something_is_off_is_no_other_network():
+    usual = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "window_size": [-1, -1], "qk_norm": True}
+    off = {"cross_attn_norm": True, "add_control_adapter": False, "in_dim_ref_conv": None, "vace_layers": []}
+    assert WanConfig.from_dict(ORIGINAL | usual | off) == WanConfig.t2v_1_3b()

@@ -24,8 +24,9 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.models.checkpoints import load_vae, open_component
+from rehyat_jax.models.checkpoints import load_vae
 from rehyat_jax.models.folder import find_model, read_defaults
+from rehyat_jax.models.networks import open_component
 from rehyat_jax.runtime.files import reason, whole_file
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.models.checkpoints import open_component
+from rehyat_jax.models.networks import open_component
 from rehyat_jax.runtime.files import sample_digest, whole_file
 from train.data.clips import AnyBucket
 from train.data.footage import Unusable

@@ -8,7 +8,6 @@ from typing import Any
 
 from rehyat_jax.models.checks import check_positive, check_understood, check_whole_numbers
 
-
 #: What files may say of the encoder that it has one form of.
 _HAS: dict[str, Any] = {
     "model_type": "umt5",

@@ -10,7 +10,6 @@ from typing import Any
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.checks import check_positive, check_understood, check_whole_numbers, entries, is_whole
 
-
 #: What files may say of the transformer that it has one form of: both layouts' words.
 _TRANSFORMER_HAS: dict[str, Any] = {
     "model_type": "t2v",
