@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax.errors import ConfigError
@@ -36,7 +38,8 @@ def test_settings_follow_model_and_size(config, width, height, shift, guidance):
     advice = advised(config, width=width, height=height)
     assert (advice.shift, advice.guidance_scale) == (shift, guidance)
     assert (advice.num_inference_steps, advice.num_frames, advice.fps) == (50, 81, 16)
-    assert advice.negative_prompt.startswith("色调艳丽，过曝，静态") and advice.negative_prompt.endswith("倒着走")
+    assert advice.negative_prompt.startswith("色调艳丽，过曝，静态")
+    assert advice.negative_prompt.endswith("倒着走")
 
 
 def test_the_larger_models_own_size_is_720p():
@@ -46,9 +49,6 @@ def test_the_larger_models_own_size_is_720p():
 
 def release(folder, config=SMALL):
     """A release's folder, as far as its settings are read: the transformer's configuration and its tensors' names."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
     folder.mkdir()
     original = {
         "dim": config.dim,
