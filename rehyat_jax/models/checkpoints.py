@@ -17,8 +17,9 @@ from flax import nnx
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.folder import DEFAULTS_FILE, SCHEDULER_FILE, read_defaults, read_scheduler
-from rehyat_jax.models.networks import components_in, make_plan
+from rehyat_jax.models.networks import components_in, make_plan, open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.umt5.rows import carried_tokenizer
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
@@ -213,9 +214,13 @@ def _settings(folder: Path) -> tuple[str, ...]:
 def _copy_the_rest(src: Path, dst: Path) -> None:
     """What is not weights: tokenizer, scheduler, settings, index. What the source is run with, the result is."""
     tokenizer = next((folder for folder in (src / "tokenizer", src / "google" / "umt5-xxl") if folder.is_dir()), None)
-    if tokenizer is None:
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, dst / "tokenizer")
+    elif carried := carried_tokenizer(open_component(src, "text_encoder")):
+        (dst / "tokenizer").mkdir()
+        (dst / "tokenizer" / "spiece.model").write_bytes(carried)
+    else:
         raise CheckpointError(f"{src} has no tokenizer (tokenizer/ or google/umt5-xxl/)")
-    shutil.copytree(tokenizer, dst / "tokenizer")
     (dst / SCHEDULER_FILE).parent.mkdir()
     own = read_json(src / DEFAULTS_FILE) if (src / DEFAULTS_FILE).is_file() else {}
     if (src / SCHEDULER_FILE).is_file():

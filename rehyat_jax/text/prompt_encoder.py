@@ -17,6 +17,7 @@ from rehyat_jax.errors import CheckpointError, RehyatWarning
 from rehyat_jax.models.checkpoints import load_text_encoder
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.umt5.rows import carried_tokenizer
 from rehyat_jax.runtime.files import sample_digest
 from rehyat_jax.text.tokenizer import PromptCache, Tokenizer, embed_tokens
 
@@ -50,9 +51,9 @@ class PromptEncoder:
         """
         self._folder, self._dtype = folder, dtype
         self._cache = None if cache is None else PromptCache(cache)
-        self.tokenizer = Tokenizer.from_folder(folder, repair=repair)
         self._warn, self._told = warn, set[str]()
         opened = open_component(folder, "text_encoder")
+        self.tokenizer = Tokenizer.from_folder(folder, model=carried_tokenizer(opened), repair=repair)
         self._config, self._files = opened.config, opened.tensors.files
         if self.tokenizer.vocab_size > self._config.vocab_size:
             raise CheckpointError(

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.text.sentencepiece import from_sentencepiece
 
 _log = logging.getLogger(__name__)
 
@@ -65,10 +66,11 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, from its ``tokenizer.json``."""
+    """A checkpoint's tokenizer, from its ``tokenizer.json`` or its SentencePiece model."""
 
     #: Where a whole checkpoint keeps it: diffusers' layout, the original layout.
     _HOMES = ("", "tokenizer", "google/umt5-xxl")
+    _NAMES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 
     def __init__(self, backend: tokenizers.Tokenizer, *, repair: bool = True) -> None:
         """
@@ -87,27 +89,39 @@ class Tokenizer:
         self._backend, self._pad, self._repair = backend, pad, repair
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str], *, repair: bool = True) -> Tokenizer:
-        """Read ``tokenizer.json`` from the tokenizer's own folder, or from a whole checkpoint's in either layout.
+    def from_folder(
+        cls, path: str | os.PathLike[str], *, model: bytes | None = None, repair: bool = True
+    ) -> Tokenizer:
+        """Read ``tokenizer.json``, else ``spiece.model``, from the tokenizer's own folder or a whole checkpoint's.
 
         Args:
+            path: a folder, of either layout.
+            model: a SentencePiece model that the text encoder's file carries, for a folder that has no tokenizer.
             repair: as :func:`clean_prompt`.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it is not of T5's kind.
         """
-        files = [Path(path) / home / "tokenizer.json" for home in cls._HOMES]
+        files = [Path(path) / home / name for name in cls._NAMES for home in cls._HOMES]
         file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            raise CheckpointError(f"no tokenizer.json in {path}, nor in its folders tokenizer and google/umt5-xxl")
+        where = f"{path}: the text encoder's spiece_model" if file is None else str(file)
+        if file is None and model is None:
+            raise CheckpointError(
+                f"no tokenizer.json or spiece.model in {path}, nor in its folders tokenizer and google/umt5-xxl"
+            )
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            if file is None or file.suffix == ".model":
+                backend = from_sentencepiece(file.read_bytes() if file else model or b"", where=where)
+            else:
+                backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except CheckpointError:
+            raise
         except Exception as error:  # The library raises plain Exception.
-            raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}") from error
+            raise CheckpointError(f"{where} cannot be read as a tokenizer: {error}") from error
         try:
             return cls(backend, repair=repair)
         except CheckpointError as error:
-            raise CheckpointError(f"{file}: {error}") from error
+            raise CheckpointError(f"{where}: {error}") from error
 
     @property
     def vocab_size(self) -> int:

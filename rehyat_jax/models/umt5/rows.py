@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.weights.plan import Opened
 from rehyat_jax.weights.registry import Component, Dialect, Shapes
 from rehyat_jax.weights.rows import Row, rows_of_linear
 
@@ -86,3 +87,11 @@ TEXT_ENCODER = Component(
     # A whole UMT5 has a decoder, and an output layer or its own copy of the embedding.
     unneeded=re.compile(r"(decoder|lm_head)\."),
 )
+
+
+def carried_tokenizer(opened: Opened) -> bytes | None:
+    """The SentencePiece model that a text encoder's file carries (ComfyUI's ``spiece_model``), if it does."""
+    name = next((name for name in opened.beside if name.rpartition(".")[2] == "spiece_model"), None)
+    if name is None or opened.tensors.infos[name].kind not in ("U8", "I8"):
+        return None
+    return b"".join(piece.tobytes() for piece in opened.tensors.pieces(name))
