@@ -8,9 +8,9 @@ from rehyat_jax.models.wan.rows import WAN_TRANSFORMER
 from rehyat_jax.models.wan.vae_rows import WAN_VAE
 from rehyat_jax.weights.layout import components_in
 from rehyat_jax.weights.plan import make_plan, open_component
-from rehyat_jax.weights.registry import register
+from rehyat_jax.weights.registry import component, register
 
-__all__ = ["components_in", "make_plan", "open_component"]
+__all__ = ["component", "components_in", "make_plan", "open_component", "register"]
 
 # In the order in which they are told of.
 for _network in (WAN_TRANSFORMER, WAN_VAE, TEXT_ENCODER):

@@ -63,8 +63,13 @@ class Shapes:
             raise CheckpointError(f"tensor {theirs!r} has shape {list(shape)}, which should have {rank} dimensions")
         return shape
 
-    def layers(self, pattern: str) -> int:
-        """One more than the largest layer number, the pattern's group, of the file's names."""
+    def layers(self, name: str) -> int:
+        """How many layers a stack has, by a tensor of each, named as `WRITTEN` has it with ``{}`` for the number."""
+        spellings = next((row.spellings(self._dialect) for row in self._rows if name in row.spellings(WRITTEN)), ())
+        return max((self.most(re.escape(each).replace(r"\{\}", "([0-9]+)")) for each in spellings), default=0)
+
+    def most(self, pattern: str) -> int:
+        """One more than the largest number, the pattern's group, of the file's names that begin so."""
         found = [int(match[1]) for name in self._infos if (match := re.match(pattern, name)) and len(match[1]) < 9]
         return max(found, default=-1) + 1
 

@@ -18,30 +18,8 @@ from rehyat_jax.text.prompt_encoder import PromptEncoder
 from rehyat_jax.text.sentencepiece import from_sentencepiece
 from rehyat_jax.text.tokenizer import Tokenizer
 
-WORDS = [
-    "a",
-    "lemon",
-    "moving",
-    "down",
-    "slowly",
-    "and",
-    "a",
-    "mushroom",
-    "up",
-    "left",
-    "on",
-    "blue",
-    "background",
-    "red",
-    "cat",
-    "猫",
-    "在",
-    "雨",
-    "中",
-    "naïve",
-    "café",
-    "１２３",
-]
+WORDS = ["a", "lemon", "moving", "down", "slowly", "and", "mushroom", "up", "left", "on", "blue", "red", "cat"]
+WORDS += ["猫", "在", "雨", "中", "naïve", "café", "１２３"]
 
 
 def trained(**options) -> bytes:

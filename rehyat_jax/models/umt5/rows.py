@@ -63,7 +63,7 @@ def _infer(shapes: Shapes) -> TextEncoderConfig:
         d_model=width,
         d_kv=inner // max(heads, 1),
         d_ff=shapes.get("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", rank=2)[0],
-        num_layers=shapes.layers(r"(?:encoder\.block|blocks)\.([0-9]+)\."),
+        num_layers=shapes.layers("encoder.block.{}.layer.0.layer_norm.weight"),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
     )

@@ -66,7 +66,7 @@ def _infer(shapes: Shapes) -> WanConfig:
         raise CheckpointError(f"a transformer of width {dim} needs a config.json beside it that gives its heads")
     volume = max(patch[0] * patch[1] * patch[2], 1)
     return WanConfig(
-        num_layers=shapes.layers(r"blocks\.([0-9]+)\."),
+        num_layers=shapes.layers("blocks.{}.scale_shift_table"),
         num_attention_heads=dim // 128,
         attention_head_dim=128,
         ffn_dim=shapes.get("blocks.0.ffn.net.0.proj.weight", rank=2)[0],

@@ -103,7 +103,7 @@ def _decoder(config: VAEConfig) -> list[Row]:
 def _infer(shapes: Shapes) -> VAEConfig:
     """Wan2.1's, at the width and depth that the tensors show."""
     stages = len(VAEConfig().dim_mult)
-    layers = shapes.layers(r"encoder\.(?:downsamples|down_blocks)\.([0-9]+)\.")
+    layers = shapes.most(r"encoder\.(?:downsamples|down_blocks)\.([0-9]+)\.")
     return VAEConfig(
         base_dim=shapes.get("encoder.conv_in.weight", rank=5)[0],
         z_dim=shapes.get("post_quant_conv.weight", rank=5)[0],
