@@ -89,9 +89,7 @@ class Tokenizer:
         self._backend, self._pad, self._repair = backend, pad, repair
 
     @classmethod
-    def from_folder(
-        cls, path: str | os.PathLike[str], *, model: bytes | None = None, repair: bool = True
-    ) -> Tokenizer:
+    def from_folder(cls, path: str | os.PathLike[str], *, model: bytes | None = None, repair: bool = True) -> Tokenizer:
         """Read ``tokenizer.json``, else ``spiece.model``, from the tokenizer's own folder or a whole checkpoint's.
 
         Args:
