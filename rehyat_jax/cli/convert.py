@@ -11,7 +11,8 @@ import tyro
 
 from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.progress import ProgressDisplay
-from rehyat_jax.runtime.files import check_writable
+from rehyat_jax.runtime.files import check_writable, real_path, remove_leftovers
+from rehyat_jax.runtime.outputs import check_ours, locked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +37,24 @@ class Convert:
 
 def main(argv: list[str]) -> None:
     options = parse_options(Convert, argv, command="convert")
-    record = options.destination.parent / f"{options.destination.name}.json"
+    destination = real_path(options.destination.expanduser())
+    record = destination.parent / f"{destination.name}.json"
     check_writable(record)
     from rehyat_jax.models.checkpoints import convert
-    from rehyat_jax.models.folder import find_model
+    from rehyat_jax.models.folder import find_checkpoint, find_model
     from rehyat_jax.runtime.record import Phases, write_record
 
     phases = Phases()
-    with ProgressDisplay() as display, phases.measure("convert"):
+    with (
+        locked(destination, command="rehyat convert"),
+        ProgressDisplay() as display,
+        phases.measure("convert"),
+    ):
+        check_ours(destination, beside=(record,))
+        remove_leftovers(destination)
         convert(
-            options.source,
-            options.destination,
+            find_checkpoint(options.source),
+            destination,
             dtype=options.dtype,
             teacher=None if options.teacher is None else find_model(options.teacher),
             progress=lambda done, total: display("MB", math.ceil(done / 1e6), math.ceil(total / 1e6)),
@@ -56,6 +64,6 @@ def main(argv: list[str]) -> None:
         command="rehyat convert",
         settings=dataclasses.asdict(options),
         phases=phases,
-        output=options.destination,
+        output=destination,
     )
     print(options.destination)

@@ -22,6 +22,6 @@ class Info:
 def main(argv: list[str]) -> None:
     options = parse_options(Info, argv, command="info")
     from rehyat_jax.models.checkpoints import describe
-    from rehyat_jax.models.folder import bundled_models
+    from rehyat_jax.models.folder import find_checkpoint
 
-    print(describe(bundled_models().get(str(options.path), options.path)))
+    print(describe(find_checkpoint(options.path)))

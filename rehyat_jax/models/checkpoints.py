@@ -23,6 +23,7 @@ from rehyat_jax.models.umt5.rows import carried_tokenizer
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.arguments import user_path
 from rehyat_jax.sampling.schedule import FlowSchedule
 from rehyat_jax.sampling.scheduler_config import scheduler_to_config
 from rehyat_jax.weights.convert import Progress, attached_to, convert_weights
@@ -76,7 +77,7 @@ def load_transformer(
         ConfigError: a configuration is impossible or another architecture's, or ``hybrid`` names a block too many.
     """
     dtype = known_dtype(dtype)
-    plan = make_plan(Path(path), "transformer", dtype=dtype)
+    plan = make_plan(user_path("path", path), "transformer", dtype=dtype)
     student = attached_to("transformer", plan, dtype=dtype) if hybrid == "auto" else None
     module = cast(WanTransformer, filled((student and student.instead) or plan, dtype=dtype))
     if isinstance(hybrid, Conversion):
@@ -90,13 +91,13 @@ def load_transformer(
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
     """A Wan2.1 VAE. Arguments and errors as `load_transformer`; the original file has Wan2.1's latent statistics."""
     dtype = known_dtype(dtype)
-    return cast(WanVAE, filled(make_plan(Path(path), "vae", dtype=dtype), dtype=dtype))
+    return cast(WanVAE, filled(make_plan(user_path("path", path), "vae", dtype=dtype), dtype=dtype))
 
 
 def load_text_encoder(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> UMT5Encoder:
     """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
     dtype = known_dtype(dtype)
-    return cast(UMT5Encoder, filled(make_plan(Path(path), "text_encoder", dtype=dtype), dtype=dtype))
+    return cast(UMT5Encoder, filled(make_plan(user_path("path", path), "text_encoder", dtype=dtype), dtype=dtype))
 
 
 def save_transformer(
@@ -114,7 +115,7 @@ def save_transformer(
     Raises:
         CheckpointError: the folder is not empty or cannot be written, or a parameter is not finite.
     """
-    with whole_folder(Path(folder)) as partial:
+    with whole_folder(user_path("folder", folder)) as partial:
         _write(module.with_hybrid(None), partial, "transformer", dtype, max_shard_bytes)
         if module.hybrid is not None:
             write_student(partial, module.config, module.hybrid, module.hybrid_blocks, dtype=dtype)
@@ -124,7 +125,7 @@ def save_vae(
     module: WanVAE, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write a VAE's folder; see `save_transformer`."""
-    with whole_folder(Path(folder)) as partial:
+    with whole_folder(user_path("folder", folder)) as partial:
         _write(module, partial, "vae", dtype, max_shard_bytes)
 
 
@@ -132,7 +133,7 @@ def save_text_encoder(
     module: UMT5Encoder, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write ``config.json`` and ``model.safetensors``, the embedding as ``shared.weight``; see `save_transformer`."""
-    with whole_folder(Path(folder)) as partial:
+    with whole_folder(user_path("folder", folder)) as partial:
         _write(module, partial, "text_encoder", dtype, max_shard_bytes)
 
 
@@ -171,11 +172,11 @@ def convert(
         ConfigError: a configuration is impossible or another architecture's.
     """
     convert_weights(
-        Path(src),
-        Path(dst),
+        user_path("src", src),
+        user_path("dst", dst),
         write_rest=_copy_the_rest,
         dtype=dtype,
-        around=None if teacher is None else Path(teacher),
+        around=None if teacher is None else user_path("teacher", teacher),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
@@ -191,7 +192,7 @@ def describe(path: str | os.PathLike[str]) -> CheckpointInfo:
         CheckpointError: missing, damaged, incomplete, or not of a network that this program knows.
         ConfigError: a configuration is impossible or another architecture's.
     """
-    path = Path(path)
+    path = user_path("path", path)
     info = describe_weights(path)
     whole = path.is_dir() and {"transformer", "vae"} <= set(components_in(path))
     return dataclasses.replace(info, notes=_settings(path)) if whole else info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -106,8 +107,23 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
             return path
     except (ValueError, OSError) as error:  # a null character; a name too long
         raise CheckpointError(f"{name[:200]!r} is no path") from error
+    with contextlib.suppress(ValueError, OSError):
+        if path.is_file():
+            raise CheckpointError(
+                f"{name} is a single file, and a model is a folder with a transformer, a VAE, a text encoder and a "
+                "tokenizer: put them into one folder and name that (rehyat info tells what a file holds)"
+            )
     names = ", ".join(bundled) or "none"
     raise CheckpointError(f"there is no folder {name[:200]!r}, nor a bundled model of that name (bundled: {names})")
+
+
+def find_checkpoint(name_or_path: str | os.PathLike[str]) -> Path:
+    """As `find_model`, and a file too: whatever a checkpoint may be kept in."""
+    path = Path(name_or_path).expanduser()
+    with contextlib.suppress(ValueError, OSError):
+        if path.is_file():
+            return path
+    return find_model(name_or_path)
 
 
 def _from_hub(repository: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rehyat_jax.errors import CheckpointError
+from rehyat_jax.runtime.files import check_room
 from rehyat_jax.weights.layout import INDEX, components_in
 from rehyat_jax.weights.plan import LoadPlan, make_plan
 from rehyat_jax.weights.registry import REGISTRY, WRITTEN, Attached, Attachment, component
@@ -78,6 +79,7 @@ def convert_weights(
                 later(attached[name].plan, folder / kind.folder, dialect=attached[name].plan.dialect, most=None)
                 if (own := attached[name].instead) is not None:
                     later(own, folder / kind.folder / kind.instead)
+        check_room(dst, size=counter.total, what="the checkpoint")
         for write in writes:
             write()
         if whole:

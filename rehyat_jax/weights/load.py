@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rehyat_jax.errors import CheckpointError
+from rehyat_jax.errors import CheckpointError, RehyatError
+from rehyat_jax.runtime.arguments import float_dtype
 from rehyat_jax.weights.copying import fill
 from rehyat_jax.weights.plan import LoadPlan, Slot, parameters
 from rehyat_jax.weights.registry import narrow
@@ -25,12 +25,9 @@ def known_dtype(dtype: Any) -> np.dtype:
         CheckpointError: no model is loaded as this.
     """
     try:
-        known = jnp.dtype(dtype)
-    except TypeError as error:
-        raise CheckpointError(f"a model cannot be loaded as {dtype!r}: float32, bfloat16 or float16") from error
-    if dtype is None or known.name not in ("float32", "bfloat16", "float16"):
-        raise CheckpointError(f"a model cannot be loaded as {known.name}: float32, bfloat16 or float16")
-    return known
+        return float_dtype("dtype", dtype, ("float32", "bfloat16", "float16"))
+    except RehyatError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def filled(plan: LoadPlan, *, dtype: Any) -> nnx.Module:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.runtime.files import reason
+from rehyat_jax.runtime.files import hidden, reason
 from rehyat_jax.weights.files import DTYPES
 
 #: Bytes of tensors in one file, at most, unless a single tensor is larger (the Hugging Face libraries' own habit).
@@ -43,20 +43,31 @@ class Outgoing:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder``, renamed to it when the block ends well and removed when it does not.
+    """A new folder beside ``folder``, on its disk, renamed to it when the block ends well and removed when not.
+
+    A link is followed. That a folder of this name can appear is known before the block begins.
 
     Raises:
-        CheckpointError: ``folder`` exists and is not empty, or cannot be written (full disk, read-only, …).
+        CheckpointError: ``folder`` exists and is not empty, or cannot be made or written (full disk, read-only, the
+            current folder, the root of a disk, …).
     """
-    partial = folder.parent / f".{folder.name[:40]}.{secrets.token_hex(4)}.partial"
+    asked, folder = folder, Path(os.path.realpath(folder))
+    partial = hidden(folder, f"{secrets.token_hex(4)}.partial")
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise CheckpointError(f"{folder} exists and is not empty: name a new folder")
+            raise CheckpointError(f"{asked} exists and is not empty: name a new folder")
+        if folder == Path.cwd() or folder.is_mount():
+            what = "the current folder" if folder == Path.cwd() else "the root of a disk"
+            raise CheckpointError(f"{asked} is {what}, in whose place no folder can appear: name a new folder in it")
         partial.mkdir(parents=True)
+        if folder.exists():
+            # Now, not after everything is written: a folder in use by the system is not replaced.
+            os.replace(partial, folder)
+            partial.mkdir()
         yield partial
         os.replace(partial, folder)
     except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {reason(error)}") from error
+        raise CheckpointError(f"cannot write {asked}: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

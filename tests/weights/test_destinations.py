@@ -1,0 +1,83 @@
+"""Where a conversion goes: what can be known of the destination is known before the first byte."""
+
+import json
+import os
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from rehyat_jax import cli
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.models.checkpoints import convert, load_transformer
+
+
+@pytest.fixture
+def source(tmp_path):
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1
+    )
+    model.save_pretrained(tmp_path / "in")
+    return tmp_path / "in"
+
+
+def nothing_is_written(done, total):
+    raise AssertionError("written before it was known that the destination does not do")
+
+
+@pytest.mark.parametrize("name", [".", "", "../here"])
+def test_the_current_folder_is_refused_before_the_first_byte(name, source, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="current folder"):
+        convert(source, name, progress=nothing_is_written)
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_mount_is_refused_before_the_first_byte(source):
+    mount = next(path for path in ("/proc/sys/fs/binfmt_misc", "/dev/shm", "/proc") if os.path.ismount(path))
+    with pytest.raises(CheckpointError, match=r"root of a disk|not empty"):
+        convert(source, mount, progress=nothing_is_written)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_followed(exists, source, tmp_path):
+    if exists:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(source, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    load_transformer(tmp_path / "real")
+    assert not [file for file in tmp_path.iterdir() if file.name.endswith(".partial")]
+
+
+def test_no_room_is_known_before_the_first_byte(source, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(Exception, match="the checkpoint needs"):
+        convert(source, tmp_path / "out", progress=nothing_is_written)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_record_beside_replaces_nothing_of_the_users(source, tmp_path, capsys):
+    (tmp_path / "out.json").write_text(json.dumps({"mine": 1}))
+    assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
+    assert "out.json would be replaced" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out.json").read_text()) == {"mine": 1}
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out.json").unlink()
+    assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["command"] == "rehyat convert"
+    # Its own record it may replace.
+    os.rename(tmp_path / "out", tmp_path / "away")
+    assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 0
+
+
+def test_what_a_kill_left_is_removed_by_the_next_run(source, tmp_path, recwarn):
+    left = tmp_path / ".out.0123abcd.partial"
+    left.mkdir()
+    (left / "big").write_bytes(bytes(1000))
+    assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 0
+    assert not left.exists()
