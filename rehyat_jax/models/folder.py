@@ -119,11 +119,14 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
 
 def find_checkpoint(name_or_path: str | os.PathLike[str]) -> Path:
     """As `find_model`, and a file too: whatever a checkpoint may be kept in."""
-    path = Path(name_or_path).expanduser()
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
     with contextlib.suppress(ValueError, OSError):
         if path.is_file():
             return path
-    return find_model(name_or_path)
+        if not path.exists() and name not in bundled_models() and not name.startswith("hf:"):
+            raise CheckpointError(f"{name} does not exist, nor a bundled model of that name")
+    return find_model(name)
 
 
 def _from_hub(repository: str) -> Path:
