@@ -7,6 +7,7 @@ the tensors of a file.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ from rehyat_jax.weights.layout import Location, locate
 from rehyat_jax.weights.opening import open_tensors
 from rehyat_jax.weights.registry import REGISTRY, Component, Shapes, beside, generic, holdings
 from rehyat_jax.weights.rows import Row, torch_shape
+
+#: Numbers that mean nothing without their scales, of whatever network.
+_SCALED = (
+    "an fp8 or int8 file with scales",
+    re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +144,9 @@ def _open(location: Location) -> Opened:
         raise CheckpointError(
             f"{weights} holds {listed(tensors.infos)}{unread}: not a {component.title} that this program knows"
         )
-    _refuse_foreign(weights, found.names, (component,))
+    # What lies under no other network's prefix may change this one: a LoRA is kept beside the weights it is for.
+    others = tuple(each.prefix for each in held.values() if len(each.prefix) > len(found.prefix) and each is not found)
+    _refuse_foreign(weights, [name for name in tensors.infos if not name.startswith(others)], (component,))
     table = component.table(component.config_type())
     infos = {clean: tensors.infos[raw] for clean, raw in found.names.items()}
     if location.config is None:
@@ -170,7 +179,7 @@ def _any_readable(tensors: TensorSource) -> bool:
 
 def _refuse_foreign(weights: Path, names: Iterable[str], components: Iterable[Component]) -> None:
     for component in components:
-        for what, pattern in component.foreign.items():
+        for what, pattern in (*component.foreign.items(), _SCALED):
             if found := next((name for name in names if pattern.search(name)), None):
                 raise CheckpointError(f"{weights} is {what} (tensor {found!r}), which is not supported")
 

@@ -333,6 +333,15 @@ def test_a_lora_file_is_called_one(name, tmp_path):
             ask(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("name", ["generator_lora.blocks.0.self_attn.q.lora_A.weight", "lora.x.lora_down.weight"])
+def test_weights_that_want_a_lora_are_not_run_without_it(name, transformer, tmp_path):
+    """LongLive's: ``generator`` and ``generator_lora`` in one file."""
+    torch.save({"generator": transformer, "more": {name: torch.ones(2, 2)}}, tmp_path / "x.pt")
+    for ask in (load_transformer, describe):
+        with pytest.raises(CheckpointError, match="LoRA"):
+            ask(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("name", ["scaled_fp8", "blocks.0.self_attn.q.scale_weight", "blocks.0.ffn.0.weight_scale"])
 def test_fp8_with_scales_is_never_read_without_them(name, transformer, tmp_path):
     tensors = {k: v.to(torch.float8_e4m3fn) if k == "blocks.0.ffn.0.weight" else v for k, v in transformer.items()}

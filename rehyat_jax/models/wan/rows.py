@@ -98,9 +98,6 @@ WAN_TRANSFORMER = Component(
         "a LoRA file, not a whole network": re.compile(
             r"lora_(A|B|up|down|unet|te)|\.lora\.|_lora\.|(^|\.)(hada_|lokr_)|dora_scale|lora_magnitude_vector"
         ),
-        "an fp8 or int8 file with scales": re.compile(
-            r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"
-        ),
         "an image-to-video model": re.compile(
             r"(^|\.)(img_emb\.|condition_embedder\.image_embedder\.)|\.(k_img|add_k_proj)\."
         ),
