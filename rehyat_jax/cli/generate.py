@@ -102,6 +102,9 @@ class Generate:
     cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of compiled programs and prompt embeddings (else $REHYAT_CACHE_DIR, else the user's cache folder)."""
 
+    force: bool = False
+    """Begin although the memory of this machine is estimated to be too small."""
+
 
 def main(argv: list[str]) -> None:
     options = parse_options(Generate, argv, command="generate")
@@ -145,6 +148,7 @@ def _run(options: Generate) -> None:
 
             from rehyat_jax.pipeline import TextToVideo
 
+            _check_room(options, hybrid, remember)
             pipe = TextToVideo.from_pretrained(
                 options.model, dtype=jnp.dtype(options.dtype), hybrid=hybrid, cache_dir=options.cache_dir
             )
@@ -228,6 +232,41 @@ def _whole_video(
         )
         display("write", 1, 1)
     return settings
+
+
+def _check_room(options: Generate, hybrid: HybridConfig | Literal["auto"], remember: Remember | None) -> None:
+    """
+    Raises:
+        ConfigError: this machine has no room for the video.
+    """
+    from rehyat_jax.models.folder import find_model, read_defaults
+    from rehyat_jax.models.memory import VideoShape, fitting_size, size_unit, student_config, video_need
+    from rehyat_jax.runtime.memory import Need, check_memory
+
+    folder = find_model(options.model)
+    defaults, converted = read_defaults(folder), student_config(folder) if hybrid == "auto" else hybrid
+    width, height = _parse_size(options.size)
+    guidance = defaults.guidance_scale if options.guidance is None else options.guidance
+    shape = VideoShape(
+        frames=defaults.num_frames if options.frames is None else options.frames,
+        height=height or defaults.height,
+        width=width or defaults.width,
+        steps=defaults.num_inference_steps if options.steps is None else options.steps,
+        guided=guidance > 1,
+    )
+    streams = converted is not None and converted.blocks == "all" and options.sweep != "per-step"
+
+    def need(height: int, width: int) -> Need:
+        sized = dataclasses.replace(shape, height=height, width=width)
+        past = defaults.remember if remember is None else remember
+        return video_need(folder, sized, dtype=options.dtype, hybrid=converted, streams=streams, remember=past)
+
+    check_memory(
+        need(shape.height, shape.width),
+        what=str(shape),
+        smaller=lambda: fitting_size(need, height=shape.height, width=shape.width, multiple=size_unit(folder)),
+        force=options.force,
+    )
 
 
 def _parse_hybrid(text: str | None) -> HybridConfig | Literal["auto"]:

@@ -200,9 +200,10 @@ def hidden(path: Path, ending: str) -> Path:
     return path.parent / f".{name}.{ending}"
 
 
-def sample_digest(path: Path) -> bytes:
-    """A file's size and enough of its bytes to tell it from another: all of a small one, samples of a large one."""
-    size, block, count = path.stat().st_size, 1 << 20, 64
+def sample_digest(path: Path, *, count: int = 64) -> bytes:
+    """A file's size and enough of its bytes to tell it from another: all of a small one, of a large one ``count``
+    megabytes (two at least)."""
+    size, block = path.stat().st_size, 1 << 20
     apart = max(block, (size - block) // (count - 1))
     starts = range(0, size if apart == block else size - block + 1, apart)
     digest = hashlib.sha256(f"{path.name} {size}".encode())

@@ -70,6 +70,9 @@ class Prepare:
     retry: bool = False
     """Try the videos again that could not be used, although they are as they were."""
 
+    force: bool = False
+    """Begin although the memory of this machine is estimated to be too small."""
+
     prune: bool = False
     """Remove the files of DST that hold nothing but videos and captions that SRC has no more."""
 
@@ -95,8 +98,9 @@ def main(argv: list[str]) -> None:
 
     from rehyat_jax.cli.progress import ProgressDisplay
     from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+    from rehyat_jax.runtime.memory import check_memory
     from rehyat_jax.runtime.record import Phases, write_record
-    from train.data.encoding import encode_footage, plan_encoding
+    from train.data.encoding import encode_footage, memory_need, plan_encoding, smaller_size
     from train.data.footage import find_footage
 
     keep_compiled(cache_folder())
@@ -121,6 +125,12 @@ def main(argv: list[str]) -> None:
             videos_per_shard=options.videos_per_shard,
             most_unusable=options.most_unusable,
         )
+    check_memory(
+        memory_need(encoding),
+        what=f"clips of {encoding.plan.frames} frames of {encoding.plan.width}x{encoding.plan.height}",
+        smaller=lambda: smaller_size(encoding),
+        force=options.force,
+    )
     with ProgressDisplay() as display, phases.measure("encode"):
         outcome = encode_footage(
             encoding,

@@ -26,8 +26,11 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import load_vae
 from rehyat_jax.models.folder import find_model, read_defaults
+from rehyat_jax.models.memory import encoder_bytes, fitting_size, size_unit, text_encoder_bytes, weights_bytes
 from rehyat_jax.models.networks import open_component
+from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.runtime.files import reason, whole_file
+from rehyat_jax.runtime.memory import Need
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
 from train.data.footage import Footage, Found, Unusable, content_digest, size_and_time
@@ -141,6 +144,38 @@ def plan_encoding(
     )
     encoding.check_limit(found.unusable)
     return encoding
+
+
+def memory_need(encoding: Encoding) -> Need:
+    """What encoding takes: first the text encoder is at work, then the VAE.
+
+    Raises:
+        CheckpointError, ConfigError: the model has not both networks.
+    """
+    plan, vae = encoding.plan, open_component(encoding.model, "vae").config
+    step = _latent_frames_per_step(vae, height=plan.height, width=plan.width)
+    sizes = {"frames": plan.frames, "height": plan.height, "width": plan.width}
+    video = encoder_bytes(vae, **sizes, latent_frames_per_step=step)
+    video += weights_bytes(encoding.model, "vae", dtype=jnp.float32)
+    text = text_encoder_bytes(encoding.model, dtype=jnp.dtype(plan.dtype))
+    largest = {"encoding a clip": video} if video > text else {"the text encoder": text}
+    # A clip as frames, and stacked.
+    return Need(device=largest, host=2 * 3 * plan.frames * plan.height * plan.width)
+
+
+def smaller_size(encoding: Encoding) -> str | None:
+    """A size of clips for which there is room, as an option."""
+
+    def need(height: int, width: int) -> Need:
+        plan = dataclasses.replace(encoding.plan, height=height, width=width)
+        return memory_need(dataclasses.replace(encoding, plan=plan))
+
+    plan = encoding.plan
+    return fitting_size(need, height=plan.height, width=plan.width, multiple=size_unit(encoding.model))
+
+
+def _latent_frames_per_step(vae: VAEConfig, *, height: int, width: int) -> int:
+    return max(_STEP_PIXELS // (height * width * vae.temporal_factor), 1)
 
 
 def encode_footage(
@@ -441,7 +476,7 @@ class _VideoEncoder:
         self._plan = encoding.plan
         vae, plan = load_vae(encoding.model), encoding.plan
         graph, self._params = nnx.split(vae)
-        step = max(_STEP_PIXELS // (plan.height * plan.width * vae.config.temporal_factor), 1)
+        step = _latent_frames_per_step(vae.config, height=plan.height, width=plan.width)
 
         @jax.jit
         def encode(params: PyTree, clip: UInt8[Array, "F H W 3"]) -> Float[Array, "T h w z"]:

@@ -1,0 +1,197 @@
+"""What memory Wan's networks take, from their sizes alone: before anything is read or compiled.
+
+Constants are fits to XLA's own account of the compiled programs (``Compiled.memory_analysis``), which
+``tests/models/test_memory.py`` compares with these figures: they are honest to a factor of two, and mostly to a tenth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.networks import open_component
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.runtime.memory import Need, Room
+from rehyat_jax.runtime.platform import platform
+from rehyat_jax.sampling.rollout import Remember
+from rehyat_jax.weights.files import read_json
+
+#: Query rows of plain XLA attention whose scores are held at once, and how often (scores, and part of their softmax).
+_QUERIES, _SCORES = 1024, 1.25
+#: Arrays [B, N, dim] that a block holds at once beside its feed-forward's.
+_BLOCK_ARRAYS = 4.0
+#: What the VAE's decoder keeps between latent frames, and holds at once for the four frames of one, in float32 numbers
+#: a pixel and base channel. Its encoder: for each frame of a step.
+_DECODER_STATE, _DECODER, _ENCODER = 25.0, 10.0, 9.0
+
+
+def weights_bytes(folder: Path, name: str, *, dtype: DTypeLike) -> int:
+    """A network's parameters in ``dtype``, by its files' headers.
+
+    Raises:
+        CheckpointError, ConfigError: there is no such network.
+    """
+    infos = open_component(folder, name).tensors.infos.values()
+    return sum(info.size for info in infos if info.readable) * jnp.dtype(dtype).itemsize
+
+
+def transformer_bytes(
+    model: WanConfig, *, tokens: int, batch: int, dtype: DTypeLike, weights: int, text_tokens: int = 512
+) -> int:
+    """What a forward pass holds at its fullest, the weights themselves aside.
+
+    Args:
+        tokens: of a video, or of a chunk.
+        batch: rows: two of a video with guidance.
+        weights: bytes of the transformer's weights.
+    """
+    size = jnp.dtype(dtype).itemsize
+    cpu = platform() == "cpu"
+    wide = 4 if cpu else size  # a CPU computes half precision in float32
+    arrays = batch * tokens * (_BLOCK_ARRAYS * model.dim + model.ffn_dim / 2) * wide
+    keys = max(tokens, text_tokens)
+    scores = _SCORES * batch * model.num_attention_heads * min(tokens, _QUERIES) * keys * 4
+    if not cpu and size == 2:  # flash attention
+        scores = 0
+    # XLA's CPU backend lays every weight out again for its products, in float32.
+    return int(arrays + scores + (weights // size * 4 if cpu else 0))
+
+
+def mixer_cache_bytes(
+    model: WanConfig, hybrid: HybridConfig, *, frame_tokens: int, batch: int, levels: int, dtype: DTypeLike
+) -> int:
+    """What a stream of a student keeps of its past.
+
+    Args:
+        levels: noise levels at which the past is kept: the sampling steps, or one.
+    """
+    heads, width, converted = (
+        model.num_attention_heads,
+        model.attention_head_dim,
+        sum(hybrid.converted(model.num_layers)),
+    )
+    state = heads * hybrid.degree * width * (width + 1) * 4
+    window = 2 * (hybrid.overlap_frames + hybrid.sink_frames) * frame_tokens * model.dim * jnp.dtype(dtype).itemsize
+    return levels * batch * converted * (state + window)
+
+
+def decoder_bytes(vae: VAEConfig, *, height: int, width: int) -> int:
+    """What decoding a latent frame holds: what is kept of the frames before among it."""
+    frames = vae.temporal_factor
+    return int((_DECODER_STATE + _DECODER * frames) * height * width * vae.base_dim * 4)
+
+
+def encoder_bytes(vae: VAEConfig, *, frames: int, height: int, width: int, latent_frames_per_step: int) -> int:
+    """What encoding a video holds, so many latent frames at a time; the video in float32 among it."""
+    step = min(latent_frames_per_step * vae.temporal_factor, frames)
+    return int(height * width * 4 * (_ENCODER * step * vae.base_dim + 2 * 3 * frames))
+
+
+def text_encoder_bytes(folder: Path, *, dtype: DTypeLike) -> int:
+    """The text encoder, and what embedding a prompt holds beside it: little."""
+    weights = weights_bytes(folder, "text_encoder", dtype=dtype)
+    cpu = platform() == "cpu"
+    return weights + (weights // jnp.dtype(dtype).itemsize * 4 if cpu else 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoShape:
+    """A video that is to be made, as far as memory is concerned."""
+
+    frames: int
+    height: int
+    width: int
+    steps: int
+    #: Whether there is classifier-free guidance.
+    guided: bool
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.width}x{self.height}"
+
+
+def student_config(folder: Path) -> HybridConfig | None:
+    """How a model's blocks are converted; None: it is a teacher.
+
+    Raises:
+        CheckpointError, ConfigError: its configuration is damaged or impossible.
+    """
+    for home in (folder / "transformer" / "rehyat", folder / "rehyat"):
+        if (home / "config.json").is_file():
+            return HybridConfig.from_dict(read_json(home / "config.json"))
+    return None
+
+
+def video_need(
+    folder: Path,
+    shape: VideoShape,
+    *,
+    dtype: DTypeLike,
+    hybrid: HybridConfig | None,
+    streams: bool,
+    remember: Remember = "steps",
+) -> Need:
+    """What making a video takes.
+
+    Args:
+        hybrid: how blocks are converted.
+        streams: a chunk at a time; else as a whole.
+
+    Raises:
+        CheckpointError, ConfigError: the folder has not all three networks.
+    """
+    model, vae = open_component(folder, "transformer").config, open_component(folder, "vae").config
+    weights = weights_bytes(folder, "transformer", dtype=dtype)
+    latents = (shape.frames - 1) // vae.temporal_factor + 1
+    sides = (
+        side // (vae.spatial_factor * patch)
+        for side, patch in zip((shape.height, shape.width), model.patch_size[1:], strict=True)
+    )
+    frame, batch = math.prod(sides), 2 if shape.guided else 1
+    cache = 0
+    if streams and hybrid is not None:
+        latents = min(latents, hybrid.chunk_frames)
+        levels = shape.steps if remember == "steps" else 1
+        cache = mixer_cache_bytes(model, hybrid, frame_tokens=frame, batch=batch, levels=levels, dtype=dtype)
+    work = transformer_bytes(model, tokens=max(latents * frame, 1), batch=batch, dtype=dtype, weights=weights)
+    decoding = decoder_bytes(vae, height=shape.height, width=shape.width)
+    pixels = shape.frames * shape.height * shape.width * 3
+    parts = {
+        "the text encoder": text_encoder_bytes(folder, dtype=dtype),
+        "the transformer": weights,
+        "the VAE": weights_bytes(folder, "vae", dtype=jnp.float32),
+        "the past of the stream": cache,
+    }
+    # A stream denoises while its decoder waits; a whole video is denoised, then decoded.
+    parts |= {"denoising": work, "decoding": decoding} if streams else _larger(denoising=work, decoding=decoding)
+    return Need(device=parts, host=0 if streams else 2 * pixels)
+
+
+def _larger(**parts: int) -> dict[str, int]:
+    name = max(parts, key=lambda name: parts[name])
+    return {name: parts[name]}
+
+
+def size_unit(folder: Path) -> tuple[int, int]:
+    """Pixels that a video's height and width are multiples of.
+
+    Raises:
+        CheckpointError, ConfigError: there is no transformer or VAE.
+    """
+    model, vae = open_component(folder, "transformer").config, open_component(folder, "vae").config
+    return model.patch_size[1] * vae.spatial_factor, model.patch_size[2] * vae.spatial_factor
+
+
+def fitting_size(need: Callable[[int, int], Need], *, height: int, width: int, multiple: tuple[int, int]) -> str | None:
+    """The largest of a few smaller sizes of about this shape that fits here, as an option; None: none does."""
+    room = Room.here()
+    for share in (0.75, 0.5, 0.375, 0.25):
+        rows, columns = (max(int(side * share) // m, 1) * m for side, m in zip((height, width), multiple, strict=True))
+        if room.lacking(need(rows, columns)) is None:
+            return f"--size {columns}x{rows}"
+    return None
