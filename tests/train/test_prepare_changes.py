@@ -19,6 +19,7 @@ from rehyat_jax import cli
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import load_vae, save_vae
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.outputs import locked
 from rehyat_jax.video.io import write_video
 from train.data import encoding, records
 from train.data.prepared import Prepared, PreparedFeed, Video, hold_out
@@ -233,6 +234,36 @@ def test_latents_that_are_not_finite_are_named(prepare, model, source, tmp_path,
     (data.folder / "data.json").write_text(json.dumps(index))
     with pytest.raises(RehyatError, match=r"latents of 0.mp4, clip 1, are not finite"):
         [Prepared.open(data.folder).clips()[0]]
+
+
+def test_a_folder_has_one_owner_who_is_named(prepare, tmp_path, capsys):
+    with locked(tmp_path / "data", command="rehyat prepare"):
+        prepare(rc=2)
+    assert f"another process is writing it: process {os.getpid()} on " in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+    prepare()
+
+
+def test_a_record_that_was_not_made_for_the_folder_is_not_replaced(prepare, tmp_path, capsys):
+    mine = tmp_path / "data.json"
+    mine.write_text('{"mine": 1}')
+    prepare(rc=2)
+    assert "data.json would be replaced, and was not made by rehyat for data" in capsys.readouterr().err
+    assert mine.read_text() == '{"mine": 1}'
+    mine.unlink()
+    prepare()
+    prepare()
+
+
+def test_what_a_kill_left_is_removed_and_named(prepare, tmp_path, capsys):
+    prepare()
+    shard = next(iter(sorted((tmp_path / "data").glob("clips-*.array_record"))))
+    left = shard.with_name(f".{shard.name}.0123abcd.partial")
+    left.write_bytes(b"0" * 2000)
+    shard.unlink()
+    prepare()
+    assert not left.exists()
+    assert f"removed {left}, which a run that was killed left (2.0 kB)" in capsys.readouterr().err
 
 
 def test_a_folder_of_the_version_before_is_refused_by_its_version(prepare, tmp_path, capsys):

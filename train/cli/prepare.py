@@ -12,7 +12,8 @@ import tyro
 
 from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.runtime.files import check_writable
+from rehyat_jax.runtime.files import check_writable, remove_leftovers
+from rehyat_jax.runtime.outputs import check_ours, locked
 
 if TYPE_CHECKING:
     from train.data.encoding import Outcome
@@ -105,51 +106,55 @@ def main(argv: list[str]) -> None:
 
     keep_compiled(cache_folder())
     phases = Phases()
-    with phases.measure("find"):
-        found = find_footage(
-            options.source,
-            captions=options.captions,
-            file_column=options.file_column,
-            caption_column=options.caption_column,
+    own = options.destination.with_name(f"{options.destination.name}{suffix}")
+    with locked(own, command="rehyat prepare"):
+        check_ours(options.destination, beside=[record])
+        remove_leftovers(record)
+        with phases.measure("find"):
+            found = find_footage(
+                options.source,
+                captions=options.captions,
+                file_column=options.file_column,
+                caption_column=options.caption_column,
+            )
+            if found.unlisted:
+                _say(f"{found.unlisted} videos in {options.source} are not in the list, and are left out")
+            encoding = plan_encoding(
+                found,
+                model=options.model,
+                frames=options.frames,
+                height=height,
+                width=width,
+                fps=options.fps,
+                dtype=options.dtype,
+                videos_per_shard=options.videos_per_shard,
+                most_unusable=options.most_unusable,
+            )
+        check_memory(
+            memory_need(encoding),
+            what=f"clips of {encoding.plan.frames} frames of {encoding.plan.width}x{encoding.plan.height}",
+            smaller=lambda: smaller_size(encoding),
+            force=options.force,
         )
-        if found.unlisted:
-            _say(f"{found.unlisted} videos in {options.source} are not in the list, and are left out")
-        encoding = plan_encoding(
-            found,
-            model=options.model,
-            frames=options.frames,
-            height=height,
-            width=width,
-            fps=options.fps,
-            dtype=options.dtype,
-            videos_per_shard=options.videos_per_shard,
-            most_unusable=options.most_unusable,
+        with ProgressDisplay() as display, phases.measure("encode"):
+            outcome = encode_footage(
+                encoding,
+                options.destination,
+                part=part,
+                parts=parts,
+                retry=options.retry,
+                prune=options.prune,
+                progress=display,
+            )
+        _report(outcome, options)
+        write_record(
+            record,
+            command="rehyat prepare",
+            settings=dataclasses.asdict(options),
+            phases=phases,
+            output=options.destination,
+            **dataclasses.asdict(outcome) | {"unusable": [video._asdict() for video in outcome.unusable]},
         )
-    check_memory(
-        memory_need(encoding),
-        what=f"clips of {encoding.plan.frames} frames of {encoding.plan.width}x{encoding.plan.height}",
-        smaller=lambda: smaller_size(encoding),
-        force=options.force,
-    )
-    with ProgressDisplay() as display, phases.measure("encode"):
-        outcome = encode_footage(
-            encoding,
-            options.destination,
-            part=part,
-            parts=parts,
-            retry=options.retry,
-            prune=options.prune,
-            progress=display,
-        )
-    _report(outcome, options)
-    write_record(
-        record,
-        command="rehyat prepare",
-        settings=dataclasses.asdict(options),
-        phases=phases,
-        output=options.destination,
-        **dataclasses.asdict(outcome) | {"unusable": [video._asdict() for video in outcome.unusable]},
-    )
     print(options.destination)
 
 

@@ -19,7 +19,8 @@ import flax.serialization
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.runtime.files import sample_digest, whole_file
+from rehyat_jax.runtime.files import remove_leftovers, sample_digest, whole_file
+from rehyat_jax.runtime.outputs import locked
 
 #: Files of a folder whose bytes are compared when it is opened, in all; of the others sizes alone. Damage elsewhere is
 #: met when a record is read: ArrayRecord has checksums of its own.
@@ -131,32 +132,35 @@ def write_shard(
     Raises:
         RehyatError: it cannot be written.
     """
-    path, held, count = folder / name, dict[str, Held](), 0
-    for left in folder.glob(f".{name[:40]}.*.partial"):  # by a process that was killed
-        left.unlink(missing_ok=True)
-    with whole_file(path) as partial:
-        try:
-            writer = ArrayRecordWriter(str(partial), "group_size:1")
-            for key, record in records:
-                if record is None:
-                    held.pop(key, None)
-                    continue
-                before = held.get(key)
-                held[key] = Held(
-                    first=before.first if before else count,
-                    count=before.count + 1 if before else 1,
-                    tokens=(tokens or {}).get(key, 0),
-                )
-                writer.write(record)
-                count += 1
-            writer.close()
-        except (RuntimeError, ValueError) as error:  # of pybind11, for Riegeli's failures
-            raise RehyatError(f"cannot write {path}: {str(error).splitlines()[0][:200]}") from error
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-    shard = Shard(file=File.of(path), held=held)
-    shard.describe(folder)
+    path = folder / name
+    with locked(path, command="rehyat prepare"):
+        remove_leftovers(path)
+        with whole_file(path) as partial:
+            try:
+                held = _write_records(partial, records, tokens or {})
+            except (RuntimeError, ValueError) as error:  # of pybind11, for Riegeli's failures
+                raise RehyatError(f"cannot write {path}: {str(error).splitlines()[0][:200]}") from error
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        shard = Shard(file=File.of(path), held=held)
+        shard.describe(folder)
     return shard
+
+
+def _write_records(
+    path: Path, records: Iterator[tuple[str, bytes | None]], tokens: Mapping[str, int]
+) -> dict[str, Held]:
+    held, count, writer = dict[str, Held](), 0, ArrayRecordWriter(str(path), "group_size:1")
+    for key, record in records:
+        if record is None:
+            held.pop(key, None)
+            continue
+        first, there = (held[key].first, held[key].count) if key in held else (count, 0)
+        held[key] = Held(first=first, count=there + 1, tokens=tokens.get(key, 0))
+        writer.write(record)
+        count += 1
+    writer.close()
+    return held
 
 
 class Reader:
