@@ -39,8 +39,8 @@ from rehyat_jax.text.tokenizer import trimmed
 OnStep = Callable[[str, int, int], None]
 
 #: Beyond this, attention over all tokens is out of reach of any machine: 720p at 81 frames has 75,600 tokens.
-_MOST_TOKENS = 1 << 20
-_LARGEST_SIDE = 1 << 14
+MOST_TOKENS = 1 << 20
+LARGEST_SIDE = 1 << 14
 
 
 class TextToVideo:
@@ -335,9 +335,9 @@ class TextToVideo:
     def _size(self, *, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Frames, height and width as they can be made; diffusers' rounding and warnings."""
         for name, value, most in (
-            ("num_frames", num_frames, _MOST_TOKENS * 4),
-            ("height", height, _LARGEST_SIDE),
-            ("width", width, _LARGEST_SIDE),
+            ("num_frames", num_frames, MOST_TOKENS * 4),
+            ("height", height, LARGEST_SIDE),
+            ("width", width, LARGEST_SIDE),
         ):
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise RehyatError(f"{name} must be a whole number from 1 to {most}, not {value}")
@@ -358,9 +358,9 @@ class TextToVideo:
                 f"{size[1]}x{size[0]} instead of {width}x{height}"
             )
         tokens = ((frames - 1) // time + 1) // patch[0] * rows * columns
-        if tokens > _MOST_TOKENS:
+        if tokens > MOST_TOKENS:
             raise RehyatError(
-                f"{frames} frames of {size[1]}x{size[0]} are {tokens} tokens; more than {_MOST_TOKENS} cannot be made"
+                f"{frames} frames of {size[1]}x{size[0]} are {tokens} tokens; more than {MOST_TOKENS} cannot be made"
             )
         return frames, *size
 

@@ -241,6 +241,7 @@ def _check_room(options: Generate, hybrid: HybridConfig | Literal["auto"], remem
     """
     from rehyat_jax.models.folder import find_model, read_defaults
     from rehyat_jax.models.memory import VideoShape, fitting_size, size_unit, student_config, video_need
+    from rehyat_jax.pipeline import LARGEST_SIDE, MOST_TOKENS
     from rehyat_jax.runtime.memory import Need, check_memory
 
     folder = find_model(options.model)
@@ -254,6 +255,8 @@ def _check_room(options: Generate, hybrid: HybridConfig | Literal["auto"], remem
         steps=defaults.num_inference_steps if options.steps is None else options.steps,
         guided=guidance > 1,
     )
+    if max(shape.height, shape.width) > LARGEST_SIDE or shape.frames > 4 * MOST_TOKENS:
+        return  # of no machine: the pipeline says so
     streams = converted is not None and converted.blocks == "all" and options.sweep != "per-step"
 
     def need(height: int, width: int) -> Need:
