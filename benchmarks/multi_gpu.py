@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import PyTree
 
 from benchmarks import kernels
 from rehyat_jax.attention.api import hybrid_attention
@@ -50,6 +51,7 @@ from rehyat_jax.runtime.mesh import spec
 from rehyat_jax.sampling import FlowSchedule, UniPC
 from train.data.sources import OwnTrajectories, Source
 from train.engine.optimizer import OptimizerConfig
+from train.engine.stage import Models, State
 from train.parallel.devices import Devices
 from train.parallel.hlo import work
 from train.parallel.sharding import MeshConfig
@@ -187,13 +189,13 @@ def finetune(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
 
         def step(state: Any, *batch: Any, graph: Any = graph) -> tuple[Any, jax.Array]:
             def loss(learned: Any) -> jax.Array:
-                return flow_loss(nnx.merge(graph, learned)(*batch[:3], remat=True), batch[3])
+                return flow_loss(nnx.merge(graph, learned)(*batch[:3], remat=True), batch[3]).value
 
             value, gradients = jax.value_and_grad(loss)(state.params)
             return optimizer.apply(state, gradients, jnp.float32(1e-5)), value
 
         cut = devices.parameter_shardings(state)
-        program = devices.lower(step, *arrays, donate=(0,), out=(cut, devices.whole)).compile()
+        program = devices.lower(step, *arrays, donate=(0,), out=(cut, devices.replicated)).compile()
         ms = timed(program, arrays, sizes.samples, carries=1)
         yield line("finetune", devices, program, latent_frames=frames, clips=count // context, **ms)
 
@@ -219,12 +221,21 @@ def distill(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     )
     blocks = devices.parameters(nnx.state(training.blocks(model)))
     state = sizes.made(jax.vmap(training.optimizer.init), blocks, cut=devices.parameter_shardings)
-    carried, inputs.frozen = inputs.begin(devices), devices.everywhere(inputs.frozen)
+    carried, inputs.frozen = inputs.begin(devices), devices.replicate(inputs.frozen)
     turn = devices.batch(inputs.turn(0), inputs.turn_shapes())
-    learner = training.learner(model, graph, sampling=sampling, devices=devices)
-    program = learner.lower(inputs, state, carried, params, shape=shape).compile()
-    key, rate = devices.everywhere(jax.random.key(0)), devices.everywhere(jnp.float32(1e-3))
-    ms = timed(program, (state, carried, params, inputs.frozen, turn, key, rate), sizes.samples, carries=2)
+    round_ = training.learner(model, sampling=sampling).round(inputs, 0, shape=shape)
+    student = nnx.graphdef(nnx.eval_shape(lambda: training.blocks(model)))
+
+    def step(state: State, teacher: PyTree, frozen: PyTree, host: PyTree, rates: PyTree) -> tuple[State, PyTree]:
+        models = Models({"student": student, "teacher": graph}, frozen={"teacher": teacher})
+        return round_(state, models.after(state.learners), frozen, host, rates)
+
+    whole = State(devices.replicate(jnp.zeros((), jnp.int32)), {"student": state}, (carried,))
+    host = turn, devices.replicate(jax.random.key(0))
+    arrays = whole, params, inputs.frozen, host, devices.replicate({"student": jnp.float32(1e-3)})
+    cut = None if devices.mesh is None else jax.tree.map(lambda x: x.sharding, whole)
+    program = devices.lower(step, *arrays, donate=(0,), out=(cut, devices.replicated)).compile()
+    ms = timed(program, arrays, sizes.samples, carries=1)
     yield line("distill", devices, program, latent_frames=shape[0], trajectories=count, **ms)
 
 
@@ -275,7 +286,7 @@ def equal(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
         def both(params: Any, *x: Any, graph: Any = graph) -> tuple[jax.Array, Any]:
             def loss(params: Any) -> tuple[jax.Array, jax.Array]:
                 velocity = nnx.merge(graph, params)(*x[:3], remat=True)
-                return flow_loss(velocity, x[3]), velocity
+                return flow_loss(velocity, x[3]).value, velocity
 
             gradients, velocity = jax.grad(loss, has_aux=True)(params)
             return velocity, gradients

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from shared.training import DISTILLED, distillation, write_teacher
 
+import train.engine.engine
 import train.stages.distill
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
@@ -31,7 +32,7 @@ def quickly(tmp_path_factory):
     """Programs compiled once, and for values."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(train.stages.distill, "compile_all", lambda makers: [make().compile(QUICKLY) for make in makers])
+        patch.setattr(train.engine.engine, "compile_all", lambda makers: [make().compile(QUICKLY) for make in makers])
         keep_compiled(cache_folder())
         yield
 

@@ -24,8 +24,10 @@ from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.video.io import read_video
 from train.cli.config_files import load_config
 from train.data.clips import Bucket
+from train.engine.gradients import gradients_of
+from train.engine.stage import Models
 from train.stages.finetune import FinetuneTraining, History, main, student_of
-from train.stages.flow import Batch, Validation, gradients_of
+from train.stages.flow import Batch, Validation
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -177,20 +179,23 @@ def test_history_is_cleaner_and_not_learned(teacher):
 
     # What counts nothing cannot be felt.
     model = load_transformer(teacher).with_hybrid(HybridConfig(chunk_frames=2), rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model)
     rng = np.random.default_rng(0)
     noisy, velocity, text = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 16, 16, 4), (2, 5, 16, 16, 4), (2, 7, 16))
     )
-    loss, counted = training.loss(graph, None, longest=1), jnp.array([[0.0, 0.0, 1.0, 1.0, 1.0]] * 2)
+    counted = jnp.array([[0.0, 0.0, 1.0, 1.0, 1.0]] * 2)
+
+    def loss(batch):
+        return training.loss(Models.of(student=model), batch, longest=1)["loss"].value
+
     times = levels[:2] * 1000
     batch = Batch(noisy, times, text, velocity, counted)
-    value, _ = loss(params, {}, batch)
-    assert value == loss(params, {}, batch._replace(velocity=velocity.at[:, :2].set(9.0)))[0]
+    value = loss(batch)
+    assert value == loss(batch._replace(velocity=velocity.at[:, :2].set(9.0)))
     out = model(noisy, times, text, text_tokens=512)[:, 2:] - velocity[:, 2:]
     np.testing.assert_allclose(value, np.mean(np.square(out)), rtol=1e-5)
     # None at all: nothing is learned, and nothing is divided by zero.
-    assert loss(params, {}, batch._replace(weights=jnp.zeros((2, 5))))[0] == 0
+    assert loss(batch._replace(weights=jnp.zeros((2, 5)))) == 0
 
 
 @pytest.mark.full
@@ -217,7 +222,7 @@ def test_a_student_that_remembers_says_so(teacher, tmp_path):
     stream.save(tmp_path / "saved")
     np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "saved")), next(stream))
     again = finetuning(training.out, tmp_path / "again", teacher=None, teacher_weight=0.0)
-    again._write(again.out, training.out, load_transformer(training.out))
+    again.write(again.out, training.out, load_transformer(training.out))
     assert TextToVideo.from_pretrained(again.out).defaults.remember == "steps"
 
 
@@ -227,19 +232,20 @@ def test_the_teachers_term_is_zero_where_a_chunk_is_the_whole_clip(teacher, chun
     training = finetuning(teacher, Path("unused"))
     model = load_transformer(teacher)
     student = model.with_hybrid(HybridConfig(chunk_frames=chunk, overlap_frames=0), rngs=nnx.Rngs(0))
-    (graph, params), (teacher_graph, frozen) = nnx.split(student), nnx.split(model)
     rng = np.random.default_rng(0)
     noisy, velocity, text = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 16, 16, 4), (2, 3, 16, 16, 4), (2, 7, 16))
     )
     batch = Batch(noisy, jnp.array([900.0, 100.0]), text, velocity)
-    value, metrics = jax.jit(training.loss(graph, teacher_graph, longest=longest))(params, {"teacher": frozen}, batch)
+    models = Models.of(student=student, teacher=model)
+    means = training.loss(models, batch, longest=longest)
+    metrics = {name: mean.value for name, mean in means.items()}
     assert metrics["loss"] > 1
+    assert means["loss"].weight == 1
     if expected is None:
         assert "teacher" not in metrics
-        assert value == metrics["loss"]
         return
-    np.testing.assert_allclose(value, metrics["loss"] + 0.1 * metrics["teacher"], rtol=1e-6)
+    assert means["teacher"].weight == 0.1
     assert metrics["teacher"] < 1e-11 if expected == 0 else metrics["teacher"] > expected
 
 
@@ -336,10 +342,12 @@ def test_parts_of_a_batch_give_the_gradient_of_the_batch(teacher):
     shapes = ((8, 2, 16, 16, 4), (8,), (8, 7, 16), (8, 2, 16, 16, 4))
     noisy, time, text, velocity = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
     batch = Batch(noisy, 500.0 + 100.0 * time, text, velocity)
-    loss = training.loss(graph, None, longest=9)
+
+    def loss(params, part):
+        return training.loss(Models({"student": graph}, params={"student": params}), part, longest=9)
+
     gradients = [
-        jax.jit(lambda params, parts=parts: gradients_of(loss, params, None, batch, parts=parts))(params)
-        for parts in (1, 4)
+        jax.jit(lambda params, parts=parts: gradients_of(loss, params, batch, parts=parts))(params) for parts in (1, 4)
     ]
     chex.assert_trees_all_close(*gradients, atol=1e-5, rtol=1e-4)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(gradients)} == {"float32"}

@@ -23,6 +23,7 @@ from train.data.pools import Captions, SpriteFeed
 from train.data.sources import Source
 from train.engine.checkpoint import Checkpoints
 from train.engine.gradients import gradients_of
+from train.engine.stage import Models
 from train.parallel.devices import Devices
 from train.parallel.sharding import MeshConfig
 from train.stages.flow import Batch
@@ -70,14 +71,17 @@ def _differences():
     times, learned = rng.uniform(0, 1000, (16, 5)), rng.random((16, 5)) < 0.7
     batch = Batch(noisy, jnp.asarray(times, jnp.float32), text, velocity, jnp.asarray(learned, jnp.float32))
     training = _finetuning()
-    loss = training.loss(graph, teacher_graph, longest=5)
+    graphs = {"student": graph, "teacher": teacher_graph}
 
     def step(params, frozen, batch):
-        return gradients_of(loss, params, frozen, batch, parts=training.accumulate)
+        def loss(params, part):
+            return training.loss(Models(graphs, params={"student": params}, frozen=frozen), part, longest=5)
+
+        return gradients_of(loss, params, batch, parts=training.accumulate)
 
     def on(devices):
         arrays = devices.parameters(params), devices.parameters(frozen), devices.batch(batch, batch)
-        out = None if devices.mesh is None else (devices.parameter_shardings(params), devices.whole)
+        out = None if devices.mesh is None else (devices.parameter_shardings(params), devices.replicated)
         program = devices.lower(step, *arrays, out=out).compile({"xla_backend_optimization_level": 0})
         return jax.device_get(program(*arrays))
 
@@ -136,7 +140,7 @@ def _encoding():
     )
 
     def on(devices):
-        arrays = devices.batch(feed.turn(0), feed.turn_shapes()), devices.everywhere(feed.frozen)
+        arrays = devices.batch(feed.turn(0), feed.turn_shapes()), devices.replicate(feed.frozen)
         program = devices.lower(lambda turn, frozen: feed.pool(turn, frozen, None).latents, *arrays).compile()
         turns = re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', program.as_text())
         return np.asarray(program(*arrays)), program.cost_analysis()["flops"] * math.prod(map(int, turns))

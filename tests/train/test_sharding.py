@@ -17,7 +17,7 @@ from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.mesh import AXES, spec
-from train.engine.loop import compile_all
+from train.engine.engine import compile_all
 from train.engine.optimizer import OptimizerConfig
 from train.parallel.sharding import MeshConfig, check_mesh, on_mesh, parameter_specs
 from train.stages.flow import flow_loss
@@ -69,7 +69,7 @@ def _batch(frames):
 
 def _step(graph):
     def loss(params, noisy, timesteps, text, target):
-        return flow_loss(nnx.merge(graph, params)(noisy, timesteps, text, remat=True), target)
+        return flow_loss(nnx.merge(graph, params)(noisy, timesteps, text, remat=True), target).value
 
     return jax.value_and_grad(loss)
 

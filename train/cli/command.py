@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import tyro
 
@@ -19,32 +19,8 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.outputs import owned_output
 from rehyat_jax.runtime.record import Phases
 from train.cli.config_files import bundled_configs, load_config
-from train.parallel.devices import Processes, first_process
-
-
-@runtime_checkable
-class Training(Protocol):
-    """A stage of training: a frozen dataclass whose fields are what a user may set."""
-
-    @property
-    def processes(self) -> Processes:
-        """What it runs in."""
-        ...
-
-    @property
-    def result(self) -> Path:
-        """The folder that stands when the run is done, and not before."""
-        ...
-
-    @property
-    def train_folder(self) -> Path:
-        """Checkpoints and metrics."""
-        ...
-
-    def run(self, phases: Phases | None = None) -> None:
-        """All of it, from the newest checkpoint on."""
-        ...
-
+from train.engine.run import RunConfig
+from train.parallel.devices import first_process
 
 #: The classes that ``config`` may be of; a function, so that finding a command loads none of them.
 Kinds = Callable[[], tuple[type, ...]]
@@ -80,7 +56,7 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
         return _run(training, command, name, record)
 
 
-def _run(training: Training, command: str, name: str, record: Path) -> int:
+def _run(training: RunConfig, command: str, name: str, record: Path) -> int:
     from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
     from rehyat_jax.runtime.record import write_record
     from train.engine.loop import Stopped
@@ -101,16 +77,16 @@ def _run(training: Training, command: str, name: str, record: Path) -> int:
     write_record(
         record,
         command=f"rehyat {command}",
-        settings={"config": name, **dataclasses.asdict(training)},  # type: ignore[call-overload]
+        settings={"config": name, **dataclasses.asdict(training)},
         phases=phases,
         output=training.result,
-        last=_last_metrics(training.train_folder / "metrics.jsonl"),
+        last=_last_metrics(training.folder.metrics),
     )
     print(training.result)
     return 0
 
 
-def parse(command: str, name: str, fields: list[str], *, kinds: tuple[type, ...]) -> Training:
+def parse(command: str, name: str, fields: list[str], *, kinds: tuple[type, ...]) -> RunConfig:
     """The file's configuration with fields replaced."""
     config, about = load_config(name, kinds=kinds)
     hide_missing_defaults(type(config))

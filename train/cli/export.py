@@ -1,10 +1,10 @@
-"""Write the model of a checkpoint in the diffusers layout: of pretraining a transformer, distillation or finetuning."""
+"""Write the result of a checkpoint of any stage, as its run writes it at its end."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -14,7 +14,7 @@ from rehyat_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write the model of a run's checkpoint, its averaged weights, as a folder in the diffusers layout.
+    """Write the result of a run's checkpoint, of its averaged weights: a model in the diffusers layout.
 
     The run need not be at its end, and may go on meanwhile. Fields that the run was given (--out, …) follow after --.
     """
@@ -38,13 +38,10 @@ def main(argv: list[str]) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parse_options(Export, argv[:cut], command="export")
     from train.cli.command import parse
-    from train.stages.diffusion import DiffusionTraining
-    from train.stages.distill import DistillTraining
-    from train.stages.finetune import FinetuneTraining
+    from train.engine.run import RunConfig
 
-    kinds = DiffusionTraining, DistillTraining, FinetuneTraining
-    training: Any = parse("export", options.config, argv[cut + 1 :], kinds=kinds)
-    if not (training.train_folder / "checkpoints").is_dir():
+    training = parse("export", options.config, argv[cut + 1 :], kinds=(RunConfig,))
+    if not training.folder.checkpoints.is_dir():
         raise ConfigError(f"there are no checkpoints in {training.train_folder}: name the run's --out after --")
     training.export(options.destination, step=options.step)
     print(options.destination)

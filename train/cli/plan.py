@@ -16,30 +16,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.mixers.config import Conversion, HybridConfig
-from rehyat_jax.models.wan.config import VAEConfig, WanConfig
-from rehyat_jax.models.wan.mixing import Mixing
-from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.sampling import FlowSchedule, UniPC
-from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.cli.command import parse
-from train.data.pools import Pool
-from train.data.prepared import PreparedClips
-from train.data.sources import OwnTrajectories
 from train.engine.arithmetic import PEAK_TFLOPS
-from train.parallel.devices import Devices
+from train.engine.engine import Engine
+from train.engine.stage import Stage
 from train.parallel.hlo import Work, work
-from train.stages.distill import DistillTraining
-from train.stages.finetune import FinetuneTraining
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,30 +89,6 @@ class Estimate:
         return self.xla + self.kernels + self.collectives
 
 
-class _Feed:
-    """Latents and embeddings of a round, in the host's memory; a `train.data.pools.Feed`."""
-
-    def __init__(self, count: int, latents: tuple[int, ...], width: int, dtype: Any) -> None:
-        self._text, self._dtype = (TEXT_LENGTH, width), dtype
-        self._shapes = {
-            "latents": jax.ShapeDtypeStruct((count, *latents), jnp.bfloat16),
-            "text": jax.ShapeDtypeStruct((count, *self._text), jnp.bfloat16),
-        }
-        self.frozen: PyTree = {"empty": jax.ShapeDtypeStruct((1, *self._text), dtype)}
-
-    def turn(self, index: int) -> PyTree:
-        raise NotImplementedError
-
-    def turn_shapes(self) -> PyTree:
-        return self._shapes
-
-    def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:
-        return Pool(turn["latents"].astype(jnp.float32), turn["text"].astype(self._dtype))
-
-    def nothing(self, frozen: PyTree, others: PyTree) -> Array:
-        return frozen["empty"]
-
-
 def find_slice(topology: str) -> Slice:
     """As ``v5e:16x16`` names it.
 
@@ -153,71 +116,28 @@ def find_slice(topology: str) -> Slice:
     return Slice(devices, CHIPS[kind], PEAK_TFLOPS[kind] * 1e12, sides)
 
 
-def finetune_program(training: FinetuneTraining, devices: Sequence[Any], *, size: tuple[int, int]) -> list[Program]:
-    """The rounds of a finetuning on latents of videos this wide and high, a program a bucket.
+@runtime_checkable
+class Plannable(Protocol):
+    """A configuration whose stage can be had by shapes alone."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def planned(
+        self, among: Sequence[Any], *, size: tuple[int, int], frames: int | None = None, batch: int | None = None
+    ) -> Stage: ...
+
+
+def programs(training: Plannable, stage: Stage) -> Iterator[tuple[str, Program]]:
+    """Each kind of round of a planned stage, in words and not compiled yet.
 
     Raises:
         ConfigError: the configuration does not say what the model is, or the mesh does not divide.
     """
-    model, vae = _model(training.model, training.source), VAEConfig.wan()
-    # As a TPU would choose: what this machine would is another thing.
-    hybrid = (training.hybrid or HybridConfig()).implemented("pallas")
-    dtype, longest = jnp.dtype(training.dtype), training.longest(vae)
-    on = training.devices(vae, model, hybrid, among=devices)
-
-    def transformer(hybrid: Conversion | None) -> Any:
-        abstract = nnx.eval_shape(lambda: WanTransformer(model, hybrid=hybrid, dtype=dtype, rngs=nnx.Rngs(0)))
-        return nnx.split(abstract, nnx.Param)
-
-    (graph, params), (teacher_graph, frozen) = transformer(hybrid), transformer(None)
-    if training.teacher is None:
-        teacher_graph, frozen = None, {}
-    loss = training.loss(graph, teacher_graph, longest=longest)
-    state, programs = jax.eval_shape(training.optimizer.init, params), []
-    for bucket in training.buckets:
-        width, height = size if isinstance(bucket, PreparedClips) else (bucket.width, 64)
-        shape = _latents(vae, model, frames=bucket.frames, size=(width, height))
-        feed = _Feed(training.pool(bucket), shape, model.text_dim, dtype)
-        lowered = training.lower(
-            bucket, feed, loss, state, {"teacher": frozen} if frozen else {}, shares=training.shares, devices=on
-        )
-        clips = bucket.batch * training.steps_per_round
-        flops = float(clips * training.flops(model, hybrid, shape[:3], longest=longest))
-        programs.append(Program(lowered, flops, training.steps_per_round, on.shape))
-    return programs
-
-
-def distill_program(training: DistillTraining, devices: Sequence[Any]) -> list[Program]:
-    """The rounds of a distillation on the teacher's own trajectories, a program a source.
-
-    Raises:
-        ConfigError: the configuration does not say what the model is, or the mesh does not divide.
-    """
-    training = dataclasses.replace(training, hybrid=training.hybrid.implemented("pallas"))
-    model, vae, dtype = _model(training.model, training.teacher), VAEConfig.wan(), jnp.dtype(training.dtype)
-    shapes = [source.latent_shape(vae, model) for source in training.sources]
-    on = training.devices(model, shapes, among=devices)
-    graph, params = nnx.split(
-        nnx.eval_shape(lambda: WanTransformer(model, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    )
-    sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
-    learner = training.learner(model, graph, sampling=sampling, devices=on)
-    mixing = Mixing.of(training.hybrid, model.num_layers)
-    blocks = nnx.eval_shape(lambda: training.blocks(model))
-    groups = [nnx.state(group) for group in mixing.parted(blocks)]
-    state, programs = mixing.joined(jax.eval_shape(training.init_blocks, groups)), []
-
-    def embed(texts: Sequence[str]) -> Array:
-        return jnp.zeros((len(texts), TEXT_LENGTH, model.text_dim), dtype)
-
-    for source, shape in zip(training.sources, shapes, strict=True):
-        inputs = OwnTrajectories(
-            source, sampling=sampling, texts=lambda number: "", embed=embed, shape=shape, key=jax.random.key(0)
-        )
-        carried = jax.eval_shape(lambda inputs=inputs: inputs.begin(Devices(None)))
-        lowered = learner.lower(inputs, state, carried, params, shape=shape)
-        programs.append(Program(lowered, training.flops(model, source, shape), training.steps_per_round, on.shape))
-    return programs
+    engine = Engine(stage, steps=training.steps, planned=True)
+    for kind, each in engine.rounds.items():
+        program = Program(engine.lower(kind), each.flops, stage.steps_per_round, stage.devices.shape)
+        yield stage.title(kind[0]), program
 
 
 def estimate(program: Program, on: Slice) -> Estimate:
@@ -285,21 +205,6 @@ def _axes(sides: tuple[int, ...], group: int) -> int:
     return max(count, 1)
 
 
-def _model(said: WanConfig | None, folder: Any) -> WanConfig:
-    if said is None:
-        raise ConfigError(f"the configuration says nothing of the sizes of {folder}: give it a model, as WanConfig")
-    return said
-
-
-def _latents(vae: VAEConfig, model: WanConfig, *, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    width, height = (side // vae.spatial_factor for side in size)
-    if (frames - 1) % vae.temporal_factor or any(
-        side % (vae.spatial_factor * patch) for side, patch in zip(size[::-1], model.patch_size[1:], strict=True)
-    ):
-        raise ConfigError(f"videos of {frames} frames, {size[0]}x{size[1]}, do not fit the VAE and the patches")
-    return (frames - 1) // vae.temporal_factor + 1, height, width, vae.z_dim
-
-
 def report(program: Program, found: Estimate, on: Slice, *, name: str, compile_seconds: float) -> str:
     """A plan in words and figures."""
     gib = 2**30
@@ -341,24 +246,13 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"a size is width x height, as 832x480, not {given.size[:80]!r}")
     width, height = (int(side) for side in given.size.split("x"))
     jax.config.update("jax_platforms", "cpu")
-    training: Any = parse("plan", given.config, fields, kinds=(FinetuneTraining, DistillTraining))
-    changes = {name: x for name, x in (("frames", given.frames), ("batch", given.batch)) if x is not None}
+    training: Any = parse("plan", given.config, fields, kinds=(Plannable,))
     on = find_slice(given.topology)
-    if isinstance(training, FinetuneTraining):
-        buckets = tuple(dataclasses.replace(bucket, **changes) for bucket in training.buckets)
-        training = dataclasses.replace(training, buckets=buckets)
-        programs = finetune_program(training, on.devices, size=(width, height))
-        clips: Any = training.buckets
-    else:
-        sizes = {} if training.sources[0].of_sprites else {"width": width, "height": height}
-        sources = tuple(dataclasses.replace(source, **changes, **sizes) for source in training.sources)
-        training = dataclasses.replace(training, sources=sources)
-        programs = distill_program(training, on.devices)
-        clips = training.sources
-    for program, each in zip(programs, clips, strict=True):
+    stage = training.planned(on.devices, size=(width, height), frames=given.frames, batch=given.batch)
+    for title, program in programs(training, stage):
         begun = time.monotonic()
         found = estimate(program, on)
-        name = f"{given.config} on {given.topology}, {each.batch} clips of {each.frames} frames"
+        name = f"{given.config} on {given.topology}, {title}"
         print(report(program, found, on, name=name, compile_seconds=time.monotonic() - begun))
         sys.stdout.flush()
     return 0

@@ -26,6 +26,8 @@ from rehyat_jax.runtime.files import whole_file
 from train.parallel.devices import first_process, wait_for_all
 
 _SEAL = "seal.json"
+#: Of what a checkpoint holds, and how: 2 has the state of a stage by roles. Before it, seals had no version.
+VERSION = 2
 
 
 class Checkpoints:
@@ -55,6 +57,7 @@ class Checkpoints:
                 report(f"the checkpoint {self._path(step)} is damaged or was not finished: passed over and removed")
                 self._manager.delete(step)
                 continue
+            self._check_version(seal)
             if (difference := _difference(seal["arrays"], _arrays(template))) is not None:
                 raise CheckpointError(
                     f"{self._manager.directory} holds checkpoints of another model ({difference}); choose another --out"
@@ -64,7 +67,10 @@ class Checkpoints:
         return None
 
     def read(self, template: PyTree, *, step: int | None = None) -> PyTree:
-        """A whole checkpoint, of ``step`` or the newest; nothing is removed. As `restore`, but for what is raised.
+        """A part of a checkpoint, of ``step`` or the newest; nothing is removed. As `restore`, but for what is raised.
+
+        Args:
+            template: dictionaries of the names in the saved state that are wanted.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another model.
@@ -78,10 +84,18 @@ class Checkpoints:
         seal = self._seal(step)
         if seal is None:
             raise CheckpointError(f"the checkpoint {self._path(step)} is damaged or was not finished")
-        if (difference := _difference(seal["arrays"], _arrays(template))) is not None:
+        self._check_version(seal)
+        wanted = _arrays(template)
+        if (
+            difference := _difference({n: x for n, x in seal["arrays"].items() if _among(n, template)}, wanted)
+        ) is not None:
             raise CheckpointError(f"the checkpoint {self._path(step)} is of another model than this ({difference})")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        how = ocp.args.PyTreeRestore(
+            abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+        )
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(self._path(step) / "default", args=how)
 
     def save(self, step: int, state: PyTree) -> None:
         """Write the checkpoint of ``step``, whole or not at all, and remove the oldest beyond those to keep.
@@ -96,7 +110,7 @@ class Checkpoints:
             raise CheckpointError(f"cannot write a checkpoint in {self._manager.directory}: {why}") from error
         folder = self._path(step)
         if first_process():
-            seal = {"arrays": _arrays(state), "files": _checksums(folder)}
+            seal = {"version": VERSION, "arrays": _arrays(state), "files": _checksums(folder)}
             with whole_file(folder / _SEAL) as partial:
                 partial.write_text(json.dumps(seal, indent=1), encoding="utf-8")
         wait_for_all("seal")
@@ -109,6 +123,13 @@ class Checkpoints:
         if not multihost_utils.broadcast_one_to_all(np.array(whole is not None)):
             return None
         return whole or json.loads((self._path(step) / _SEAL).read_text(encoding="utf-8"))
+
+    def _check_version(self, seal: dict[str, Any]) -> None:
+        if (version := seal.get("version", 1)) != VERSION:
+            raise CheckpointError(
+                f"{self._manager.directory} holds checkpoints of version {version}, and this program reads version "
+                f"{VERSION}: finish that run with the program that began it, or choose another --out"
+            )
 
     def _path(self, step: int) -> Path:
         return Path(self._manager.directory) / str(step)
@@ -147,7 +168,21 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _arrays(tree: PyTree) -> dict[str, str]:
     """For each array: its path, and "float32[2,3]"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        for path, x in leaves
+    }
+
+
+def _among(name: str, template: Any) -> bool:
+    """Whether an array is below one of the template's dictionaries' leaves."""
+    for key in name.split("/"):
+        if not isinstance(template, dict):
+            return True
+        if key not in template:
+            return False
+        template = template[key]
+    return True
 
 
 def _difference(theirs: dict[str, str], ours: dict[str, str]) -> str | None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int
 from rich.console import Console
 
 from rehyat_jax.errors import RehyatError
 from train.engine.arithmetic import PEAK_TFLOPS
 from train.engine.checkpoint import Checkpoints
+from train.engine.folder import RunFolder
 from train.engine.metrics import Metrics, all_finite, mean_of_finite
 from train.engine.optimizer import Skipped
 from train.engine.progress import TrainingDisplay
@@ -32,7 +33,7 @@ class Stepping(Protocol):
     def step(self) -> Int[Array, ""]: ...
 
     @property
-    def skipped(self) -> Skipped: ...
+    def skipped(self) -> Skipped | Mapping[str, Skipped]: ...
 
 
 State = TypeVar("State", bound=Stepping)
@@ -50,23 +51,6 @@ class Stopped(Exception):
         self.signal_number, self.step = signal_number, step
 
 
-def compile_all(lowerings: Sequence[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:
-    """Compile several programs side by side: XLA compiles outside Python's lock.
-
-    They are traced one after the other: threads that trace together share their functions' parts by chance, and a
-    program that differs in them would not be found in the compilation cache.
-    """
-    tracing = threading.Lock()
-
-    def compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        with tracing:
-            lowered = lower()
-        return lowered.compile()
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(pool.map(compiled, lowerings))
-
-
 def run(
     state: State,
     advance: Advance[State],
@@ -79,6 +63,7 @@ def run(
     most_skipped: int = 20,
     validate: Validate[State] | None = None,
     validate_steps: int = 0,
+    validate_first: bool = False,
     flops: Callable[[int], float] | None = None,
     devices: int | None = None,
     console: Console | None = None,
@@ -93,6 +78,7 @@ def run(
     Args:
         most_skipped: so many steps in a row may have no finite gradients, which changes nothing but their count.
         validate: called after the round that reaches a multiple of ``validate_steps``, and after the last.
+        validate_first: and before the first step of all, when its values are not logged.
         flops: floating-point operations of the round that begins at a step; shown as a rate, and as a share of the
             devices' peak where that is known (`train.engine.arithmetic.PEAK_TFLOPS`).
         devices: how many are at work; none: all.
@@ -105,7 +91,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     with (
         TrainingDisplay(steps, console=console if first_process() else Console(quiet=True)) as display,
-        Checkpoints(folder / "checkpoints") as checkpoints,
+        Checkpoints(RunFolder(folder).checkpoints) as checkpoints,
         _stop_signals() as signals,
     ):
         if (restored := checkpoints.restore(state, report=display.note)) is not None:
@@ -114,10 +100,12 @@ def run(
         step = first = logged = int(state.step)
         agreement = Agreement()
         peak = _peak_flops(devices, display.note) if flops and step < steps else None
-        with Metrics(folder, first_step=first) as log:
+        if validate and validate_first and not step:
+            validate(state, step)
+        with Metrics(RunFolder(folder), first_step=first) as log:
             begun = last_log = last_save = time.monotonic()
             previous: dict[str, Any] = {}
-            skipped, done = int(jax.device_get(state.skipped.total).sum()), 0.0
+            skipped, done = _skipped(jax.device_get(state.skipped))[0], 0.0
             while step < steps:
                 done += flops(step) if flops else 0.0
                 state, metrics = advance(state, step)
@@ -133,7 +121,7 @@ def run(
                 if saves or validates or logs:
                     measured, counts = jax.device_get((metrics, state.skipped))
                     values = {name: mean_of_finite(value) for name, value in measured.items()}
-                    total, in_a_row = int(counts.total.sum()), int(counts.in_a_row.max())
+                    total, in_a_row = _skipped(counts)
                     if in_a_row >= most_skipped:
                         raise RehyatError(
                             f"training diverged: the last {in_a_row} steps before step {step} had no finite gradients; "
@@ -166,6 +154,12 @@ def run(
                     raise Stopped(stop, step)
                 previous = metrics
     return state
+
+
+def _skipped(counts: Skipped | Mapping[str, Skipped]) -> tuple[int, int]:
+    """In all, and the most in a row, of one learner or several."""
+    each = [counts] if isinstance(counts, Skipped) else list(counts.values())
+    return sum(int(np.sum(x.total)) for x in each), max(int(np.max(x.in_a_row)) for x in each)
 
 
 def _peak_flops(devices: int | None, note: Callable[[str], None]) -> float | None:

@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from train.engine.folder import RunFolder
+
 
 class Metrics:
     """The measurements of one run, in its folder; a context manager. Of several processes the first alone writes."""
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
+    def __init__(self, folder: RunFolder, *, first_step: int) -> None:
         """
         Args:
             first_step: that this process begins at; TensorBoard then forgets what an earlier one wrote of later steps.
         """
         self._writes = jax.process_index() == 0
         if self._writes:
-            self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._lines = folder.metrics.open("a", encoding="utf-8")
             purge = {"purge_step": first_step + 1} if first_step else {}
-            self._board = SummaryWriter(str(folder / "tensorboard"), **purge)
+            self._board = SummaryWriter(str(folder.tensorboard), **purge)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Both, on the disk when this returns; a value that is not finite is null in JSON and left out of the other."""

@@ -132,11 +132,11 @@ class Devices:
         return Rows(shares.index(tuple(sorted(held[jax.process_index()]))), len(shares))
 
     def parameter_shardings(self, tree: PyTree) -> PyTree:
-        """By `train.parallel.sharding.RULES`; None on one device."""
+        """By `train.parallel.sharding.parameter_specs`; None on one device."""
         return None if self.mesh is None else on_mesh(self.mesh, parameter_specs(tree))
 
     def batch_shardings(self, tree: PyTree) -> PyTree:
-        """By the first axis where that divides, else whole on every device; None on one device."""
+        """By the first axis where that divides, else replicated; None on one device."""
         if self.mesh is None:
             return None
         mesh, axes, pieces = self.mesh, ALONG["batch"], self.batch_pieces
@@ -148,13 +148,13 @@ class Devices:
         return jax.tree.map(of, tree)
 
     @property
-    def whole(self) -> NamedSharding | None:
-        """On every device."""
+    def replicated(self) -> NamedSharding | None:
+        """The sharding of arrays that every device has; None on one device."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
-    def everywhere(self, tree: PyTree) -> PyTree:
-        """Arrays that every process has, whole on every device."""
-        return self._put(tree, jax.tree.map(lambda _: self.whole, tree))
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Arrays that every process has, replicated."""
+        return self._put(tree, jax.tree.map(lambda _: self.replicated, tree))
 
     def parameters(self, tree: PyTree) -> PyTree:
         """Arrays that every process has, by `parameter_shardings`."""
@@ -165,7 +165,7 @@ class Devices:
         if self.mesh is None:
             return jax.jit(make)(*arrays)
         cut = self.batch_shardings(jax.eval_shape(make, *arrays))
-        return jax.jit(make, out_shardings=cut)(*(self.everywhere(x) for x in arrays))
+        return jax.jit(make, out_shardings=cut)(*(self.replicate(x) for x in arrays))
 
     def made(self, make: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
         """What ``make`` makes of parameters that lie here, cut as they are."""
@@ -205,7 +205,7 @@ class Devices:
         """The same arrays whole in this process's memory; on one device, as they are. Every process has to call it."""
         if self.mesh is None:
             return tree
-        whole = jax.jit(lambda x: x, out_shardings=self.whole)
+        whole = jax.jit(lambda x: x, out_shardings=self.replicated)
 
         def fetch(x: jax.Array) -> np.ndarray:
             if x.nbytes > _AT_ONCE and x.ndim > 1:

@@ -2,7 +2,7 @@
 
 Four axes (`rehyat_jax.runtime.mesh`), any of them of size 1:
 
-- ``data``: whole copies of the parameters, each on its part of the batch; the slowest links;
+- ``data``: replicas of the parameters, each with its part of the batch; the slowest links;
 - ``fsdp``: its part of the batch and of the parameters, which are gathered layer by layer;
 - ``context``: a part of time in whole chunks, and again of the parameters;
 - ``tensor``: a part of the heads and of the feed-forward's hidden units.
@@ -58,9 +58,9 @@ class MeshConfig:
     def for_devices(cls, devices: int, *, chunks: int = 1, batch: int | None = None) -> MeshConfig:
         """A sensible mesh for a Wan of either size on 8, 64, 256 or 512 chips.
 
-        Parameters are cut by all chips up to 256, and by a power of two. Time is not cut, for that costs nothing but
-        needs a clip a chip: where the batch has fewer clips, time is cut by as little as makes up for it, and by no
-        more pieces than the video has ``chunks``. Heads are cut by nothing: 12 do not divide by 8, and 40 need an
+        Parameters are sharded over all chips up to 256, and a power of two of them. Time is not: that costs nothing but
+        needs a clip a chip. Where the batch has fewer clips, time is sharded by as little as makes up for it, and into
+        no more pieces than the video has ``chunks``. Heads are not: 12 do not divide by 8, and 40 need an
         exchange of all activations twice a layer.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import (
@@ -25,7 +25,7 @@ from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.runtime.record import Phases
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sampling import FlowSchedule, UniPC, scheduler_to_config
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text.tokenizer import Tokenizer
@@ -33,9 +33,10 @@ from rehyat_jax.weights.writing import whole_folder, write_json
 from train.data.clips import Bucket
 from train.data.pools import Captions
 from train.data.tokenizer import build_sprite_tokenizer
-from train.engine.checkpoint import Checkpoints
-from train.parallel.devices import first_process, wait_for_all
-from train.stages.flow import Batch, FlowTraining, embed, flow_loss
+from train.engine.gradients import Mean
+from train.engine.stage import Models, Network
+from train.parallel.devices import Devices, first_process, wait_for_all
+from train.stages.flow import Batch, FlowStage, FlowTraining, embed, flow_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,82 +87,89 @@ class DiffusionTraining(FlowTraining):
         """Checkpoints and metrics."""
         return self.out / "train-dit"
 
-    def run(self, phases: Phases | None = None) -> None:
-        """Train, or continue a run that was stopped; ``phases`` takes times and memory.
-
-        Raises:
-            RehyatError: ``out`` holds a finished transformer, or training diverged.
-            CheckpointError: ``out`` has no VAE that fits, or checkpoints of another model, or cannot be written.
-            Stopped: by a signal; see `train.engine.loop.run`.
-        """
+    def check_result(self) -> None:
         # A text encoder without a run's folder is someone else's.
         foreign = (self.out / "text_encoder").exists() and not self.train_folder.exists()
         if self.result.exists() or foreign:
             raise RehyatError(f"{self.out} holds a trained model already; choose another --out")
-        phases = phases or Phases()
-        init = None if self.init is None else find_model(self.init)
-        if init is not None and first_process() and not (self.out / "vae").exists():
-            with whole_folder(self.out / "vae") as partial:
-                shutil.copytree(init / "vae", partial, dirs_exist_ok=True)
+
+    def stage(self) -> DiffusionStage:
+        return DiffusionStage(self)
+
+
+class DiffusionStage(FlowStage):
+    """A transformer and its text encoder learn together."""
+
+    training: DiffusionTraining
+
+    @functools.cached_property
+    def init(self) -> Path | None:
+        return None if self.training.init is None else find_model(self.training.init)
+
+    @functools.cached_property
+    def vae(self) -> WanVAE:
+        training, folder = self.training, self.training.out / "vae"
+        if self.init is not None and first_process() and not folder.exists():
+            with whole_folder(folder) as partial:
+                shutil.copytree(self.init / "vae", partial, dirs_exist_ok=True)
         wait_for_all("vae")
-        vae = load_vae(self.out / "vae", dtype=jnp.dtype(self.dtype))
-        self.check_fits(vae.config, self.model, where=self.out / "vae")
-        devices = self.devices(vae.config, self.model, None)
+        return load_vae(folder, dtype=jnp.dtype(training.dtype))
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        folder = self.training.out / "tokenizer"
         if first_process():
-            build_sprite_tokenizer(self.out / "tokenizer", list(NAMES))
+            build_sprite_tokenizer(folder, list(NAMES))
         wait_for_all("tokenizer")
-        tokenizer = Tokenizer.from_folder(self.out / "tokenizer")
-        graph, params = self._models(tokenizer, init=init)
+        return Tokenizer.from_folder(folder)
 
-        def loss(params: PyTree, _: None, batch: Batch) -> tuple[Array, dict[str, Array]]:
-            models = nnx.merge(graph, params)
-            text = embed(models.text_encoder, Captions(*batch.text))
-            velocity = models.transformer(batch.noisy, batch.timesteps, text, **self.forward)
-            value = flow_loss(velocity, batch.velocity)
-            return value, {"loss": value}
+    @functools.cached_property
+    def devices(self) -> Devices:
+        training = self.training
+        training.check_fits(self.vae.config, training.model, where=training.out / "vae")
+        return training.devices(self.vae.config, training.model, None)
 
-        state = self.train(params, loss, vae=vae, tokenizer=tokenizer, phases=phases, devices=devices)
-        with phases.measure("save"):
-            averaged = devices.on_host(state.ema)
-            if first_process():
-                self._write(self.out, nnx.merge(graph, averaged))
-            wait_for_all("result")
+    @property
+    def networks(self) -> dict[str, Network]:
+        return {"student": Network(make=self._student, optimizer=self.training.optimizer)}
 
-    def export(self, folder: Path, *, step: int | None = None) -> None:
-        """The model of a checkpoint of this run, of ``step`` or the newest: its averaged weights, as `run` writes them.
+    def _student(self) -> Student:
+        training, dtype = self.training, jnp.dtype(self.training.dtype)
+        text_config = dataclasses.replace(training.text_encoder, vocab_size=self.tokenizer.vocab_size)
+        student = Student(
+            WanTransformer(training.model, dtype=dtype, rngs=nnx.Rngs(training.seed)),
+            UMT5Encoder(text_config, dtype=dtype, rngs=nnx.Rngs(training.seed + 1)),
+        )
+        if self.init is None:
+            return student
+        trained = Student(load_transformer(self.init, hybrid=None), load_text_encoder(self.init))
+        if (trained.transformer.config, trained.text_encoder.config) != (training.model, text_config):
+            raise ConfigError(f"{self.init} is of other sizes than this run's model and text encoder")
+        nnx.update(student, nnx.state(trained))
+        return student
 
-        Raises:
-            CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
-        """
-        graph, params = self._models(Tokenizer.from_folder(self.out / "tokenizer"))
-        with Checkpoints(self.train_folder / "checkpoints") as checkpoints:
-            state = checkpoints.read(self.optimizer.init(params), step=step)
+    def loss(self, models: Models, batch: Batch) -> dict[str, Mean]:
+        student = models["student"]
+        text = embed(student.text_encoder, Captions(*batch.text))
+        velocity = student.transformer(batch.noisy, batch.timesteps, text, **self.training.forward)
+        return {"loss": flow_loss(velocity, batch.velocity)}
+
+    def export(self, averages: Mapping[str, Any], folder: Path) -> None:
+        training, student = self.training, averages["student"]
+        if folder == training.result:
+            self._write(training.out, student)
+            return
         with whole_folder(folder) as partial:
             for part in ("vae", "tokenizer"):
-                shutil.copytree(self.out / part, partial / part)
-            self._write(partial, nnx.merge(graph, state.ema))
+                shutil.copytree(training.out / part, partial / part)
+            self._write(partial, student)
 
-    def _models(self, tokenizer: Tokenizer, *, init: Path | None = None) -> tuple[Any, PyTree]:
-        """Both networks as they begin: their graph and their parameters."""
-        text_config = dataclasses.replace(self.text_encoder, vocab_size=tokenizer.vocab_size)
-        models = Models(
-            WanTransformer(self.model, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed)),
-            UMT5Encoder(text_config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(self.seed + 1)),
-        )
-        graph, params = nnx.split(models, nnx.Param)
-        if init is None:
-            return graph, params
-        trained = Models(load_transformer(init, hybrid=None), load_text_encoder(init))
-        if (trained.transformer.config, trained.text_encoder.config) != (self.model, text_config):
-            raise ConfigError(f"{init} is of other sizes than this run's model and text encoder")
-        return graph, nnx.state(trained, nnx.Param)
-
-    def _write(self, folder: Path, models: Models) -> None:
-        complete_folder(folder, shift=self.shift, defaults=self.defaults)
+    def _write(self, folder: Path, student: Student) -> None:
+        complete_folder(folder, shift=self.training.shift, defaults=self.training.defaults)
         # One that is there was left by a process killed between this line and the last.
         shutil.rmtree(folder / "text_encoder", ignore_errors=True)
-        save_text_encoder(models.text_encoder, folder / "text_encoder", dtype=jnp.bfloat16)
-        save_transformer(models.transformer, folder / "transformer", dtype=jnp.bfloat16)
+        save_text_encoder(student.text_encoder, folder / "text_encoder", dtype=jnp.bfloat16)
+        save_transformer(student.transformer, folder / "transformer", dtype=jnp.bfloat16)
 
 
 def complete_folder(folder: Path, *, shift: float, defaults: Mapping[str, int | float]) -> None:
@@ -185,7 +193,7 @@ def complete_folder(folder: Path, *, shift: float, defaults: Mapping[str, int | 
         write_json(folder / name, content)
 
 
-class Models(nnx.Module):
+class Student(nnx.Module):
     """The two networks that train together."""
 
     def __init__(self, transformer: WanTransformer, text_encoder: UMT5Encoder) -> None:

@@ -7,23 +7,24 @@ that output as a hybrid. The file defines ``config``, a `train.stages.distill.Di
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
-from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
+from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import BlockMixers, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
 from rehyat_jax.models.folder import find_model, read_scheduler
@@ -32,53 +33,38 @@ from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.compilation import cache_folder
-from rehyat_jax.runtime.record import Phases
-from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
-from rehyat_jax.text.prompt_encoder import PromptEncoder
+from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, UniPC
+from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder
 from train.cli.command import run_training
+from train.data.prepared import Prepared
 from train.data.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, prepared_sources
 from train.data.trajectories import Sampling
 from train.engine.arithmetic import distillation_flops
-from train.engine.checkpoint import Checkpoints
-from train.engine.loop import compile_all, run
-from train.engine.optimizer import OptimizerConfig, Skipped, TrainState
-from train.parallel.devices import Devices, Processes, first_process, loading, wait_for_all
-from train.parallel.sharding import MeshConfig, check_mesh
+from train.engine.folder import RunFolder
+from train.engine.optimizer import OptimizerConfig
+from train.engine.run import RunConfig
+from train.engine.stage import Inputs as RoundInputs
+from train.engine.stage import Measure, Models, Network, Round, Stage
+from train.parallel.devices import Devices, first_process, loading
+from train.parallel.sharding import check_mesh
 from train.stages.attention_loss import LossName, check_learns
 from train.stages.block_choice import choose_blocks
 from train.stages.blockwise import Figures
 from train.stages.learner import Learner
+from train.stages.planned import planned_model
 from train.stages.sizes import check_sizes
 
 #: What a result has from its teacher, as it is there; the transformer's folder gets a ``rehyat`` part.
 _KEPT = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "rehyat_defaults.json")
 
 
-class DistillState(NamedTuple):
-    """All that a run carries from round to round."""
-
-    step: Int[Array, ""]
-    #: Each converted group's mixers and optimisers over a leading axis of its blocks, as `Mixing.joined` has them; None
-    #: for a group without parameters.
-    blocks: PyTree
-    #: What each source carries.
-    carried: tuple[PyTree, ...]
-
-    @property
-    def skipped(self) -> Skipped:
-        """Of each block that learns."""
-        groups = jax.tree.leaves(self.blocks, is_leaf=lambda x: isinstance(x, TrainState))
-        return jax.tree.map(lambda *counts: jnp.concatenate(counts), *(group.skipped for group in groups))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillTraining:
+class DistillTraining(RunConfig):
     """One run. ``out`` becomes the teacher's folder with a ``rehyat`` part, whole or not there."""
 
-    out: Path
     #: A bundled model's name, or a model's folder in the diffusers layout. Its own weights stay as they are.
     teacher: Path = Path("mini-sprites")
     #: Its sizes, which `rehyat plan` needs before there is such a folder; none: whatever it has.
@@ -105,16 +91,10 @@ class DistillTraining:
     measure_rounds: int = 250
     #: Of the computation, and of the teacher's weights; φ and its optimiser are in float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    seed: int = 0
-    #: Between two checkpoints; 0 saves after every round.
-    checkpoint_seconds: float = 60.0
-    #: Devices along each axis; by default one device is used.
-    mesh: MeshConfig = MeshConfig(fsdp=1)
-    processes: Processes = Processes()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in {
-            "steps": 1,
             "updates_per_point": 1,
             "minibatches": 1,
             "held_out": 1,
@@ -134,16 +114,6 @@ class DistillTraining:
         check_learns(self.hybrid, self.loss)
 
     @property
-    def result(self) -> Path:
-        """The folder that stands when the run is done, and not before."""
-        return self.out
-
-    @property
-    def train_folder(self) -> Path:
-        """Checkpoints and metrics, beside the result."""
-        return self.out.with_name(f"{self.out.name}-train")
-
-    @property
     def steps_per_round(self) -> int:
         """Optimiser steps on one forward pass of the teacher."""
         return self.updates_per_point * self.minibatches
@@ -151,45 +121,23 @@ class DistillTraining:
     def _rows(self, source: Source) -> int:
         return source.batch * (Guidance(scale=self.guidance_scale).branches if source.samples else 1)
 
-    def run(self, phases: Phases | None = None) -> None:
-        """Train, or continue a run that was stopped; ``phases`` takes times and memory.
+    def stage(self) -> DistillStage:
+        return DistillStage(self)
 
-        What is measured on held-out prompts goes, block by block, to ``blocks.jsonl`` beside ``metrics.jsonl``.
+    def planned(
+        self, among: Sequence[Any], *, size: tuple[int, int], frames: int | None = None, batch: int | None = None
+    ) -> DistillStage:
+        """The stage by shapes alone, on the teacher's own trajectories; see `FinetuneTraining.planned`.
 
         Raises:
-            RehyatError: ``out`` is there already, or training diverged.
-            CheckpointError: the teacher is no such model; checkpoints of another model; a full disk.
-            ConfigError: blocks or clips do not fit the teacher; prompts cannot be read.
-            Stopped: by a signal; see `train.engine.loop.run`.
+            ConfigError: the configuration does not say what the model is, or the mesh does not divide.
         """
-        if self.result.exists():
-            raise RehyatError(f"{self.out} is there already; choose another --out")
-        phases, folder = phases or Phases(), find_model(self.teacher)
-        if not (folder / "model_index.json").is_file():
-            raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
-        with loading(self.mesh):
-            teacher = load_transformer(folder, dtype=jnp.dtype(self.dtype), hybrid=None)
-        distillation = Distillation(self, teacher, folder)
-        with phases.measure("compile"):
-            distillation.compile()
-        with phases.measure("train"):
-            state = run(
-                distillation.state,
-                distillation.advance,
-                steps=self.steps,
-                steps_per_advance=self.steps_per_round,
-                folder=self.train_folder,
-                checkpoint_seconds=self.checkpoint_seconds,
-                flops=distillation.flops,
-                devices=distillation.devices.count,
-            )
-        with phases.measure("measure"):
-            error = distillation.measure(state).error
-        with phases.measure("save"):
-            averaged = distillation.devices.on_host(distillation.averaged(state))
-            if first_process():
-                self._write(self.result, folder, distillation, averaged, error)
-            wait_for_all("result")
+        changes: dict[str, Any] = {name: x for name, x in (("frames", frames), ("batch", batch)) if x is not None}
+        sizes: dict[str, Any] = {} if self.sources[0].of_sprites else {"width": size[0], "height": size[1]}
+        sources = tuple(dataclasses.replace(source, **changes, **sizes) for source in self.sources)
+        # As a TPU would choose: what this machine would is another thing.
+        hybrid = self.hybrid.implemented("pallas")
+        return PlannedDistill(dataclasses.replace(self, sources=sources, hybrid=hybrid), among)
 
     def devices(
         self, model: WanConfig, shapes: Sequence[tuple[int, ...]], *, among: Sequence[jax.Device] | None = None
@@ -218,21 +166,16 @@ class DistillTraining:
                     )
         return devices
 
-    def learner(self, model: WanConfig, teacher: Any, *, sampling: Sampling, devices: Devices) -> Learner:
-        """What makes the programs; ``teacher``: its graph."""
-        mixing = Mixing.of(self.hybrid, model.num_layers)
-        blocks = nnx.eval_shape(lambda: self.blocks(model))
+    def learner(self, model: WanConfig, *, sampling: Sampling) -> Learner:
+        """What makes the programs."""
         return Learner(
             config=model,
-            mixing=mixing,
-            teacher=teacher,
-            graphs=[nnx.split(group)[0] for group in mixing.parted(blocks)],
+            mixing=Mixing.of(self.hybrid, model.num_layers),
             sampling=sampling,
             optimizer=self.optimizer,
             loss=self.loss,
             updates_per_point=self.updates_per_point,
             minibatches=self.minibatches,
-            devices=devices,
         )
 
     def flops(self, model: WanConfig, source: Source, shape: tuple[int, ...]) -> int:
@@ -252,11 +195,6 @@ class DistillTraining:
         assert made is not None
         return made
 
-    def init_blocks(self, params: Sequence[PyTree]) -> list[TrainState | None]:
-        """Of each group, from its parameters over an axis of its blocks; None where it has none."""
-        init = jax.vmap(self.optimizer.init)
-        return [init(group) if jax.tree.leaves(group) else None for group in params]
-
     def sampling(self, schedule: FlowSchedule, solver: Solver) -> Sampling:
         """The teacher's, of a model with this schedule and solver."""
         return Sampling(
@@ -266,203 +204,284 @@ class DistillTraining:
             guidance=Guidance(scale=self.guidance_scale),
         )
 
-    def export(self, folder: Path, *, step: int | None = None) -> None:
-        """The model of a checkpoint of this run, of ``step`` or the newest: its averaged maps, as `run` writes them.
 
-        Raises:
-            CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
-        """
-        teacher = find_model(self.teacher)
-        model = load_transformer(teacher, dtype=jnp.dtype(self.dtype), hybrid=None)
-        distillation = Distillation(self, model, teacher)
-        with Checkpoints(self.train_folder / "checkpoints") as checkpoints:
-            state = checkpoints.read(distillation.state, step=step)
-        error = None
-        if self.best is not None:
-            distillation.compile()
-            error = distillation.measure(state).error
-        self._write(folder, teacher, distillation, distillation.averaged(state), error)
+class _Points(RoundInputs):
+    """A source at work: each of its rounds, and a key for what is drawn of its points."""
 
-    def _write(
-        self,
-        folder: Path,
-        teacher: Path,
-        distillation: Distillation,
-        averaged: PyTree,
-        error: Array | np.ndarray | None,
-    ) -> None:
-        """The teacher's folder with a ``rehyat`` part, of the blocks with the smallest error where some are chosen."""
-        mixing, hybrid = distillation.mixing, self.hybrid
-        blocks = distillation.module(averaged)
-        if self.best is not None and error is not None:
-            chosen = choose_blocks(error.tolist(), self.best)
-            hybrid = hybrid.only(tuple(distillation.numbers[i] for i in chosen))
-            blocks = mixing.selected(blocks, Mixing.of(hybrid, distillation.teacher.config.num_layers))
-        with whole_folder(folder) as partial:
-            for name in _KEPT:
-                if (teacher / name).is_dir():
-                    shutil.copytree(teacher / name, partial / name, ignore=shutil.ignore_patterns("rehyat"))
-                elif (teacher / name).is_file():
-                    shutil.copyfile(teacher / name, partial / name)
-            write_student(partial / "transformer", distillation.teacher.config, hybrid, blocks)
+    def __init__(self, inputs: Inputs, rounds: Sequence[int], *, seed: int) -> None:
+        self.inputs, self.frozen, self._rounds, self._seed = inputs, inputs.frozen, rounds, seed
+
+    def host(self, index: int) -> PyTree:
+        return self.inputs.turn(bisect.bisect_left(self._rounds, index)), _key(self._seed, 0, index)
+
+    def host_shapes(self) -> PyTree:
+        return self.inputs.turn_shapes(), jax.eval_shape(lambda: _key(0))
+
+    def begin(self, devices: Devices) -> PyTree:
+        return self.inputs.begin(devices)
 
 
-class Distillation:
-    """A run at work: its programs, and what they are given."""
+class DistillStage(Stage):
+    """A teacher's converted blocks learn, each by itself, on what the teacher's pass shows them.
 
-    def __init__(self, training: DistillTraining, teacher: WanTransformer, folder: Path) -> None:
-        self.training, self.teacher = training, teacher
-        config, dtype = teacher.config, jnp.dtype(training.dtype)
-        check_sizes(training.model, config, where=folder)
-        self.mixing = mixing = Mixing.of(training.hybrid, config.num_layers)
-        #: The converted blocks' numbers among all.
-        self.numbers = [i for i, chosen in enumerate(mixing.converted) if chosen]
-        if training.best is not None and not 1 <= training.best <= len(self.numbers):
-            raise ConfigError(f"the best {training.best} of {len(self.numbers)} converted blocks cannot be chosen")
-        self._sampling = training.sampling(*read_scheduler(folder))
-        vae = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
-        if not vae.z_dim == config.in_channels == config.out_channels:
+    What is measured on held-out prompts goes, block by block, to ``blocks.jsonl`` beside ``metrics.jsonl``.
+    """
+
+    def __init__(self, training: DistillTraining) -> None:
+        self.training, self.steps_per_round = training, training.steps_per_round
+        # 0: at the end alone.
+        self.validate_every = (training.measure_rounds or training.steps) * self.steps_per_round
+        self.validate_first = training.measure_rounds > 0
+        self._error: np.ndarray | None = None
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The teacher's."""
+        folder = find_model(self.training.teacher)
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
+        return folder
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.training.dtype)
+
+    @functools.cached_property
+    def teacher(self) -> WanTransformer:
+        with loading(self.training.mesh):
+            teacher = load_transformer(self.folder, dtype=self.dtype, hybrid=None)
+        check_sizes(self.training.model, teacher.config, where=self.folder)
+        return teacher
+
+    @property
+    def model(self) -> WanConfig:
+        return self.teacher.config
+
+    @functools.cached_property
+    def vae(self) -> VAEConfig:
+        config, where = VAEConfig.from_dict(read_json(self.folder / "vae" / "config.json")), self.folder / "vae"
+        if not config.z_dim == self.model.in_channels == self.model.out_channels:
             raise CheckpointError(
-                f"{folder / 'vae'} makes latents of {vae.z_dim} channels, and the transformer has "
-                f"{config.in_channels} in and {config.out_channels} out"
+                f"{where} makes latents of {config.z_dim} channels, and the transformer has {self.model.in_channels} "
+                f"in and {self.model.out_channels} out"
             )
-        self._shapes = [source.latent_shape(vae, config) for source in training.sources]
-        self.devices = devices = training.devices(config, self._shapes)
-        graph, params = nnx.split(teacher)
-        self._teacher = devices.parameters(params)
-        self._learner = training.learner(config, graph, sampling=self._sampling, devices=devices)
-        self._blocks = nnx.eval_shape(lambda: training.blocks(config))
-        params = [nnx.state(group) for group in mixing.parted(training.blocks(config))]
-        prepared = prepared_sources(training.sources, folder, held_out=training.held_out)
-        # All that a user may have got wrong is known before the text encoder is read.
-        texts = {
-            index: source.texts(seed=training.seed, reserved=training.held_out)
-            for index, source in enumerate(training.sources)
-            if source.samples
-        }
-        held_out = [
-            source.held_out(training.held_out)
-            if source.prepared is None
-            else prepared[source.prepared].held_out_captions(training.held_out)
-            for source in training.sources
-        ]
-        embed = _embeddings(folder, training.sources, dtype)
-        self._held_out = [devices.everywhere(embed(prompts)) for prompts in held_out]
-        self._nothing = devices.everywhere(embed([""]))
-        self._inputs: list[Inputs] = []
-        for index, (source, shape) in enumerate(zip(training.sources, self._shapes, strict=True)):
-            key = _key(training.seed, 1 + index)
-            if source.videos:
-                clips = NoisyClips(
-                    source, sampling=self._sampling, embed=embed, vae=load_vae(folder, dtype=dtype), key=key
-                )
-                self._inputs.append(clips)
-            elif source.prepared is not None:
-                self._inputs.append(
-                    PreparedInputs(
-                        source,
-                        prepared[source.prepared],
-                        sampling=self._sampling,
-                        dtype=dtype,
-                        key=key,
-                        seed=training.seed,
-                        rows=devices.rows(),
-                    )
-                )
-            else:
-                self._inputs.append(
-                    OwnTrajectories(
-                        source, sampling=self._sampling, texts=texts[index], embed=embed, shape=shape, key=key
-                    )
-                )
-        self._latest: dict[str, Any] = {}
-        # Which source each round draws from, and which round of that source it is.
-        share = np.array([source.share for source in training.sources])
-        rounds = -(-training.steps // training.steps_per_round)
-        self._plan = np.random.default_rng(training.seed).choice(len(share), size=rounds, p=share / share.sum())
-        for inputs in self._inputs:
-            inputs.frozen = devices.everywhere(inputs.frozen)
-        self.state = DistillState(
-            devices.everywhere(jnp.zeros((), jnp.int32)),
-            mixing.joined(devices.made(jax.jit(training.init_blocks), devices.parameters(params))),
-            tuple(inputs.begin(devices) for inputs in self._inputs),
-        )
+        return config
 
-    def compile(self) -> None:
-        """Every program of the run, side by side."""
-        count = len(self._inputs)
-        kinds = self._lower, self._lower_measurer
-        makers = [functools.partial(make, index) for make in kinds for index in range(count)]
-        programs = compile_all(makers)
-        self._learners, self._measurers = programs[:count], programs[count:]
+    @functools.cached_property
+    def sampling(self) -> Sampling:
+        return self.training.sampling(*read_scheduler(self.folder))
 
-    def advance(self, state: DistillState, step: int) -> tuple[DistillState, dict[str, Any]]:
-        """A round: one forward pass of the teacher, and the blocks' optimiser steps on it."""
+    @functools.cached_property
+    def numbers(self) -> list[int]:
+        """The converted blocks' among all."""
         training = self.training
-        index = step // training.steps_per_round
-        if training.measure_rounds and index % training.measure_rounds == 0:
-            found = self.measure(state)
-            self._latest = {"held_out": found.error.mean(), "share": found.share.mean()}
-        which = self._plan[index]
-        inputs, devices = self._inputs[which], self.devices
-        turn = devices.batch(inputs.turn(int((self._plan[:index] == which).sum())), inputs.turn_shapes())
-        rate = jnp.float32(training.optimizer.rate(step, training.steps))
-        key, rate = devices.everywhere((_key(training.seed, 0, index), rate))
-        blocks, carried, errors = self._learners[which](
-            state.blocks, state.carried[which], self._teacher, inputs.frozen, turn, key, rate
+        numbers = [i for i, chosen in enumerate(self.learner.mixing.converted) if chosen]
+        if training.best is not None and not 1 <= training.best <= len(numbers):
+            raise ConfigError(f"the best {training.best} of {len(numbers)} converted blocks cannot be chosen")
+        return numbers
+
+    @functools.cached_property
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        """Of each source's latents."""
+        return [source.latent_shape(self.vae, self.model) for source in self.training.sources]
+
+    @functools.cached_property
+    def devices(self) -> Devices:
+        _ = self.numbers, self.sampling  # what else a user may have got wrong
+        return self.training.devices(self.model, self.shapes)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The teacher and, each in a role of its own, the converted blocks' mixers by group (`Mixing`)."""
+
+        def mixers(number: int) -> Network:
+            # Of a mixer without parameters nothing learns.
+            learns = self.training.optimizer if jax.tree.leaves(nnx.state(self.blocks[number])) else None
+            return Network(make=lambda: self.blocks[number], optimizer=learns, stacked=True)
+
+        found = {role: mixers(number) for number, role in enumerate(self.learner.roles)}
+        return found | {"teacher": Network(make=lambda: self.teacher)}
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Any, ...]:
+        """The converted groups' mixers before they have learned."""
+        return self.learner.mixing.parted(self.training.blocks(self.model))
+
+    @functools.cached_property
+    def learner(self) -> Learner:
+        return self.training.learner(self.model, sampling=self.sampling)
+
+    @functools.cached_property
+    def _plan(self) -> list[int]:
+        """Which source each round draws from."""
+        share = np.array([source.share for source in self.training.sources])
+        rounds = -(-self.training.steps // self.steps_per_round)
+        return np.random.default_rng(self.training.seed).choice(len(share), size=rounds, p=share / share.sum()).tolist()
+
+    def round_of(self, index: int) -> tuple[int, ...]:
+        return (self._plan[index],)
+
+    def rounds(self) -> dict[tuple[int, ...], Round]:
+        return {(place,): self._round(place, inputs) for place, inputs in enumerate(self.inputs())}
+
+    def _round(self, place: int, inputs: Inputs) -> Round:
+        training, shape = self.training, self.shapes[place]
+        rounds = [index for index, which in enumerate(self._plan) if which == place]
+        return Round(
+            function=self.learner.round(inputs, place, shape=shape),
+            inputs=_Points(inputs, rounds, seed=training.seed),
+            flops=float(training.flops(self.model, training.sources[place], shape)),
         )
-        everything = (*state.carried[:which], carried, *state.carried[which + 1 :])
-        return DistillState(state.step + training.steps_per_round, blocks, everything), {"loss": errors} | self._latest
 
-    def flops(self, step: int) -> float:
-        """Of the round that begins at a step."""
-        which = self._plan[step // self.training.steps_per_round]
-        return float(self.training.flops(self.teacher.config, self.training.sources[which], self._shapes[which]))
+    def title(self, data: int) -> str:
+        source = self.training.sources[data]
+        return f"{source.batch} clips of {source.frames} frames"
 
-    def measure(self, state: DistillState) -> Figures:
-        """The averaged blocks on prompts held out, over whole trajectories of every source; goes to a file too.
+    @functools.cached_property
+    def embed(self) -> Embed:
+        """Prompts, embedded by the teacher's text encoder."""
+        return _embeddings(self.folder, self.training.sources, self.dtype)
 
-        The same noise and prompts in every run.
-        """
-        found = [
-            measurer(self.averaged(state), self._teacher, text, self._nothing)
-            for measurer, text in zip(self._measurers, self._held_out, strict=True)
+    def inputs(self) -> list[Inputs]:
+        """Each source at work."""
+        training = self.training
+        _ = self.prepared
+        # All that a user may have got wrong is known before the text encoder is read.
+        seed, reserved = training.seed, training.held_out
+        texts = [source.texts(seed=seed, reserved=reserved) if source.samples else None for source in training.sources]
+        _ = self.held_out
+        return [self._inputs(place, text) for place, text in enumerate(texts)]
+
+    def _inputs(self, place: int, texts: Callable[[int], str] | None) -> Inputs:
+        training, source = self.training, self.training.sources[place]
+        key, shape = _key(training.seed, 1 + place), self.shapes[place]
+        if source.videos:
+            vae = load_vae(self.folder, dtype=self.dtype)
+            return NoisyClips(source, sampling=self.sampling, embed=self.embed, vae=vae, key=key)
+        if source.prepared is not None:
+            return PreparedInputs(
+                source,
+                self.prepared[source.prepared],
+                sampling=self.sampling,
+                dtype=self.dtype,
+                key=key,
+                seed=training.seed,
+                rows=self.devices.rows(),
+            )
+        assert texts is not None
+        return OwnTrajectories(source, sampling=self.sampling, texts=texts, embed=self.embed, shape=shape, key=key)
+
+    @functools.cached_property
+    def prepared(self) -> Mapping[Path, Prepared]:
+        """The opened folders of prepared sources."""
+        return prepared_sources(self.training.sources, self.folder, held_out=self.training.held_out)
+
+    @functools.cached_property
+    def held_out(self) -> list[list[str]]:
+        """Prompts of each source that measure."""
+        count = self.training.held_out
+        return [
+            source.held_out(count)
+            if source.prepared is None
+            else self.prepared[source.prepared].held_out_captions(count)
+            for source in self.training.sources
         ]
-        everything: Figures = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(found))  # [source, step, block]
+
+    def measures(self) -> list[Measure]:
+        """Whole trajectories of every source's held-out prompts: the same noise and prompts in every run."""
+        negative = self.embed([""])
+        return [
+            Measure(
+                function=self.learner.measure(shape=shape),
+                frozen={"text": self.embed(prompts), "negative": negative},
+                host=None,
+                host_shapes=None,
+            )
+            for prompts, shape in zip(self.held_out, self.shapes, strict=True)
+        ]
+
+    def report(
+        self, results: Sequence[PyTree], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder
+    ) -> dict[str, float]:
+        everything: Figures = jax.tree.map(lambda *x: np.stack(x), *results)  # [source, step, block]
         figures = Figures(
             everything.error.mean((0, 1)), everything.share.mean((0, 1)), everything.normaliser.min((0, 1))
         )
-        entry = {"step": int(state.step), "block": self.numbers} | {k: v.tolist() for k, v in figures._asdict().items()}
+        self._error = np.asarray(figures.error)
+        entry = {"step": step, "block": self.numbers} | {k: v.tolist() for k, v in figures._asdict().items()}
         entry |= {
             "error_by_source": everything.error.mean((1, 2)).tolist(),
             "error_by_sampling_step": everything.error.mean((0, 2)).tolist(),
         }
-        if not first_process():
-            return figures
-        self.training.train_folder.mkdir(parents=True, exist_ok=True)
-        with (self.training.train_folder / "blocks.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        return figures
+        if first_process():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with folder.blocks.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        return {"held_out": float(figures.error.mean()), "share": float(figures.share.mean())}
 
-    def averaged(self, state: DistillState) -> PyTree:
-        """The averaged parameters of every converted group, as `Mixing.joined` has them."""
-        groups = self.mixing.parted(state.blocks)
-        return self.mixing.joined([nnx.State({}) if group is None else group.ema for group in groups])
+    def export(self, averages: Mapping[str, Any], folder: Path) -> None:
+        """The teacher's folder with a ``rehyat`` part, of the blocks with the smallest error where some are chosen."""
+        training, hybrid, mixing = self.training, self.training.hybrid, self.learner.mixing
+        groups = {role: averages.get(role, self.blocks[number]) for number, role in enumerate(self.learner.roles)}
+        made = list(groups.values())
+        blocks = made[0] if len(made) == 1 else nnx.List(made)
+        if training.best is not None:
+            chosen = choose_blocks(self._measured(groups).tolist(), training.best)
+            hybrid = hybrid.only(tuple(self.numbers[i] for i in chosen))
+            blocks = mixing.selected(blocks, Mixing.of(hybrid, self.model.num_layers))
+        with whole_folder(folder) as partial:
+            for name in _KEPT:
+                if (self.folder / name).is_dir():
+                    shutil.copytree(self.folder / name, partial / name, ignore=shutil.ignore_patterns("rehyat"))
+                elif (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, partial / name)
+            write_student(partial / "transformer", self.model, hybrid, blocks)
 
-    def module(self, averaged: PyTree) -> Any:
-        """The blocks' mixers with these parameters."""
-        groups = zip(self.mixing.parted(self._blocks), self.mixing.parted(averaged), strict=True)
-        made = [nnx.merge(nnx.split(shapes)[0], params) for shapes, params in groups]
-        return made[0] if len(made) == 1 else nnx.List(made)
+    def _measured(self, groups: Mapping[str, Any]) -> np.ndarray:
+        """Each block's error: of the last validation or, for a checkpoint's, measured now."""
+        if self._error is not None:
+            return self._error
+        models = Models.of(**groups, teacher=self.teacher)
+        found = [jax.jit(functools.partial(m.function, models))(m.frozen, None) for m in self.measures()]
+        return np.stack([np.asarray(figures.error) for figures in found]).mean((0, 1))
 
-    def _lower(self, which: int) -> jax.stages.Lowered:
-        return self._learner.lower(
-            self._inputs[which], self.state.blocks, self.state.carried[which], self._teacher, shape=self._shapes[which]
-        )
 
-    def _lower_measurer(self, which: int) -> jax.stages.Lowered:
-        arrays = self.averaged(self.state), self._teacher, self._held_out[which], self._nothing
-        return self._learner.lower_measurer(*arrays, shape=self._shapes[which])
+class PlannedDistill(DistillStage):
+    """The same programs, from shapes: no weights and no prompts are read."""
+
+    def __init__(self, training: DistillTraining, among: Sequence[Any]) -> None:
+        super().__init__(training)
+        self._among, self.folder, self.vae = among, training.teacher, VAEConfig.wan()
+        self.sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
+
+    @functools.cached_property
+    def teacher(self) -> WanTransformer:
+        model = planned_model(self.training.model, self.training.teacher)
+        return nnx.eval_shape(lambda: WanTransformer(model, dtype=self.dtype, param_dtype=self.dtype, rngs=nnx.Rngs(0)))
+
+    @functools.cached_property
+    def devices(self) -> Devices:
+        return self.training.devices(self.model, self.shapes, among=self._among)
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Any, ...]:
+        return self.learner.mixing.parted(nnx.eval_shape(lambda: self.training.blocks(self.model)))
+
+    def inputs(self) -> list[Inputs]:
+        def embed(texts: Sequence[str]) -> Array:
+            return jnp.zeros((len(texts), TEXT_LENGTH, self.model.text_dim), self.dtype)
+
+        return [
+            OwnTrajectories(
+                source,
+                sampling=self.sampling,
+                texts=lambda number: "",
+                embed=embed,
+                shape=shape,
+                key=jax.random.key(0),
+            )
+            for source, shape in zip(self.training.sources, self.shapes, strict=True)
+        ]
 
 
 def _key(seed: int, *numbers: int) -> Key[Array, ""]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,30 +19,33 @@ import jax
 import jax.numpy as jnp
 import tyro
 from flax import nnx
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key
 
-from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
+from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import BlockMixers, Conversion, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_transformer
 from rehyat_jax.models.folder import DEFAULTS_FILE, find_model
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.runtime.record import Phases
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.variables import GateParam, MixerParam
 from rehyat_jax.sampling.rollout import check_remember
+from rehyat_jax.sprites import world
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder, write_json
 from train.cli.command import run_training
 from train.data.clips import Bucket
-from train.data.pools import Captions
-from train.data.prepared import PreparedClips, open_prepared
+from train.data.pools import Captions, Feed
+from train.data.prepared import Prepared, PreparedClips, open_prepared
 from train.engine.arithmetic import forward_flops
-from train.engine.checkpoint import Checkpoints
+from train.engine.gradients import Mean
 from train.engine.optimizer import OptimizerConfig, Shares
-from train.parallel.devices import first_process, loading, wait_for_all
-from train.stages.flow import Batch, FlowTraining, Loss, embed, flow_loss
+from train.engine.stage import Models, Network
+from train.parallel.devices import Devices, loading
+from train.stages.flow import Batch, FlowStage, FlowTraining, Show, embed, flow_loss
+from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
 from train.stages.sizes import check_sizes
 from train.stages.videos import showing
 
@@ -125,73 +129,27 @@ class FinetuneTraining(FlowTraining):
             raise ConfigError("a teacher has seen one noise level for all frames alone: it cannot be beside history")
         check_remember(self.remember)
 
-    @property
-    def result(self) -> Path:
-        """The folder that stands when the run is done, and not before."""
-        return self.out
+    def stage(self) -> FinetuneStage:
+        return FinetuneStage(self)
 
-    @property
-    def train_folder(self) -> Path:
-        """Checkpoints and metrics, beside the result."""
-        return self.out.with_name(f"{self.out.name}-train")
+    def planned(
+        self, among: Sequence[Any], *, size: tuple[int, int], frames: int | None = None, batch: int | None = None
+    ) -> FinetuneStage:
+        """The stage by shapes alone.
 
-    def run(self, phases: Phases | None = None) -> None:
-        """Train, or continue a run that was stopped; ``phases`` takes times and memory.
+        Args:
+            among: devices that need not be here.
+            size: width and height of prepared clips.
+            frames, batch: of every clip, and of a step, in place of the configuration's.
 
         Raises:
-            RehyatError: ``out`` is there already, or training diverged.
-            CheckpointError: the source or the teacher is no such model; checkpoints of another model; a full disk.
-            ConfigError: the source's blocks cannot become ``hybrid``'s, or clips do not fit its VAE; a prepared folder
-                is not finished, damaged, or of another model.
-            Stopped: by a signal; see `train.engine.loop.run`.
+            ConfigError: the configuration does not say what the model is, or the mesh does not divide.
         """
-        if self.result.exists():
-            raise RehyatError(f"{self.out} is there already; choose another --out")
-        phases, dtype, source = phases or Phases(), jnp.dtype(self.dtype), whole_model(self.source)
-        prepared = open_prepared(self.buckets, source, held_out=self.validation.held_out)
-        with loading(self.mesh):
-            student = self.student(source)
-        graph, params = _in_dtype(student, dtype)
-        vae = load_vae(source, dtype=dtype)
-        check_sizes(self.model, student.config, where=source)
-        self.check_fits(vae.config, student.config, where=source / "vae")
-        devices = self.devices(vae.config, student.config, student.hybrid)
-        frozen, teacher_graph = {}, None
-        if any(isinstance(bucket, Bucket) for bucket in self.buckets):  # captions of prepared clips are embedded
-            text_graph, frozen["text"] = nnx.split(load_text_encoder(source, dtype=dtype))
-        if self.teacher is not None:
-            with loading(self.mesh):
-                teacher = load_transformer(find_model(self.teacher), hybrid=None)
-            if teacher.config != student.config:
-                raise ConfigError(f"{self.teacher} is no teacher of {source}: they are of different sizes")
-            teacher_graph, frozen["teacher"] = _in_dtype(teacher, dtype)
-
-        def read(frozen: PyTree, tokens: Captions) -> Array:
-            return embed(nnx.merge(text_graph, frozen["text"]), tokens)
-
-        longest = self.longest(vae.config)
-        flops = functools.partial(self.flops, student.config, student.hybrid, longest=longest)
-        loss = self.loss(graph, teacher_graph, longest=longest)
-        prompts = self.validation.prompts if self.validation.every else ()
-        state = self.train(
-            params,
-            loss,
-            vae=vae,
-            tokenizer=Tokenizer.from_folder(source),
-            phases=phases,
-            read=read,
-            frozen=frozen,
-            shares=self.shares,
-            flops=flops,
-            prepared=prepared,
-            show=showing(prompts, graph=graph, folder=source, dtype=dtype) if prompts else None,
-            devices=devices,
-        )
-        with phases.measure("save"):
-            averaged = devices.on_host(state.ema)
-            if first_process():
-                self._write(self.result, source, nnx.merge(graph, averaged))
-            wait_for_all("result")
+        changes: dict[str, Any] = {name: x for name, x in (("frames", frames), ("batch", batch)) if x is not None}
+        buckets = tuple(dataclasses.replace(bucket, **changes) for bucket in self.buckets)
+        # As a TPU would choose: what this machine would is another thing.
+        hybrid = (self.hybrid or HybridConfig()).implemented("pallas")
+        return PlannedFinetune(dataclasses.replace(self, buckets=buckets, hybrid=hybrid), among, size=size)
 
     def levels(
         self, sigma: Float[Array, " B"], key: Key[Array, ""], *, frames: int
@@ -216,30 +174,8 @@ class FinetuneTraining(FlowTraining):
         model = load_transformer(source, hybrid=None if self.anew else "auto")
         return student_of(model, self.hybrid, where=source)
 
-    def longest(self, vae: VAEConfig) -> int:
-        """Latent frames of the longest clip that is compared with the teacher."""
-        return 1 + (self.teacher_frames - 1) // vae.temporal_factor
-
-    def flops(self, model: WanConfig, hybrid: Conversion | None, shape: tuple[int, int, int], *, longest: int) -> int:
-        """Floating-point operations of a step on one clip of these latent frames, rows and columns."""
-        compared = self.teacher is not None and shape[0] <= longest
-        learning = 3 * forward_flops(model, hybrid, shape=shape)
-        return learning + (forward_flops(model, None, shape=shape) if compared else 0)
-
-    def export(self, folder: Path, *, step: int | None = None) -> None:
-        """The model of a checkpoint of this run, of ``step`` or the newest: its averaged weights, as `run` writes them.
-
-        Raises:
-            CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
-        """
-        source = whole_model(self.source)
-        student = self.student(source)
-        graph, params = _in_dtype(student, jnp.dtype(self.dtype))
-        with Checkpoints(self.train_folder / "checkpoints") as checkpoints:
-            state = checkpoints.read(self.optimizer.init(params), step=step)
-        self._write(folder, source, nnx.merge(graph, state.ema))
-
-    def _write(self, folder: Path, source: Path, student: WanTransformer) -> None:
+    def write(self, folder: Path, source: Path, student: WanTransformer) -> None:
+        """The finished model's folder, whole or not there."""
         with whole_folder(folder) as partial:
             for name in _KEPT:
                 if (source / name).is_dir():
@@ -251,26 +187,165 @@ class FinetuneTraining(FlowTraining):
                 write_json(partial / DEFAULTS_FILE, defaults | {"remember": self.remember})
             save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
 
+    def loss(self, models: Models, batch: Batch, *, longest: int) -> dict[str, Mean]:
+        """The student's means; clips of up to ``longest`` latent frames are compared with the teacher."""
+        inputs = batch.noisy, batch.timesteps, batch.text
+        velocity = models["student"](*inputs, **self.forward)
+        means = {"loss": flow_loss(velocity, batch.velocity, batch.weights)}
+        if "teacher" in models and batch.noisy.shape[1] <= longest:
+            target = jax.lax.stop_gradient(models["teacher"](*inputs, text_tokens=TEXT_LENGTH))
+            means["teacher"] = flow_loss(velocity, target, weight=self.teacher_weight)
+        return means
+
     @property
     def shares(self) -> Shares:
         """Of the learning rate, by variable type."""
         return {GateParam: self.gate_rate, MixerParam: self.hybrid_rate}
 
-    def loss(self, graph: Any, teacher_graph: Any, *, longest: int) -> Loss:
-        """Of the student's parameters, ``{"teacher": …}`` and clips; up to ``longest`` latent frames are compared."""
 
-        def loss(params: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, dict[str, Array]]:
-            inputs = batch.noisy, batch.timesteps, batch.text
-            velocity = nnx.merge(graph, params)(*inputs, **self.forward)
-            flow = flow_loss(velocity, batch.velocity, batch.weights)
-            if teacher_graph is None or batch.noisy.shape[1] > longest:
-                return flow, {"loss": flow}
-            teacher = nnx.merge(teacher_graph, frozen["teacher"])
-            target = jax.lax.stop_gradient(teacher(*inputs, text_tokens=TEXT_LENGTH))
-            apart = flow_loss(velocity, target)
-            return flow + self.teacher_weight * apart, {"loss": flow, "teacher": apart}
+class FinetuneStage(FlowStage):
+    """A converted model learns whole, with or without a teacher beside it."""
 
-        return loss
+    training: FinetuneTraining
+
+    @functools.cached_property
+    def source(self) -> Path:
+        return whole_model(self.training.source)
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.training.dtype)
+
+    @functools.cached_property
+    def student(self) -> WanTransformer:
+        """Before it has learned."""
+        with loading(self.training.mesh):
+            student = self.training.student(self.source)
+        check_sizes(self.training.model, student.config, where=self.source)
+        return student
+
+    @functools.cached_property
+    def vae(self) -> WanVAE:
+        return load_vae(self.source, dtype=self.dtype)
+
+    @functools.cached_property
+    def vae_config(self) -> VAEConfig:
+        return self.vae.config
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.source)
+
+    @functools.cached_property
+    def prepared(self) -> Mapping[Path, Prepared]:
+        return open_prepared(self.training.buckets, self.source, held_out=self.training.validation.held_out)
+
+    @functools.cached_property
+    def devices(self) -> Devices:
+        _ = self.prepared  # before weights are read
+        student, vae = self.student, self.vae_config
+        self.training.check_fits(vae, student.config, where=self.source / "vae")
+        return self.training.devices(vae, student.config, student.hybrid)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        training = self.training
+        found = {
+            "student": Network(
+                make=lambda: _computing(self.student, self.dtype), optimizer=training.optimizer, shares=training.shares
+            )
+        }
+        if any(isinstance(bucket, Bucket) for bucket in training.buckets):  # captions of prepared clips are embedded
+            found["text"] = Network(make=lambda: load_text_encoder(self.source, dtype=self.dtype))
+        if training.teacher is not None:
+            found["teacher"] = Network(make=self._teacher)
+        return found
+
+    def _teacher(self) -> WanTransformer:
+        with loading(self.training.mesh):
+            teacher = load_transformer(find_model(self.training.teacher or ""), hybrid=None)
+        if teacher.config != self.student.config:
+            raise ConfigError(f"{self.training.teacher} is no teacher of {self.source}: they are of different sizes")
+        return _computing(teacher, self.dtype)
+
+    def read(self, models: Models, tokens: Captions) -> Array:
+        return embed(models["text"], tokens)
+
+    @property
+    def longest(self) -> int:
+        """Latent frames of the longest clip that is compared with the teacher."""
+        return 1 + (self.training.teacher_frames - 1) // self.vae_config.temporal_factor
+
+    def loss(self, models: Models, batch: Batch) -> dict[str, Mean]:
+        return self.training.loss(models, batch, longest=self.longest)
+
+    def flops(self, data: int) -> float:
+        training, student = self.training, self.student
+        bucket, shape = training.buckets[data], self.latent_shape(data)
+        compared = training.teacher is not None and shape[0] <= self.longest
+        clip = 3 * forward_flops(student.config, student.hybrid, shape=shape)
+        clip += forward_flops(student.config, None, shape=shape) if compared else 0
+        return float(clip * bucket.batch * training.steps_per_round)
+
+    def latent_shape(self, number: int) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a bucket's clips."""
+        bucket = self.training.buckets[number]
+        if isinstance(bucket, PreparedClips):
+            frames, rows, columns = self.prepared[bucket.folder].plan.latents[:3]
+            return frames, rows, columns
+        return latent_shape(self.vae_config, frames=bucket.frames, height=world.HEIGHT, width=bucket.width)
+
+    @functools.cached_property
+    def show(self) -> Show | None:
+        validation = self.training.validation
+        if not (validation.every and validation.prompts):
+            return None
+        return showing(validation.prompts, folder=self.source, dtype=self.dtype)
+
+    def export(self, averages: Mapping[str, Any], folder: Path) -> None:
+        self.training.write(folder, self.source, averages["student"])
+
+
+class PlannedFinetune(FinetuneStage):
+    """The same programs, from shapes: no weights and no data are read."""
+
+    def __init__(self, training: FinetuneTraining, among: Sequence[Any], *, size: tuple[int, int]) -> None:
+        super().__init__(training)
+        self._among, self._size = among, size
+        self.prepared, self.source = {}, training.source
+        self.vae_config = VAEConfig.wan()
+
+    @functools.cached_property
+    def student(self) -> WanTransformer:
+        return self._transformer(self.training.hybrid)
+
+    @functools.cached_property
+    def devices(self) -> Devices:
+        student = self.student
+        return self.training.devices(self.vae_config, student.config, student.hybrid, among=self._among)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        return {role: network for role, network in super().networks.items() if role != "text"}
+
+    def _teacher(self) -> WanTransformer:
+        return self._transformer(None)
+
+    def _transformer(self, hybrid: Conversion | None) -> WanTransformer:
+        model = planned_model(self.training.model, self.training.source)
+        return nnx.eval_shape(lambda: WanTransformer(model, hybrid=hybrid, dtype=self.dtype, rngs=nnx.Rngs(0)))
+
+    def feed(self, number: int, *, held_out: int = 0) -> Feed:
+        shape = (*self.latent_shape(number), self.vae_config.z_dim)
+        return PlannedFeed(
+            self.training.pool(self.training.buckets[number]), shape, self.student.config.text_dim, self.dtype
+        )
+
+    def latent_shape(self, number: int) -> tuple[int, int, int]:
+        bucket = self.training.buckets[number]
+        width, height = self._size if isinstance(bucket, PreparedClips) else (bucket.width, world.HEIGHT)
+        check_planned(self.vae_config, self.student.config, frames=bucket.frames, size=(width, height))
+        return latent_shape(self.vae_config, frames=bucket.frames, height=height, width=width)
 
 
 def _causal_chunks(hybrid: Conversion | None) -> bool:
@@ -316,7 +391,7 @@ def student_of(model: WanTransformer, hybrid: Conversion | None, *, where: Path)
     return student
 
 
-def _in_dtype(model: WanTransformer, dtype: jnp.dtype) -> Any:
-    """Graph and parameters of a model that computes in ``dtype`` and keeps its parameters as they are."""
+def _computing(model: WanTransformer, dtype: jnp.dtype) -> WanTransformer:
+    """The same variables in a model that computes in ``dtype``."""
     computing = nnx.eval_shape(lambda: WanTransformer(model.config, hybrid=model.hybrid, dtype=dtype, rngs=nnx.Rngs(0)))
-    return nnx.split(computing, nnx.Param)[0], nnx.state(model, nnx.Param)
+    return nnx.merge(nnx.graphdef(computing), nnx.state(model))

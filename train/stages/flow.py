@@ -1,8 +1,7 @@
-"""Flow matching on MovingSprites: what pretraining and finetuning share.
+"""Flow matching on clips: what pretraining and finetuning share.
 
 A round encodes a pool of fresh clips with the frozen VAE and makes several optimiser steps on it, all in one jitted
-call: each clip serves ``reuse`` times with other noise, which pays for its encoding. A step is ``loss(params, frozen,
-batch)`` and its gradient, without anything else in hand.
+call: each clip serves ``reuse`` times with other noise, which pays for its encoding.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,20 +26,34 @@ from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.mesh import laid_out
-from rehyat_jax.runtime.record import Phases
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
 from train.data.clips import AnyBucket, Bucket, check_rounds, choose, round_key
-from train.data.pools import ENCODE_CLIPS, Captions, Feed, Pool, Read, SpriteFeed
+from train.data.pools import ENCODE_CLIPS, Captions, Feed, Pool, SpriteFeed
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed
-from train.engine.gradients import Batch, Loss, cut, gradients_of
-from train.engine.loop import compile_all, run
-from train.engine.optimizer import OptimizerConfig, Shares, TrainState
-from train.parallel.devices import Devices, Processes, first_process
-from train.parallel.sharding import MeshConfig, check_mesh
+from train.engine.folder import RunFolder
+from train.engine.gradients import Mean, means_of
+from train.engine.optimizer import OptimizerConfig
+from train.engine.run import RunConfig
+from train.engine.stage import Data, Measure, Models, Stage, Update
+from train.parallel.devices import Devices, first_process
+from train.parallel.sharding import check_mesh
 
 #: Added to a run's seed for the clips that it is validated on.
 _HELD_OUT = 1 << 20
+
+
+class Batch(NamedTuple):
+    """Clips of a step, each at a noise level of its own, or its latent frames at theirs."""
+
+    noisy: Float[Array, "B T h w z"]
+    #: 1000 times the noise level.
+    timesteps: Float[Array, "B *T"]
+    text: PyTree
+    #: What is to be learned: noise − video.
+    velocity: Float[Array, "B T h w z"]
+    #: What each latent frame counts in the loss, 0 or 1; none: all the same.
+    weights: Float[Array, "B T"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,29 +78,25 @@ class Validation:
             raise ConfigError("validation needs every to be at least 0, and clips at least 1")
 
 
-#: Makes the videos of a validation in a folder, from averaged parameters.
-Show = Callable[[PyTree, Path], None]
+#: Makes the videos of a validation in a folder, from the averaged student.
+Show = Callable[[Any, Path], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowTraining:
+class FlowTraining(RunConfig):
     """The settings of either stage, and its rounds."""
 
-    out: Path
     buckets: tyro.conf.AvoidSubcommands[tuple[Bucket | PreparedClips, ...]]
-    steps: int
     #: Optimiser steps a round, and how often each clip of its pool serves.
     steps_per_round: int = 16
     reuse: int = 4
     #: Parts that a step's batch is cut into, one after the other: less memory, the same gradient, summed in float32.
     accumulate: int = 1
-    #: Keep each block's input alone for the backward pass, and compute the block anew there: less memory, more work.
+    #: Keep each block's input alone for the backward pass, and compute the block again there: less memory, more work.
     remat: bool = False
     #: Every block in the program in place of a loop over blocks: faster for a small model, longer to compile.
     unroll: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
-    #: So many steps in a row without finite gradients end the run; fewer are skipped.
-    most_skipped: int = 20
     validation: Validation = Validation()
     #: Flow shift of training: the share of high noise.
     shift: float = 3.0
@@ -98,22 +106,16 @@ class FlowTraining:
     caption_tokens: int = 48
     #: Of the computation; weights and optimiser are in float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    seed: int = 0
-    #: Between two checkpoints; 0 saves after every round.
-    checkpoint_seconds: float = 60.0
-    #: Devices along each axis; by default one device is used.
-    mesh: MeshConfig = MeshConfig(fsdp=1)
-    processes: Processes = Processes()
 
     def __post_init__(self) -> None:
         check_rounds(self.buckets, steps=self.steps, steps_per_round=self.steps_per_round)
+        super().__post_init__()
         if self.reuse < 1 or not 1 <= self.caption_tokens <= TEXT_LENGTH:
             raise ConfigError(f"reuse must be at least 1, and caption_tokens 1 to {TEXT_LENGTH}")
         if not (0 <= self.caption_dropout <= 1 and 0 < self.shift < float("inf")):
             raise ConfigError("caption_dropout must be 0 to 1, and shift above 0")
-        for name in ("accumulate", "most_skipped"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.accumulate < 1:
+            raise ConfigError(f"accumulate must be at least 1, not {self.accumulate}")
         for bucket in self.buckets:
             if bucket.batch % self.accumulate:
                 raise ConfigError(f"a batch of {bucket.batch} clips cannot be cut into accumulate = {self.accumulate}")
@@ -124,11 +126,6 @@ class FlowTraining:
                     f"batch {bucket.batch} x {self.steps_per_round} steps a round / reuse {self.reuse} must be a "
                     f"multiple of {encoded} clips"
                 )
-
-    @property
-    def train_folder(self) -> Path:
-        """Checkpoints and metrics."""
-        raise NotImplementedError
 
     @property
     def forward(self) -> dict[str, Any]:
@@ -188,8 +185,8 @@ class FlowTraining:
         size = pool.latents.shape[0]
         dropped = jax.random.bernoulli(drop_key, self.caption_dropout if dropout is None else dropout, (size,))
 
-        def mixed(rows: Array, nothing: Array) -> Array:
-            return jnp.where(dropped.reshape(-1, *[1] * (rows.ndim - 1)), nothing, rows)
+        def mixed(rows: Array, empty: Array) -> Array:
+            return jnp.where(dropped.reshape(-1, *[1] * (rows.ndim - 1)), empty, rows)
 
         # Stratified over the batch: every level of noise in every step.
         even = (jnp.arange(size, dtype=jnp.float32) + jax.random.uniform(time_key, (size,))) / size
@@ -212,198 +209,153 @@ class FlowTraining:
         clip, all of which are to be met as often as they are there."""
         return sigma, None
 
-    def train(
-        self,
-        params: PyTree,
-        loss: Loss,
-        *,
-        vae: WanVAE,
-        tokenizer: Tokenizer,
-        phases: Phases,
-        read: Read = lambda _, tokens: tokens,
-        frozen: PyTree = None,
-        shares: Shares = MappingProxyType({}),
-        show: Show | None = None,
-        flops: Callable[[tuple[int, int, int]], int] | None = None,
-        prepared: Mapping[Path, Prepared] = MappingProxyType({}),
-        devices: Devices | None = None,
-    ) -> TrainState:
-        """All steps, from the newest checkpoint on where there is one.
+    def which(self, index: int) -> int:
+        """The bucket that round ``index`` draws from."""
+        return choose(self.buckets, self.seed, index, progress=index * self.steps_per_round / self.steps)
 
-        Args:
-            read: applied to a round's captions, and to the empty one, once a round.
-            frozen: parameters for ``read`` and ``loss`` that do not learn.
-            shares: of the learning rate, by variable type.
-            show: makes the videos of a validation.
-            flops: floating-point operations of a step on one clip of so many latent frames, rows and columns.
-            prepared: the opened folders of buckets of `PreparedClips`.
-            devices: on which all of it happens; none: the first.
 
-        Raises:
-            RehyatError, CheckpointError, Stopped: see `train.engine.loop.run`.
-        """
-        devices, turns = devices or Devices(None), self._turns()
-        params, frozen = devices.parameters(params), devices.parameters(frozen)
+class Clips(Data):
+    """A bucket's pool of clips for each round, and batches of it with noise."""
 
-        def feed(number: int, *, count: int | None = None) -> Feed:
-            """Of a bucket: what it trains on or, with a count, so many clips that are held out."""
-            bucket = self.buckets[number]
-            if isinstance(bucket, PreparedClips):
-                return PreparedFeed(
-                    prepared[bucket.folder],
-                    count=count or self.pool(bucket),
-                    seed=self.seed,
-                    dtype=jnp.dtype(self.dtype),
-                    place=functools.partial(bisect.bisect_left, turns[number]),
-                    held_out=bool(count),
-                    rows=devices.rows(),
-                )
-            return SpriteFeed(
-                bucket,
-                count=count or self.pool(bucket),
-                seed=self.seed + (_HELD_OUT if count else 0),
-                vae=vae,
-                tokens=functools.partial(self.captions, tokenizer),
-                read=read,
+    def __init__(self, training: FlowTraining, bucket: AnyBucket, feed: Feed) -> None:
+        self.training, self.bucket, self.feed, self.frozen = training, bucket, feed, feed.frozen
+
+    def host(self, index: int) -> PyTree:
+        return self.feed.turn(index), jax.random.split(round_key(self.training.seed, index))[1]
+
+    def host_shapes(self) -> PyTree:
+        return self.feed.turn_shapes(), jax.eval_shape(lambda: round_key(0, 0))
+
+    def draw(
+        self, models: Models, carried: PyTree, host: PyTree, frozen: PyTree
+    ) -> tuple[PyTree, Callable[[Array], Batch]]:
+        training, (turn, key) = self.training, host
+        pool, empty = self.feed.pool(turn, frozen, models), self.feed.nothing(frozen, models)
+        order_key, key = jax.random.split(key)
+        count, steps = training.pool(self.bucket), training.steps_per_round
+        order = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, training.reuse))
+        order, keys = order.reshape(steps, self.bucket.batch), jax.random.split(key, steps)
+
+        def rows_sharded(x: Array) -> Array:
+            return laid_out(x, "batch", *[None] * (x.ndim - 1))
+
+        def batch(step: Array) -> Batch:
+            # A pool that is one batch stays where it is: to shuffle it would send every clip to every device.
+            as_it_is = steps == training.reuse == 1
+            clips = pool if as_it_is else jax.tree.map(lambda a: a[order[step]], pool)
+            return training.batch(jax.tree.map(rows_sharded, clips), empty, keys[step])
+
+        return None, batch
+
+
+class FlowStage(Stage):
+    """One student learns by flow matching on buckets of clips."""
+
+    def __init__(self, training: FlowTraining) -> None:
+        self.training = training
+        self.steps_per_round = training.steps_per_round
+        self.validate_every = training.validation.every
+        self.updates = (Update(role="student", loss=self.loss, parts=training.accumulate),)
+
+    # What a stage of this kind says.
+
+    @property
+    def vae(self) -> WanVAE:
+        """By which clips are encoded."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        raise NotImplementedError
+
+    @property
+    def prepared(self) -> Mapping[Path, Prepared]:
+        """The opened folders of buckets of `PreparedClips`."""
+        return {}
+
+    def loss(self, models: Models, batch: Batch) -> Mapping[str, Mean]:
+        raise NotImplementedError
+
+    def read(self, models: Models, tokens: Captions) -> PyTree:
+        """Captions, and the empty one, as a batch has them; once a round."""
+        return tokens
+
+    @property
+    def show(self) -> Show | None:
+        """Makes the videos of a validation."""
+        return None
+
+    # What follows from that.
+
+    def data(self) -> list[Clips]:
+        training = self.training
+        return [Clips(training, bucket, self.feed(number)) for number, bucket in enumerate(training.buckets)]
+
+    def which(self, index: int) -> int:
+        return self.training.which(index)
+
+    def title(self, data: int) -> str:
+        bucket = self.training.buckets[data]
+        return f"{bucket.batch} clips of {bucket.frames} frames"
+
+    def feed(self, number: int, *, held_out: int = 0) -> Feed:
+        """What a bucket trains on or, with a count, so many clips that are held out."""
+        training, bucket = self.training, self.training.buckets[number]
+        count = held_out or training.pool(bucket)
+        if isinstance(bucket, PreparedClips):
+            return PreparedFeed(
+                self.prepared[bucket.folder],
+                count=count,
+                seed=training.seed,
+                dtype=jnp.dtype(training.dtype),
+                place=functools.partial(bisect.bisect_left, self._rounds[number]),
+                held_out=bool(held_out),
+                rows=self.devices.rows(),
             )
-
-        feeds = [feed(number) for number in range(len(self.buckets))]
-
-        def program(index: int) -> jax.stages.Lowered:
-            return self.lower(self.buckets[index], feeds[index], loss, state, frozen, shares=shares, devices=devices)
-
-        with phases.measure("compile"):
-            state = devices.made(self.optimizer.init, params)
-            for each in feeds:
-                each.frozen = devices.everywhere(each.frozen)
-            programs = compile_all([functools.partial(program, index) for index in range(len(feeds))])
-
-        def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Array]]:
-            index = step // self.steps_per_round
-            bucket = choose(self.buckets, self.seed, index, progress=step / self.steps)
-            turn, key = feeds[bucket].turn(index), jax.random.split(round_key(self.seed, index))[1]
-            turn = devices.batch(turn, feeds[bucket].turn_shapes())
-            key, rate = devices.everywhere((key, jnp.float32(self.optimizer.rate(step, self.steps))))
-            return programs[bucket](state, feeds[bucket].frozen, frozen, turn, key, rate)
-
-        def clip_flops(feed: Feed) -> int:
-            shape = jax.eval_shape(feed.pool, feed.turn_shapes(), feed.frozen, frozen).latents.shape
-            return flops(shape[1:4]) if flops else 0
-
-        work = [clip_flops(feed) * self.steps_per_round for feed in feeds]
-
-        def round_flops(step: int) -> int:
-            bucket = choose(self.buckets, self.seed, step // self.steps_per_round, progress=step / self.steps)
-            return work[bucket] * self.buckets[bucket].batch
-
-        measures = [
-            self._measurer(bucket, functools.partial(feed, number), loss, frozen, devices=devices)
-            for number, bucket in enumerate(self.buckets)
-            if self.validation.every
-        ]
-
-        def validate(state: TrainState, step: int) -> dict[str, float]:
-            losses = [measure(state.ema) for measure in measures]
-            averaged = devices.on_host(state.ema) if show else None
-            if show and first_process():
-                show(averaged, self.train_folder / "videos" / f"step-{step:06d}")
-            names = [f"validation/{index}-{bucket.frames}-frames" for index, bucket in enumerate(self.buckets)]
-            return dict(zip(names, losses, strict=True)) | {"validation/loss": float(np.mean(losses))}
-
-        with phases.measure("train"):
-            return run(
-                state,
-                advance,
-                steps=self.steps,
-                steps_per_advance=self.steps_per_round,
-                folder=self.train_folder,
-                checkpoint_seconds=self.checkpoint_seconds,
-                most_skipped=self.most_skipped,
-                validate=validate if self.validation.every else None,
-                validate_steps=self.validation.every,
-                flops=round_flops if flops else None,
-                devices=devices.count,
-            )
-
-    def lower(
-        self,
-        bucket: AnyBucket,
-        feed: Feed,
-        loss: Loss,
-        state: TrainState,
-        frozen: PyTree,
-        *,
-        shares: Shares,
-        devices: Devices,
-    ) -> jax.stages.Lowered:
-        """The program of a round, of shapes as well as of arrays: from the state, what does not learn of the feed and
-        of the stage, a turn, a key and the learning rate, to the state after it and the metrics of its steps.
-        """
-        count, as_it_is = self.pool(bucket), self.steps_per_round == self.reuse == 1
-
-        def advance(
-            state: TrainState, feed_frozen: PyTree, frozen: PyTree, turn: PyTree, key: Array, rate: Array
-        ) -> tuple[TrainState, dict[str, Array]]:
-            pool, nothing = feed.pool(turn, feed_frozen, frozen), feed.nothing(feed_frozen, frozen)
-            order_key, key = jax.random.split(key)
-            order = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, self.reuse))
-
-            def of_batch(x: Array) -> Array:
-                return laid_out(x, "batch", *[None] * (x.ndim - 1))
-
-            def step(state: TrainState, x: tuple[Array, Array]) -> tuple[TrainState, dict[str, Array]]:
-                # A pool that is one batch stays where it is: to shuffle it would send every clip to every device.
-                clips = pool if as_it_is else jax.tree.map(lambda a: a[x[0]], pool)
-                batch = self.batch(jax.tree.map(of_batch, clips), nothing, x[1])
-                gradients, metrics = gradients_of(loss, state.params, frozen, batch, parts=self.accumulate)
-                return self.optimizer.apply(state, gradients, rate, shares=shares), metrics
-
-            order = order.reshape(self.steps_per_round, bucket.batch)
-            return jax.lax.scan(step, state, (order, jax.random.split(key, self.steps_per_round)))
-
-        cut, turn = devices.parameter_shardings(state), feed.turn_shapes()
-        return devices.lower(
-            advance,
-            devices.described(state, cut),
-            devices.described(feed.frozen, devices.whole),
-            devices.described(frozen, devices.parameter_shardings(frozen)),
-            devices.described(turn, devices.batch_shardings(turn)),
-            *devices.described((round_key(0, 0), jnp.float32(0)), devices.whole),
-            donate=(0,),
-            out=(cut, devices.whole),
+        return SpriteFeed(
+            bucket,
+            count=count,
+            seed=training.seed + (_HELD_OUT if held_out else 0),
+            vae=self.vae,
+            tokens=functools.partial(training.captions, self.tokenizer),
+            read=self.read,
         )
 
-    def _turns(self) -> list[list[int]]:
+    @functools.cached_property
+    def _rounds(self) -> list[list[int]]:
         """For each bucket, the rounds that draw from it."""
-        turns: list[list[int]] = [[] for _ in self.buckets]
-        for index, step in enumerate(range(0, self.steps, self.steps_per_round)):
-            turns[choose(self.buckets, self.seed, index, progress=step / self.steps)].append(index)
-        return turns
+        rounds: list[list[int]] = [[] for _ in self.training.buckets]
+        for index in range(-(-self.training.steps // self.steps_per_round)):
+            rounds[self.which(index)].append(index)
+        return rounds
 
-    def _measurer(
-        self, bucket: AnyBucket, make_feed: Callable[..., Feed], loss: Loss, frozen: PyTree, *, devices: Devices
-    ) -> Callable[[PyTree], float]:
-        """From parameters: the loss on clips that are held out, a part of a step's batch at a time."""
-        part = bucket.batch // self.accumulate
-        parts = -(-self.validation.clips // part)
-        feed = make_feed(count=part * parts)
+    def measures(self) -> list[Measure]:
+        return [self._measure(number) for number in range(len(self.training.buckets))] if self.validate_every else []
 
-        def measure(params: PyTree, feed_frozen: PyTree, frozen: PyTree, turn: PyTree) -> Array:
-            pool, nothing = feed.pool(turn, feed_frozen, frozen), feed.nothing(feed_frozen, frozen)
-            batch = self.batch(pool, nothing, round_key(0, 0), dropout=0.0)
-            return jnp.mean(jax.lax.map(lambda part: loss(params, frozen, part)[1]["loss"], cut(batch, parts)))
+    def _measure(self, number: int) -> Measure:
+        """The loss on clips that are held out, a part of a step's batch at a time."""
+        training, bucket = self.training, self.training.buckets[number]
+        part = bucket.batch // training.accumulate
+        parts = -(-training.validation.clips // part)
+        feed = self.feed(number, held_out=part * parts)
 
-        turn, feed_frozen = devices.batch(feed.turn(0), feed.turn_shapes()), devices.everywhere(feed.frozen)
+        def measure(models: Models, frozen: PyTree, host: PyTree) -> Array:
+            pool, empty = feed.pool(host, frozen, models), feed.nothing(frozen, models)
+            batch = training.batch(pool, empty, round_key(0, 0), dropout=0.0)
+            return means_of(functools.partial(self.loss, models), batch, parts=parts)["loss"]
 
-        program: jax.stages.Compiled | None = None
+        return Measure(function=measure, frozen=feed.frozen, host=feed.turn(0), host_shapes=feed.turn_shapes())
 
-        def measured(params: PyTree) -> float:
-            nonlocal program
-            arrays = params, feed_frozen, frozen, turn
-            program = program or devices.lower(measure, *arrays, out=devices.whole).compile()
-            return float(program(*arrays))
-
-        return measured
+    def report(
+        self, results: Sequence[PyTree], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder
+    ) -> dict[str, float]:
+        if self.show is not None:
+            student = averages()["student"]
+            if first_process():
+                self.show(student, folder.videos(step))
+        losses = [float(loss) for loss in results]
+        names = [f"validation/{i}-{bucket.frames}-frames" for i, bucket in enumerate(self.training.buckets)]
+        return dict(zip(names, losses, strict=True)) | {"validation/loss": float(np.mean(losses))}
 
 
 def embed(encoder: UMT5Encoder, tokens: Captions) -> Float[Array, "B L D"]:
@@ -413,13 +365,16 @@ def embed(encoder: UMT5Encoder, tokens: Captions) -> Float[Array, "B L D"]:
 
 
 def flow_loss(
-    velocity: Float[Array, "B T h w z"], target: Float[Array, "B T h w z"], weights: Float[Array, "B T"] | None = None
-) -> Float[Array, ""]:
-    """Mean squared error, in float32; of the frames that count."""
-    squared = jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32))
-    if weights is None:
-        return jnp.mean(squared)
-    return jnp.sum(jnp.mean(squared, axis=(2, 3, 4)) * weights) / jnp.maximum(jnp.sum(weights), 1)
+    velocity: Float[Array, "B T h w z"],
+    target: Float[Array, "B T h w z"],
+    weights: Float[Array, "B T"] | None = None,
+    *,
+    weight: float = 1.0,
+) -> Mean:
+    """Mean squared error, in float32 (or wider), over the frames that count; ``weight``: of the mean in a loss."""
+    wide = jnp.promote_types(velocity.dtype, jnp.float32)
+    squared = jnp.square(velocity.astype(wide) - target.astype(wide))
+    return Mean.of(jnp.mean(squared, axis=(2, 3, 4)), weights, weight=weight)
 
 
 def _padded(x: np.ndarray, length: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,26 +19,27 @@ from train.data.clips import round_key
 from train.data.sources import Inputs
 from train.data.trajectories import Sampling
 from train.engine.optimizer import OptimizerConfig, TrainState
-from train.parallel.devices import Devices
+from train.engine.stage import Models, RoundFunction, State
 from train.stages.attention_loss import LossName
 from train.stages.blockwise import Figures, Seen, Visit, draw_order, error, learn, measure, observe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learner:
-    """Everything that the programs are made of but the arrays; shapes do in their place."""
+    """Everything that the programs are made of but the networks."""
 
     config: WanConfig
     mixing: Mixing
-    #: The graph of the teacher, and of each converted group's mixer.
-    teacher: Any
-    graphs: Sequence[Any]
     sampling: Sampling
     optimizer: OptimizerConfig
     loss: LossName
     updates_per_point: int
     minibatches: int
-    devices: Devices
+
+    @property
+    def roles(self) -> list[str]:
+        """Of the converted groups' mixers, in the order of `Mixing.parted`."""
+        return [f"mixers-{number}" for number in range(len(self.mixing.converted_groups))]
 
     @property
     def _chunk(self) -> int:
@@ -48,23 +49,21 @@ class Learner:
     def _tokens(self, shape: tuple[int, ...]) -> int:
         return math.prod(side // patch for side, patch in zip(shape[:3], self.config.patch_size, strict=True))
 
-    def lower(
-        self, inputs: Inputs, blocks: PyTree, carried: PyTree, teacher: PyTree, *, shape: tuple[int, ...]
-    ) -> jax.stages.Lowered:
-        """A round: from the blocks, the inputs' state, the teacher, the inputs' frozen part, a turn, a key and the
-        learning rate, to the blocks, the inputs' state after it, and the losses of all converted blocks in order.
+    def round(self, inputs: Inputs, place: int, *, shape: tuple[int, ...]) -> RoundFunction:
+        """The teacher's forward pass on the inputs' points, each block's optimiser steps on what it saw there, and what
+        the inputs carry on; with the losses of all converted blocks in order.
 
         Args:
-            blocks: every converted group's blocks that learn, as `Mixing.joined` has them; None for a group that has
-                nothing to learn.
-            shape: of the latents.
+            place: of what they carry in the state.
+            shape: of their latents.
         """
-        tokens, devices = self._tokens(shape), self.devices
+        tokens = self._tokens(shape)
 
-        def learner(
-            blocks: PyTree, carried: PyTree, teacher: PyTree, frozen: PyTree, turn: PyTree, key: Array, rate: Array
-        ) -> tuple[PyTree, PyTree, Array]:
-            carried, points = inputs.points(carried, turn, frozen)
+        def function(
+            state: State, models: Models, frozen: PyTree, host: PyTree, rates: Mapping[str, Array]
+        ) -> tuple[State, dict[str, Array]]:
+            turn, key = host
+            carried, points = inputs.points(state.carried[place], turn, frozen)
             order = draw_order(
                 key,
                 rows=points.latents.shape[0],
@@ -73,7 +72,9 @@ class Learner:
                 parts=self.minibatches,
             )
 
-            def visit(graph: Any) -> Visit:
+            def visit(role: str) -> Visit:
+                graph = nnx.graphdef(models[role])
+
                 def visit(block: TrainState | None, seen: Seen, frame: int) -> tuple[TrainState | None, Array]:
                     if block is None:
                         mixer = nnx.merge(graph, nnx.State({}))
@@ -82,7 +83,7 @@ class Learner:
                         block,
                         seen,
                         order,
-                        rate,
+                        rates[role],
                         graph=graph,
                         frame=frame,
                         loss=self.loss,
@@ -93,44 +94,31 @@ class Learner:
                 return visit
 
             velocity, given = observe(
-                nnx.merge(self.teacher, teacher),
+                models["teacher"],
                 points,
-                [visit(graph) for graph in self.graphs],
-                self.mixing.parted(blocks),
+                [visit(role) for role in self.roles],
+                [state.learners.get(role) for role in self.roles],
                 mixing=self.mixing,
                 chunk=self._chunk,
                 text_tokens=TEXT_LENGTH,
             )
-            after, errors = self.mixing.joined([b for b, _ in given]), self.mixing.in_order([e for _, e in given])
-            return after, inputs.after(carried, turn, frozen, velocity), errors
+            learners = {role: block for role, (block, _) in zip(self.roles, given, strict=True) if block is not None}
+            carried = inputs.after(carried, turn, frozen, velocity)
+            everything = (*state.carried[:place], carried, *state.carried[place + 1 :])
+            return State(state.step, learners, everything), {"loss": self.mixing.in_order([e for _, e in given])}
 
-        cut, carrying, turn = (
-            devices.parameter_shardings(blocks),
-            devices.batch_shardings(carried),
-            inputs.turn_shapes(),
-        )
-        return devices.lower(
-            learner,
-            devices.described(blocks, cut),
-            devices.described(carried, carrying),
-            devices.described(teacher, devices.parameter_shardings(teacher)),
-            devices.described(inputs.frozen, devices.whole),
-            devices.described(turn, devices.batch_shardings(turn)),
-            *devices.described((round_key(0, 0), jnp.float32(0)), devices.whole),
-            donate=(0, 1),
-            out=(cut, carrying, devices.whole),
-        )
+        return function
 
-    def lower_measurer(
-        self, params: PyTree, teacher: PyTree, text: Array, negative: Array, *, shape: tuple[int, ...]
-    ) -> jax.stages.Lowered:
-        """From the blocks' parameters (by group, `Mixing.joined`), the teacher, and prompts' embeddings, to `Figures`
-        over [step, block], all converted blocks in order."""
+    def measure(self, *, shape: tuple[int, ...]) -> Callable[[Models, PyTree, PyTree], Figures]:
+        """`Figures` over [step, block], all converted blocks in order, of whole trajectories of ``{"text",
+        "negative"}``'s prompts."""
         sampling, table, tokens = self.sampling, self.sampling.table, self._tokens(shape)
 
-        def measurer(params: PyTree, teacher: PyTree, text: Array, negative: Array) -> Figures:
-            model, count = nnx.merge(self.teacher, teacher), len(text)
+        def function(models: Models, frozen: PyTree, _: PyTree) -> Figures:
+            teacher, text = models["teacher"], frozen["text"]
+            count = len(text)
             begun = sampling.begin(round_key(0, 0), jnp.arange(count, dtype=jnp.int32), text, shape=shape)
+            groups: list[tuple[Any, PyTree]] = [nnx.split(models[role]) for role in self.roles]
 
             def visit(graph: Any) -> Visit:
                 def visit(params: PyTree, seen: Seen, frame: int) -> Figures:
@@ -140,12 +128,12 @@ class Learner:
 
             def step(rollouts: PyTree, place: Array) -> tuple[PyTree, Figures]:
                 steps = table.at(jnp.full(count, place))
-                points = sampling.points(rollouts, steps, negative)
+                points = sampling.points(rollouts, steps, frozen["negative"])
                 velocity, figures = observe(
-                    model,
+                    teacher,
                     points,
-                    [visit(graph) for graph in self.graphs],
-                    self.mixing.parted(params),
+                    [visit(graph) for graph, _ in groups],
+                    [params for _, params in groups],
                     mixing=self.mixing,
                     chunk=self._chunk,
                     text_tokens=TEXT_LENGTH,
@@ -154,4 +142,4 @@ class Learner:
 
             return jax.lax.scan(step, begun, jnp.arange(sampling.num_steps, dtype=jnp.int32))[1]
 
-        return self.devices.lower(measurer, params, teacher, text, negative, out=self.devices.whole)
+        return function

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import PyTree
 
 from rehyat_jax.models.checkpoints import load_vae
 from rehyat_jax.models.folder import read_defaults, read_scheduler
+from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.runtime.compilation import cache_folder
 from rehyat_jax.text.prompt_encoder import PromptEncoder
@@ -18,13 +16,12 @@ from rehyat_jax.video.io import write_video
 from train.stages.flow import Show
 
 
-def showing(prompts: tuple[str, ...], *, graph: Any, folder: Path, dtype: jnp.dtype) -> Show:
-    """Writes ``0.mp4`` … in a folder, a video a prompt, from the transformer's parameters.
+def showing(prompts: tuple[str, ...], *, folder: Path, dtype: jnp.dtype) -> Show:
+    """Writes ``0.mp4`` … in a folder, a video a prompt, from the transformer.
 
     The prompts are embedded now; where there is a folder for embeddings, the text encoder is not kept in memory.
 
     Args:
-        graph: the transformer's.
         folder: a whole model's, whose other parts and defaults are used.
 
     Raises:
@@ -38,9 +35,9 @@ def showing(prompts: tuple[str, ...], *, graph: Any, folder: Path, dtype: jnp.dt
     if cache:
         text = PromptEncoder(folder, dtype=dtype, cache=cache / "prompts")
 
-    def show(params: PyTree, out: Path) -> None:
+    def show(transformer: WanTransformer, out: Path) -> None:
         pipeline = TextToVideo(
-            transformer=nnx.merge(graph, params),
+            transformer=transformer,
             vae=vae,
             text=text,
             schedule=schedule,
