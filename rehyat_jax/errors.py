@@ -15,3 +15,7 @@ class CheckpointError(RehyatError):
 
 class ConfigError(RehyatError):
     """A configuration with a missing, unknown or impossible value."""
+
+
+class NotFiniteError(RehyatError):
+    """A run whose numbers overflowed or became NaN: no mistake of the user's, so the program exits with 1."""

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax import __version__
-from rehyat_jax.errors import RehyatError, RehyatWarning
+from rehyat_jax.errors import NotFiniteError, RehyatError, RehyatWarning
 from rehyat_jax.runtime.files import reason
 
-#: Exit codes: done, the user's mistake, interrupted (128 + SIGINT), stopped (128 + SIGTERM); a defect's is 1.
-DONE, MISTAKE, INTERRUPTED, TERMINATED = 0, 2, 130, 143
+#: Exit codes: done, failed (by a defect, or by numbers that are not finite), the user's mistake, interrupted
+#: (128 + SIGINT), stopped (128 + SIGTERM).
+DONE, FAILED, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _BUILT_IN = {
     "generate": "rehyat_jax.cli.generate:main",
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("REHYAT_TRACEBACK") == "1":
             raise
-        return _mistake(sentence)
+        _mistake(sentence)
+        return FAILED if isinstance(error, NotFiniteError) else MISTAKE
 
 
 def _commands() -> dict[str, importlib.metadata.EntryPoint]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.folder import DEFAULTS_FILE, SCHEDULER_FILE, read_defaults, read_scheduler
+from rehyat_jax.models.folder import DEFAULTS_FILE, SCHEDULER_FILE, find_checkpoint, read_defaults, read_scheduler
 from rehyat_jax.models.networks import components_in, make_plan, open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.umt5.rows import carried_tokenizer
@@ -64,7 +64,8 @@ def load_transformer(
     """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
 
     Args:
-        path: a whole checkpoint's folder, the transformer's own, or a weights file; diffusers or original layout,
+        path: a bundled model's name, a whole checkpoint's folder, the transformer's own, a weights file, or
+            ``hf:OWNER/NAME``; diffusers or original layout,
             whichever prefixes. A file without ``config.json`` beside it is taken to have heads of 128, as all of Wan's.
         dtype: of computation and storage: float32, bfloat16 or float16. What diffusers keeps in float32 (the time
             embedder, the modulation tables, the affine norms) stays float32; so does the hybrid blocks' decay.
@@ -77,7 +78,7 @@ def load_transformer(
         ConfigError: a configuration is impossible or another architecture's, or ``hybrid`` names a block too many.
     """
     dtype = known_dtype(dtype)
-    plan = make_plan(user_path("path", path), "transformer", dtype=dtype)
+    plan = make_plan(find_checkpoint(path), "transformer", dtype=dtype)
     student = attached_to("transformer", plan, dtype=dtype) if hybrid == "auto" else None
     module = cast(WanTransformer, filled((student and student.instead) or plan, dtype=dtype))
     if isinstance(hybrid, Conversion):
@@ -91,13 +92,13 @@ def load_transformer(
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
     """A Wan2.1 VAE. Arguments and errors as `load_transformer`; the original file has Wan2.1's latent statistics."""
     dtype = known_dtype(dtype)
-    return cast(WanVAE, filled(make_plan(user_path("path", path), "vae", dtype=dtype), dtype=dtype))
+    return cast(WanVAE, filled(make_plan(find_checkpoint(path), "vae", dtype=dtype), dtype=dtype))
 
 
 def load_text_encoder(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> UMT5Encoder:
     """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
     dtype = known_dtype(dtype)
-    return cast(UMT5Encoder, filled(make_plan(user_path("path", path), "text_encoder", dtype=dtype), dtype=dtype))
+    return cast(UMT5Encoder, filled(make_plan(find_checkpoint(path), "text_encoder", dtype=dtype), dtype=dtype))
 
 
 def save_transformer(

@@ -13,6 +13,7 @@ from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.networks import components_in, open_component
 from rehyat_jax.models.wan.advice import Advice, advised
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.runtime.arguments import user_path
 from rehyat_jax.sampling import FlowSchedule, Solver, UniPC, scheduler_from_config
 from rehyat_jax.sampling.rollout import Remember, check_remember
 from rehyat_jax.weights.files import read_json
@@ -95,6 +96,7 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is no such model, or the hub's client is not installed or does not find it.
     """
+    user_path("the model", name_or_path)
     name = os.fspath(name_or_path)
     bundled = bundled_models()
     if name in bundled:
@@ -119,6 +121,7 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
 
 def find_checkpoint(name_or_path: str | os.PathLike[str]) -> Path:
     """As `find_model`, and a file too: whatever a checkpoint may be kept in."""
+    user_path("path", name_or_path)
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     with contextlib.suppress(ValueError, OSError):
@@ -133,7 +136,8 @@ def _from_hub(repository: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise CheckpointError(f"to fetch hf:{repository}, install huggingface_hub") from error
+        how = "pip install 'rehyat-jax[hub]'"
+        raise CheckpointError(f"to fetch hf:{repository}, install huggingface_hub ({how})") from error
     try:
         return Path(snapshot_download(repository))
     except Exception as error:  # the client's own kinds of error, its network library's, and OSErrors

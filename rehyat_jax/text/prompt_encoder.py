@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from rehyat_jax.errors import CheckpointError, RehyatWarning
+from rehyat_jax.errors import CheckpointError, NotFiniteError, RehyatWarning
 from rehyat_jax.models.checkpoints import load_text_encoder
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
@@ -75,6 +75,7 @@ class PromptEncoder:
 
         Raises:
             CheckpointError: the weights are damaged.
+            NotFiniteError: the embedding is not finite.
         """
         if self._warn:
             self.tell_cut([prompt])
@@ -83,6 +84,10 @@ class PromptEncoder:
         rows = None if self._cache is None else self._cache.get(key, shape=(1, TEXT_LENGTH, self.text_dim))
         if rows is None:
             rows = np.asarray(embed_tokens(self.encoder, tokens).astype(jnp.float32))
+            if not np.isfinite(rows).all():
+                raise NotFiniteError(
+                    f"the text encoder's embedding of a prompt is not finite: it overflows in {jnp.dtype(self._dtype)}"
+                )
             if self._cache is not None:
                 self._cache.put(key, rows)
         return jnp.asarray(rows)
