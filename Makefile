@@ -3,11 +3,13 @@ BIN := .venv/bin
 # Half a minute at 16 frames a second; DEMO="--sweep per-step --frames 81" makes five seconds as a whole.
 DEMO ?= --sweep per-chunk --frames 481
 JOBS ?= 2
+# Against torch, diffusers, transformers and the equation.
+PARITY ?= tests/attention tests/models tests/weights tests/text tests/test_pipeline.py
 
 # A dead worker says which test it was, and ends the run.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo live check test test-all test-rest durations platforms lint docs install clean
+.PHONY: demo live check test test-all test-rest durations versions versions-lowest versions-newest tests-of-versions platforms lint docs install clean
 
 demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
 	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4 --overwrite
@@ -35,6 +37,21 @@ platforms: .venv/bin/python  ## that every dependency has a wheel for each platf
 	$(BIN)/python -m pip install --quiet packaging
 	$(BIN)/python .ci/platforms.py
 
+versions: versions-lowest versions-newest  ## check's tests and parity, with the lowest and the newest admitted versions
+
+# Environments of their own; PYTHON says of which Python.
+versions-lowest: CONSTRAINED = -c tests/versions/lowest.txt
+versions-newest: CONSTRAINED = --upgrade --upgrade-strategy eager
+versions-lowest versions-newest:
+	$(PYTHON) -m venv --clear .venv-$@
+	.venv-$@/bin/python -m pip install --quiet torch==2.13.0
+	.venv-$@/bin/python -m pip install --quiet $(CONSTRAINED) -e '.[test]'
+	$(MAKE) BIN=.venv-$@/bin tests-of-versions
+
+tests-of-versions:
+	$(PYTEST) --tier check
+	$(PYTEST) --tier test $(PARITY)
+
 lint: .venv/installed-test docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,4 +76,4 @@ install: .venv/installed
 	touch $@ .venv/installed
 
 clean:
-	rm -rf .venv .cache out build *.egg-info
+	rm -rf .venv .venv-versions-* .cache out build *.egg-info

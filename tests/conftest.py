@@ -51,8 +51,7 @@ def pytest_collection_modifyitems(config, items):
     costs = tiers.Costs()
     chosen = [item for item in items if tiers.runs(item, costs)]
     config.hook.pytest_deselected(items=[item for item in items if not tiers.runs(item, costs)])
-    of_files = costs.of_files(chosen)
-    items[:] = sorted(chosen, key=lambda item: -of_files[item.nodeid.partition("::")[0]])
+    items[:] = sorted(chosen, key=lambda item: -costs.files.get(item.nodeid.partition("::")[0], 0.0))
 
 
 class Recorder:

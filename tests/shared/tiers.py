@@ -1,6 +1,6 @@
 """Which tests run when: ``make check``, ``make test`` and ``make test-all``.
 
-- ``check``: what costs at most ``CHECK_SECONDS`` by ``tests/durations.json``: nothing that compiles much.
+- ``check``: what is known by ``tests/durations.json`` to cost at most ``CHECK_SECONDS``: nothing that compiles much.
 - ``test`` (pytest's default here): every claim once, at a small size: all but ``full``.
 - ``rest``: what ``make test-all`` adds: ``full`` tests and parameters, and hypothesis at its full strength.
 - ``all``: both.
@@ -55,7 +55,8 @@ def runs(item: pytest.Item, costs: "Costs") -> bool:
     marked = item.get_closest_marker("full") is not None
     match tier:
         case "check":
-            return not marked and costs.of(item) <= CHECK_SECONDS
+            known = item.nodeid.partition("::")[0] in costs.files
+            return not marked and known and costs.of(item) <= CHECK_SECONDS
         case "test":
             return not marked
         case "rest":
@@ -68,7 +69,8 @@ class Costs:
     """CPU seconds, children's included, that test functions and fixtures took when they were last recorded.
 
     ``tests``: a function's calls, over its parameters. ``fixtures``: one set-up, without those that it asks for. A name
-    that is not listed is new, or cost less than ``least``.
+    that is not listed is new, or cost less than ``least``. ``files``: all that ran of a file; one not listed was
+    never recorded, and nothing is known to be cheap in it.
     """
 
     least = 0.2
@@ -77,6 +79,7 @@ class Costs:
         recorded = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
         self.tests: dict[str, float] = recorded.get("tests", {})
         self.fixtures: dict[str, float] = recorded.get("fixtures", {})
+        self.files: dict[str, float] = recorded.get("files", {})
 
     def of(self, item: pytest.Item) -> float:
         """A test's own cost, and that of each fixture that it asks for."""
@@ -86,31 +89,24 @@ class Costs:
             self.fixtures.get(fixture_name(definition), 0.0) for definition in definitions
         )
 
-    def of_files(self, items: list[pytest.Item]) -> dict[str, float]:
-        """What each file's tests cost together: fixtures of a file once."""
-        totals: dict[str, float] = {}
-        fixtures: dict[str, set[str]] = {}
-        for node in {function_of(item.nodeid) for item in items}:
-            file = node.partition("::")[0]
-            totals[file] = totals.get(file, 0.0) + self.tests.get(node, 0.0)
-        for item in items:
-            file = item.nodeid.partition("::")[0]
-            found = getattr(item, "_fixtureinfo", None)
-            names = () if found is None else (fixture_name(x[-1]) for x in found.name2fixturedefs.values() if x)
-            fixtures.setdefault(file, set()).update(names)
-        for file, names in fixtures.items():
-            totals[file] = totals.get(file, 0.0) + sum(self.fixtures.get(name, 0.0) for name in names)
-        return totals
-
     def write(self, tests: dict[str, float], fixtures: dict[str, float], *, keep: bool) -> None:
         """With ``keep``, a figure of before stays where it is larger: a test costs more where another that compiled for
         it does not run."""
-        for ours, new in ((self.tests, tests), (self.fixtures, fixtures)):
+        files: dict[str, float] = {}
+        for name, seconds in (*tests.items(), *fixtures.items()):
+            file = name.partition("::")[0]
+            files[file] = files.get(file, 0.0) + seconds
+        files = {name: seconds for name, seconds in files.items() if name.endswith(".py")}  # pytest's own fixtures
+        for ours, new in ((self.tests, tests), (self.fixtures, fixtures), (self.files, files)):
             for name, seconds in new.items():
                 ours[name] = max(seconds, ours.get(name, 0.0)) if keep else seconds
         parts = {
-            kind: {name: round(s, 1) for name, s in sorted(ours.items()) if s >= self.least}
-            for kind, ours in (("tests", self.tests), ("fixtures", self.fixtures))
+            kind: {name: round(s, 1) for name, s in sorted(ours.items()) if s >= least}
+            for kind, ours, least in (
+                ("files", self.files, 0.0),
+                ("tests", self.tests, self.least),
+                ("fixtures", self.fixtures, self.least),
+            )
         }
         DURATIONS.write_text(json.dumps(parts, indent=0) + "\n")
 

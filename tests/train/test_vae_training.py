@@ -15,7 +15,7 @@ from train.engine.optimizer import OptimizerConfig
 from train.stages.vae import VAETraining
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.full
 def test_the_vae_learns_and_brings_its_statistics(tmp_path):
     """One compilation of a VAE's backward pass, at the smallest sizes that have every kind of layer."""
     config = VAEConfig(
