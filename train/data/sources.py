@@ -100,7 +100,7 @@ class Source:
         if self.of_sprites:
             draw = functools.lru_cache(maxsize=2)(functools.partial(self._captions, seed, "train"))
             return lambda number: draw(number // _CAPTIONS)[number % _CAPTIONS]
-        lines = self._lines(reserved)[reserved:]
+        lines = self.lines(reserved)[reserved:]
 
         def of_file(number: int) -> str:
             epoch, place = divmod(number, len(lines))
@@ -119,7 +119,7 @@ class Source:
         """
         if self.of_sprites:
             return self._captions(0, "unseen", 0)[:count]
-        return self._lines(count)[:count]
+        return self.lines(count)[:count]
 
     def _captions(self, seed: int, split: Any, block: int) -> list[str]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), block)
@@ -127,7 +127,12 @@ class Source:
             return captions(world.sample_occlusions(key, _CAPTIONS))
         return captions(world.sample_scenes(key, _CAPTIONS, split=split))
 
-    def _lines(self, reserved: int) -> list[str]:
+    def lines(self, reserved: int = 0) -> list[str]:
+        """The prompts of a file, in its order.
+
+        Raises:
+            ConfigError: the file cannot be read, or has no more prompts than are reserved.
+        """
         what = f"the prompts {self.prompts[:200]!r}, neither 'plain' nor 'occlusion', as a file with a prompt a line"
         lines = [line for _, line in numbered_lines(read_text(self.prompts, what=what))]
         if len(lines) <= reserved:

@@ -495,6 +495,7 @@ def _embeddings(folder: Path, sources: tuple[Source, ...], dtype: jnp.dtype) -> 
         return lambda texts: embed_prompts(encoder, tokenizer, texts).astype(dtype)
     cache = cache_folder()
     kept = PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts")
+    kept.tell_cut([line for source in sources if source.samples and not source.of_sprites for line in source.lines()])
     return lambda texts: jnp.concatenate([kept(text) for text in texts]).astype(dtype)
 
 
