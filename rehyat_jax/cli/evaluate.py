@@ -13,7 +13,7 @@ from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.generate import parse_remember
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.runtime.files import check_writable
+from rehyat_jax.runtime.outputs import owned_output
 
 if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
@@ -86,6 +86,9 @@ class Sprites:
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")] = Path("sprites.json")
     """Where every figure and the record of the run are to stand; written anew whenever a subject is measured."""
 
+    overwrite: bool = False
+    """Replace FILE.json if there is one."""
+
     cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of compiled programs and prompt embeddings (else $REHYAT_CACHE_DIR, else the user's cache folder)."""
 
@@ -103,8 +106,8 @@ def main(argv: list[str]) -> None:
     options = parse_options(Sprites, argv[1:], command="eval sprites")
     if options.out.suffix.lower() != ".json":
         raise RehyatError(f"--out must end in .json, not {options.out.name!r}")
-    check_writable(options.out)
-    _run(options)
+    with owned_output(options.out, command="rehyat eval", overwrite=options.overwrite):
+        _run(options)
 
 
 def _run(options: Sprites) -> None:
