@@ -1,6 +1,7 @@
 """Checkpoints against damage, and of another model."""
 
 import os
+import shutil
 from pathlib import Path
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 from shared.training import problem
 
-from rehyat_jax.errors import CheckpointError
+from rehyat_jax.errors import CheckpointError, RehyatError
 from train.engine.checkpoint import Checkpoints
 from train.engine.optimizer import OptimizerConfig
 
@@ -82,3 +83,19 @@ def test_checkpoints_of_another_model_are_named_and_kept(tmp_path):
         with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=words):
             checkpoints.restore(template)
     assert (tmp_path / "8").is_dir()
+
+
+def test_a_disk_without_room_is_known_before_a_checkpoint_is_begun(tmp_path, monkeypatch):
+    """At the start of a run, and before each checkpoint; what there was stays."""
+    first, second = _states()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, first)
+        before = sorted(tmp_path.rglob("*"))
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        with pytest.raises(RehyatError, match=r"a checkpoint needs .* has 10 bytes left"):
+            checkpoints.save(1, second)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert checkpoints.restore(second) is not None
+    with Checkpoints(tmp_path / "new") as checkpoints, pytest.raises(RehyatError, match="has 10 bytes left"):
+        checkpoints.restore(first)

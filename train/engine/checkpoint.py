@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.runtime.files import check_room, whole_file
 from train.parallel.devices import first_process, wait_for_all
 
 _SEAL = "seal.json"
@@ -46,6 +46,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the checkpoint is of another model.
+            RehyatError: there is none, and no room for one: known now, not after the first steps.
         """
         for path in sorted(Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*")):
             report(f"the checkpoint {path} was not finished: passed over and removed")
@@ -64,6 +65,7 @@ class Checkpoints:
                 )
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        self._check_room(template)
         return None
 
     def read(self, template: PyTree, *, step: int | None = None) -> PyTree:
@@ -101,8 +103,10 @@ class Checkpoints:
         """Write the checkpoint of ``step``, whole or not at all, and remove the oldest beyond those to keep.
 
         Raises:
-            CheckpointError: it cannot be written (full disk, …).
+            CheckpointError: it cannot be written.
+            RehyatError: there is no room for it; nothing of it was written.
         """
+        self._check_room(state)
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state))
         except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -114,6 +118,10 @@ class Checkpoints:
             with whole_file(folder / _SEAL) as partial:
                 partial.write_text(json.dumps(seal, indent=1), encoding="utf-8")
         wait_for_all("seal")
+
+    def _check_room(self, state: PyTree) -> None:
+        folder = Path(self._manager.directory)
+        check_room(folder, size=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), what="a checkpoint")
 
     def _seal(self, step: int) -> dict[str, Any] | None:
         """The seal of a checkpoint that is as it was written; of several processes the first looks for all."""
