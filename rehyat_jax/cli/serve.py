@@ -82,9 +82,9 @@ def main(argv: list[str]) -> None:
         import websockets  # noqa: F401
     except ModuleNotFoundError as error:
         raise RehyatError(f"rehyat serve needs {error.name}: pip install 'rehyat-jax[serve]'") from error
-    import jax
 
     from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.runtime.platform import device_kind
     from rehyat_jax.serve.app import About, make_app
     from rehyat_jax.serve.guard import Access
     from rehyat_jax.serve.host import Host, Limits
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     words = _words(pipe)
     about = About(
         model=options.model,
-        device=jax.devices()[0].device_kind,
+        device=device_kind(),
         words=words,
         example=_EXAMPLE if set(_EXAMPLE.split()) <= set(words) else "",
     )

@@ -48,7 +48,7 @@ class Room:
     @classmethod
     def here(cls) -> Room:
         """Of the first device, and of this process's machine or container."""
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         if device.platform == "cpu":
             return cls(device=None, host=_host_room(), shared=True)
         try:
