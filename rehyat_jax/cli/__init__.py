@@ -141,11 +141,17 @@ def _stoppable(came: list[int]) -> Iterator[None]:
 def _warnings_as_sentences() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("always", RehyatWarning)
-        show = warnings.showwarning
+        show, told = warnings.showwarning, set[str]()
 
         def say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, RehyatWarning):
                 print(f"rehyat: {message}", file=sys.stderr)
+            elif (cache := "persistent compilation cache") in str(message):
+                # JAX says it of every program; a run goes on without.
+                if cache not in told:
+                    why = str(message).strip().splitlines()[-1].rpartition(": ")[2]
+                    print(f"rehyat: compiled programs are not kept, or not read: {why[:200]}", file=sys.stderr)
+                told.add(cache)
             else:
                 show(message, category, *where, **more)
 

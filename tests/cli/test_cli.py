@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -412,3 +413,16 @@ def test_sigterm_stops_as_ctrl_c_does_and_exits_with_143(checkpoint, tmp_path):
     assert process.returncode == 143, error
     assert error.strip().split("\n")[-1] == "rehyat: stopped; nothing was written"
     assert os.listdir(tmp_path) == []
+
+
+def warn_of_the_cache(argv: list[str]) -> None:
+    for name in ("jit_a", "jit_b"):
+        why = "OSError: [Errno 28] No space left on device: '/cache/xla/x'"
+        warnings.warn(f"Error writing persistent compilation cache entry for '{name}': {why}", stacklevel=1)
+
+
+def test_a_full_disk_under_the_cache_is_said_once(rehyat, command):
+    """In JAX's words of jax/_src/compiler.py, for every program."""
+    command(warn_of_the_cache)
+    code, _, error = rehyat("dance")
+    assert (code, error.count("compiled programs are not kept"), error.count("\n")) == (0, 1, 1)
