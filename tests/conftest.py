@@ -58,7 +58,7 @@ class Recorder:
     """CPU seconds of each call and each set-up of a fixture, gathered from all workers."""
 
     def __init__(self, mode: str | None) -> None:
-        self.mode, self.tests, self.fixtures, self.pending = mode, {}, {}, []
+        self.mode, self.files, self.tests, self.fixtures, self.pending = mode, {}, {}, {}, []
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
@@ -82,14 +82,21 @@ class Recorder:
         if report.when != "call":
             return
         given = dict(report.user_properties)
-        name = tiers.function_of(report.nodeid)
-        self.tests[name] = self.tests.get(name, 0.0) + given.get("cpu_seconds", 0.0)
-        for fixture, seconds in given.get("fixtures", ()):
+        name, cost, fixtures = (
+            tiers.function_of(report.nodeid),
+            given.get("cpu_seconds", 0.0),
+            given.get("fixtures", ()),
+        )
+        file = name.partition("::")[0]
+        self.files[file] = self.files.get(file, 0.0) + cost + sum(seconds for _, seconds in fixtures)
+        for fixture, seconds in fixtures:
             self.fixtures[fixture] = max(seconds, self.fixtures.get(fixture, 0.0))
+        if "full" not in report.keywords:  # which no check would run
+            self.tests[name] = self.tests.get(name, 0.0) + cost
 
     def pytest_sessionfinish(self, session):
         if self.mode and not hasattr(session.config, "workerinput"):
-            tiers.Costs().write(self.tests, self.fixtures, keep=self.mode == "larger")
+            tiers.Costs().write(files=self.files, tests=self.tests, fixtures=self.fixtures, keep=self.mode == "larger")
 
 
 @pytest.fixture

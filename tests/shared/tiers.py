@@ -65,12 +65,16 @@ def runs(item: pytest.Item, costs: "Costs") -> bool:
             return True
 
 
+#: By name.
+Seconds = dict[str, float]
+
+
 class Costs:
     """CPU seconds, children's included, that test functions and fixtures took when they were last recorded.
 
-    ``tests``: a function's calls, over its parameters. ``fixtures``: one set-up, without those that it asks for. A name
-    that is not listed is new, or cost less than ``least``. ``files``: all that ran of a file; one not listed was
-    never recorded, and nothing is known to be cheap in it.
+    ``tests``: a function's calls, over its parameters that are not ``full``. ``fixtures``: one set-up, without those
+    that it asks for. A name that is not listed is new, or cost less than ``least``. ``files``: all that ran of a file;
+    one not listed was never recorded, and nothing is known to be cheap in it.
     """
 
     least = 0.2
@@ -89,14 +93,9 @@ class Costs:
             self.fixtures.get(fixture_name(definition), 0.0) for definition in definitions
         )
 
-    def write(self, tests: dict[str, float], fixtures: dict[str, float], *, keep: bool) -> None:
+    def write(self, *, files: Seconds, tests: Seconds, fixtures: Seconds, keep: bool) -> None:
         """With ``keep``, a figure of before stays where it is larger: a test costs more where another that compiled for
         it does not run."""
-        files: dict[str, float] = {}
-        for name, seconds in (*tests.items(), *fixtures.items()):
-            file = name.partition("::")[0]
-            files[file] = files.get(file, 0.0) + seconds
-        files = {name: seconds for name, seconds in files.items() if name.endswith(".py")}  # pytest's own fixtures
         for ours, new in ((self.tests, tests), (self.fixtures, fixtures), (self.files, files)):
             for name, seconds in new.items():
                 ours[name] = max(seconds, ours.get(name, 0.0)) if keep else seconds
