@@ -113,14 +113,14 @@ def test_validation_comes_on_its_schedule_and_at_the_end(tmp_path):
 
 
 def test_the_rate_in_tflops_and_its_share_of_the_peak(tmp_path, monkeypatch):
-    _, said = _run(tmp_path / "unknown", steps=2, flops=lambda step: 1e12 * (step + 1))
+    _, said = _run(tmp_path / "unknown", steps=2, work=lambda step: loop.Work(flops=1e12 * (step + 1)))
     assert "the peak arithmetic of a device 'cpu' is not known here: its utilisation is not shown" in said
     assert "TFLOP/s" in said
     for step, entry in enumerate(_log(tmp_path / "unknown")):
         np.testing.assert_allclose(entry["tflops_per_s"], entry["steps_per_s"] * (step + 1), rtol=1e-6)
         assert "utilisation" not in entry
     monkeypatch.setitem(loop.PEAK_TFLOPS, "cpu", 2.0)
-    _, said = _run(tmp_path / "known", steps=2, flops=lambda step: 1e12)
+    _, said = _run(tmp_path / "known", steps=2, work=lambda step: loop.Work(flops=1e12))
     assert "not known" not in said
     assert "% of peak" in said
     for entry in _log(tmp_path / "known"):

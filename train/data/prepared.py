@@ -186,6 +186,11 @@ class Prepared:
         return sum(video.clips for video in self.videos)
 
     @property
+    def training_clips(self) -> int:
+        """Clips that training sees."""
+        return sum(video.clips for video in self.videos if not self._is_out(video))
+
+    @property
     def identity(self) -> str:
         """A digest of all that training reads: settings, contents and captions, whichever shards they lie in."""
         digest = hashlib.sha256(repr(self.plan).encode())

@@ -22,10 +22,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.runtime.files import check_room, whole_file
+from rehyat_jax.runtime.files import check_room, sample_digest, whole_file
 from train.parallel.devices import first_process, wait_for_all
 
 _SEAL = "seal.json"
+#: Of a checkpoint so much is read to seal it, and to see whether it is as it was sealed.
+SEALED_BYTES = 1 << 30
 #: Of what a checkpoint holds, and how: 2 has the state of a stage by roles. Before it, seals had no version.
 VERSION = 2
 
@@ -33,10 +35,26 @@ VERSION = 2
 class Checkpoints:
     """The checkpoints of one run, in ``folder``; a context manager."""
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        always: Callable[[int], bool] = lambda step: False,
+        reads_only: bool = False,
+    ) -> None:
+        """
+        Args:
+            keep: so many of the newest are kept.
+            always: of which steps they are kept for good.
+            reads_only: leave alone what another process may be writing.
+        """
+        self._keep, self._always = keep, always
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False),
+            options=ocp.CheckpointManagerOptions(
+                create=not reads_only, read_only=reads_only, enable_async_checkpointing=False
+            ),
         )
 
     def restore(self, template: PyTree, *, report: Callable[[str], None] = print) -> PyTree | None:
@@ -82,10 +100,15 @@ class Checkpoints:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             held = f" (there are {', '.join(map(str, steps))})" if steps else ""
             raise CheckpointError(f"{self._manager.directory} has {what}{held}")
-        step = steps[-1] if step is None else step
-        seal = self._seal(step)
-        if seal is None:
-            raise CheckpointError(f"the checkpoint {self._path(step)} is damaged or was not finished")
+        # The newest may be under way, or removed in this moment, by a run that goes on.
+        candidates = steps[::-1] if step is None else [step]
+        step, seal = next(((n, seal) for n in candidates if (seal := self._seal(n)) is not None), (step, None))
+        if seal is None or step is None:
+            raise CheckpointError(
+                f"the checkpoint {self._path(candidates[0])} is damaged or was not finished"
+                if len(candidates) == 1
+                else f"no checkpoint in {self._manager.directory} is whole"
+            )
         self._check_version(seal)
         wanted = _arrays(template)
         if (
@@ -100,7 +123,7 @@ class Checkpoints:
             return reader.restore(self._path(step) / "default", args=how)
 
     def save(self, step: int, state: PyTree) -> None:
-        """Write the checkpoint of ``step``, whole or not at all, and remove the oldest beyond those to keep.
+        """Write the checkpoint of ``step``, whole or not at all, then remove the older ones that are not to be kept.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -118,6 +141,9 @@ class Checkpoints:
             with whole_file(folder / _SEAL) as partial:
                 partial.write_text(json.dumps(seal, indent=1), encoding="utf-8")
         wait_for_all("seal")
+        for old in sorted(self._manager.all_steps())[: -self._keep]:
+            if not self._always(old):
+                self._manager.delete(old)
 
     def _check_room(self, state: PyTree) -> None:
         folder = Path(self._manager.directory)
@@ -159,17 +185,23 @@ def _read_seal(folder: Path) -> dict[str, Any] | None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    def checksum(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+    """Of every file: all of it, while that is `SEALED_BYTES` in all; beyond, of samples of so much."""
     paths = [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != _SEAL and not path.name.endswith(".partial")
     ]
+    sizes = [path.stat().st_size for path in paths]
+    share = SEALED_BYTES / max(sum(sizes), 1)
+
+    def checksum(path: Path, size: int) -> str:
+        if share < 1:
+            return sample_digest(path, count=max(2, int(size * share) >> 20)).hex()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing is outside Python's lock
-        sums = list(pool.map(checksum, paths))
+        sums = list(pool.map(checksum, paths, sizes))
     return dict(zip((path.relative_to(folder).as_posix() for path in paths), sums, strict=True))
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from train.engine.checkpoint import Checkpoints
+from train.engine.loop import Work
 from train.engine.stage import Metrics, Models, Network, Stage, State
 from train.parallel.devices import Devices
 
@@ -126,13 +127,18 @@ class Engine:
         rates = devices.replicate({role: jnp.float32(self._rate(role, step)) for role in state.learners})
         return self.programs[kind](state, self._frozen, inputs.frozen, host, rates)
 
-    def flops(self, step: int) -> float:
-        """Of the round that begins at a step; 0: not known."""
-        return self.rounds[self.stage.round_of(step // self.stage.steps_per_round)].flops
+    def work(self, step: int) -> Work:
+        """What the round that begins at a step does."""
+        each = self.rounds[self.stage.round_of(step // self.stage.steps_per_round)]
+        return Work(each.clips, each.tokens, each.flops)
 
-    @property
-    def knows_flops(self) -> bool:
-        return all(each.flops for each in self.rounds.values())
+    def told(self, step: int) -> dict[str, float]:
+        """What a line of measurements at a step says beside what was measured: learning rates, and the epoch."""
+        roles = list(self.state.learners)
+        last = max(step - 1, 0)
+        said = {"learning_rate" if len(roles) == 1 else f"{r}/learning_rate": self._rate(r, last) for r in roles}
+        epoch = self.stage.epoch(step)
+        return said if epoch is None else said | {"epoch": epoch}
 
     def measure(self, state: State) -> list[PyTree]:
         """What the stage measures on averaged networks."""

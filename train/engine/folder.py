@@ -21,6 +21,11 @@ class RunFolder:
         """A JSON object a line."""
         return self.path / "metrics.jsonl"
 
+    def newest_step(self) -> int | None:
+        """Of its checkpoints, whole or not; None: there are none."""
+        steps = [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
+        return max(steps, default=None)
+
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"

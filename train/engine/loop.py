@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from rehyat_jax.errors import RehyatError
 from train.engine.arithmetic import PEAK_TFLOPS
 from train.engine.checkpoint import Checkpoints
 from train.engine.folder import RunFolder
-from train.engine.metrics import Metrics, all_finite, mean_of_finite
+from train.engine.metrics import Metrics, all_finite, joined, mean_of_finite
 from train.engine.optimizer import Skipped
 from train.engine.progress import TrainingDisplay
 from train.parallel.devices import Agreement, first_process
@@ -51,6 +51,22 @@ class Stopped(Exception):
         self.signal_number, self.step = signal_number, step
 
 
+class Work(NamedTuple):
+    """What rounds do."""
+
+    clips: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def plus(self, other: Work) -> Work:
+        return Work(self.clips + other.clips, self.tokens + other.tokens, self.flops + other.flops)
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Of what is known, by the names that lines have."""
+        rates = {"clips_per_s": self.clips, "tokens_per_s": self.tokens, "tflops_per_s": self.flops / 1e12}
+        return {name: amount / seconds for name, amount in rates.items() if amount}
+
+
 def run(
     state: State,
     advance: Advance[State],
@@ -64,7 +80,10 @@ def run(
     validate: Validate[State] | None = None,
     validate_steps: int = 0,
     validate_first: bool = False,
-    flops: Callable[[int], float] | None = None,
+    work: Callable[[int], Work] | None = None,
+    told: Callable[[int], dict[str, float]] = lambda step: {},
+    keep_last: int = 2,
+    keep_every: int = 0,
     devices: int | None = None,
     console: Console | None = None,
 ) -> State:
@@ -79,8 +98,12 @@ def run(
         most_skipped: so many steps in a row may have no finite gradients, which changes nothing but their count.
         validate: called after the round that reaches a multiple of ``validate_steps``, and after the last.
         validate_first: and before the first step of all, when its values are not logged.
-        flops: floating-point operations of the round that begins at a step; shown as a rate, and as a share of the
-            devices' peak where that is known (`train.engine.arithmetic.PEAK_TFLOPS`).
+        work: what the round that begins at a step does: clips, tokens and floating-point operations, each shown as a
+            rate, and the last as a share of the devices' peak where that is known
+            (`train.engine.arithmetic.PEAK_TFLOPS`).
+        told: values to log at a step that are not measured.
+        keep_last: so many of the newest checkpoints are kept.
+        keep_every: the first checkpoint of each so many steps is kept for good, and made when it is due; 0: none is.
         devices: how many are at work; none: all.
 
     Raises:
@@ -91,7 +114,11 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     with (
         TrainingDisplay(steps, console=console if first_process() else Console(quiet=True)) as display,
-        Checkpoints(RunFolder(folder).checkpoints) as checkpoints,
+        Checkpoints(
+            RunFolder(folder).checkpoints,
+            keep=keep_last,
+            always=lambda step: bool(keep_every) and step % keep_every < steps_per_advance,
+        ) as checkpoints,
         _stop_signals() as signals,
     ):
         if (restored := checkpoints.restore(state, report=display.note)) is not None:
@@ -99,16 +126,18 @@ def run(
             display.note(f"resumed from step {int(state.step)}")
         step = first = logged = int(state.step)
         agreement = Agreement()
-        peak = _peak_flops(devices, display.note) if flops and step < steps else None
+        peak = _peak_flops(devices, display.note) if work and step < steps and work(step).flops else None
         if validate and validate_first and not step:
             validate(state, step)
         with Metrics(RunFolder(folder), first_step=first) as log:
             begun = last_log = last_save = time.monotonic()
             previous: dict[str, Any] = {}
-            skipped, done = _skipped(jax.device_get(state.skipped))[0], 0.0
+            skipped, done = _skipped(jax.device_get(state.skipped))[0], Work()
+            rounds: list[dict[str, Any]] = []  # measured since the last line
             while step < steps:
-                done += flops(step) if flops else 0.0
+                done = done.plus(work(step)) if work else done
                 state, metrics = advance(state, step)
+                rounds.append(metrics)
                 step += steps_per_advance
                 # At most one round waits on the device, so that the clock below is the device's.
                 jax.block_until_ready(previous)
@@ -116,10 +145,12 @@ def run(
                 stop, due, logs = agreement.of(
                     max(signals[:1], default=0), now - last_save >= checkpoint_seconds, now - last_log >= log_seconds
                 )
-                saves = stop or step >= steps or due
+                keeps = keep_every and step % keep_every < steps_per_advance
+                saves = stop or step >= steps or due or keeps
                 validates = validate and validate_steps and (step % validate_steps < steps_per_advance or step >= steps)
                 if saves or validates or logs:
-                    measured, counts = jax.device_get((metrics, state.skipped))
+                    fetched, counts = jax.device_get((rounds, state.skipped))
+                    measured, rounds = joined(fetched), []
                     values = {name: mean_of_finite(value) for name, value in measured.items()}
                     total, in_a_row = _skipped(counts)
                     if in_a_row >= most_skipped:
@@ -136,17 +167,17 @@ def run(
                         skipped = total
                     now = time.monotonic()
                     rate = (step - logged) / (now - last_log)
-                    if flops:
-                        values["tflops_per_s"] = done / (now - last_log) / 1e12
+                    values |= done.rates(now - last_log)
                     if peak:
-                        values["utilisation"] = done / (now - last_log) / peak
+                        values["utilisation"] = done.flops / (now - last_log) / peak
+                    values |= told(step)
                     left = (steps - step) * (now - begun) / (step - first)
                     if validates and validate:
                         values |= validate(state, step)
                     entry = values | {"skipped": total, "steps_per_s": rate}
                     log.write(step, entry | {"seconds": now - begun, "from_step": first})
                     display.step(step, values, per_second=rate, seconds_left=left)
-                    last_log, logged, done = time.monotonic(), step, 0.0
+                    last_log, logged, done = time.monotonic(), step, Work()
                 if saves:
                     checkpoints.save(step, state)
                     last_save = time.monotonic()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from rehyat_jax.runtime.files import whole_file
 from train.engine.folder import RunFolder
 
 
@@ -19,10 +21,11 @@ class Metrics:
     def __init__(self, folder: RunFolder, *, first_step: int) -> None:
         """
         Args:
-            first_step: that this process begins at; TensorBoard then forgets what an earlier one wrote of later steps.
+            first_step: that this process begins at; what an earlier one wrote of later steps is forgotten.
         """
         self._writes = jax.process_index() == 0
         if self._writes:
+            _forget(folder.metrics, after=first_step)
             self._lines = folder.metrics.open("a", encoding="utf-8")
             purge = {"purge_step": first_step + 1} if first_step else {}
             self._board = SummaryWriter(str(folder.tensorboard), **purge)
@@ -48,8 +51,33 @@ class Metrics:
             self._board.close()
 
 
+def _forget(path: Path, *, after: int) -> None:
+    """Leave out lines of later steps, which a process wrote that was killed before its next checkpoint, and a line that
+    was cut short: what is left has every step once, in order."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = [line for line in lines if (step := _step_of(line)) is not None and step <= after]
+    if kept != [line for line in lines if line]:
+        with whole_file(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def joined(rounds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What several rounds measured, by name."""
+    names = dict.fromkeys(name for measured in rounds for name in measured)
+    return {name: np.concatenate([np.ravel(m[name]) for m in rounds if name in m]) for name in names}
+
+
 def mean_of_finite(value: np.ndarray | float) -> float:
-    """Of a value's steps in a round; not a number where no step has a finite one."""
+    """Of a value's steps; not a number where no step has a finite one."""
     value = np.asarray(value, np.float32)
     finite = value[np.isfinite(value)]
     return float(finite.mean()) if finite.size else math.nan

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from pathlib import Path
 
-from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.errors import ConfigError, RehyatError, RehyatWarning
 from rehyat_jax.runtime.record import Phases
 from train.engine import loop
 from train.engine.checkpoint import Checkpoints
 from train.engine.engine import Engine, averages_of
 from train.engine.folder import RunFolder
+from train.engine.identity import compare, identity_of, keep
 from train.engine.stage import Stage
 from train.parallel.devices import Processes, first_process, wait_for_all
 from train.parallel.sharding import MeshConfig
@@ -29,14 +31,17 @@ class RunConfig:
     most_skipped: int = 20
     #: Between two checkpoints; 0 saves after every round.
     checkpoint_seconds: float = 60.0
+    #: Checkpoints that are kept: so many of the newest; and the first of each so many steps, for good (0: none).
+    keep_last: int = 2
+    keep_every: int = 0
     #: Devices along each axis; by default one device is used.
     mesh: MeshConfig = MeshConfig(fsdp=1)
     processes: Processes = Processes()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "most_skipped"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("steps", 1), ("most_skipped", 1), ("keep_last", 1), ("keep_every", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     @property
     def result(self) -> Path:
@@ -64,16 +69,28 @@ class RunConfig:
         if self.result.exists():
             raise RehyatError(f"{self.result} is there already; choose another --out")
 
-    def run(self, phases: Phases | None = None) -> None:
-        """Train, or continue a run that was stopped; ``phases`` takes times and memory.
+    def run(self, phases: Phases | None = None, *, change: bool = False) -> None:
+        """Train, or continue a run that was stopped or, with ``change``, go on with one that is done.
+
+        Args:
+            phases: takes times and memory.
+            change: settings of `train.engine.identity.CHANGEABLE` may be others than the run's so far; a run that is
+                done may have more steps, and its result of before stays under another name.
 
         Raises:
-            RehyatError: there is a result already, or training diverged.
+            RehyatError: there is a result already; the folder is of a run with other settings; training diverged.
             CheckpointError: a model cannot be read; checkpoints of another model; a full disk.
             ConfigError: settings do not fit the models, the data or the devices.
             Stopped: by a signal; see `train.engine.loop.run`.
         """
-        self.check_result()
+        step = self.folder.newest_step()
+        more = change and step is not None and step < self.steps
+        if not more:
+            self.check_result()
+        now = identity_of(self)
+        if step is not None:
+            for said in compare(self.train_folder, now, change=change):
+                warnings.warn(f"{said}, from step {step} on", RehyatWarning, stacklevel=2)
         phases, stage = phases or Phases(), self.stage()
         engine = Engine(stage, steps=self.steps)
         with phases.measure("compile"):
@@ -83,6 +100,8 @@ class RunConfig:
             results, averages = engine.measure(state), functools.partial(engine.averages, state)
             return stage.report(results, averages, step=step, folder=self.folder)
 
+        if first_process():
+            keep(self.train_folder, now, step=step)
         with phases.measure("train"):
             state = loop.run(
                 engine.state,
@@ -95,12 +114,17 @@ class RunConfig:
                 validate=validate if stage.validate_every else None,
                 validate_steps=stage.validate_every,
                 validate_first=stage.validate_first,
-                flops=engine.flops if engine.knows_flops else None,
+                work=engine.work,
+                told=engine.told,
+                keep_last=self.keep_last,
+                keep_every=self.keep_every,
                 devices=engine.devices.count,
             )
         with phases.measure("save"):
             averages = engine.averages(state)
             if first_process():
+                if self.result.exists():
+                    self.result.rename(self.result.with_name(f"{self.result.name}-{step}-steps"))
                 stage.export(averages, self.result)
             wait_for_all("result")
 
@@ -111,6 +135,6 @@ class RunConfig:
             CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
         """
         stage = self.stage()
-        with Checkpoints(self.folder.checkpoints) as checkpoints:
+        with Checkpoints(self.folder.checkpoints, reads_only=True) as checkpoints:
             averages = averages_of(stage.networks, checkpoints, step=step)
         stage.export(averages, folder)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Int, PyTree
 
@@ -151,6 +152,7 @@ class Update:
             return self.loss(models.with_params(self.role, params), part)
 
         gradients, values = gradients_of(loss, learner.params, batch, parts=self.parts)
+        values = {**values, "gradient_norm": optax.tree.norm(gradients)}
         return network.optimizer.apply(learner, gradients, rate, shares=network.shares), values
 
 
@@ -199,6 +201,9 @@ class Round:
     inputs: Inputs
     #: Floating-point operations; 0: not known.
     flops: float = 0.0
+    #: Clips that it learns from, each as often as it serves, and their tokens; 0: not known.
+    clips: int = 0
+    tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,6 +258,18 @@ class Stage(abc.ABC):
         """Floating-point operations of a round on such data; 0: not known."""
         return 0.0
 
+    def clips(self, data: int) -> int:
+        """Clips that a round on such data learns from, each as often as it serves; 0: not known."""
+        return 0
+
+    def tokens(self, data: int) -> int:
+        """The transformer's tokens of these clips; 0: not known."""
+        return 0
+
+    def epoch(self, step: int) -> float | None:
+        """How often all clips have served by a step; None: they have no number."""
+        return None
+
     def rounds(self) -> dict[tuple[int, ...], Round]:
         """Every kind of round of the run, by what `round_of` says of an index."""
         networks, kinds = self.networks, {}
@@ -264,6 +281,8 @@ class Stage(abc.ABC):
                     function=self._learning(networks, data, place, [self.updates[number] for number in due]),
                     inputs=data,
                     flops=self.flops(place),
+                    clips=self.clips(place),
+                    tokens=self.tokens(place),
                 )
         return kinds
 

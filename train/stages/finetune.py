@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -286,6 +287,10 @@ class FinetuneStage(FlowStage):
         clip = 3 * forward_flops(student.config, student.hybrid, shape=shape)
         clip += forward_flops(student.config, None, shape=shape) if compared else 0
         return float(clip * bucket.batch * training.steps_per_round)
+
+    def tokens(self, data: int) -> int:
+        shape = zip(self.latent_shape(data), self.student.config.patch_size, strict=True)
+        return math.prod(side // patch for side, patch in shape) * self.clips(data)
 
     def latent_shape(self, number: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a bucket's clips."""

@@ -298,6 +298,18 @@ class FlowStage(Stage):
         bucket = self.training.buckets[data]
         return f"{bucket.batch} clips of {bucket.frames} frames"
 
+    def clips(self, data: int) -> int:
+        return self.training.buckets[data].batch * self.steps_per_round
+
+    def epoch(self, step: int) -> float | None:
+        buckets = [(n, b) for n, b in enumerate(self.training.buckets) if isinstance(b, PreparedClips)]
+        if not buckets:
+            return None
+        rounds = step // self.steps_per_round
+        drawn = sum(bisect.bisect_left(self._rounds[n], rounds) * self.training.pool(b) for n, b in buckets)
+        folders = {bucket.folder for _, bucket in buckets}
+        return drawn / sum(self.prepared[folder].training_clips for folder in folders)
+
     def feed(self, number: int, *, held_out: int = 0) -> Feed:
         """What a bucket trains on or, with a count, so many clips that are held out."""
         training, bucket = self.training, self.training.buckets[number]

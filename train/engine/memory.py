@@ -1,0 +1,39 @@
+"""What memory training takes, from sizes alone: before weights are read.
+
+A fit to XLA's own account of the compiled rounds, as `rehyat_jax.models.memory` is; honest to a factor of three
+(``tests/train/test_training_memory.py``): what a backward pass keeps depends on how the compiler schedules it.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rehyat_jax.models.wan.config import WanConfig
+from train.engine.optimizer import OptimizerConfig
+
+#: Arrays [B, N, dim] that a block keeps for its backward pass, beside two of its feed-forward's width.
+_KEPT = 45.0
+
+
+def learner_bytes(parameters: int, optimizer: OptimizerConfig) -> int:
+    """Float32 parameters, their averages, gradients and moments; and the parameters in the dtype of the computation."""
+    moments = 1 if optimizer.method == "muon" else 2
+    return parameters * 4 * (4 + moments)
+
+
+def backward_bytes(
+    model: WanConfig, *, tokens: int, clips: int, dtype: DTypeLike, remat: bool, text_tokens: int = 512
+) -> int:
+    """What a pass with its gradient keeps.
+
+    Args:
+        tokens: of a clip.
+        clips: that go through together on one device.
+        remat: each block's input alone is kept, and one block at a time is computed again.
+    """
+    size = jnp.dtype(dtype).itemsize
+    block = clips * tokens * (_KEPT * model.dim + 2 * model.ffn_dim) * size
+    scores = clips * model.num_attention_heads * tokens * text_tokens * 4  # of the text's attention
+    inputs = clips * tokens * model.dim * size
+    return int(model.num_layers * inputs + block + scores if remat else model.num_layers * (block + scores))
