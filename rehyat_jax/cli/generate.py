@@ -257,12 +257,13 @@ def _check_room(options: Generate, hybrid: HybridConfig | Literal["auto"], remem
     )
     if max(shape.height, shape.width) > LARGEST_SIDE or shape.frames > 4 * MOST_TOKENS:
         return  # of no machine: the pipeline says so
-    streams = converted is not None and converted.blocks == "all" and options.sweep != "per-step"
 
     def need(height: int, width: int) -> Need:
         sized = dataclasses.replace(shape, height=height, width=width)
         past = defaults.remember if remember is None else remember
-        return video_need(folder, sized, dtype=options.dtype, hybrid=converted, streams=streams, remember=past)
+        return video_need(
+            folder, sized, dtype=options.dtype, hybrid=converted, streams=options.sweep != "per-step", remember=past
+        )
 
     check_memory(
         need(shape.height, shape.width),

@@ -10,13 +10,17 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 
-from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.mixers.config import Conversion, read_conversion
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.runtime.memory import Need, Room
 from rehyat_jax.runtime.platform import platform
 from rehyat_jax.sampling.rollout import Remember
@@ -64,21 +68,21 @@ def transformer_bytes(
 
 
 def mixer_cache_bytes(
-    model: WanConfig, hybrid: HybridConfig, *, frame_tokens: int, batch: int, levels: int, dtype: DTypeLike
+    model: WanConfig, mixing: Mixing, *, frame_tokens: int, batch: int, levels: int, dtype: DTypeLike
 ) -> int:
     """What a stream of a student keeps of its past.
 
     Args:
         levels: noise levels at which the past is kept: the sampling steps, or one.
     """
-    heads, width, converted = (
-        model.num_attention_heads,
-        model.attention_head_dim,
-        sum(hybrid.converted(model.num_layers)),
-    )
-    state = heads * hybrid.degree * width * (width + 1) * 4
-    window = 2 * (hybrid.overlap_frames + hybrid.sink_frames) * frame_tokens * model.dim * jnp.dtype(dtype).itemsize
-    return levels * batch * converted * (state + window)
+    shape = {"heads": model.num_attention_heads, "head_dim": model.attention_head_dim}
+    kinds: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+    total = 0
+    for mixer in mixing.converted_groups:
+        module = nnx.eval_shape(lambda mixer=mixer: mixer.make(**shape, **kinds, rngs=nnx.Rngs(0)))
+        state = jax.eval_shape(lambda m=module: m.init_state(batch=batch, frame=frame_tokens, dtype=kinds["dtype"]))
+        total += len(mixing.blocks(mixer)) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return levels * total
 
 
 def decoder_bytes(vae: VAEConfig, *, height: int, width: int) -> int:
@@ -115,7 +119,7 @@ class VideoShape:
         return f"{self.frames} frames of {self.width}x{self.height}"
 
 
-def student_config(folder: Path) -> HybridConfig | None:
+def student_config(folder: Path) -> Conversion | None:
     """How a model's blocks are converted; None: it is a teacher.
 
     Raises:
@@ -123,7 +127,7 @@ def student_config(folder: Path) -> HybridConfig | None:
     """
     for home in (folder / "transformer" / "rehyat", folder / "rehyat"):
         if (home / "config.json").is_file():
-            return HybridConfig.from_dict(read_json(home / "config.json"))
+            return read_conversion(read_json(home / "config.json"))
     return None
 
 
@@ -132,7 +136,7 @@ def video_need(
     shape: VideoShape,
     *,
     dtype: DTypeLike,
-    hybrid: HybridConfig | None,
+    hybrid: Conversion | None,
     streams: bool,
     remember: Remember = "steps",
 ) -> Need:
@@ -140,7 +144,7 @@ def video_need(
 
     Args:
         hybrid: how blocks are converted.
-        streams: a chunk at a time; else as a whole.
+        streams: a chunk at a time, where the model can; else as a whole.
 
     Raises:
         CheckpointError, ConfigError: the folder has not all three networks.
@@ -153,11 +157,12 @@ def video_need(
         for side, patch in zip((shape.height, shape.width), model.patch_size[1:], strict=True)
     )
     frame, batch = math.prod(sides), 2 if shape.guided else 1
-    cache = 0
-    if streams and hybrid is not None:
-        latents = min(latents, hybrid.chunk_frames)
+    cache, mixing = 0, Mixing.of(hybrid, model.num_layers)
+    streams = streams and mixing.why_not_stream() is None
+    if streams:
+        latents = min(latents, mixing.chunk_frames)
         levels = shape.steps if remember == "steps" else 1
-        cache = mixer_cache_bytes(model, hybrid, frame_tokens=frame, batch=batch, levels=levels, dtype=dtype)
+        cache = mixer_cache_bytes(model, mixing, frame_tokens=frame, batch=batch, levels=levels, dtype=dtype)
     work = transformer_bytes(model, tokens=max(latents * frame, 1), batch=batch, dtype=dtype, weights=weights)
     decoding = decoder_bytes(vae, height=shape.height, width=shape.width)
     pixels = shape.frames * shape.height * shape.width * 3
