@@ -7,7 +7,7 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
         print(_help(command, about, kinds()), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name, *fields = argv
-    change = "--change" in fields
-    fields = [field for field in fields if field != "--change"]
+    asked = {flag: f"--{flag}" in fields for flag in ("change", "force")}
+    fields = [field for field in fields if field not in ("--change", "--force")]
     if name.startswith("-"):
         raise ConfigError(f"the configuration comes before its fields: rehyat {command} CONFIG {name[:80]} …")
     training = parse(command, name, fields, kinds=kinds())
@@ -55,10 +55,10 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
     # Now, not after the training. Processes of one run share an output, which the first one owns.
     owned = owned_output(training.result, command=f"rehyat {command}", beside=[record], is_folder=True)
     with owned if first_process() else contextlib.nullcontext():
-        return _run(training, command, name, record, change=change)
+        return _run(training, command, name, record, asked)
 
 
-def _run(training: RunConfig, command: str, name: str, record: Path, *, change: bool) -> int:
+def _run(training: RunConfig, command: str, name: str, record: Path, asked: Mapping[str, bool]) -> int:
     from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
     from rehyat_jax.runtime.record import write_record
     from train.engine.loop import Stopped
@@ -66,7 +66,7 @@ def _run(training: RunConfig, command: str, name: str, record: Path, *, change: 
     keep_compiled(cache_folder())
     phases = Phases()
     try:
-        training.run(phases, change=change)
+        training.run(phases, **asked)
     except Stopped as stop:
         said = f"step {stop.step} is saved, and the same command continues from there"
         if stop.signal_number == signal.SIGINT:
@@ -114,7 +114,8 @@ def _help(command: str, about: str, kinds: tuple[type, ...]) -> str:
         "files from people you trust only.\n\n"
         f"Configurations for {command} that ship with the package:\n{configs}\n\n"
         f"rehyat {command} CONFIG --help tells what it does and its fields. A run that was stopped goes on when the\n"
-        "same command is given again. --change lets it go on with other --steps, learning rates, mesh or validation."
+        "same command is given again. --change lets it go on with other --steps, learning rates, mesh or validation;\n"
+        "--force begins although memory is estimated to be too small."
     )
 
 

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from rehyat_jax.errors import ConfigError, RehyatError, RehyatWarning
+from rehyat_jax.runtime.memory import Need, check_memory
 from rehyat_jax.runtime.record import Phases
 from train.engine import loop
 from train.engine.checkpoint import Checkpoints
@@ -61,6 +62,14 @@ class RunConfig:
         """The stage that this configures. Nothing is read yet."""
         raise NotImplementedError
 
+    def memory_need(self) -> Need | None:
+        """What a round takes on one device, from sizes alone; None: nobody has counted it.
+
+        Raises:
+            CheckpointError, ConfigError: there are no such models or data.
+        """
+        return None
+
     def check_result(self) -> None:
         """
         Raises:
@@ -69,13 +78,14 @@ class RunConfig:
         if self.result.exists():
             raise RehyatError(f"{self.result} is there already; choose another --out")
 
-    def run(self, phases: Phases | None = None, *, change: bool = False) -> None:
+    def run(self, phases: Phases | None = None, *, change: bool = False, force: bool = False) -> None:
         """Train, or continue a run that was stopped or, with ``change``, go on with one that is done.
 
         Args:
             phases: takes times and memory.
             change: settings of `train.engine.identity.CHANGEABLE` may be others than the run's so far; a run that is
                 done may have more steps, and its result of before stays under another name.
+            force: begin although memory is estimated to be too small.
 
         Raises:
             RehyatError: there is a result already; the folder is of a run with other settings; training diverged.
@@ -91,6 +101,8 @@ class RunConfig:
         if step is not None:
             for said in compare(self.train_folder, now, change=change):
                 warnings.warn(f"{said}, from step {step} on", RehyatWarning, stacklevel=2)
+        if (need := self.memory_need()) is not None:
+            check_memory(need, what="its rounds", force=force)
         phases, stage = phases or Phases(), self.stage()
         engine = Engine(stage, steps=self.steps)
         with phases.measure("compile"):

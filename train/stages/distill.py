@@ -28,11 +28,14 @@ from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import BlockMixers, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
 from rehyat_jax.models.folder import find_model, read_scheduler
+from rehyat_jax.models.memory import text_encoder_bytes, transformer_bytes, weights_bytes
+from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.compilation import cache_folder
+from rehyat_jax.runtime.memory import Need
 from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, UniPC
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
@@ -120,6 +123,24 @@ class DistillTraining(RunConfig):
 
     def _rows(self, source: Source) -> int:
         return source.batch * (Guidance(scale=self.guidance_scale).branches if source.samples else 1)
+
+    def memory_need(self) -> Need:
+        teacher = find_model(self.teacher)
+        model, vae = open_component(teacher, "transformer").config, open_component(teacher, "vae").config
+        weights = weights_bytes(teacher, "transformer", dtype=self.dtype)
+        devices = 1 if self.mesh.single else jax.device_count()
+        passes = []
+        for source in self.sources:
+            shape = source.latent_shape(vae, model)[:3]
+            tokens = math.prod(side // patch for side, patch in zip(shape, model.patch_size, strict=True))
+            rows = -(-self._rows(source) // devices)
+            passes.append(transformer_bytes(model, tokens=tokens, batch=rows, dtype=self.dtype, weights=weights))
+        parts = {
+            "the teacher": weights // devices,
+            "the text encoder": text_encoder_bytes(teacher, dtype=self.dtype),
+            "a round's trajectories": max(passes),
+        }
+        return Need(device=parts)
 
     def stage(self) -> DistillStage:
         return DistillStage(self)

@@ -26,9 +26,12 @@ from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import BlockMixers, Conversion, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_transformer
 from rehyat_jax.models.folder import DEFAULTS_FILE, find_model
+from rehyat_jax.models.memory import weights_bytes
+from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.memory import Need
 from rehyat_jax.runtime.variables import GateParam, MixerParam
 from rehyat_jax.sampling.rollout import check_remember
 from rehyat_jax.sprites import world
@@ -42,6 +45,7 @@ from train.data.pools import Captions, Feed
 from train.data.prepared import Prepared, PreparedClips, open_prepared
 from train.engine.arithmetic import forward_flops
 from train.engine.gradients import Mean
+from train.engine.memory import backward_bytes, learner_bytes
 from train.engine.optimizer import OptimizerConfig, Shares
 from train.engine.stage import Models, Network
 from train.parallel.devices import Devices, loading
@@ -197,6 +201,30 @@ class FinetuneTraining(FlowTraining):
             target = jax.lax.stop_gradient(models["teacher"](*inputs, text_tokens=TEXT_LENGTH))
             means["teacher"] = flow_loss(velocity, target, weight=self.teacher_weight)
         return means
+
+    def memory_need(self) -> Need:
+        source = whole_model(self.source)
+        model, vae = open_component(source, "transformer").config, open_component(source, "vae").config
+        parameters = weights_bytes(source, "transformer", dtype=jnp.float32) // 4
+        devices = 1 if self.mesh.single else jax.device_count()
+        parts = {
+            "the student and its optimiser": learner_bytes(parameters, self.optimizer) // devices,
+            "the VAE": weights_bytes(source, "vae", dtype=self.dtype),
+        }
+        if self.teacher is not None:
+            parts["the teacher"] = weights_bytes(find_model(self.teacher), "transformer", dtype=jnp.float32) // devices
+        if any(isinstance(bucket, Bucket) for bucket in self.buckets):
+            parts["the text encoder"] = weights_bytes(source, "text_encoder", dtype=self.dtype) // devices
+        passes = []
+        for bucket in self.buckets:
+            if isinstance(bucket, PreparedClips):
+                shape = Prepared.read_index(bucket.folder).plan.latents[:3]
+            else:
+                shape = latent_shape(vae, frames=bucket.frames, height=world.HEIGHT, width=bucket.width)
+            tokens = math.prod(side // patch for side, patch in zip(shape, model.patch_size, strict=True))
+            clips = -(-bucket.batch // (self.accumulate * devices))
+            passes.append(backward_bytes(model, tokens=tokens, clips=clips, dtype=self.dtype, remat=self.remat))
+        return Need(device=parts | {"a step's clips": max(passes)})
 
     @property
     def shares(self) -> Shares:
