@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from shared.training import problem
 
-from rehyat_jax.errors import CheckpointError, ConfigError, RehyatWarning
+from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError, RehyatWarning
 from train.engine import checkpoint
 from train.engine.checkpoint import Checkpoints
 from train.engine.folder import RunFolder
@@ -140,14 +140,14 @@ def test_a_run_that_is_done_goes_on_with_more_steps_and_keeps_its_result(run, tm
     result, log = tmp_path / "result", tmp_path / "result-train" / "metrics.jsonl"
     assert run("--steps", 10) == 0
     first = (result / "gaussian.json").read_bytes()
-    assert run("--steps", 10) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert run("--steps", 20, "--seed", 5, "--change") == 2
-    assert "result-train is of another run: seed was " in capsys.readouterr().err
-    assert run("--steps", 20, "--change") == 0
-    said = capsys.readouterr().err
-    assert "steps was 10 and is 20, from step 10 on" in said
-    assert "resumed from step 10" in said
+    with pytest.raises(RehyatError, match="is there already"):
+        run("--steps", 10)
+    with pytest.raises(ConfigError, match="result-train is of another run: seed was "):
+        run("--steps", 20, "--seed", 5, "--change")
+    capsys.readouterr()
+    with pytest.warns(RehyatWarning, match="steps was 10 and is 20, from step 10 on"):
+        assert run("--steps", 20, "--change") == 0
+    assert "resumed from step 10" in capsys.readouterr().err
     assert (tmp_path / "result-10-steps" / "gaussian.json").read_bytes() == first
     assert result.is_dir()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -199,13 +199,13 @@ def test_an_export_during_a_run_takes_the_newest_whole_checkpoint(tmp_path):
         writing.save(16, state | {"step": jnp.asarray(2, jnp.int32)})
         (tmp_path / "16" / "seal.json").unlink()  # written, and not sealed yet
         (tmp_path / "24.orbax-checkpoint-tmp").mkdir()
-        with Checkpoints(tmp_path, reads_only=True) as reading:
+        with Checkpoints(tmp_path) as reading:
             chex.assert_trees_all_equal(reading.read(jax.eval_shape(lambda: state)), state)
             with pytest.raises(CheckpointError, match="16 is damaged or was not finished"):
                 reading.read(jax.eval_shape(lambda: state), step=16)
         assert (tmp_path / "24.orbax-checkpoint-tmp").is_dir()
         (tmp_path / "8" / "seal.json").unlink()
-        with Checkpoints(tmp_path, reads_only=True) as reading, pytest.raises(CheckpointError, match="is whole"):
+        with Checkpoints(tmp_path) as reading, pytest.raises(CheckpointError, match="is whole"):
             reading.read(jax.eval_shape(lambda: state))
 
 
@@ -225,7 +225,7 @@ def test_exports_while_checkpoints_are_written_and_removed_all_succeed(tmp_path)
     writer.start()
     reads = 0
     while not ended.is_set():
-        with Checkpoints(tmp_path, reads_only=True) as reading:
+        with Checkpoints(tmp_path) as reading:
             chex.assert_trees_all_equal(reading.read(jax.eval_shape(lambda: state)), state)
         reads += 1
     writer.join()

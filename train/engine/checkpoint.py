@@ -7,10 +7,11 @@ seal: the checksums of its files, and the names, dtypes and shapes of its arrays
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from rehyat_jax.runtime.files import check_room, sample_digest, whole_file
 from train.parallel.devices import first_process, wait_for_all
 
 _SEAL = "seal.json"
+#: How often a reader looks again, where a run that goes on removes checkpoints meanwhile.
+_TRIES = 10
 #: Of a checkpoint so much is read to seal it, and to see whether it is as it was sealed.
 SEALED_BYTES = 1 << 30
 #: Of what a checkpoint holds, and how: 2 has the state of a stage by roles. Before it, seals had no version.
@@ -35,26 +38,19 @@ VERSION = 2
 class Checkpoints:
     """The checkpoints of one run, in ``folder``; a context manager."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int = 2,
-        always: Callable[[int], bool] = lambda step: False,
-        reads_only: bool = False,
-    ) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, always: Callable[[int], bool] = lambda step: False) -> None:
         """
         Args:
             keep: so many of the newest are kept.
             always: of which steps they are kept for good.
-            reads_only: leave alone what another process may be writing.
         """
-        self._keep, self._always = keep, always
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                create=not reads_only, read_only=reads_only, enable_async_checkpointing=False
-            ),
+        self._folder, self._keep, self._always = folder.absolute(), keep, always
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """What writes and removes; a reader has none, and leaves alone what another process has under way."""
+        return ocp.CheckpointManager(
+            self._folder, options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
         )
 
     def restore(self, template: PyTree, *, report: Callable[[str], None] = print) -> PyTree | None:
@@ -66,7 +62,7 @@ class Checkpoints:
             CheckpointError: the checkpoint is of another model.
             RehyatError: there is none, and no room for one: known now, not after the first steps.
         """
-        for path in sorted(Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*")):
+        for path in sorted(self._folder.glob("*.orbax-checkpoint-tmp*")):
             report(f"the checkpoint {path} was not finished: passed over and removed")
             if first_process():
                 shutil.rmtree(path, ignore_errors=True)
@@ -79,7 +75,7 @@ class Checkpoints:
             self._check_version(seal)
             if (difference := _difference(seal["arrays"], _arrays(template))) is not None:
                 raise CheckpointError(
-                    f"{self._manager.directory} holds checkpoints of another model ({difference}); choose another --out"
+                    f"{self._folder} holds checkpoints of another model ({difference}); choose another --out"
                 )
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
@@ -95,25 +91,37 @@ class Checkpoints:
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another model.
         """
-        steps = sorted(self._manager.all_steps())
-        if not steps or (step is not None and step not in steps):
-            what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            held = f" (there are {', '.join(map(str, steps))})" if steps else ""
-            raise CheckpointError(f"{self._manager.directory} has {what}{held}")
-        # The newest may be under way, or removed in this moment, by a run that goes on.
-        candidates = steps[::-1] if step is None else [step]
-        step, seal = next(((n, seal) for n in candidates if (seal := self._seal(n)) is not None), (step, None))
-        if seal is None or step is None:
-            raise CheckpointError(
-                f"the checkpoint {self._path(candidates[0])} is damaged or was not finished"
-                if len(candidates) == 1
-                else f"no checkpoint in {self._manager.directory} is whole"
-            )
+        for _ in range(_TRIES):
+            steps = self._steps()
+            if not steps or (step is not None and step not in steps):
+                what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+                held = f" (there are {', '.join(map(str, steps))})" if steps else ""
+                raise CheckpointError(f"{self._folder} has {what}{held}")
+            for candidate in steps[::-1] if step is None else [step]:
+                if (seal := self._seal(candidate)) is None:
+                    continue  # it is being written
+                try:
+                    return self._read(candidate, seal, template)
+                except CheckpointError:
+                    raise
+                except Exception:  # Orbax and TensorStore raise many kinds
+                    if self._path(candidate).is_dir():
+                        raise
+            if all(self._path(each).is_dir() for each in steps):
+                break  # else a run that goes on removed some of them: there are newer ones
+        which = f"the checkpoint {self._path(steps[-1] if step is None else step)} is damaged or was not finished"
+        raise CheckpointError(
+            which if len(steps) == 1 or step is not None else f"no checkpoint in {self._folder} is whole"
+        )
+
+    def _steps(self) -> list[int]:
+        """In order, whole or not."""
+        return sorted(int(path.name) for path in self._folder.glob("*") if path.name.isdecimal())
+
+    def _read(self, step: int, seal: Mapping[str, Any], template: PyTree) -> PyTree:
         self._check_version(seal)
-        wanted = _arrays(template)
-        if (
-            difference := _difference({n: x for n, x in seal["arrays"].items() if _among(n, template)}, wanted)
-        ) is not None:
+        wanted, held = _arrays(template), {n: x for n, x in seal["arrays"].items() if _among(n, template)}
+        if (difference := _difference(held, wanted)) is not None:
             raise CheckpointError(f"the checkpoint {self._path(step)} is of another model than this ({difference})")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         how = ocp.args.PyTreeRestore(
@@ -134,7 +142,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state))
         except Exception as error:  # Orbax and TensorStore raise many kinds
             why = str(error).strip().split("\n")[0][:200]
-            raise CheckpointError(f"cannot write a checkpoint in {self._manager.directory}: {why}") from error
+            raise CheckpointError(f"cannot write a checkpoint in {self._folder}: {why}") from error
         folder = self._path(step)
         if first_process():
             seal = {"version": VERSION, "arrays": _arrays(state), "files": _checksums(folder)}
@@ -158,21 +166,22 @@ class Checkpoints:
             return None
         return whole or json.loads((self._path(step) / _SEAL).read_text(encoding="utf-8"))
 
-    def _check_version(self, seal: dict[str, Any]) -> None:
+    def _check_version(self, seal: Mapping[str, Any]) -> None:
         if (version := seal.get("version", 1)) != VERSION:
             raise CheckpointError(
-                f"{self._manager.directory} holds checkpoints of version {version}, and this program reads version "
+                f"{self._folder} holds checkpoints of version {version}, and this program reads version "
                 f"{VERSION}: finish that run with the program that began it, or choose another --out"
             )
 
     def _path(self, step: int) -> Path:
-        return Path(self._manager.directory) / str(step)
+        return self._folder / str(step)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.close()
 
 
 def _read_seal(folder: Path) -> dict[str, Any] | None:

@@ -147,6 +147,6 @@ class RunConfig:
             CheckpointError: there is no such checkpoint, it is of another model, or ``folder`` cannot be written.
         """
         stage = self.stage()
-        with Checkpoints(self.folder.checkpoints, reads_only=True) as checkpoints:
+        with Checkpoints(self.folder.checkpoints) as checkpoints:
             averages = averages_of(stage.networks, checkpoints, step=step)
         stage.export(averages, folder)
