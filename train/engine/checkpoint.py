@@ -154,8 +154,9 @@ class Checkpoints:
                 self._manager.delete(old)
 
     def _check_room(self, state: PyTree) -> None:
-        folder = Path(self._manager.directory)
-        check_room(folder, size=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), what="a checkpoint")
+        check_room(
+            self._folder, size=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), what="a checkpoint"
+        )
 
     def _seal(self, step: int) -> dict[str, Any] | None:
         """The seal of a checkpoint that is as it was written; of several processes the first looks for all."""
