@@ -287,7 +287,10 @@ def beside(holding: Holding, others: Iterable[Holding], name: str, info: TensorI
         if other is not holding
     )
     unneeded = holding.component.unneeded
-    return within or info.counts or bool(_BESIDE.match(name)) or bool(unneeded and unneeded.match(name))
+    # No parameter is a single number without dimensions.
+    return (
+        within or info.counts or not info.shape or bool(_BESIDE.match(name)) or bool(unneeded and unneeded.match(name))
+    )
 
 
 def narrow(row: Row, dtype: Any) -> Any:

@@ -7,8 +7,11 @@ all.
 
 from __future__ import annotations
 
+import collections
 import math
 import pickle
+import re
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,39 +22,23 @@ import numpy as np
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.weights.files import CheckedFile, TensorInfo, TensorSource
 
-#: State of training programs that is no tensor: read as something inert, so that the tensors beside it can be.
-_STATE = (
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-    "datetime.datetime",
-    "datetime.timedelta",
-    "collections.defaultdict",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int32", "Int64", "Bool", "UInt32", "UInt64")),
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "omegaconf.nodes.AnyNode",
-    "typing.Any",
-    "builtins.dict",
-    "builtins.list",
-    "builtins.int",
-    "builtins.float",
-    "builtins.str",
-    "builtins.bool",
+#: Classes of Python's own that training programs keep beside their tensors. They are read as something inert, and so is
+#: every class of another package; whatever else of Python's own a file names (``os.system``) is refused.
+_STATE = frozenset(
+    {
+        "argparse.Namespace",
+        "types.SimpleNamespace",
+        "pathlib.Path",
+        "pathlib.PosixPath",
+        "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "datetime.datetime",
+        "datetime.timedelta",
+        "collections.defaultdict",
+        "typing.Any",
+        *(f"builtins.{name}" for name in ("dict", "list", "set", "int", "float", "str", "bool")),
+    }
 )
-
-
 _NOT_PLAIN = "not a torch file of plain tensors"
 #: What torch raises of a damaged or hostile file.
 _UNREADABLE = (
@@ -67,20 +54,21 @@ _UNREADABLE = (
 )
 
 
-class _Inert(dict):
-    """In the place of what is no tensor: takes whatever it is given and keeps nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
+class _Inert:
+    """In the place of NumPy's arrays and types: takes whatever it is given and keeps nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+
+class _Mapping:
+    """In the place of any other class: an empty dictionary, which the unpickler fills where the class was one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return collections.OrderedDict()
 
 
 class TorchFile(TensorSource):
@@ -93,9 +81,8 @@ class TorchFile(TensorSource):
             raise CheckpointError(f"{path} is a torch file: install torch (pip install torch) to read it") from error
         self._file, self.files, self._torch = CheckedFile(path), (path,), torch
         lies = _check_archive(path)
-        stand_ins: list[Any] = [(_Inert, name) for name in _STATE]
         try:
-            with torch.serialization.safe_globals(stand_ins):
+            with torch.serialization.safe_globals(_stand_ins(torch, path, lies)):
                 content = torch.load(path, map_location="meta" if lies else "cpu", weights_only=True)
         except _UNREADABLE as error:
             raise CheckpointError(f"{path} is truncated, or {_NOT_PLAIN}{_named(error)}") from error
@@ -129,6 +116,13 @@ class TorchFile(TensorSource):
         yield np.lib.stride_tricks.as_strided(flat, info.shape, byte_strides, writeable=False)
 
 
+def _stand_ins(torch: Any, path: Path, archive: bool) -> list[Any]:
+    """Something inert for each class that a file names and that is no tensor's. No class is imported for it."""
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else []
+    others = {name for name in named if name.partition(".")[0] not in {*sys.stdlib_module_names, "torch"}}
+    return [(_Inert if name.startswith("numpy.") else _Mapping, name) for name in sorted(_STATE | others)]
+
+
 def _check_archive(path: Path) -> bool:
     """Is it a zip archive whose tensors lie in it as they are?
 
@@ -151,8 +145,8 @@ def _check_archive(path: Path) -> bool:
 
 def _named(error: Exception) -> str:
     """What torch would not unpickle, where it says so."""
-    _, found, rest = str(error).partition("Unsupported global: GLOBAL ")
-    return f": it holds a {rest.split()[0][:80]}, which is not unpickled" if found and rest.split() else ""
+    found = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+    return f": it holds {found[1]}, which is not unpickled" if found else ""
 
 
 def _flatten(content: Any, leaf: type, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,8 @@
 """Files as people really have them: each kind with several examples, and the same bytes out of each."""
 
 import argparse
+import dataclasses
+import importlib
 import json
 import mmap
 import resource
@@ -52,6 +54,14 @@ def same(path, models, tmp_path, component="transformer"):
 
 # --- names first, then types -------------------------------------------------------------------------------------
 
+
+@dataclasses.dataclass
+class Options:
+    """As a training program's own package has one."""
+
+    rate: float
+
+
 BESIDE = {
     "a counter": {"step": torch.tensor(600)},
     "counters of several kinds": {
@@ -63,6 +73,8 @@ BESIDE = {
     "options": {"args": argparse.Namespace(lr=1e-4, name="x"), "epoch": 3, "note": "text", "list": [1, None]},
     "numbers of numpy": {"best": np.float64(0.5), "loss": np.arange(3.0)},
     "random states": {"rng_state": torch.zeros(16, dtype=torch.uint8), "lr_scheduler": {"last": torch.tensor(3)}},
+    "a decay and a scale": {"ema_decay": torch.tensor(0.999), "loss_scale": torch.tensor(2.0**16)},
+    "an option's own class": {"config": Options(rate=1e-4)},
     "doubles": {"ema_decay": {"x": torch.ones(2, dtype=torch.float64)}},
 }
 
@@ -89,6 +101,19 @@ def test_other_state_beside_the_weights_is_left_alone(what, key, models, transfo
 def test_what_counts_is_no_weight(component, beside, models, tmp_path):
     save_file(original(component, tensors_of(models[component])) | beside, tmp_path / "x.safetensors")
     same(tmp_path / "x.safetensors", models, tmp_path, component)
+
+
+@pytest.mark.parametrize("name", ["os.system", "subprocess.Popen", "builtins.eval", "torch.nn.Linear"])
+def test_what_runs_code_is_refused_by_name(name, transformer, tmp_path):
+    module, _, attribute = name.rpartition(".")
+
+    class Bomb:
+        def __reduce__(self):
+            return getattr(importlib.import_module(module), attribute), ("1",)
+
+    torch.save({"model": transformer, "more": Bomb()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="not a torch file of plain tensors"):
+        load_transformer(tmp_path / "x.pt")
 
 
 def test_what_might_be_a_weight_is_refused_all_the_same(transformer, tmp_path):
