@@ -47,7 +47,11 @@ def locate(path: Path, name: str) -> Location:
         CheckpointError: there is none there, or there are several.
     """
     wanted = component(name)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (ValueError, OSError) as error:  # a null character; a name too long
+        raise CheckpointError(f"{str(path)[:200]!r} is no path") from error
+    if not there:
         raise CheckpointError(f"{path} does not exist")
     if path.is_file():
         return Location(component=wanted, weights=path, config=_config_beside(path, wanted))

@@ -56,7 +56,10 @@ def weights_in(folder: Path) -> list[Path]:
 
     Hidden files are none (macOS leaves a ``._x`` beside every ``x`` on other file systems).
     """
-    names = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".") and file.is_file())
+    try:
+        names = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".") and file.is_file())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
     indices = [name for name in names if is_index(folder / name)]
     taken = {shard for index in indices for shard in _shards_of(read_json(folder / index))}
     firsts: dict[tuple[str, str], str] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import math
-import pickle
 import re
 import sys
 import zipfile
@@ -40,18 +39,6 @@ _STATE = frozenset(
     }
 )
 _NOT_PLAIN = "not a torch file of plain tensors"
-#: What torch raises of a damaged or hostile file.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    OSError,
-    ValueError,
-    LookupError,
-    EOFError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-)
 
 
 class _Inert:
@@ -84,7 +71,7 @@ class TorchFile(TensorSource):
         try:
             with torch.serialization.safe_globals(_stand_ins(torch, path, lies)):
                 content = torch.load(path, map_location="meta" if lies else "cpu", weights_only=True)
-        except _UNREADABLE as error:
+        except Exception as error:  # of a damaged or hostile file torch, pickle, struct and tarfile raise their own
             raise CheckpointError(f"{path} is truncated, or {_NOT_PLAIN}{_named(error)}") from error
         self._tensors = dict(_flatten(content, torch.Tensor))
         names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -136,7 +123,7 @@ def _check_archive(path: Path) -> bool:
             records = archive.infolist()
             order = next((record for record in records if record.filename.endswith("/byteorder")), None)
             big = order is not None and order.file_size < 64 and archive.read(order) == b"big"
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} is truncated, or {_NOT_PLAIN}") from error
     if big or any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise CheckpointError(f"{path} is compressed, or of a machine of the other byte order, which is not read")
