@@ -47,11 +47,7 @@ def locate(path: Path, name: str) -> Location:
         CheckpointError: there is none there, or there are several.
     """
     wanted = component(name)
-    try:
-        there = path.exists()
-    except (ValueError, OSError) as error:  # a null character; a name too long
-        raise CheckpointError(f"{str(path)[:200]!r} is no path") from error
-    if not there:
+    if not _there(path):
         raise CheckpointError(f"{path} does not exist")
     if path.is_file():
         return Location(component=wanted, weights=path, config=_config_beside(path, wanted))
@@ -81,6 +77,8 @@ def components_in(path: Path) -> tuple[str, ...]:
     Raises:
         CheckpointError: a file that must be read for it is damaged.
     """
+    if not _there(path):
+        return ()
     if path.is_file():
         return tuple(holdings(open_tensors(path).infos))
     if not path.is_dir():
@@ -89,6 +87,19 @@ def components_in(path: Path) -> tuple[str, ...]:
         return tuple(name for name in REGISTRY if (path / name).is_dir())
     owners = set().union(*_sets(path, _config(path)).values())
     return tuple(name for name in REGISTRY if name in owners)
+
+
+def _there(path: Path) -> bool:
+    """
+    Raises:
+        CheckpointError: it is no path at all: a null character, a name too long.
+    """
+    try:
+        if "\0" not in str(path):
+            return path.exists()
+    except OSError:
+        pass
+    raise CheckpointError(f"{str(path)[:200]!r} is no path")
 
 
 #: Of a set of weights that cannot be read.

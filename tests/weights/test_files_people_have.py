@@ -494,3 +494,22 @@ def test_more_shards_than_a_process_may_open(transformer, tmp_path):
         load_transformer(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_may_begin_at_home(transformer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(transformer, tmp_path / "x.safetensors")
+    load_transformer("~/x.safetensors")
+    describe("~/x.safetensors")
+    convert("~/x.safetensors", "~/out")
+    load_transformer(tmp_path / "out")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000], ids=["null", "long"])
+def test_what_is_no_path_is_a_sentence(path):
+    for ask in (load_transformer, load_vae, load_text_encoder, describe):
+        with pytest.raises(CheckpointError, match="is no path"):
+            ask(path)
