@@ -11,7 +11,7 @@ import numpy as np
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.runtime.files import check_room
-from rehyat_jax.weights.layout import INDEX, components_in
+from rehyat_jax.weights.layout import INDEX, check_foreign_folders, components_in
 from rehyat_jax.weights.plan import LoadPlan, make_plan
 from rehyat_jax.weights.registry import REGISTRY, WRITTEN, Attached, Attachment, component
 from rehyat_jax.weights.save import of_plan, write_network
@@ -93,6 +93,8 @@ def components_of(path: Path) -> tuple[str, ...]:
         CheckpointError: none that this program knows.
     """
     if found := components_in(path):
+        for name in REGISTRY.keys() - found:
+            check_foreign_folders(path, component(name))
         return found
     # Says why not.
     make_plan(path, next(iter(REGISTRY)))

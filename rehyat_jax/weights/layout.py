@@ -52,7 +52,7 @@ def locate(path: Path, name: str) -> Location:
     if path.is_file():
         return Location(component=wanted, weights=path, config=_config_beside(path, wanted))
     if (path / INDEX).is_file():
-        _check_foreign_folders(path, wanted)
+        check_foreign_folders(path, wanted)
         if not (path / name).is_dir():
             raise CheckpointError(f"{path} has no {name} folder, so no {wanted.title}")
         return locate(path / name, name)
@@ -62,7 +62,7 @@ def locate(path: Path, name: str) -> Location:
     own = _if_of(config, wanted)
     found = _sets(path, config)
     if not found or wanted.name not in set().union(*found.values()):
-        _check_foreign_folders(path, wanted)
+        check_foreign_folders(path, wanted)
     if not found:
         raise CheckpointError(f"{path} holds no weights (*.safetensors, *.pth)")
     # Where nothing is known of what is there, whoever opens it says what it is.
@@ -149,7 +149,11 @@ def _if_of(config: Mapping[str, Any] | None, wanted: Component) -> Mapping[str, 
     return config if config is not None and wanted.described_by(config) else None
 
 
-def _check_foreign_folders(path: Path, wanted: Component) -> None:
+def check_foreign_folders(path: Path, wanted: Component) -> None:
+    """
+    Raises:
+        CheckpointError: the folder is another kind of checkpoint, whose network is in folders of other names.
+    """
     index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
     for folder, what in wanted.foreign_folders.items():
         entry = index.get(folder)
