@@ -103,7 +103,7 @@ def test_what_counts_is_no_weight(component, beside, models, tmp_path):
     same(tmp_path / "x.safetensors", models, tmp_path, component)
 
 
-@pytest.mark.parametrize("name", ["os.system", "subprocess.Popen", "builtins.eval", "torch.nn.Linear"])
+@pytest.mark.parametrize("name", ["os.system", "shutil.rmtree", "builtins.eval", "torch.nn.Linear"])
 def test_what_runs_code_is_refused_by_name(name, transformer, tmp_path):
     module, _, attribute = name.rpartition(".")
 
