@@ -117,7 +117,7 @@ def find_slice(topology: str) -> Slice:
 
 
 @runtime_checkable
-class Plannable(Protocol):
+class PlannedTraining(Protocol):
     """A configuration whose stage can be had by shapes alone."""
 
     @property
@@ -128,7 +128,7 @@ class Plannable(Protocol):
     ) -> Stage: ...
 
 
-def programs(training: Plannable, stage: Stage) -> Iterator[tuple[str, Program]]:
+def programs(training: PlannedTraining, stage: Stage) -> Iterator[tuple[str, Program]]:
     """Each kind of round of a planned stage, in words and not compiled yet.
 
     Raises:
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"a size is width x height, as 832x480, not {given.size[:80]!r}")
     width, height = (int(side) for side in given.size.split("x"))
     jax.config.update("jax_platforms", "cpu")
-    training: Any = parse("plan", given.config, fields, kinds=(Plannable,))
+    training: Any = parse("plan", given.config, fields, kinds=(PlannedTraining,))
     on = find_slice(given.topology)
     stage = training.planned(on.devices, size=(width, height), frames=given.frames, batch=given.batch)
     for title, program in programs(training, stage):

@@ -110,7 +110,7 @@ class Devices:
 
     @property
     def batch_pieces(self) -> int:
-        """Into how many a batch is cut."""
+        """Into how many parts a batch is sharded."""
         return math.prod(self.shape.get(axis, 1) for axis in ALONG["batch"])
 
     def rows(self) -> Rows:
@@ -164,26 +164,26 @@ class Devices:
         """What ``make`` makes of arrays that every process has, as `batch_shardings` has it."""
         if self.mesh is None:
             return jax.jit(make)(*arrays)
-        cut = self.batch_shardings(jax.eval_shape(make, *arrays))
-        return jax.jit(make, out_shardings=cut)(*(self.replicate(x) for x in arrays))
+        sharded = self.batch_shardings(jax.eval_shape(make, *arrays))
+        return jax.jit(make, out_shardings=sharded)(*(self.replicate(x) for x in arrays))
 
     def made(self, make: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-        """What ``make`` makes of parameters that lie here, cut as they are."""
+        """What ``make`` makes of parameters that lie here, sharded as they are."""
         if self.mesh is None:
             return make(params)
         return jax.jit(make, out_shardings=self.parameter_shardings(jax.eval_shape(make, params)))(params)
 
-    def batch(self, turn: PyTree, shapes: PyTree) -> PyTree:
-        """A batch of these shapes, from this process's `rows` of it or from the whole."""
+    def batch(self, host: PyTree, shapes: PyTree) -> PyTree:
+        """A host batch of these shapes, sharded by rows: from this process's `rows` of it or from the whole."""
         if self.mesh is None:
-            return turn
+            return host
 
         def place(x: Any, shape: Any, sharding: NamedSharding) -> jax.Array:
             if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
                 return self._put(x, sharding)
             return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape.shape)
 
-        return jax.tree.map(place, turn, shapes, self.batch_shardings(shapes))
+        return jax.tree.map(place, host, shapes, self.batch_shardings(shapes))
 
     def described(self, tree: PyTree, shardings: PyTree) -> PyTree:
         """Shapes, dtypes and shardings, to compile with."""
