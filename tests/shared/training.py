@@ -22,6 +22,7 @@ from train.data.clips import Bucket
 from train.data.sources import Source
 from train.data.tokenizer import build_sprite_tokenizer
 from train.engine.optimizer import OptimizerConfig
+from train.engine.stage import Models
 from train.stages.diffusion import complete_folder
 from train.stages.distill import DistillTraining
 from train.stages.finetune import FinetuneTraining
@@ -135,6 +136,13 @@ def distillation(folder: Path, out: Path, **options) -> DistillTraining:
         }
         | options
     )
+
+
+def models_of(**modules: nnx.Module) -> Models:
+    """Networks by role, none of which learns."""
+    split = {role: nnx.split(module) for role, module in modules.items()}
+    graphs = {role: graph for role, (graph, _) in split.items()}
+    return Models(graphs, frozen={role: variables for role, (_, variables) in split.items()})
 
 
 def log_of(training: FinetuneTraining) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from shared.training import HYBRID, finetuning, log_of, write_teacher
+from shared.training import HYBRID, finetuning, log_of, models_of, write_teacher
 
 from rehyat_jax import TextToVideo, cli
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
@@ -186,7 +186,7 @@ def test_history_is_cleaner_and_not_learned(teacher):
     counted = jnp.array([[0.0, 0.0, 1.0, 1.0, 1.0]] * 2)
 
     def loss(batch):
-        return training.loss(Models.of(student=model), batch, longest=1)["loss"].value
+        return training.loss(models_of(student=model), batch, longest=1)["loss"].value
 
     times = levels[:2] * 1000
     batch = Batch(noisy, times, text, velocity, counted)
@@ -237,7 +237,7 @@ def test_the_teachers_term_is_zero_where_a_chunk_is_the_whole_clip(teacher, chun
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 16, 16, 4), (2, 3, 16, 16, 4), (2, 7, 16))
     )
     batch = Batch(noisy, jnp.array([900.0, 100.0]), text, velocity)
-    models = Models.of(student=student, teacher=model)
+    models = models_of(student=student, teacher=model)
     means = training.loss(models, batch, longest=longest)
     metrics = {name: mean.value for name, mean in means.items()}
     assert metrics["loss"] > 1

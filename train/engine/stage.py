@@ -89,13 +89,6 @@ class Models:
         """
         self._graphs, self._params, self._averages, self._frozen = graphs, params, averages, frozen
 
-    @classmethod
-    def of(cls, **modules: nnx.Module) -> Models:
-        """Of modules none of which learns."""
-        split = {role: nnx.split(module) for role, module in modules.items()}
-        graphs = {role: graph for role, (graph, _) in split.items()}
-        return cls(graphs, frozen={role: variables for role, (_, variables) in split.items()})
-
     def __contains__(self, role: str) -> bool:
         return role in self._graphs
 

@@ -462,9 +462,19 @@ class DistillStage(Stage):
         """Each block's error: of the last validation or, for a checkpoint's, measured now."""
         if self._error is not None:
             return self._error
-        models = Models.of(**groups, teacher=self.teacher)
-        found = [jax.jit(functools.partial(m.function, models))(m.frozen, None) for m in self.measures()]
-        return np.stack([np.asarray(figures.error) for figures in found]).mean((0, 1))
+        split = {role: nnx.split(module) for role, module in {**groups, "teacher": self.teacher}.items()}
+        graphs, devices = {role: graph for role, (graph, _) in split.items()}, self.devices
+        params = devices.parameters({role: variables for role, (_, variables) in split.items()})
+
+        def error(measure: Measure) -> np.ndarray:
+            def program(params: PyTree, frozen: PyTree) -> Figures:
+                return measure.function(Models(graphs, frozen=params), frozen, None)
+
+            arrays = params, devices.replicate(measure.frozen)
+            compiled = devices.lower(program, *arrays, out=devices.replicated).compile()
+            return np.asarray(compiled(*arrays).error)
+
+        return np.stack([error(measure) for measure in self.measures()]).mean((0, 1))
 
 
 class PlannedDistill(DistillStage):
