@@ -12,10 +12,8 @@ reserved captions. Latents are kept in float16; sampling is deterministic for on
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 from rich.console import Console
 
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
-from rehyat_jax.models.wan.config import VAEConfig
-from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sample
-from rehyat_jax.sampling.programs import to_uint8
+from rehyat_jax.sampling import FlowSchedule, UniPC
+from rehyat_jax.sampling.codec import Codec
+from rehyat_jax.sampling.session import Session
+from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.clips import quantized, through_vae
@@ -63,34 +61,29 @@ class Sample:
 
     def run(self, console: Console) -> None:
         folder, dtype = _folder(self.model), jnp.dtype(self.dtype)
-        graph, params = nnx.split(load_transformer(folder, dtype=dtype, hybrid=None))
-        vae = VAEConfig.from_dict(json.loads((folder / "vae" / "config.json").read_text()))
+        transformer, vae = load_transformer(folder, dtype=dtype, hybrid=None), load_vae(folder)
         encoder, tokenizer = load_text_encoder(folder, dtype=jnp.float32), Tokenizer.from_folder(folder)
-        negative = embed_prompts(encoder, tokenizer, [""])
-
-        @functools.partial(jax.jit, static_argnames="scale")
-        def denoise(params: Any, noise: jax.Array, text: jax.Array, *, scale: float) -> jax.Array:
-            velocity = guided_velocity(
-                nnx.merge(graph, params),
-                text,
-                negative=jnp.broadcast_to(negative, text.shape),
-                guidance=Guidance(scale=scale),
-                dtype=dtype,
-            )
-            schedule = FlowSchedule(shift=self.shift)
-            return sample(velocity, noise, schedule=schedule, solver=UniPC(), num_steps=self.steps)
 
         def clips(scenes: Any, frames: int, width: int, scale: float) -> np.ndarray:
             texts = captions(scenes)
-            side = vae.spatial_factor
-            shape = (frames // vae.temporal_factor + 1, world.HEIGHT // side, width // side, vae.z_dim)
+            settings = Settings(
+                num_frames=frames,
+                height=world.HEIGHT,
+                width=width,
+                num_inference_steps=self.steps,
+                guidance_scale=scale,
+                schedule=FlowSchedule(shift=self.shift),
+                solver=UniPC(),
+            )
+            session = Session(transformer=transformer, vae=vae, settings=settings)
             batch = min(self.batch, len(texts))
             parts = []
             for begin in range(0, len(texts), batch):
-                text = embed_prompts(encoder, tokenizer, texts[begin : begin + batch])
+                some = texts[begin : begin + batch]
+                text = session.embed(lambda prompt: embed_prompts(encoder, tokenizer, [prompt]), some, "")
                 key = jax.random.fold_in(jax.random.key(self.seed), begin)
-                noise = jax.random.normal(key, (len(text), *shape))
-                parts.append(np.asarray(denoise(params, noise, text, scale=scale), np.float16))
+                noise = jax.random.normal(key, (len(some), *session.shape))
+                parts.append(np.asarray(session.denoise(noise, text), np.float16))
             return np.concatenate(parts)
 
         self.out.mkdir(parents=True, exist_ok=True)
@@ -126,20 +119,14 @@ class Measure:
 
         settings = json.loads((self.latents / "settings.json").read_text())
         vae = load_vae(_folder(self.model), dtype=jnp.float32)
-        graph, params = nnx.split(vae)
+        codec = Codec(vae)
 
-        @jax.jit
-        def decode(params: Any, latents: jax.Array) -> jax.Array:
-            vae = nnx.merge(graph, params)
-            video = vae.decode(vae.denormalize(latents), frames_per_step=4)
-            return to_uint8(video)
-
-        def batches(array: Any, size: int = 8) -> Iterator[jax.Array]:
-            for begin in range(0, len(array), size):
-                yield jnp.asarray(array[begin : begin + size])
-
-        def decoded(latents: np.ndarray) -> np.ndarray:
-            return np.concatenate([np.asarray(decode(params, x.astype(jnp.float32))) for x in batches(latents)])
+        def decoded(latents: np.ndarray, size: int = 8) -> np.ndarray:
+            parts = []
+            for begin in range(0, len(latents), size):
+                some = jnp.asarray(latents[begin : begin + size], jnp.float32)
+                parts.append(np.concatenate([np.asarray(frames) for frames, _ in codec.decode(some)], axis=1))
+            return np.concatenate(parts)
 
         scenes = unseen_scenes(settings["prompts"], seed=settings["seed"])
         half, keep = settings["prompts"] // 2, (self.limit or settings["prompts"]) // 2

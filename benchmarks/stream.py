@@ -21,74 +21,67 @@ from benchmarks import vae as of_vae
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, walked
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, plan_steps, rollout
-from rehyat_jax.sampling.programs import decode_first, decode_next, denoise_chunk, read_text, to_uint8
+from rehyat_jax.sampling import FlowSchedule, UniPC
+from rehyat_jax.sampling.noise import video_keys
+from rehyat_jax.sampling.session import Session
+from rehyat_jax.sampling.settings import Settings
 
 CHUNK, STEPS = 3, 4
 
 
 def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> Iterator[Case]:
-    solver = UniPC()
-    steps = plan_steps(FlowSchedule(shift=3.0), solver, num_steps=STEPS)
     frames = CHUNK * vae_config.temporal_factor
+    space = vae_config.spatial_factor
 
     @functools.cache
     def transformer() -> Any:
         return dit.transformer(config, hybrid=True)
 
     @functools.cache
-    def vae() -> tuple[Any, Any]:
+    def session(*, with_vae: bool) -> Session:
         kinds: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        return nnx.split(random_weights(lambda: WanVAE(vae_config, **kinds, rngs=nnx.Rngs(0))))
+        settings = Settings(
+            num_frames=1,
+            height=space * size[0],
+            width=space * size[1],
+            num_inference_steps=STEPS,
+            guidance_scale=1.0,
+            schedule=FlowSchedule(shift=3.0),
+            solver=UniPC(),
+        )
+        made = random_weights if with_vae else nnx.eval_shape
+        vae = made(lambda: WanVAE(vae_config, **kinds, rngs=nnx.Rngs(0)))
+        return Session(transformer=transformer(), vae=vae, settings=settings)
 
-    def chunks() -> tuple[Any, Any]:
+    def chunks(session: Session) -> tuple[Any, Any]:
         """From (number of the first frame, states) to latents and the next; and the first of them."""
-        graph, weights = nnx.split(transformer())
-        keys = rollout.video_keys(0, count=1)
-        text = read_text(weights, normal(9, 1, 1, 512, config.text_dim), graph=graph)
-        states = rollout.init_states(transformer(), steps=STEPS, branches=1, batch=1, height=size[0], width=size[1])
+        keys = video_keys(0, count=1)
+        text_kv = session.precompute_text_kv(normal(9, 1, 1, 512, config.text_dim))
 
         def step(carry: Any) -> Any:
             first, states = carry
-            latents, states = denoise_chunk(
-                weights,
-                states,
-                keys,
-                text,
-                first,
-                steps,
-                graph=graph,
-                shape=(CHUNK, *size, config.in_channels),
-                solver=solver,
-                guidance=Guidance(scale=1.0),
-            )
+            latents, states = session.denoise_chunk(states, keys, text_kv, first)
             return latents, (first + CHUNK, states)
 
-        return step, (jnp.zeros((), jnp.int32), states)
+        return step, (jnp.zeros((), jnp.int32), session.init_states(1))
 
     def told(ms: float) -> dict[str, Any]:
         return {"ms_a_chunk": round(ms, 2), "frames_a_second": round(1e3 * frames / ms, 1), "peak_gib": peak_gib()}
 
     def transformer_alone() -> dict[str, Any]:
-        step, state = chunks()
+        step, state = chunks(session(with_vae=False))
         return told(walked(step, state))
 
     def with_vae() -> dict[str, Any]:
-        step, state = chunks()
-        graph, weights = vae()
-        _, past = decode_first(
-            weights, normal(1, 1, 1, *size, vae_config.z_dim, dtype=jnp.float32), graph=graph, pixels=to_uint8
-        )
+        made = session(with_vae=True)
+        (step, state), codec = chunks(made), made.codec
+        ((_, past),) = codec.decode(normal(1, 1, 1, *size, vae_config.z_dim, dtype=jnp.float32))
 
         def both(state: Any) -> Any:
             latents, state["chunks"] = step(state["chunks"])
-            video = []
-            for i in range(CHUNK):
-                pixels, state["past"] = decode_next(
-                    weights, latents[:, i : i + 1], state["past"], graph=graph, pixels=to_uint8
-                )
-                video.append(pixels)
-            return video, state
+            decoded = list(codec.decode(latents, state["past"], first_frame=CHUNK))
+            state["past"] = decoded[-1][1]
+            return [pixels for pixels, _ in decoded], state
 
         return told(walked(both, {"chunks": state, "past": past}))
 

@@ -26,9 +26,13 @@ from rehyat_jax import HybridConfig, Stream, StreamState
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.sampling import FlowSchedule, UniPC, rollout
-from rehyat_jax.sampling.programs import decode_next, denoise_chunk, read_text, to_uint8
+from rehyat_jax.sampling import FlowSchedule, UniPC, programs
+from rehyat_jax.sampling.codec import decode_next, to_uint8
+from rehyat_jax.sampling.noise import video_keys
+from rehyat_jax.sampling.session import Session
 from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.sampling.text import Padded
+from rehyat_jax.streams.state import init_state
 
 GIB = 1 << 30
 MODELS = {
@@ -53,7 +57,7 @@ class Options:
     guidance: float = 1.0
     chunk_frames: int = 3
     overlap_frames: int = 1
-    #: See `rehyat_jax.sampling.rollout.Remember`.
+    #: See `rehyat_jax.sampling.rollout.ContextNoise`.
     remember: Literal["steps"] | float = "steps"
     #: Latent frames.
     lengths: tuple[int, ...] = (9, 999)
@@ -83,70 +87,84 @@ def abstract_models(options: Options) -> tuple[WanTransformer, WanVAE]:
     return transformer, nnx.eval_shape(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0)))
 
 
-def first_state(options: Options, transformer: WanTransformer, vae: WanVAE) -> StreamState:
-    text = jnp.zeros((options.settings.guidance.branches, 1, 512, transformer.config.text_dim), jnp.float32)
-    return StreamState.zeros(transformer, vae, options.settings, keys=rollout.video_keys(0, count=1), text=text)
-
-
-def programs(options: Options) -> dict[str, Any]:
-    """What is to be compiled, by name; the sweeps as one program last, in the order of the lengths."""
+def session(options: Options) -> Session:
+    """Of no numbers."""
     transformer, vae = abstract_models(options)
-    state = jax.eval_shape(lambda: first_state(options, transformer, vae))
-    (graph, weights), (vae_graph, vae_weights) = nnx.split(transformer), nnx.split(vae)
-    settings, space = options.settings, vae.config.spatial_factor
-    size = (settings.height // space, settings.width // space, vae.config.z_dim)
-    read = read_text.eval_shape(weights, state.text, graph=graph)
-    steps = jax.tree.map(lambda table: jax.ShapeDtypeStruct(table.shape, jnp.float32), settings.plan())
-    how: dict[str, Any] = {"solver": settings.solver, "guidance": settings.guidance, "remember": settings.remember}
+    return Session(transformer=transformer, vae=vae, settings=options.settings)
+
+
+def first_state(session: Session) -> StreamState:
+    text = jnp.zeros((session.sampler.guidance.evaluations, 1, 512, session.text_dim), jnp.float32)
+    return init_state(session, keys=video_keys(0, count=1), text=text)
+
+
+def text_kv(session: Session, state: StreamState) -> Padded:
+    """Of a text as long as can be, by shapes."""
+    return programs.precompute_text_kv.eval_shape(session.weights, Padded(state.text, 512), graph=session.graph)
+
+
+def lowered(options: Options) -> dict[str, Any]:
+    """What is to be compiled, by name; the sweeps as one program last, in the order of the lengths."""
+    made = session(options)
+    state, (chunk, *size) = jax.eval_shape(lambda: first_state(made)), made.chunk_shape
+    steps = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made.steps)
+    how: dict[str, Any] = {"graph": made.graph, "sampler": made.sampler}
+    read = text_kv(made, state)
 
     named = {
-        "a chunk of a stream": denoise_chunk.lower(
-            weights,
+        "a chunk of a stream": programs.denoise_chunk.lower(
+            made.weights,
             state.states,
             state.keys,
             read,
             state.first_frame,
             steps,
-            graph=graph,
-            shape=(options.chunk_frames, *size),
+            shape=(chunk, *size),
             **how,
         ),
         "a latent frame decoded": decode_next.lower(
-            vae_weights,
+            made.codec.weights,
             jax.ShapeDtypeStruct((1, 1, *size), jnp.float32),
             state.decoder,
-            graph=vae_graph,
+            graph=made.codec.graph,
             pixels=to_uint8,
         ),
     }
     for length in options.lengths:
 
         def whole(weights: Any, states: Any, keys: Any, text: Any, steps: Any, length: int = length) -> Any:
-            model = nnx.merge(graph, weights)
-            return rollout.per_chunk(model, keys, text, states, shape=(length, *size), steps=steps, **how)
+            """The stream's program for every chunk, in a scan over chunks."""
+            read = programs.precompute_text_kv(weights, Padded(text, 512), graph=made.graph)
 
-        lowered = jax.jit(whole, donate_argnums=1).lower(weights, state.states, state.keys, state.text, steps)
-        named[f"{length} latent frames in one program"] = lowered
+            def one(states: Any, first: Any) -> Any:
+                shape = (chunk, *size)
+                made_of_it = programs.denoise_chunk(weights, states, keys, read, first, steps, shape=shape, **how)
+                return made_of_it[::-1]
+
+            states, latents = jax.lax.scan(one, states, jnp.arange(0, length, chunk, dtype=jnp.int32))
+            return jnp.moveaxis(latents, 0, 1).reshape(1, -1, *size)[:, :length], states
+
+        program = jax.jit(whole, donate_argnums=1).lower(made.weights, state.states, state.keys, state.text, steps)
+        named[f"{length} latent frames in one program"] = program
     return named
 
 
 def print_analysis(options: Options) -> None:
-    transformer, vae = abstract_models(options)
-    state = jax.eval_shape(lambda: first_state(options, transformer, vae))
-    graph, weights = nnx.split(transformer)
+    made = session(options)
+    state = jax.eval_shape(lambda: first_state(made))
     parts = {
-        "transformer": weights,
-        "VAE": nnx.state(vae),
+        "transformer": made.weights,
+        "VAE": made.codec.weights,
         "linear states and overlaps": state.states,
-        "text's keys and values": read_text.eval_shape(weights, state.text, graph=graph),
+        "text's keys and values": text_kv(made, state),
         "decoder's past": state.decoder,
     }
     for name, part in parts.items():
         print(f"{name:32s} {_nbytes(part) / GIB:7.3f} GiB")
     print(f"{'GiB':32s} {'arguments':>9s} {'results':>9s} {'of them in place':>17s} {'temporary':>10s} {'all':>7s}")
     most = []
-    for name, lowered in programs(options).items():
-        memory = lowered.compile().memory_analysis()
+    for name, program in lowered(options).items():
+        memory = program.compile().memory_analysis()
         given, made = memory.argument_size_in_bytes, memory.output_size_in_bytes
         shared, temporary = memory.alias_size_in_bytes, memory.temp_size_in_bytes
         print(
@@ -174,15 +192,8 @@ def run(options: Options) -> None:
     def no_text(_: str) -> Any:
         raise NotImplementedError("this stream has no prompt")
 
-    stream = Stream(
-        transformer=transformer,
-        vae=vae,
-        text=no_text,
-        settings=options.settings,
-        state=first_state(options, transformer, vae),
-        prompt="",
-        negative_prompt="",
-    )
+    made = Session(transformer=transformer, vae=vae, settings=options.settings)
+    stream = Stream(made, first_state(made), text=no_text, model=lambda: "", prompt="")
     begin, peaks = time.perf_counter(), []
     for length in sorted(options.lengths):
         while int(stream.state.first_frame) < length:

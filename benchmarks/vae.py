@@ -20,7 +20,7 @@ from flax import nnx
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, timed, walked
 from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.sampling.programs import decode_first, decode_next, to_uint8
+from rehyat_jax.sampling.codec import decode_first, decode_next, to_uint8
 
 TINY = VAEConfig(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
 

@@ -9,12 +9,11 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
@@ -25,15 +24,16 @@ from rehyat_jax.models.folder import Defaults, find_model, read_defaults, read_s
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
-from rehyat_jax.runtime.platform import precision
 from rehyat_jax.runtime.record import Phases
-from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
-from rehyat_jax.sampling.programs import decode_first, decode_next, denoise_step, to_float, to_uint8
-from rehyat_jax.sampling.rollout import Remember, check_remember, chunk_frames, frame_noise, video_keys
+from rehyat_jax.sampling import FlowSchedule, Solver
+from rehyat_jax.sampling.codec import Pixels, to_float, to_uint8
+from rehyat_jax.sampling.noise import ChunkNoise, Shape, video_keys
+from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
+from rehyat_jax.sampling.session import Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.streams.state import fingerprint
 from rehyat_jax.streams.stream import Stream
 from rehyat_jax.text.prompt_encoder import PromptEncoder
-from rehyat_jax.text.tokenizer import trimmed
 
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
 OnStep = Callable[[str, int, int], None]
@@ -177,7 +177,7 @@ class TextToVideo:
 
     def open_stream(
         self,
-        prompt: str,
+        prompt: str | list[str],
         *,
         height: int | None = None,
         width: int | None = None,
@@ -187,18 +187,20 @@ class TextToVideo:
         seed: int = 0,
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
-        remember: Remember | None = None,
+        remember: ContextNoise | None = None,
         beginning: Shaped[np.ndarray, "..."] | None = None,
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
 
         Args:
+            prompt: what to show, or a list: one video for each side by side, in blocks [B, F, H, W, 3].
             remember: what later chunks see of one. "steps": what it was at their own noise level. As long as the prompt
                 stays, frames are then those that a call makes of the same seed, for every number of frames that is
                 whole chunks. A noise level from 0 to below 1: the finished chunk, with so much noise; memory is that
                 of one step. When not given, as the model was trained.
             beginning: frames that the stream goes on from, uint8 [F, H, W, 3]; of its size, and so many that
-                they are whole chunks: of chunks of 3 latent frames 9, 21, 33, … Its own frames come after these.
+                they are whole chunks: of chunks of 3 latent frames 9, 21, 33, … Its own frames come after these. For a
+                list of prompts one for each, [B, F, H, W, 3].
 
         Other arguments as for a call.
 
@@ -206,9 +208,9 @@ class TextToVideo:
             RehyatError: a block of the transformer prevents it (the message names it); an impossible size, number or
                 seed; a beginning of another size or length.
         """
-        frames = 1 + self.vae.config.temporal_factor * (chunk_frames(self.transformer) - 1)
+        chunk = 1 + self.vae.config.temporal_factor * (self.transformer.chunk_frames() - 1)
         settings = self.settings(
-            num_frames=frames,
+            num_frames=chunk,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -217,18 +219,35 @@ class TextToVideo:
             solver=solver,
             remember=remember,
         )
-        return Stream.start(
+        return self.start_stream(
             prompt,
-            transformer=self.transformer,
-            vae=self.vae,
-            text=self.text,
-            settings=settings,
+            settings,
             negative_prompt=_or(negative_prompt, self.defaults.negative_prompt),
             seed=seed,
             beginning=beginning,
         )
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[np.ndarray]:
+    def start_stream(
+        self,
+        prompt: str | list[str],
+        settings: Settings,
+        *,
+        negative_prompt: str = "",
+        seed: int = 0,
+        beginning: Shaped[np.ndarray, "..."] | None = None,
+    ) -> Stream:
+        """As `open_stream`, with settings resolved beforehand."""
+        return Stream.start(
+            self.session(settings),
+            prompt,
+            text=self.text,
+            model=self._fingerprint,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            beginning=beginning,
+        )
+
+    def stream(self, prompt: str | list[str], **options: Any) -> Iterator[np.ndarray]:
         """Blocks of frames, uint8 [F, H, W, 3], for as long as one asks: `open_stream`, its arguments and errors."""
         return self.open_stream(prompt, **options)
 
@@ -238,9 +257,13 @@ class TextToVideo:
         Raises:
             CheckpointError: there is none in the folder, it is damaged, or another model made it.
         """
-        return Stream.resume(folder, transformer=self.transformer, vae=self.vae, text=self.text, check=self._check)
+        return Stream.resume(folder, session=self._session_of_saved, text=self.text, model=self._fingerprint)
 
-    def _check(self, settings: Settings) -> None:
+    def session(self, settings: Settings) -> Session:
+        """The networks as they are now, ready to sample with these settings."""
+        return Session(transformer=self.transformer, vae=self.vae, settings=settings)
+
+    def _session_of_saved(self, settings: Settings) -> Session:
         """
         Raises:
             RehyatError: these are settings that `settings` would never give.
@@ -248,6 +271,10 @@ class TextToVideo:
         with warnings.catch_warnings(action="ignore"):
             if self.settings(**vars(settings)) != settings:
                 raise RehyatError(f"this model makes no video of {settings.width}x{settings.height}")
+        return self.session(settings)
+
+    def _fingerprint(self) -> str:
+        return fingerprint(self.transformer, self.vae)
 
     def schedule_at(self, *, height: int | None = None, width: int | None = None) -> FlowSchedule:
         """The noise levels of a video of this size (the model's own when not given), where none are asked for."""
@@ -264,7 +291,7 @@ class TextToVideo:
         guidance_scale: float | int | None = None,
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
-        remember: Remember | None = None,
+        remember: ContextNoise | None = None,
     ) -> Settings:
         """What a call with these arguments is made with: the model's defaults filled in, sizes cut, all checked.
 
@@ -284,10 +311,10 @@ class TextToVideo:
             guidance_scale=float(_or(guidance_scale, self.defaults.guidance_scale)),
             schedule=_or(schedule, self.schedule_at(height=height, width=width)),
             solver=_or(solver, self.solver),
-            remember=check_remember(_or(remember, self.defaults.remember)),
+            remember=check_context_noise(_or(remember, self.defaults.remember)),
         )
         # Each says what is wrong, before the text encoder is read.
-        _ = settings.guidance, settings.plan()
+        _ = settings.guidance, settings.steps()
         return settings
 
     def run(
@@ -303,32 +330,24 @@ class TextToVideo:
         phases: Phases | None = None,
     ) -> UInt8[np.ndarray, "*B F H W 3"] | Float[np.ndarray, "*B F H W 3"]:
         """As a call, with settings resolved beforehand; ``phases`` takes times and memory."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(p, str) for p in [*prompts, negative_prompt]):
-            raise RehyatError("a prompt must be a text or a list of texts that is not empty")
-        noise = self._noise(settings, count=len(prompts), seed=seed, noise=noise)
-        guidance = settings.guidance
+        session = self.session(settings)
+        prompts = prompt_list(prompt, negative_prompt)
+        noise = _noise(session.shape, count=len(prompts), seed=seed, noise=noise)
         measure: Callable[[str], AbstractContextManager[None]] = phases.measure if phases else lambda _: nullcontext()
         on_step = on_step or (lambda phase, done, total: None)
 
-        with precision(self.transformer.dtype), measure("text"):
-            wanted = [*prompts, negative_prompt] if guidance.needs_negative else prompts
-            text = self._embed(wanted, on_step)
-            text, text_tokens = trimmed(text), text.shape[1]
-            negative = jnp.repeat(text[len(prompts) :], len(prompts), axis=0) if guidance.needs_negative else None
-            text = text[: len(prompts)]
-        with precision(self.transformer.dtype), measure("denoise"):
-            latents = self._denoise(
-                noise, text, negative, settings=settings, guidance=guidance, text_tokens=text_tokens, on_step=on_step
-            )
-        with precision(self.transformer.dtype), measure("decode"):
-            blocks = self._decode(latents, pixels=_PIXELS[output])
-            total = latents.shape[1]
+        with measure("text"):
+            text = session.embed(self.text, prompts, negative_prompt, on_prompt=partial(on_step, "text"))
+        with measure("denoise"):
+            total = settings.num_inference_steps
+            on_step("denoise", 0, total)
+            latents = session.denoise(noise, text, on_step=lambda done: on_step("denoise", done, total))
+        with measure("decode"):
+            total, video = latents.shape[1], []
             on_step("decode", 0, total)
-            video = []
-            for done, block in enumerate(blocks, start=1):
-                video.append(block)
-                on_step("decode", done, total)
+            for frames, _ in session.codec.decode(latents, pixels=_PIXELS[output]):
+                video.append(np.asarray(frames))
+                on_step("decode", len(video), total)
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
 
@@ -364,74 +383,19 @@ class TextToVideo:
             )
         return frames, *size
 
-    def _noise(
-        self, settings: Settings, *, count: int, seed: int, noise: Float[Array | np.ndarray, "..."] | None
-    ) -> Float[Array, "B T h w z"]:
-        time, space = self.vae.config.temporal_factor, self.vae.config.spatial_factor
-        shape = (
-            (settings.num_frames - 1) // time + 1,
-            settings.height // space,
-            settings.width // space,
-            self.vae.config.z_dim,
-        )
-        if noise is not None:
-            if noise.shape != (count, *shape):
-                raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
-            return jnp.asarray(noise, jnp.float32)
-        return frame_noise(video_keys(seed, count=count), shape)
 
-    def _embed(self, prompts: list[str], on_step: OnStep) -> Float[Array, "B L D"]:
-        on_step("text", 0, len(prompts))
-        rows = []
-        for done, prompt in enumerate(prompts, start=1):
-            rows.append(self.text(prompt))
-            on_step("text", done, len(prompts))
-        return jnp.concatenate(rows)
-
-    def _denoise(
-        self,
-        noise: Float[Array, "B T h w z"],
-        text: Float[Array, "B L D"],
-        negative: Float[Array, "B L D"] | None,
-        *,
-        settings: Settings,
-        guidance: Guidance,
-        text_tokens: int,
-        on_step: OnStep,
-    ) -> Float[Array, "B T h w z"]:
-        count = settings.num_inference_steps
-        plan = settings.plan()
-        graph, weights = nnx.split(self.transformer)
-        # Copies: the step gives its state's buffers away, and a solver may begin with one buffer twice.
-        state = jax.tree.map(jnp.copy, settings.solver.init(noise))
-        on_step("denoise", 0, count)
-        for i in range(count):
-            state = denoise_step(
-                weights,
-                state,
-                jax.tree.map(lambda table, i=i: table[i], plan),
-                text,
-                negative,
-                graph=graph,
-                solver=settings.solver,
-                guidance=guidance,
-                text_tokens=text_tokens,
-            )
-            jax.block_until_ready(state)
-            on_step("denoise", i + 1, count)
-        return state.latents
-
-    def _decode(self, latents: Float[Array, "B T h w z"], *, pixels: Callable[[Array], Array]) -> Iterator[np.ndarray]:
-        """Blocks of frames, one for each latent frame, so that memory does not grow with the video."""
-        graph, weights = nnx.split(self.vae)
-        frames, state = decode_first(weights, latents[:, :1], graph=graph, pixels=pixels)
-        yield np.asarray(frames)
-        for i in range(1, latents.shape[1]):
-            frames, state = decode_next(weights, latents[:, i : i + 1], state, graph=graph, pixels=pixels)
-            yield np.asarray(frames)
+def _noise(
+    shape: Shape, *, count: int, seed: int, noise: Float[Array | np.ndarray, "..."] | None
+) -> Float[Array, "B T h w z"]:
+    """What is given, checked, or the seeds' own."""
+    if noise is None:
+        return ChunkNoise(video_keys(seed, count=count)).initial(shape)
+    if noise.shape != (count, *shape):
+        raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
+    return jnp.asarray(noise, jnp.float32)
 
 
-_PIXELS: dict[str, Callable[[Array], Array]] = {"uint8": to_uint8, "float": to_float}
+_PIXELS: dict[str, Pixels] = {"uint8": to_uint8, "float": to_float}
 
 
 def _or(value: Any, default: Any) -> Any:

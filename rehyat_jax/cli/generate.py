@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
     from rehyat_jax.runtime.record import Phases
     from rehyat_jax.sampling import FlowSchedule, Solver
-    from rehyat_jax.sampling.rollout import Remember
+    from rehyat_jax.sampling.rollout import ContextNoise
     from rehyat_jax.sampling.settings import Settings
 
 
@@ -234,7 +234,7 @@ def _whole_video(
     return settings
 
 
-def _check_room(options: Generate, hybrid: HybridConfig | Literal["auto"], remember: Remember | None) -> None:
+def _check_room(options: Generate, hybrid: HybridConfig | Literal["auto"], remember: ContextNoise | None) -> None:
     """
     Raises:
         ConfigError: this machine has no room for the video.
@@ -285,7 +285,7 @@ def _parse_hybrid(text: str | None) -> HybridConfig | Literal["auto"]:
     return HybridConfig(chunk_frames=int(match[1]), overlap_frames=int(match[2]))
 
 
-def parse_remember(text: str | None) -> Remember | None:
+def parse_remember(text: str | None) -> ContextNoise | None:
     if text is None or text == "steps":
         return text  # type: ignore[return-value]
     try:

@@ -130,19 +130,16 @@ def stream_video(
     Raises:
         RehyatError: the model cannot stream, the state is not one of this request, or a file cannot be written.
     """
-    from rehyat_jax.sampling.rollout import chunk_frames
     from rehyat_jax.video.growing import GrowingVideo, reopen_video
     from rehyat_jax.video.io import check_video_room
 
-    chunk_frames(pipe.transformer)  # raises where the model cannot stream, before any file is made
+    chunk = pipe.transformer.chunk_frames()  # raises where the model cannot stream, before any file is made
     if not 1 <= request.frames <= _LONGEST:
         raise RehyatError(f"a stream can have 1 to {_LONGEST} frames, not {request.frames}")
     resume = resume and bool(outputs.saved())
     if resume and _is_finished(outputs.video):  # it was killed after its last chunk
         reopen_video(outputs.video, outputs.video)
-    settings = pipe.settings(
-        num_frames=1 + pipe.vae.config.temporal_factor * (chunk_frames(pipe.transformer) - 1), **request.sampling
-    )
+    settings = pipe.settings(num_frames=1 + pipe.vae.config.temporal_factor * (chunk - 1), **request.sampling)
     metadata = described(request, settings, model=str(record["model"]))
     with GrowingVideo(outputs.video, fps=pipe.fps, metadata=metadata) as video:
         display("text", 0, 1)
@@ -187,11 +184,6 @@ def _resumed(pipe: TextToVideo, request: Request, outputs: Outputs) -> Stream:
     Raises:
         RehyatError: the stream was begun otherwise than is asked for now, or is longer already.
     """
-    import jax
-    import numpy as np
-
-    from rehyat_jax.sampling.rollout import video_keys
-
     stream = pipe.resume_stream(outputs.state)
     was, asked = stream.settings, pipe.settings(num_frames=stream.settings.num_frames, **request.sampling)
     for name in vars(was):
@@ -199,8 +191,7 @@ def _resumed(pipe: TextToVideo, request: Request, outputs: Outputs) -> Stream:
             raise RehyatError(
                 f"the stream in {outputs.state} was begun with {name} {getattr(was, name)}, not {getattr(asked, name)}"
             )
-    mine, asked_for = map(jax.random.key_data, (stream.state.keys, video_keys(request.seed, count=1)))
-    if not np.array_equal(mine, asked_for):
+    if stream.seeds != (request.seed,):
         raise RehyatError(f"the stream in {outputs.state} was begun with another seed than {request.seed}")
     done = stream.frames_done
     if done > request.frames:

@@ -15,7 +15,7 @@ from rehyat_jax.models.wan.advice import Advice, advised
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.runtime.arguments import user_path
 from rehyat_jax.sampling import FlowSchedule, Solver, UniPC, scheduler_from_config
-from rehyat_jax.sampling.rollout import Remember, check_remember
+from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
 from rehyat_jax.weights.files import read_json
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -38,8 +38,8 @@ class Defaults:
     num_inference_steps: int = 50
     guidance_scale: float | int = 6.0
     negative_prompt: str = ""
-    #: How a stream remembers its chunks: as the model was trained.
-    remember: Remember = "steps"
+    #: The context noise that a stream commits its chunks with: as the model was trained.
+    remember: ContextNoise = "steps"
     #: "folder": the noise levels are those of ``scheduler_config.json``. "authors": those of the authors' program, with
     #: the shift that they advise for the model and the size.
     schedule: Literal["folder", "authors"] = "folder"
@@ -68,7 +68,7 @@ class Defaults:
         if source.get("schedule", "folder") not in ("folder", "authors"):
             raise ConfigError(f"{DEFAULTS_FILE}: schedule must be folder or authors, not {source['schedule'][:80]!r}")
         try:
-            check_remember(source.get("remember", "steps"))
+            check_context_noise(source.get("remember", "steps"))
         except ConfigError as error:
             raise ConfigError(f"{DEFAULTS_FILE}: {error}") from error
         return dataclasses.replace(otherwise or cls(), **source)

@@ -23,7 +23,7 @@ from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.runtime.memory import Need, Room
 from rehyat_jax.runtime.platform import platform
-from rehyat_jax.sampling.rollout import Remember
+from rehyat_jax.sampling.rollout import ContextNoise
 from rehyat_jax.weights.files import read_json
 
 #: Query rows of plain XLA attention whose scores are held at once, and how often (scores, and part of their softmax).
@@ -138,7 +138,7 @@ def video_need(
     dtype: DTypeLike,
     hybrid: Conversion | None,
     streams: bool,
-    remember: Remember = "steps",
+    remember: ContextNoise = "steps",
 ) -> Need:
     """What making a video takes.
 

@@ -1,8 +1,11 @@
-"""Sampling by flow matching: schedules, solvers, guidance, the loop."""
+"""Sampling by flow matching: noise levels, solvers, guidance, noise, the loops, and a session that has all of it ready.
+
+Models are arguments: nothing here imports one.
+"""
 
 from rehyat_jax.sampling.guidance import Guidance, Model, Velocity, guided_velocity
-from rehyat_jax.sampling.sample import Steps, plan_steps, sample, sampling_step
-from rehyat_jax.sampling.schedule import FlowSchedule
+from rehyat_jax.sampling.rollout import sampling_step
+from rehyat_jax.sampling.schedule import FlowSchedule, SamplingSteps, sampling_steps
 from rehyat_jax.sampling.scheduler_config import scheduler_from_config, scheduler_to_config
 from rehyat_jax.sampling.solvers import Euler, Solver, UniPC
 
@@ -11,14 +14,13 @@ __all__ = [
     "FlowSchedule",
     "Guidance",
     "Model",
+    "SamplingSteps",
     "Solver",
-    "Steps",
     "UniPC",
     "Velocity",
     "guided_velocity",
-    "plan_steps",
-    "sample",
     "sampling_step",
+    "sampling_steps",
     "scheduler_from_config",
     "scheduler_to_config",
 ]

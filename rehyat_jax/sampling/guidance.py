@@ -42,12 +42,12 @@ class Guidance:
         return self.scale > 1
 
     @property
-    def branches(self) -> int:
+    def evaluations(self) -> int:
         """Evaluations of the model a step: of the prompt, and of the negative prompt where that counts."""
         return 2 if self.needs_negative else 1
 
     def combine(self, velocities: Sequence[Float[Array, "*shape"]]) -> Float[Array, "*shape"]:
-        """The velocity to follow, from the prompt's and, where there are two branches, the negative prompt's."""
+        """The velocity to follow, from the prompt's and, where that counts, the negative prompt's."""
         if not self.needs_negative:
             return velocities[0]
         return velocities[1] + self.scale * (velocities[0] - velocities[1])
@@ -55,13 +55,12 @@ class Guidance:
 
 def guided_velocity(
     model: Model,
-    text: Float[Array, "B L text_dim"],
+    text: Float[Array, "evaluations B L text_dim"],
     *,
-    negative: Float[Array, "B L text_dim"] | None = None,
     guidance: Guidance,
     dtype: DTypeLike = jnp.float32,
 ) -> Velocity:
-    """The velocity that a solver follows, from a model and the embeddings of the prompt and of the negative prompt.
+    """The velocity that a solver follows, from a model and the embeddings of prompts and, after them, negative prompts.
 
     Latents and texts go into the model in ``dtype``, the model's own, as in diffusers' ``WanPipeline``; its output is
     guided in the latents' dtype (float32), as in Wan-Video/Wan2.1 ``wan/text2video.py``. With a model in bfloat16
@@ -70,17 +69,15 @@ def guided_velocity(
     Raises:
         ConfigError: the guidance needs a negative prompt and none is given.
     """
-    if not guidance.needs_negative:
-        return lambda latents, t: model(latents.astype(dtype), t, text.astype(dtype)).astype(latents.dtype)
-    if negative is None:
+    if len(text) < guidance.evaluations:
         raise ConfigError(f"guidance of scale {guidance.scale} needs a negative prompt (it may be empty)")
-    prompts = (text.astype(dtype), negative.astype(dtype))
+    prompts = [row.astype(dtype) for row in text[: guidance.evaluations]]
 
     def velocity(latents: Float[Array, "B *shape"], t: Float[Array, "B"]) -> Float[Array, "B *shape"]:
-        x = latents.astype(dtype)
+        x, count = latents.astype(dtype), len(prompts)
         if guidance.forward == "one":
-            both = model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), jnp.concatenate(prompts))
-            outputs = jnp.split(both.astype(latents.dtype), 2)
+            all_ = model(jnp.concatenate([x] * count), jnp.concatenate([t] * count), jnp.concatenate(prompts))
+            outputs = jnp.split(all_.astype(latents.dtype), count)
         else:
             outputs = [model(x, t, prompt).astype(latents.dtype) for prompt in prompts]
         return guidance.combine(outputs)

@@ -1,14 +1,19 @@
 """Noise levels: the grids on which the programs around Wan solve the flow from noise (sigma 1) to data (sigma 0)."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.sampling.solvers import Solver
 
 Grid = Literal["diffusers", "diffusers-euler", "official"]
 
@@ -71,6 +76,34 @@ class FlowSchedule:
         if not 1 <= num_steps <= self.num_train_timesteps:
             raise ConfigError(f"the number of steps must be from 1 to {self.num_train_timesteps}, not {num_steps}")
         return _LEVELS[self.grid](self.shift, self.num_train_timesteps, num_steps)
+
+
+class SamplingSteps(NamedTuple):
+    """What the steps of a run need to know of its noise levels: a pytree with a leading axis of steps.
+
+    A scan takes it as its ``xs``; a loop takes ``at(i)``, and a function of such a row compiles once for all steps.
+    """
+
+    #: 0, 1, …
+    number: Int[Array | np.ndarray, "*steps"]
+    #: What the transformer is told, 0 to 1000.
+    timestep: Float[Array | np.ndarray, "*steps"]
+    #: The solver's.
+    coefficients: Any
+
+    def at(self, step: Any) -> SamplingSteps:
+        """The row of one step, a whole number or a traced one."""
+        return jax.tree.map(lambda table: (table if isinstance(step, int) else jnp.asarray(table))[step], self)
+
+
+def sampling_steps(schedule: FlowSchedule, solver: Solver, *, num_steps: int) -> SamplingSteps:
+    """The steps of a run, worked out on the host.
+
+    Raises:
+        ConfigError: the schedule has no such number of steps, or the solver does not accept its levels.
+    """
+    timesteps, coefficients = schedule.timesteps(num_steps), solver.coefficients(schedule.sigmas(num_steps))
+    return SamplingSteps(np.arange(num_steps, dtype=np.int32), timesteps, coefficients)
 
 
 def _shifted(sigma, shift):

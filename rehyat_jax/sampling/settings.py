@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.sampling import Euler, FlowSchedule, Guidance, Solver, Steps, UniPC, plan_steps
-from rehyat_jax.sampling.rollout import Remember, check_remember
-from rehyat_jax.sampling.schedule import Grid
+from rehyat_jax.sampling.guidance import Guidance
+from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
+from rehyat_jax.sampling.schedule import FlowSchedule, Grid, SamplingSteps, sampling_steps
+from rehyat_jax.sampling.solvers import Euler, Solver, UniPC
 
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "num_frames": int,
@@ -35,20 +36,20 @@ class Settings:
     guidance_scale: float
     schedule: FlowSchedule
     solver: Solver
-    #: How a stream remembers its chunks.
-    remember: Remember = "steps"
+    #: The context noise that a stream commits its chunks with.
+    remember: ContextNoise = "steps"
 
     @property
     def guidance(self) -> Guidance:
         """The two prompts one after the other, in the memory of one."""
         return Guidance(scale=self.guidance_scale, forward="two")
 
-    def plan(self) -> Steps:
+    def steps(self) -> SamplingSteps:
         """
         Raises:
             ConfigError: the schedule has no such number of steps, or the solver does not accept its levels.
         """
-        return plan_steps(self.schedule, self.solver, num_steps=self.num_inference_steps)
+        return sampling_steps(self.schedule, self.solver, num_steps=self.num_inference_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it.
@@ -72,7 +73,7 @@ class Settings:
         """
         source = {"remember": "steps"} | dict(source)  # streams saved before there was another way
         numbers = _known({k: v for k, v in source.items() if k not in ("schedule", "solver")}, _NUMBERS, "settings")
-        check_remember(numbers["remember"])
+        check_context_noise(numbers["remember"])
         schedule, solver = source.get("schedule"), source.get("solver")
         if not isinstance(schedule, Mapping) or not isinstance(solver, Mapping):
             raise ConfigError("the settings name no schedule or no solver")

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.attention.linear import LinearState
@@ -17,13 +16,9 @@ from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.runtime.platform import precision
-from rehyat_jax.sampling.programs import decode_on, denoise_chunk, read_text, to_uint8
-from rehyat_jax.sampling.rollout import States, chunk_frames, video_keys
+from rehyat_jax.sampling.codec import Codec, to_uint8
+from rehyat_jax.sampling.rollout import States
 from rehyat_jax.sampling.settings import Settings
-from rehyat_jax.streams.prefill import begun
-from rehyat_jax.streams.state import StreamState
-from rehyat_jax.text.tokenizer import trimmed
 
 Sweep = Literal["per-step", "per-chunk"]
 #: Called as (steps done, steps in all).
@@ -90,49 +85,15 @@ def _streamed(
     emptied: bool,
 ) -> UInt8[np.ndarray, "B F H W 3"]:
     """Several streams side by side; frames beyond ``settings.num_frames`` are cut off."""
-    graph, weights = nnx.split(pipe.transformer)
-    vae_graph, vae_weights = nnx.split(pipe.vae)
-    chunk, plan = chunk_frames(pipe.transformer), jax.tree.map(jnp.asarray, settings.plan())
-    space, time = pipe.vae.config.spatial_factor, pipe.vae.config.temporal_factor
-    shape = (chunk, settings.height // space, settings.width // space, pipe.vae.config.z_dim)
-    keys = video_keys(seed, count=len(texts))
-    total = -(-((settings.num_frames - 1) // time + 1) // chunk)
-    blocks: list[np.ndarray] = []
-    with precision(pipe.transformer.dtype):
-        branches = [jnp.concatenate([pipe.text(text) for text in texts])]
-        if settings.guidance.needs_negative:
-            branches.append(jnp.repeat(pipe.text(""), len(texts), axis=0))
-        state = StreamState.zeros(pipe.transformer, pipe.vae, settings, keys=keys, text=jnp.stack(branches))
-        if beginning is not None:
-            state, given = begun(state, beginning, transformer=pipe.transformer, vae=pipe.vae, settings=settings)
-            blocks.append(given)
-        states, decoder, read = (
-            state.states,
-            state.decoder,
-            read_text(weights, trimmed(state.text), graph=graph, text_tokens=state.text.shape[-2]),
-        )
-        if emptied:
-            states = _emptied(states)
-        for number in range(int(state.first_frame) // chunk, total):
-            latents, states = denoise_chunk(
-                weights,
-                states,
-                keys,
-                read,
-                jnp.asarray(number * chunk, jnp.int32),
-                plan,
-                graph=graph,
-                shape=shape,
-                solver=settings.solver,
-                guidance=settings.guidance,
-                text_tokens=state.text.shape[-2],
-                remember=settings.remember,
-            )
-            frames, decoder = decode_on(
-                vae_weights, latents, decoder, first=number * chunk, graph=vae_graph, pixels=to_uint8
-            )
-            blocks += [np.asarray(block) for block in frames]
-            progress(number + 1, total)
+    stream = pipe.start_stream(texts, settings, seed=seed, beginning=beginning)
+    if emptied:
+        stream.state = stream.state._replace(states=_emptied(stream.state.states))
+    blocks: list[np.ndarray] = [] if stream.beginning is None else [stream.beginning]
+    chunk = pipe.transformer.chunk_frames() * pipe.vae.config.temporal_factor
+    total = -(-(settings.num_frames + pipe.vae.config.temporal_factor - 1) // chunk)
+    while stream.frames_done < settings.num_frames:
+        blocks.append(next(stream))
+        progress(-(-stream.frames_done // chunk), total)
     return np.concatenate(blocks, axis=1)[:, : settings.num_frames]
 
 
@@ -154,13 +115,8 @@ def quantized(video: Float[Array, "B F H W 3"]) -> UInt8[np.ndarray, "B F H W 3"
 
 def through_vae(vae: WanVAE, video: Shaped[np.ndarray, "B F H W 3"], *, batch: int) -> UInt8[np.ndarray, "B F H W 3"]:
     """Clips (8 bits) encoded and decoded: as good as the model's can be."""
-    graph, weights = nnx.split(vae)
-    parts = (video[begin : begin + batch] for begin in range(0, len(video), batch))
-    return np.concatenate([np.asarray(_reconstructed(weights, jnp.asarray(part), graph=graph)) for part in parts])
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _reconstructed(weights: Any, video: UInt8[Array, "B F H W 3"], *, graph: Any) -> UInt8[Array, "B F H W 3"]:
-    vae = nnx.merge(graph, weights)
-    floats = video.astype(jnp.float32) / 127.5 - 1
-    return to_uint8(vae.decode(vae.encode(floats, frames_per_step=4), frames_per_step=4))
+    codec, parts = Codec(vae), []
+    for begin in range(0, len(video), batch):
+        latents = codec.encode(video[begin : begin + batch], frames_per_step=4)
+        parts.append(np.concatenate([np.asarray(frames) for frames, _ in codec.decode(latents)], axis=1))
+    return np.concatenate(parts)

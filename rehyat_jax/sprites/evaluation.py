@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.sampling.rollout import chunk_frames
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.clips import Sweep, generated, quantized, through_vae
 from rehyat_jax.sprites.occlusion import OcclusionReport, judged, report_occlusions, swapped_occlusions
@@ -255,7 +254,7 @@ class _Run:
 def _chunk(pipe: TextToVideo) -> int:
     if pipe.transformer.why_not_stream() is not None:
         return _FRAMES_OF_A_CHUNK
-    return chunk_frames(pipe.transformer) * pipe.vae.config.temporal_factor
+    return pipe.transformer.chunk_frames() * pipe.vae.config.temporal_factor
 
 
 def to_dict(measurement: Measurement) -> dict[str, Any]:

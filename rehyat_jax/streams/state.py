@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,8 +22,9 @@ from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import State, WanVAE
 from rehyat_jax.runtime.files import whole_file
-from rehyat_jax.sampling.programs import decode_first, to_uint8
-from rehyat_jax.sampling.rollout import RANDOM, States, init_states
+from rehyat_jax.sampling.noise import RANDOM
+from rehyat_jax.sampling.rollout import States
+from rehyat_jax.sampling.session import Session
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.weights.files import DTYPES
 from rehyat_jax.weights.plan import parameters
@@ -35,13 +36,15 @@ _FILE = "stream.safetensors"
 #: The one entry of the file's metadata, JSON.
 _HEADER = "rehyat_stream"
 _VERSION = 1
+#: Side by side; more are no stream's.
+_MOST_VIDEOS = 1 << 16
 
 
 class StreamState(NamedTuple):
     """A stream after the chunks made so far; a pytree whose shapes do not depend on how many there were."""
 
-    #: The transformer's, for each step (of a finished chunk: one) and guidance branch: leaves [steps, branches, layers,
-    #: B, …].
+    #: The transformer's, for each step (where chunks are committed once: one) and each of guidance's evaluations:
+    #: leaves [steps, evaluations, layers, B, …].
     states: States
     #: What the decoder needs of the frames before; zeros before the first.
     decoder: State
@@ -50,38 +53,17 @@ class StreamState(NamedTuple):
     #: Of the noise of each video of the batch.
     keys: Key[Array, " B"]
     #: The prompts' embeddings and, with guidance, the negative prompts' after them.
-    text: Float[Array, "branches B L D"]
+    text: Float[Array, "evaluations B L D"]
 
-    @classmethod
-    def zeros(
-        cls,
-        transformer: WanTransformer,
-        vae: WanVAE,
-        settings: Settings,
-        *,
-        keys: Key[Array, " B"],
-        text: Float[Array, "branches B L D"],
-    ) -> StreamState:
-        """Before the first chunk.
 
-        Raises:
-            RehyatError: the transformer cannot stream.
-        """
-        batch, space = keys.shape[0], vae.config.spatial_factor
-        height, width = settings.height // space, settings.width // space
-        states = init_states(
-            transformer,
-            steps=settings.num_inference_steps if settings.remember == "steps" else 1,
-            branches=settings.guidance.branches,
-            batch=batch,
-            height=height,
-            width=width,
-        )
-        graph, weights = nnx.split(vae)
-        latents = jax.ShapeDtypeStruct((batch, 1, height, width, vae.config.z_dim), jnp.float32)
-        _, decoder = jax.eval_shape(lambda w, x: decode_first(w, x, graph=graph, pixels=to_uint8), weights, latents)
-        decoder = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decoder)
-        return cls(states, decoder, jnp.zeros((), jnp.int32), keys, text)
+def init_state(session: Session, *, keys: Key[Array, " B"], text: Float[Array, "evaluations B L D"]) -> StreamState:
+    """Before the first chunk.
+
+    Raises:
+        RehyatError: the transformer cannot stream.
+    """
+    batch = keys.shape[0]
+    return StreamState(session.init_states(batch), session.init_decoder(batch), jnp.zeros((), jnp.int32), keys, text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +73,8 @@ class StreamRecord:
     settings: Settings
     #: `fingerprint` of the transformer and the autoencoder that made them.
     model: str
-    prompt: str
+    #: Of one video a text, of several side by side a list.
+    prompt: str | Sequence[str]
     negative_prompt: str
 
 
@@ -121,7 +104,7 @@ def save_stream(folder: str | os.PathLike[str], state: StreamState, record: Stre
     content = {
         "version": _VERSION,
         "model": record.model,
-        "prompt": record.prompt,
+        "prompt": record.prompt if isinstance(record.prompt, str) else list(record.prompt),
         "negative_prompt": record.negative_prompt,
         "settings": record.settings.to_dict(),
     }
@@ -156,7 +139,7 @@ def load_state(folder: str | os.PathLike[str], template: StreamState) -> StreamS
     """A saved stream's arrays, each checked before it is believed.
 
     Args:
-        template: arrays or shapes of the same stream, as ``jax.eval_shape`` of `StreamState.zeros` gives them.
+        template: arrays or shapes of the same stream, as ``jax.eval_shape`` of `init_state` gives them.
 
     Raises:
         CheckpointError: the file is damaged, or not of a stream like the template.
@@ -226,12 +209,15 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _record(content: Mapping[str, Any], path: Path) -> StreamRecord:
-    texts = {name: content.get(name) for name in ("model", "prompt", "negative_prompt")}
-    settings = content.get("settings")
-    if not all(isinstance(text, str) for text in texts.values()) or not isinstance(settings, dict):
+    model, negative_prompt, settings = (content.get(name) for name in ("model", "negative_prompt", "settings"))
+    prompt = content.get("prompt")
+    prompts = prompt if isinstance(prompt, list) and 0 < len(prompt) <= _MOST_VIDEOS else [prompt]
+    texts = [model, negative_prompt, *prompts]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(settings, dict):
         raise CheckpointError(f"{path} is no saved stream: it lacks its settings")
     try:
-        return StreamRecord(settings=Settings.from_dict(settings), **cast(dict[str, str], texts))
+        settings = Settings.from_dict(settings)
+        return StreamRecord(settings=settings, model=model, prompt=prompt, negative_prompt=negative_prompt)  # type: ignore[arg-type]
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

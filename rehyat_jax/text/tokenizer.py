@@ -190,14 +190,6 @@ def embed_tokens(encoder: UMT5Encoder, tokens: Tokens) -> Float[Array, "B L D"]:
     return jnp.pad(hidden, ((0, 0), (0, length - bucket), (0, 0)))
 
 
-def trimmed(text: Float[Array, "*B L D"]) -> Float[Array, "*B K D"]:
-    """Embeddings without the zeros that all of them end with, up to a multiple of 64 tokens, so that there are few
-    programs to compile. A transformer is told of them by its ``text_tokens``."""
-    used = np.flatnonzero(np.asarray(jnp.any(text != 0, axis=(*range(text.ndim - 2), -1))))
-    length = int(used[-1]) + 1 if len(used) else 1
-    return text[..., : -(-length // _BUCKET) * _BUCKET, :]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(graphdef: Any, params: Any, ids: Int32[Array, "B L"], mask: Int32[Array, "B L"]) -> Float[Array, "B L D"]:
     hidden = nnx.merge(graphdef, params)(ids, mask)

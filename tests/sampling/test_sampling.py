@@ -23,9 +23,9 @@ from rehyat_jax.sampling import (
     Guidance,
     UniPC,
     guided_velocity,
-    plan_steps,
-    sample,
+    rollout,
     sampling_step,
+    sampling_steps,
     scheduler_from_config,
     scheduler_to_config,
 )
@@ -94,7 +94,7 @@ def test_every_step_agrees_with_diffusers(grid, solver, dtype, velocities):
             scheduler = diffusers_scheduler(grid, shift=shift, order=getattr(solver, "order", 1))
             set_timesteps(scheduler, grid, num_steps=num_steps)
             scheduler.sigmas = scheduler.sigmas.to(dtype)
-            steps = plan_steps(FlowSchedule(grid=grid, shift=shift), solver, num_steps=num_steps)
+            steps = sampling_steps(FlowSchedule(grid=grid, shift=shift), solver, num_steps=num_steps)
             rng = np.random.default_rng(num_steps)
             noise = rng.normal(size=SHAPE).astype(np.float32)
             state, theirs = solver.init(jnp.asarray(noise)), torch.from_numpy(noise).to(dtype)
@@ -116,7 +116,7 @@ def test_unipc_is_diffusers_in_float64(x64, grid, order):
     solver = UniPC(order)
     scheduler = set_timesteps(diffusers_scheduler(grid, shift=5.0, order=order), grid, num_steps=50)
     scheduler.sigmas = scheduler.sigmas.double()
-    steps = plan_steps(FlowSchedule(grid=grid, shift=5.0), solver, num_steps=50)
+    steps = sampling_steps(FlowSchedule(grid=grid, shift=5.0), solver, num_steps=50)
     rng = np.random.default_rng(0)
     noise = rng.normal(size=SHAPE)
     state, theirs = solver.init(jnp.asarray(noise)), torch.from_numpy(noise)
@@ -126,6 +126,22 @@ def test_unipc_is_diffusers_in_float64(x64, grid, order):
         state = step(state, jnp.asarray(v), steps.at(i))
         theirs = scheduler.step(torch.from_numpy(v), t, theirs, return_dict=False)[0]
         np.testing.assert_allclose(state.latents, theirs.numpy(), rtol=0, atol=1e-11)
+
+
+def solved(velocity, noise, *, schedule, solver, num_steps):
+    """The loop that makes whole videos."""
+    steps = sampling_steps(schedule, solver, num_steps=num_steps)
+    advance = jax.jit(lambda state, row: sampling_step(velocity, state, step=row, solver=solver))
+    return rollout.per_step(advance, noise, steps=steps, solver=solver)
+
+
+def scanned(velocity, noise, *, schedule, solver, num_steps):
+    """The same as one program."""
+
+    def body(state, row):
+        return sampling_step(velocity, state, step=row, solver=solver), None
+
+    return jax.lax.scan(body, solver.init(noise), sampling_steps(schedule, solver, num_steps=num_steps))[0].latents
 
 
 def solve_toy(solver, sigmas):
@@ -168,7 +184,7 @@ def test_a_straight_flow_is_solved_exactly(num_steps, shift, solver):
     grid = "diffusers-euler" if solver == Euler() else "diffusers"
     data, noise = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(num_steps).normal(size=(2, 1, 8)))
     schedule = FlowSchedule(grid=grid, shift=shift)
-    latents = sample(lambda x, t: noise - data, noise, schedule=schedule, solver=solver, num_steps=num_steps)
+    latents = solved(lambda x, t: noise - data, noise, schedule=schedule, solver=solver, num_steps=num_steps)
     # The nudge of sigma_0 by 1e-6 is the only thing that is not exact; the rest is 60 roundings of 6e-8.
     np.testing.assert_allclose(latents, data, rtol=0, atol=2e-5)
 
@@ -199,32 +215,30 @@ class TestLoop:
 
     def test_one_jitted_step_in_a_loop_equals_the_scan_and_compiles_once(self):
         noise = self.noise(2, 6, 4)
-        run = functools.partial(sample, schedule=self.schedule, solver=self.solver, num_steps=7)
+        run = functools.partial(scanned, schedule=self.schedule, solver=self.solver, num_steps=7)
         whole = jax.jit(functools.partial(run, self.velocity))(noise)
-        steps = plan_steps(self.schedule, self.solver, num_steps=7)
-        traces = []
+        steps = sampling_steps(self.schedule, self.solver, num_steps=7)
+        traces, done = [], []
 
         @jax.jit
         def one_step(state, step):
             traces.append(1)
             return sampling_step(self.velocity, state, step=step, solver=self.solver)
 
-        state = self.solver.init(noise)
-        for i in range(7):
-            state = one_step(state, steps.at(i))
-        assert len(traces) == 1
+        latents = rollout.per_step(one_step, noise, steps=steps, solver=self.solver, on_step=done.append)
+        assert (len(traces), done) == (1, [1, 2, 3, 4, 5, 6, 7])
         assert whole.dtype == jnp.float32
-        np.testing.assert_array_equal(state.latents, whole)
+        np.testing.assert_array_equal(latents, whole)
 
     def test_a_traced_index_serves_as_well(self):
         noise = self.noise(1, 3, 2)
-        steps = plan_steps(self.schedule, self.solver, num_steps=5)
+        steps = sampling_steps(self.schedule, self.solver, num_steps=5)
 
         def body(i, state):
             return sampling_step(self.velocity, state, step=steps.at(i), solver=self.solver)
 
         looped = jax.jit(lambda x: jax.lax.fori_loop(0, 5, body, self.solver.init(x)).latents)(noise)
-        whole = sample(self.velocity, noise, schedule=self.schedule, solver=self.solver, num_steps=5)
+        whole = scanned(self.velocity, noise, schedule=self.schedule, solver=self.solver, num_steps=5)
         np.testing.assert_allclose(looped, whole, rtol=0, atol=1e-6)
 
     def test_per_chunk_sweep_equals_per_step_sweep(self):
@@ -232,7 +246,7 @@ class TestLoop:
         scan over chunks."""
         batch, chunks, tokens, channels, num_steps = 2, 4, 3, 5, 6
         noise = self.noise(batch, chunks * tokens, channels)
-        steps = plan_steps(self.schedule, self.solver, num_steps=num_steps)
+        steps = sampling_steps(self.schedule, self.solver, num_steps=num_steps)
 
         def network(memory, x, t):
             """Reads what chunks before have left, then adds its own."""
@@ -244,7 +258,7 @@ class TestLoop:
             _, v = jax.lax.scan(lambda m, piece: network(m, piece, t), jnp.zeros((batch, channels)), pieces)
             return jnp.moveaxis(v, 0, 1).reshape(x.shape)
 
-        per_step = sample(whole_video, noise, schedule=self.schedule, solver=self.solver, num_steps=num_steps)
+        per_step = scanned(whole_video, noise, schedule=self.schedule, solver=self.solver, num_steps=num_steps)
 
         def one_chunk(memories, chunk_noise):
             def one_step(state, step_and_memory):
@@ -270,37 +284,37 @@ class TestLoop:
 
         text = jnp.ones((2, 3, 4))
         for guidance in (Guidance(scale=1.0), Guidance(scale=3.0), Guidance(scale=3.0, forward="two")):
-            velocity = guided_velocity(model, text, negative=text, guidance=guidance, dtype=jnp.bfloat16)
-            latents = sample(velocity, self.noise(2, 3, 4), schedule=self.schedule, solver=self.solver, num_steps=2)
+            velocity = guided_velocity(model, jnp.stack([text, text]), guidance=guidance, dtype=jnp.bfloat16)
+            latents = solved(velocity, self.noise(2, 3, 4), schedule=self.schedule, solver=self.solver, num_steps=2)
             assert latents.dtype == jnp.float32
         assert set(seen) == {(jnp.dtype("bfloat16"), jnp.dtype("float32"), jnp.dtype("bfloat16"))}
 
 
 class TestGuidance:
     latents = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
-    text, negative = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(1).normal(size=(2, 2, 5, 6)))
+    texts = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 5, 6)), jnp.float32)
     t = jnp.asarray([10.0, 900.0], jnp.float32)
 
     def model(self, x, t, text):
         return jnp.sin(x + t[:, None, None]) * text.mean((1, 2))[:, None, None]
 
     def call(self, guidance):
-        return guided_velocity(self.model, self.text, negative=self.negative, guidance=guidance)(self.latents, self.t)
+        return guided_velocity(self.model, self.texts, guidance=guidance)(self.latents, self.t)
 
     @pytest.mark.parametrize("forward", ["one", "two"])
     def test_formula(self, forward):
-        v, v_negative = (self.model(self.latents, self.t, text) for text in (self.text, self.negative))
+        v, v_negative = (self.model(self.latents, self.t, text) for text in self.texts)
         guided = self.call(Guidance(scale=4.5, forward=forward))
         np.testing.assert_allclose(guided, v_negative + 4.5 * (v - v_negative), rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
     def test_at_a_scale_of_one_or_less_the_model_runs_once_on_the_prompt(self, scale):
-        np.testing.assert_array_equal(self.call(Guidance(scale=scale)), self.model(self.latents, self.t, self.text))
-        guided_velocity(self.model, self.text, guidance=Guidance(scale=scale))  # no negative prompt needed
+        np.testing.assert_array_equal(self.call(Guidance(scale=scale)), self.model(self.latents, self.t, self.texts[0]))
+        guided_velocity(self.model, self.texts[:1], guidance=Guidance(scale=scale))  # no negative prompt needed
 
     def test_errors(self):
         with pytest.raises(ConfigError, match="negative prompt"):
-            guided_velocity(self.model, self.text, guidance=Guidance(scale=2.0))
+            guided_velocity(self.model, self.texts[:1], guidance=Guidance(scale=2.0))
         with pytest.raises(ConfigError, match="finite"):
             Guidance(scale=float("nan"))
 

@@ -18,20 +18,10 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, plan_steps
-from rehyat_jax.sampling.rollout import (
-    check_remember,
-    chunk_frames,
-    denoise_chunk,
-    frame_noise,
-    init_states,
-    memory_noise,
-    per_chunk,
-    per_step,
-    read_chunk,
-    read_text,
-    video_keys,
-)
+from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, rollout, sampling_step, sampling_steps
+from rehyat_jax.sampling.noise import ChunkNoise, frame_noise, seeds, video_keys
+from rehyat_jax.sampling.rollout import Sampler, check_context_noise, init_states, precompute_text_kv
+from rehyat_jax.sampling.text import Padded
 
 TINY = WanConfig(
     num_layers=2,
@@ -43,7 +33,8 @@ TINY = WanConfig(
     text_dim=19,
     freq_dim=34,
 )
-STEPS = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=20)
+SCHEDULE = FlowSchedule(grid="diffusers", shift=3.0)
+STEPS = sampling_steps(SCHEDULE, UniPC(), num_steps=20)
 GUIDED = Guidance(scale=4.0, forward="two")
 
 #: ``jax.jit`` for values, not speed: most of the time of these tests goes into compiling.
@@ -62,20 +53,55 @@ def random_model(hybrid: HybridConfig | None, config: WanConfig = TINY) -> WanTr
     return model
 
 
-def random_text(branches: int, batch: int, config: WanConfig = TINY) -> jax.Array:
-    return jax.random.normal(jax.random.key(5), (branches, batch, 5, config.text_dim))
+def random_text(evaluations: int, batch: int, config: WanConfig = TINY) -> Padded:
+    return Padded(jax.random.normal(jax.random.key(5), (evaluations, batch, 5, config.text_dim)), 5)
 
 
-def swept(model: WanTransformer, shape, *, by, steps=STEPS, guidance=GUIDED, batch=1) -> jax.Array:
-    """Latents of seed 3."""
-    keys, text = video_keys(3, count=batch), random_text(guidance.branches, batch)
-    options = {"shape": shape, "steps": steps, "solver": UniPC(), "guidance": guidance}
-    if by is per_step:
-        return quickly_compiled(lambda: per_step(model, keys, text, **options))()
-    states = init_states(
-        model, steps=len(steps.timestep), branches=guidance.branches, batch=batch, height=shape[1], width=shape[2]
-    )
-    return quickly_compiled(lambda s: per_chunk(model, keys, text, s, **options)[0])(states)
+def per_step(model, shape, *, steps=STEPS, guidance=GUIDED, batch=1) -> jax.Array:
+    """Latents of seed 3, all frames at each step."""
+    text = random_text(guidance.evaluations, batch).values
+    graph, weights = nnx.split(model)
+
+    @quickly_compiled
+    def advance(weights, state, row):
+        velocity = guided_velocity(nnx.merge(graph, weights), text, guidance=guidance)
+        return sampling_step(velocity, state, step=row, solver=UniPC())
+
+    noise = frame_noise(video_keys(3, count=batch), shape)
+    return rollout.per_step(functools.partial(advance, weights), noise, steps=steps, solver=UniPC())
+
+
+def per_chunk(
+    model, shape, *, steps=STEPS, guidance=GUIDED, batch=1, context_noise="steps", prefix=None
+) -> tuple[jax.Array, rollout.States]:
+    """The same, all steps at each chunk, and the last states; a prefix is committed, and not among the latents."""
+    sampler = Sampler(solver=UniPC(), guidance=guidance, context_noise=context_noise)
+    graph, weights = nnx.split(model)
+    keys, chunk, size = video_keys(3, count=batch), model.chunk_frames(), {"height": shape[1], "width": shape[2]}
+    states = init_states(model, sampler, num_steps=len(steps.timestep), batch=batch, **size)
+    text = random_text(guidance.evaluations, batch)
+    text_kv = quickly_compiled(lambda w: precompute_text_kv(nnx.merge(graph, w), text))(weights)
+
+    @functools.partial(quickly_compiled, static_argnames="frames")
+    def made(weights, states, first, frames):
+        model, noise = nnx.merge(graph, weights), ChunkNoise(keys, first)
+        how = {"shape": (frames, *shape[1:]), "first_frame": first, "steps": steps, "sampler": sampler}
+        return rollout.denoise_chunk(model, states, noise, text_kv, **how)
+
+    @quickly_compiled
+    def committed(weights, states, latents, first):
+        model, noise = nnx.merge(graph, weights), ChunkNoise(keys, first)
+        how = {"first_frame": first, "steps": steps, "context_noise": context_noise}
+        return rollout.commit_chunk(model, states, latents, noise, text_kv, **how)
+
+    given, latents = 0 if prefix is None else prefix.shape[1], []
+    for first in range(0, shape[0], chunk):
+        if first < given:
+            states = committed(weights, states, prefix[:, first : first + chunk], jnp.int32(first))
+        else:
+            part, states = made(weights, states, jnp.int32(first), min(chunk, shape[0] - first))
+            latents.append(part)
+    return jnp.concatenate(latents, axis=1), states
 
 
 def difference(a: jax.Array, b: jax.Array) -> float:
@@ -98,25 +124,20 @@ def difference(a: jax.Array, b: jax.Array) -> float:
 def test_the_two_sweeps_are_one_function(hybrid, batch):
     """20 steps with guidance, float32: the issue asks for 1e-4."""
     model, shape = random_model(hybrid), (7, 4, 6, 4)
-    whole = swept(model, shape, by=per_step, batch=batch)
+    whole = per_step(model, shape, batch=batch)
     assert 0.3 < float(whole.std()) < 3
-    assert difference(whole, swept(model, shape, by=per_chunk, batch=batch)) <= 1e-4
+    assert difference(whole, per_chunk(model, shape, batch=batch)[0]) <= 1e-4
 
 
-@pytest.mark.parametrize(("remember", "decay"), [(0.0, True), tiers.full(0.25, False)])
-def test_a_finished_chunk_is_remembered_at_its_own_level(remember, decay):
-    """Against calls on the whole video so far, each frame at its own time: what is finished at ``remember``, the newest
+@pytest.mark.parametrize(("level", "decay"), [(0.0, True), tiers.full(0.25, False)])
+def test_a_finished_chunk_is_committed_at_its_own_level(level, decay):
+    """Against calls on the whole video so far, each frame at its own time: what is finished at ``level``, the newest
     chunk at the step's; the solver by hand. Float32, five steps with guidance; chunks of 3, 3 and 1."""
     model, size = random_model(HybridConfig(chunk_frames=3, overlap_frames=1, decay=decay)), (4, 6, 4)
-    steps = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=5)
-    keys, text = video_keys(3, count=1), random_text(2, 1)
-    states = init_states(model, steps=1, branches=2, batch=1, height=4, width=6)
-    made, after = quickly_compiled(
-        lambda s: per_chunk(
-            model, keys, text, s, shape=(7, *size), steps=steps, solver=UniPC(), guidance=GUIDED, remember=remember
-        )
-    )(states)
-    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, states)
+    steps = sampling_steps(SCHEDULE, UniPC(), num_steps=5)
+    keys, text = video_keys(3, count=1), random_text(2, 1).values
+    made, after = per_chunk(model, (7, *size), steps=steps, context_noise=level)
+    assert {x.shape[:3] for x in jax.tree.leaves(after)} == {(1, 2, TINY.num_layers)}
 
     call = quickly_compiled(lambda x, t, row: model(x, t, row))
     seen = jnp.zeros((1, 0, *size))
@@ -125,56 +146,32 @@ def test_a_finished_chunk_is_remembered_at_its_own_level(remember, decay):
         for i in range(5):
             row = steps.at(i)
             whole = jnp.concatenate([seen, state.latents], axis=1)
-            times = jnp.where(jnp.arange(first + frames) < first, 1000 * remember, row.timestep)[None]
+            times = jnp.where(jnp.arange(first + frames) < first, 1000 * level, row.timestep)[None]
             velocities = [call(whole, times, each)[:, first:] for each in text]
             state = UniPC().step(state, GUIDED.combine(velocities), coefficients=row.coefficients)
         assert difference(state.latents, made[:, first : first + frames]) <= 1e-4
-        again = memory_noise(keys, (frames, *size), first_frame=first, remember=remember)
-        seen = jnp.concatenate([seen, (1 - remember) * state.latents + remember * again], axis=1)
-    assert difference(made, swept(model, (7, *size), by=per_step, steps=steps)) > 0.01
+        context = ChunkNoise(keys, first).context((frames, *size))
+        seen = jnp.concatenate([seen, (1 - level) * state.latents + level * context], axis=1)
+    assert difference(made, per_step(model, (7, *size), steps=steps)) > 0.01
 
 
-@pytest.mark.parametrize("remember", ["steps", 0.0, tiers.full(0.1)])
-def test_a_beginning_is_read_as_if_it_had_been_made(remember):
+@pytest.mark.parametrize("context_noise", ["steps", 0.0, tiers.full(0.1)])
+def test_a_prefix_is_committed_as_if_it_had_been_made(context_noise):
     """Two given chunks, then one that is made: against calls on the whole video, the given frames at the level and time
     that the newest chunk has, or at those of what is finished; the solver by hand."""
     model, size = random_model(HybridConfig(chunk_frames=3, overlap_frames=1)), (4, 6, 4)
-    steps = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=5)
-    keys, text = video_keys(3, count=1), random_text(2, 1)
-    begun = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, *size)), jnp.float32)
-    noises = frame_noise(keys, (6, *size))
-    again = memory_noise(keys, (6, *size), first_frame=0, remember=remember)
-
-    @quickly_compiled
-    def made_after(states):
-        read = read_text(model, text)
-        for first in (0, 3):
-            part = slice(first, first + 3)
-            states = read_chunk(
-                model,
-                begun[:, part],
-                noises[:, part],
-                read,
-                states,
-                first_frame=first,
-                steps=steps,
-                remember=remember,
-                again=None if again is None else again[:, part],
-            )
-        noise = frame_noise(keys, (3, *size), first_frame=6)
-        return denoise_chunk(
-            model, noise, read, states, first_frame=6, steps=steps, solver=UniPC(), guidance=GUIDED, remember=remember
-        )[0]
-
-    states = init_states(model, steps=5 if remember == "steps" else 1, branches=2, batch=1, height=4, width=6)
-    made = made_after(states)
+    steps = sampling_steps(SCHEDULE, UniPC(), num_steps=5)
+    keys, text = video_keys(3, count=1), random_text(2, 1).values
+    prefix = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, *size)), jnp.float32)
+    noises, context = frame_noise(keys, (6, *size)), ChunkNoise(keys).context((6, *size))
+    made, _ = per_chunk(model, (9, *size), steps=steps, context_noise=context_noise, prefix=prefix)
 
     call = quickly_compiled(lambda x, t, row: model(x, t, row))
     state = UniPC().init(frame_noise(keys, (3, *size), first_frame=6))
     for i in range(5):
         row = steps.at(i)
-        level = row.timestep / 1000 if remember == "steps" else remember
-        past = (1 - level) * begun + level * (noises if remember == "steps" else again)
+        level = row.timestep / 1000 if context_noise == "steps" else context_noise
+        past = (1 - level) * prefix + level * (noises if context_noise == "steps" else context)
         whole = jnp.concatenate([past, state.latents], axis=1)
         times = jnp.where(jnp.arange(9) < 6, 1000 * level, row.timestep)[None]
         velocities = [call(whole, times, each)[:, 6:] for each in text]
@@ -185,50 +182,41 @@ def test_a_beginning_is_read_as_if_it_had_been_made(remember):
 @pytest.mark.parametrize("remember", ["step", "0.5", -0.1, 1.0, float("nan"), True, None])
 def test_what_cannot_be_remembered(remember):
     with pytest.raises(RehyatError, match="remember must be"):
-        check_remember(remember)
+        check_context_noise(remember)
 
 
 def test_a_chunk_as_long_as_the_video_is_the_teacher():
     """To float32 rounding, whatever the feature maps are; as long as it, and longer."""
     shape = (4, 4, 6, 4)
     as_long, longer = (random_model(HybridConfig(chunk_frames=frames, overlap_frames=1)) for frames in (4, 9))
-    teacher = swept(as_long.with_hybrid(None), shape, by=per_step)
-    assert difference(teacher, swept(as_long, shape, by=per_chunk)) <= 1e-4
-    assert difference(teacher, swept(longer, shape, by=per_step)) <= 1e-4
+    teacher = per_step(as_long.with_hybrid(None), shape)
+    assert difference(teacher, per_chunk(as_long, shape)[0]) <= 1e-4
+    assert difference(teacher, per_step(longer, shape)) <= 1e-4
 
 
 def test_positions_go_on_past_the_1024_of_wans_tables():
     """1,029 latent frames of one token each; the equation at such positions is tests/models/test_positions.py's."""
     config = dataclasses.replace(TINY, patch_size=(1, 1, 1))
     model = random_model(HybridConfig(chunk_frames=7, overlap_frames=2), config)
-    steps = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=2)
+    steps = sampling_steps(SCHEDULE, UniPC(), num_steps=2)
     options = {"steps": steps, "guidance": Guidance(scale=1.0, forward="two")}
-    whole, chunks = (swept(model, (1029, 1, 1, 4), by=by, **options) for by in (per_step, per_chunk))
-    assert difference(whole, chunks) <= 1e-4
+    shape = (1029, 1, 1, 4)
+    assert difference(per_step(model, shape, **options), per_chunk(model, shape, **options)[0]) <= 1e-4
 
 
 def test_softmax_sees_differences_of_positions_alone_however_late():
     """A window's chunk after ten million frames is the one that began the video: one program, traced position."""
     model = random_model(HybridConfig(chunk_frames=3, overlap_frames=1, kind="window"))
-    keys, text = video_keys(0, count=1), random_text(1, 1)
-    steps = plan_steps(FlowSchedule(grid="diffusers", shift=3.0), UniPC(), num_steps=3)
+    keys, sampler = video_keys(0, count=1), Sampler(solver=UniPC(), guidance=Guidance(scale=1.0))
+    steps = sampling_steps(SCHEDULE, UniPC(), num_steps=3)
 
     @quickly_compiled
     def two_chunks(first_frame):
-        states = init_states(model, steps=3, branches=1, batch=1, height=4, width=6)
-        made, read = [], read_text(model, text)
+        states = init_states(model, sampler, num_steps=3, batch=1, height=4, width=6)
+        made, text_kv = [], precompute_text_kv(model, random_text(1, 1))
         for place in (0, 3):
-            noise = frame_noise(keys, (3, 4, 6, 4), first_frame=place)
-            latents, states = denoise_chunk(
-                model,
-                noise,
-                read,
-                states,
-                first_frame=first_frame + place,
-                steps=steps,
-                solver=UniPC(),
-                guidance=Guidance(scale=1.0, forward="two"),
-            )
+            how = {"shape": (3, 4, 6, 4), "first_frame": first_frame + place, "steps": steps, "sampler": sampler}
+            latents, states = rollout.denoise_chunk(model, states, ChunkNoise(keys, place), text_kv, **how)
             made.append(latents)
         return jnp.concatenate(made, axis=1)
 
@@ -247,26 +235,33 @@ def products(jaxpr, left: tuple[int, ...]) -> int:
     return count
 
 
-def test_a_text_is_read_once_for_all_chunks_and_steps():
+def test_text_keys_and_values_are_computed_once_for_all_chunks_and_steps():
     """Each prompt's features go into one product, the embedder's first; at the model's width into its second, and into
-    keys and values of each block."""
-    model, keys, text = random_model(HybridConfig(chunk_frames=1)), video_keys(0, count=1), random_text(2, 1)
-    states = init_states(model, steps=20, branches=2, batch=1, height=4, width=6)
-    whole = jax.make_jaxpr(
-        lambda states, text: per_chunk(
-            model, keys, text, states, shape=(7, 4, 6, 4), steps=STEPS, solver=UniPC(), guidance=GUIDED
-        )
+    keys and values of each block. A chunk's program has none of them."""
+    model, text, sampler = (
+        random_model(HybridConfig(chunk_frames=1)),
+        random_text(2, 1),
+        Sampler(solver=UniPC(), guidance=GUIDED),
     )
-    program = whole(states, text).jaxpr
-    assert products(program, (1, 5, TINY.text_dim)) == 2
-    assert products(program, (1, 5, TINY.dim)) == 2 * (1 + 2 * TINY.num_layers)
+    of_features, of_width = (1, 5, TINY.text_dim), (1, 5, TINY.dim)
+    program = jax.make_jaxpr(lambda text: precompute_text_kv(model, text))(text).jaxpr
+    assert products(program, of_features) == 2
+    assert products(program, of_width) == 2 * (1 + 2 * TINY.num_layers)
+
+    def chunk(states, text_kv):
+        how = {"shape": (1, 4, 6, 4), "first_frame": 0, "steps": STEPS, "sampler": sampler}
+        return rollout.denoise_chunk(model, states, ChunkNoise(video_keys(0, count=1)), text_kv, **how)
+
+    states = init_states(model, sampler, num_steps=20, batch=1, height=4, width=6)
+    program = jax.make_jaxpr(chunk)(states, jax.eval_shape(lambda text: precompute_text_kv(model, text), text)).jaxpr
+    assert products(program, of_features) == products(program, of_width) == 0
 
 
 @pytest.mark.parametrize("remember", ["steps", 0.0])
 def test_memory_does_not_grow_with_the_length(remember):
     """By XLA's account, 9 latent frames and 999 need the same beside the weights and the latents they result in."""
     options = stream_memory.Options(model="tiny", width=48, height=32, lengths=(9, 999), remember=remember)
-    lowered = list(stream_memory.programs(options).values())[-2:]
+    lowered = list(stream_memory.lowered(options).values())[-2:]
     short, long = (program.compile().memory_analysis() for program in lowered)
     assert short.argument_size_in_bytes == long.argument_size_in_bytes
     assert abs(long.temp_size_in_bytes / short.temp_size_in_bytes - 1) <= 0.01
@@ -295,6 +290,12 @@ def test_noise_is_standard_normal_and_never_the_same():
     assert np.abs(np.corrcoef(noise) - np.eye(100)).max() < 0.15  # 1,600 numbers a frame: six deviations
 
 
+@settings(max_examples=examples(20), deadline=None)
+@given(st.integers(0, 2**32 - 2))
+def test_a_stream_knows_its_seeds(seed):
+    assert seeds(video_keys(seed, count=2)) == (seed, seed + 1)
+
+
 @pytest.mark.parametrize("seed", [-1, 1 << 32])
 def test_impossible_seeds_are_sentences(seed):
     with pytest.raises(RehyatError, match="seed"):
@@ -303,8 +304,8 @@ def test_impossible_seeds_are_sentences(seed):
 
 def test_a_chunk_counts_latent_frames():
     config = dataclasses.replace(TINY, patch_size=(2, 2, 2))
-    assert chunk_frames(random_model(HybridConfig(chunk_frames=3), config)) == 6
+    assert random_model(HybridConfig(chunk_frames=3), config).chunk_frames() == 6
     with pytest.raises(RehyatError, match="block 0 of 2"):
-        chunk_frames(random_model(HybridConfig(blocks=(1,))))
+        random_model(HybridConfig(blocks=(1,))).chunk_frames()
     with pytest.raises(RehyatError, match="blocks 0-1 of 2"):
-        chunk_frames(random_model(None))
+        random_model(None).chunk_frames()

@@ -30,11 +30,12 @@ from rehyat_jax import HybridConfig, TextToVideo, load_transformer
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import save_transformer
 from rehyat_jax.runtime.variables import MixerParam
-from rehyat_jax.sampling import Euler, FlowSchedule, UniPC, rollout
-from rehyat_jax.sampling.programs import read_text, to_uint8
-from rehyat_jax.sampling.rollout import video_keys
+from rehyat_jax.sampling import Euler, FlowSchedule, UniPC, programs
+from rehyat_jax.sampling.codec import Codec, to_uint8
+from rehyat_jax.sampling.noise import ChunkNoise, video_keys
+from rehyat_jax.sampling.rollout import Sampler, commit_chunk, denoise_chunk, init_states, precompute_text_kv
 from rehyat_jax.sampling.settings import Settings
-from rehyat_jax.streams import stream as streaming
+from rehyat_jax.sampling.text import Padded
 from rehyat_jax.streams.state import MOST_FRAMES, StreamState, load_state
 
 HYBRID = HybridConfig(chunk_frames=2, overlap_frames=1)
@@ -107,27 +108,17 @@ def test_a_stream_goes_on_from_a_beginning(pipe, tmp_path, remember):
     vae, settings = pipe.vae, stream.settings
     given = vae.normalize(vae.encode(jnp.asarray(video, jnp.float32)[None] / 127.5 - 1))
     keys, size = video_keys(3, count=1), given.shape[2:]
-    text = jnp.stack([pipe.text("a cat"), pipe.text("dull")])
-    read = rollout.read_text(pipe.transformer, text)
-    states = rollout.init_states(
-        pipe.transformer, steps=3 if remember == "steps" else 1, branches=2, batch=1, height=size[0], width=size[1]
-    )
-    options = {"steps": settings.plan(), "remember": remember}
+    text = Padded(jnp.stack([pipe.text("a cat"), pipe.text("dull")]), 512)
+    text_kv = precompute_text_kv(pipe.transformer, text)
+    sampler = Sampler(solver=settings.solver, guidance=settings.guidance, context_noise=remember)
+    states = init_states(pipe.transformer, sampler, num_steps=3, batch=1, height=size[0], width=size[1])
+    steps = settings.steps()
     for first in (0, 2):
-        noise = rollout.frame_noise(keys, (2, *size), first_frame=first)
-        states = rollout.read_chunk(
-            pipe.transformer, given[:, first : first + 2], noise, read, states, first_frame=first, **options
-        )
-    made, _ = rollout.denoise_chunk(
-        pipe.transformer,
-        rollout.frame_noise(keys, (2, *size), first_frame=4),
-        read,
-        states,
-        first_frame=4,
-        solver=settings.solver,
-        guidance=settings.guidance,
-        **options,
-    )
+        how = {"first_frame": first, "steps": steps, "context_noise": remember}
+        latents, noise = given[:, first : first + 2], ChunkNoise(keys, first)
+        states = commit_chunk(pipe.transformer, states, latents, noise, text_kv, **how)
+    how = {"shape": (2, *size), "first_frame": 4, "steps": steps, "sampler": sampler}
+    made, _ = denoise_chunk(pipe.transformer, states, ChunkNoise(keys, 4), text_kv, **how)
     whole = vae.decode(vae.denormalize(jnp.concatenate([given, made], axis=1)))
     want = np.asarray(to_uint8(whole))[0, 13:]
     assert np.abs(block.astype(int) - want).max() <= 1
@@ -142,6 +133,43 @@ def test_a_beginning_that_does_not_fit_is_a_sentence(pipe, shape, words):
     for odd in (np.zeros((13, 32, 48, 3), np.float32), np.zeros((1, 13, 32, 48, 3), np.uint8)):
         with pytest.raises(RehyatError, match=r"uint8 \[F, H, W, 3\]"):
             pipe.open_stream("a cat", beginning=odd, **SMALL)
+
+
+def test_several_videos_side_by_side_are_each_a_stream_of_its_own(pipe, tmp_path):
+    """Row i is prompt i with the noise of seed + i; another batch size may round otherwise: one level of 255. Saved,
+    forked and told another story together."""
+    video = np.random.default_rng(0).integers(0, 256, (2, 5, 32, 48, 3), np.uint8)
+    prompts = ["a cat", "a dog"]
+    both = pipe.open_stream(prompts, seed=3, beginning=video, **SMALL)
+    assert (both.frames_done, both.seeds) == (5, (3, 4))
+    first = next(both)
+    assert (first.shape, first.dtype, both.frames_done) == ((2, 8, 32, 48, 3), np.uint8, 13)
+    for row, prompt in enumerate(prompts):
+        own = next(pipe.open_stream(prompt, seed=3 + row, beginning=video[row], **SMALL))
+        assert np.abs(first[row].astype(int) - own).max() <= 1
+    both.save(tmp_path)
+    same, other = pipe.resume_stream(tmp_path), both.fork(seed=8)
+    assert (same.prompt, same.seeds, other.seeds) == (prompts, (3, 4), (8, 9))
+    second = next(both)
+    np.testing.assert_array_equal(next(same), second)
+    assert (next(other) != second).mean() > 0.5
+    both.change_prompt(["a cow", "a dog"])
+    same.change_prompt(prompts)
+    third, unchanged = next(both), next(same)
+    assert (third[0] != unchanged[0]).any()
+    assert np.abs(third[1].astype(int) - unchanged[1]).max() <= 1
+    for wrong in ("a cow", ["a cow"], ["a", "b", "c"]):
+        with pytest.raises(RehyatError, match="a list of 2 prompts"):
+            both.change_prompt(wrong)
+    with pytest.raises(RehyatError, match="1 beginnings for 2 prompts"):
+        pipe.open_stream(prompts, beginning=video[:1], **SMALL)
+
+
+def test_a_list_of_one_is_a_batch_of_one(pipe):
+    (block,) = next(pipe.stream(["a cat"], seed=3, **SMALL))
+    np.testing.assert_array_equal(block, next(pipe.stream("a cat", seed=3, **SMALL)))
+    with pytest.raises(RehyatError, match="one prompt"):
+        pipe.open_stream("a cat", **SMALL).change_prompt(["a cat"])
 
 
 def test_streams_differ_by_seed_alone(pipe, saved):
@@ -188,7 +216,7 @@ def test_another_process_goes_on_bit_for_bit(checkpoint, saved, tmp_path):
         "stream = pipe.resume_stream(sys.argv[2])\n"
         "np.save(sys.argv[4], next(stream))\n"
         # Here, where no other check of types is before ours: what is no prompt and no seed is a sentence.
-        "for call in (lambda: pipe.stream(['a', 'b']), lambda: pipe.stream(b'a'), lambda: stream.change_prompt(None),\n"
+        "for call in (lambda: pipe.stream(['a', 3]), lambda: pipe.stream(b'a'), lambda: stream.change_prompt(None),\n"
         "             lambda: pipe.stream('a', negative_prompt=3), lambda: pipe.stream('a', seed=0.5)):\n"
         "    try:\n"
         "        sys.exit(f'{call()} was made')\n"
@@ -236,15 +264,15 @@ def test_the_prompt_changes_between_chunks(pipe, saved, tmp_path):
     np.testing.assert_array_equal(next(back), expected)
 
 
-def test_a_prompt_is_read_once(pipe, saved, monkeypatch):
-    """Not once a chunk, nor by a fork; anew where it changed, and by a stream that comes from the disk."""
-    read = []
+def test_text_keys_and_values_are_computed_once(pipe, saved, monkeypatch):
+    """Not once a chunk, nor by a fork; again where the prompt changed, and by a stream that comes from the disk."""
+    read, precompute = [], programs.precompute_text_kv
 
     def counted(*arguments, **options):
         read.append(arguments)
-        return read_text(*arguments, **options)
+        return precompute(*arguments, **options)
 
-    monkeypatch.setattr(streaming, "read_text", counted)
+    monkeypatch.setattr(programs, "precompute_text_kv", counted)
     stream = pipe.resume_stream(saved[0])
     next(stream), next(stream), next(stream.fork()), next(stream)
     assert len(read) == 1
@@ -253,7 +281,7 @@ def test_a_prompt_is_read_once(pipe, saved, monkeypatch):
     assert len(read) == 2
 
 
-def test_without_guidance_there_is_one_branch(pipe):
+def test_without_guidance_there_is_one_evaluation(pipe):
     stream = pipe.open_stream("a cat", height=16, width=16, num_inference_steps=2, guidance_scale=1, solver=UniPC(1))
     assert stream.state.text.shape == (1, 1, 512, 32)
     assert {leaf.shape[:3] for leaf in jax.tree.leaves(stream.state.states)} == {(2, 1, 2)}
@@ -298,7 +326,7 @@ def test_an_interrupt_in_a_chunk_costs_that_chunk(pipe, saved, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "decode_on", interrupted)
+        patch.setattr(Codec, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     for call in (lambda: next(stream), lambda: stream.save(folder), stream.fork):
@@ -445,6 +473,10 @@ HUGE = 10**400
         {"model": None},
         {"prompt": 3},
         {"prompt": None},
+        {"prompt": []},
+        {"prompt": [3]},
+        {"prompt": ["a cat", "a dog"]},
+        {"prompt": ["x"] * 70_000},
         {"negative_prompt": []},
         {"settings": None},
         {"settings": []},
@@ -565,7 +597,7 @@ SAVES_FOR_EVER = """
 import sys, itertools
 import jax.numpy as jnp
 from rehyat_jax.sampling import Euler, FlowSchedule
-from rehyat_jax.sampling.rollout import video_keys
+from rehyat_jax.sampling.noise import video_keys
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.state import StreamRecord, StreamState, save_stream
 

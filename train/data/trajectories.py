@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, Steps, plan_steps
+from rehyat_jax.sampling import FlowSchedule, Guidance, SamplingSteps, Solver, sampling_steps
 
 
 class Points(NamedTuple):
@@ -62,14 +62,14 @@ class Sampling:
     guidance: Guidance
 
     @property
-    def table(self) -> Steps:
+    def table(self) -> SamplingSteps:
         """The steps of every schedule, one schedule after the other.
 
         Raises:
             ConfigError: a schedule has no such number of steps, or the solver does not accept its levels.
         """
-        plans = [plan_steps(schedule, self.solver, num_steps=self.num_steps) for schedule in self.schedules]
-        return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts), jnp.float32), *plans)
+        tables = [sampling_steps(schedule, self.solver, num_steps=self.num_steps) for schedule in self.schedules]
+        return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts), jnp.float32), *tables)
 
     def turn(self, index: int, batch: int, prompts: Prompts) -> Turn:
         """Turn ``index`` of a batch; before turn 0 stands `begin`."""
@@ -101,17 +101,17 @@ class Sampling:
         fresh = self.begin(key, turn.numbers, turn.text, shape=rollouts.solver.latents.shape[1:])
         return jax.tree.map(lambda old, new: old.at[turn.fresh].set(new, mode="drop"), rollouts, fresh)
 
-    def points(self, rollouts: Rollouts, steps: Steps, negative: Float[Array, "1 L D"]) -> Points:
-        """Where the trajectories stand: of the prompt's branch, and of the negative prompt's where that counts."""
+    def points(self, rollouts: Rollouts, steps: SamplingSteps, negative: Float[Array, "1 L D"]) -> Points:
+        """Where the trajectories stand: of the prompt, and of the negative prompt where that counts."""
         latents, timesteps, text = rollouts.solver.latents, jnp.asarray(steps.timestep), rollouts.text
         if self.guidance.needs_negative:
             latents, timesteps = jnp.concatenate([latents, latents]), jnp.concatenate([timesteps, timesteps])
             text = jnp.concatenate([text, jnp.broadcast_to(negative, text.shape)])
         return Points(latents, timesteps, text)
 
-    def advance(self, rollouts: Rollouts, steps: Steps, velocity: Float[Array, "R T h w z"]) -> Rollouts:
+    def advance(self, rollouts: Rollouts, steps: SamplingSteps, velocity: Float[Array, "R T h w z"]) -> Rollouts:
         """One step on, from the velocities at `points`."""
-        parts = jnp.split(velocity.astype(rollouts.solver.latents.dtype), self.guidance.branches)
+        parts = jnp.split(velocity.astype(rollouts.solver.latents.dtype), self.guidance.evaluations)
 
         def step(state: Any, velocity: Array, coefficients: Any) -> Any:
             return self.solver.step(state, velocity, coefficients=coefficients)

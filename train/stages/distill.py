@@ -111,8 +111,8 @@ class DistillTraining(RunConfig):
         for source in self.sources:
             if self._rows(source) % self.minibatches:
                 raise ConfigError(
-                    f"{self._rows(source)} points ({source.batch} x {self._rows(source) // source.batch} branches of "
-                    f"guidance) cannot be cut into {self.minibatches} minibatches"
+                    f"{self._rows(source)} points ({source.batch} x {self._rows(source) // source.batch} evaluations "
+                    f"of guidance) cannot be cut into {self.minibatches} minibatches"
                 )
         check_learns(self.hybrid, self.loss)
 
@@ -122,7 +122,7 @@ class DistillTraining(RunConfig):
         return self.updates_per_point * self.minibatches
 
     def _rows(self, source: Source) -> int:
-        return source.batch * (Guidance(scale=self.guidance_scale).branches if source.samples else 1)
+        return source.batch * (Guidance(scale=self.guidance_scale).evaluations if source.samples else 1)
 
     def memory_need(self) -> Need:
         teacher = find_model(self.teacher)

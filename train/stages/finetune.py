@@ -33,7 +33,7 @@ from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.memory import Need
 from rehyat_jax.runtime.variables import GateParam, MixerParam
-from rehyat_jax.sampling.rollout import check_remember
+from rehyat_jax.sampling.rollout import check_context_noise
 from rehyat_jax.sprites import world
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ class FinetuneTraining(FlowTraining):
             raise ConfigError("history is of causal chunks of one length: say by hybrid what the student's are")
         if self.history.share and self.teacher is not None:
             raise ConfigError("a teacher has seen one noise level for all frames alone: it cannot be beside history")
-        check_remember(self.remember)
+        check_context_noise(self.remember)
 
     def stage(self) -> FinetuneStage:
         return FinetuneStage(self)

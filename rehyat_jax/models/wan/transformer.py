@@ -333,6 +333,15 @@ class WanTransformer(nnx.Module):
         """None for a model that can stream; else one sentence that names the blocks that prevent it."""
         return self.mixing.why_not_stream()
 
+    def chunk_frames(self) -> int:
+        """Latent frames of a stream's chunk.
+
+        Raises:
+            RehyatError: the model cannot stream.
+        """
+        self._check_streams()
+        return self.mixing.chunk_frames * self.config.patch_size[0]
+
     def _check_streams(self) -> None:
         if why := self.why_not_stream():
             raise RehyatError(why)

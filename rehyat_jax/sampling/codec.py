@@ -1,0 +1,131 @@
+"""Frames into latents and latents into frames: a video autoencoder, compiled, one latent frame at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from rehyat_jax.runtime.platform import precision
+from rehyat_jax.sampling.noise import Shape
+
+#: From -1..1 to what is handed out.
+Pixels: TypeAlias = Callable[[Array], Array]
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """What sampling asks of an autoencoder; `rehyat_jax.models.wan.vae.WanVAE` says what each means."""
+
+    config: Any
+    dtype: Any
+
+    def encode(self, video: Array, *, frames_per_step: int | None) -> Array: ...
+
+    def decode_first(self, latents: Array) -> tuple[Array, Any]: ...
+
+    def decode_next(self, latents: Array, state: Any) -> tuple[Array, Any]: ...
+
+    def normalize(self, latents: Array) -> Array: ...
+
+    def denormalize(self, latents: Array) -> Array: ...
+
+
+def to_float(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
+    """From -1..1 to 0..1, as diffusers' ``VideoProcessor``."""
+    return jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+
+
+def to_uint8(video: Float[Array, "B F H W 3"]) -> UInt8[Array, "B F H W 3"]:
+    """From -1..1 to 8 bits."""
+    return jnp.round(to_float(video) * 255.0).astype(jnp.uint8)
+
+
+class Codec:
+    """An autoencoder for sampling; latents are normalised, as the transformer takes them.
+
+    Args:
+        vae: split once, so that its weights at this moment are what all calls use.
+        compute: the dtype whose `precision` its products have; the autoencoder's own by default.
+    """
+
+    def __init__(self, vae: Any, *, compute: DTypeLike | None = None) -> None:
+        self.config = vae.config
+        self.graph, self.weights = nnx.split(vae)
+        self._compute = vae.dtype if compute is None else compute
+
+    def latent_shape(self, *, num_frames: int, height: int, width: int) -> Shape:
+        """Of the latents of a video of this size in pixels."""
+        space = self.config.spatial_factor
+        frames = (num_frames - 1) // self.config.temporal_factor + 1
+        return frames, height // space, width // space, self.config.z_dim
+
+    def num_frames(self, latent_frames: int) -> int:
+        """Frames of a video with so many latent frames."""
+        return latent_frames and 1 + self.config.temporal_factor * (latent_frames - 1)
+
+    def encode(self, video: UInt8[np.ndarray, "B F H W 3"], *, frames_per_step: int) -> Float[Array, "B T h w z"]:
+        """A video's latents, so many latent frames at a time.
+
+        Raises:
+            RehyatError: the number of frames is not 4k + 1, or a side is not a multiple of 8 (Wan's factors).
+        """
+        with precision(self._compute):
+            return encode(self.weights, jnp.asarray(video), graph=self.graph, frames_per_step=frames_per_step)
+
+    def decode(
+        self, latents: Float[Array, "B T h w z"], state: Any = None, *, first_frame: int = 0, pixels: Pixels = to_uint8
+    ) -> Iterator[tuple[Array, Any]]:
+        """Frames of each latent frame in turn, and the state after it; memory does not grow with the video.
+
+        Args:
+            state: of the frames before, donated; none before a video's first.
+            first_frame: the first of these latent frames, counted from the video's beginning.
+        """
+        for i in range(latents.shape[1]):
+            latent = latents[:, i : i + 1]
+            with precision(self._compute):
+                if first_frame + i:
+                    frames, state = decode_next(self.weights, latent, state, graph=self.graph, pixels=pixels)
+                else:
+                    frames, state = decode_first(self.weights, latent, graph=self.graph, pixels=pixels)
+            yield frames, state
+
+    def init_state(self, batch: int, *, height: int, width: int) -> Any:
+        """Zeros of the shapes that the decoder's state has; height and width are the latents'."""
+        latents = jax.ShapeDtypeStruct((batch, 1, height, width, self.config.z_dim), jnp.float32)
+        _, state = jax.eval_shape(partial(decode_first, graph=self.graph, pixels=to_uint8), self.weights, latents)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+
+
+@partial(jax.jit, static_argnames=("graph", "frames_per_step"))
+def encode(
+    weights: Any, video: UInt8[Array, "B F H W 3"], *, graph: Any, frames_per_step: int
+) -> Float[Array, "B T h w z"]:
+    """The program of `Codec.encode`."""
+    vae: Autoencoder = nnx.merge(graph, weights)
+    latents = vae.encode(video.astype(jnp.float32) / 127.5 - 1, frames_per_step=frames_per_step)
+    return vae.normalize(latents.astype(jnp.float32))
+
+
+@partial(jax.jit, static_argnames=("graph", "pixels"))
+def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Pixels) -> tuple[Array, Any]:
+    """A video's first latent frame, and what the decoder needs of it."""
+    vae: Autoencoder = nnx.merge(graph, weights)
+    video, state = vae.decode_first(vae.denormalize(latents))
+    return pixels(video), state
+
+
+@partial(jax.jit, static_argnames=("graph", "pixels"), donate_argnames="state")
+def decode_next(weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Pixels) -> tuple[Array, Any]:
+    """The next latent frame, and what the decoder needs of all so far."""
+    vae: Autoencoder = nnx.merge(graph, weights)
+    video, state = vae.decode_next(vae.denormalize(latents), state)
+    return pixels(video), state

@@ -1,0 +1,181 @@
+"""A session: a model and its settings made ready to sample, once; all that makes video asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.platform import precision
+from rehyat_jax.sampling import programs, rollout
+from rehyat_jax.sampling.codec import Codec
+from rehyat_jax.sampling.noise import Shape
+from rehyat_jax.sampling.rollout import Sampler, States
+from rehyat_jax.sampling.schedule import SamplingSteps
+from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.sampling.text import Padded, trimmed
+
+#: A prompt's embedding.
+Embed: TypeAlias = Callable[[str], Float[Array, "1 L D"]]
+
+
+def prompt_list(prompt: Any, negative_prompt: Any) -> list[str]:
+    """One prompt as a list of one, several as they are.
+
+    Raises:
+        RehyatError: it is neither a text nor a list of texts, or the negative prompt is no text.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
+    if not prompts or not all(isinstance(each, str) for each in [*prompts, negative_prompt]):
+        raise RehyatError("a prompt must be a text or a list of texts that is not empty")
+    return prompts
+
+
+class Session:
+    """The networks as they are now, split into graphs and weights; the geometry of latents and chunks; the compiled
+    programs. Float32 is computed as float32, whatever the platform's default.
+
+    Args:
+        transformer: a `rehyat_jax.sampling.rollout.Transformer`.
+        vae: a `rehyat_jax.sampling.codec.Autoencoder`.
+        settings: every value resolved.
+    """
+
+    def __init__(self, *, transformer: Any, vae: Any, settings: Settings) -> None:
+        self.settings, self.codec = settings, Codec(vae, compute=transformer.dtype)
+        self._transformer = transformer
+        self.graph, self.weights = nnx.split(transformer)
+        self.sampler = Sampler(solver=settings.solver, guidance=settings.guidance, context_noise=settings.remember)
+
+    @cached_property
+    def steps(self) -> SamplingSteps:
+        """On the device."""
+        return jax.tree.map(jnp.asarray, self.settings.steps())
+
+    @property
+    def shape(self) -> Shape:
+        """Of the latents of the settings' video."""
+        size = self.settings
+        return self.codec.latent_shape(num_frames=size.num_frames, height=size.height, width=size.width)
+
+    @cached_property
+    def chunk_shape(self) -> Shape:
+        """Of a chunk's latents.
+
+        Raises:
+            RehyatError: the transformer cannot stream.
+        """
+        return self._transformer.chunk_frames(), *self.shape[1:]
+
+    @property
+    def text_dim(self) -> int:
+        """Width of a prompt's embedding."""
+        return self._transformer.config.text_dim
+
+    def embed(
+        self,
+        text: Embed,
+        prompts: Sequence[str],
+        negative_prompt: str,
+        *,
+        on_prompt: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Float[Array, "evaluations B L D"]:
+        """The prompts' embeddings and, where it counts, the negative prompt's for each of them.
+
+        Args:
+            on_prompt: called with the embeddings made and all that there are.
+        """
+        wanted, rows = [*prompts, negative_prompt] if self.sampler.guidance.needs_negative else list(prompts), []
+        on_prompt(0, len(wanted))
+        with precision(self._transformer.dtype):
+            for done, prompt in enumerate(wanted, start=1):
+                rows.append(text(prompt))
+                on_prompt(done, len(wanted))
+            evaluations = [jnp.concatenate(rows[: len(prompts)])]
+            if len(rows) > len(prompts):
+                evaluations.append(jnp.repeat(rows[-1], len(prompts), axis=0))
+            return jnp.stack(evaluations)
+
+    def denoise(
+        self,
+        noise: Float[Array, "B T h w z"],
+        text: Float[Array, "evaluations B L D"],
+        *,
+        on_step: Callable[[int], None] = lambda done: None,
+    ) -> Float[Array, "B T h w z"]:
+        """The latents of whole videos, all frames at each step."""
+        with precision(self._transformer.dtype):
+            short = trimmed(text)
+
+            def advance(state: Any, step: SamplingSteps) -> Any:
+                return programs.denoise_step(self.weights, state, step, short, graph=self.graph, sampler=self.sampler)
+
+            steps, solver = self.settings.steps(), self.sampler.solver
+            return rollout.per_step(advance, noise, steps=steps, solver=solver, on_step=on_step)
+
+    def init_states(self, batch: int) -> States:
+        """The transformer's states before the first chunk of so many videos.
+
+        Raises:
+            RehyatError: the transformer cannot stream.
+        """
+        _, height, width, _ = self.shape
+        count = self.settings.num_inference_steps
+        return rollout.init_states(
+            self._transformer, self.sampler, num_steps=count, batch=batch, height=height, width=width
+        )
+
+    def init_decoder(self, batch: int) -> Any:
+        """The decoder's state before the first latent frame of so many videos."""
+        _, height, width, _ = self.shape
+        return self.codec.init_state(batch, height=height, width=width)
+
+    def precompute_text_kv(self, text: Float[Array, "evaluations B L D"]) -> Padded:
+        """The prompts as `denoise_chunk` and `commit_chunk` take them."""
+        with precision(self._transformer.dtype):
+            return programs.precompute_text_kv(self.weights, trimmed(text), graph=self.graph)
+
+    def denoise_chunk(
+        self, states: States, keys: Key[Array, " B"], text_kv: Padded, first_frame: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T h w z"], States]:
+        """The latents of the next chunk, and the states after it; ``states`` is donated."""
+        with precision(self._transformer.dtype):
+            return programs.denoise_chunk(
+                self.weights,
+                states,
+                keys,
+                text_kv,
+                first_frame,
+                self.steps,
+                graph=self.graph,
+                shape=self.chunk_shape,
+                sampler=self.sampler,
+            )
+
+    def commit_chunk(
+        self,
+        states: States,
+        latents: Float[Array, "B T h w z"],
+        keys: Key[Array, " B"],
+        text_kv: Padded,
+        first_frame: Int[Array, ""],
+    ) -> States:
+        """The states after a chunk that is given; ``states`` is donated."""
+        with precision(self._transformer.dtype):
+            return programs.commit_chunk(
+                self.weights,
+                states,
+                latents,
+                keys,
+                text_kv,
+                first_frame,
+                self.steps,
+                graph=self.graph,
+                context_noise=self.sampler.context_noise,
+            )
