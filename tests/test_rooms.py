@@ -9,10 +9,35 @@ import rehyat_jax
 
 ROOT = Path(rehyat_jax.__file__).parent
 
-#: What a room of `rehyat_jax` may import of it, beside itself.
+#: What a room of `rehyat_jax` may import of it, beside itself; in an order in which none imports a later one.
 MAY_IMPORT = {
+    "errors": set(),
+    "runtime": {"errors"},
+    "attention": {"errors", "runtime"},
+    "mixers": {"attention", "errors", "runtime"},
     "weights": {"errors", "runtime"},
+    # Takes models as arguments.
+    "sampling": {"errors", "runtime"},
+    "models": {"attention", "errors", "mixers", "runtime", "sampling", "weights"},
+    "text": {"errors", "models", "runtime"},
+    "video": {"errors", "runtime"},
+    "streams": {"errors", "models", "runtime", "sampling", "text", "weights"},
+    "pipeline": {"errors", "mixers", "models", "runtime", "sampling", "streams", "text"},
+    "sprites": {"attention", "errors", "models", "pipeline", "sampling"},
+    # Takes streams as arguments.
+    "serve": {"errors", "runtime", "video"},
+    "cli": {
+        *("errors", "mixers", "models", "pipeline", "runtime", "sampling"),
+        *("serve", "sprites", "streams", "video"),
+    },
 }
+#: Packages beside it that a room may import; no other room imports any.
+PACKAGES = {"attention": {"pallas_kernels"}, "mixers": {"pallas_kernels"}}
+OURS = {"pallas_kernels", "train", "configs", "benchmarks", "tests"}
+
+
+def files_of(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py")) or [ROOT / f"{room}.py"]
 
 
 def imports_of(file: Path) -> set[str]:
@@ -29,11 +54,27 @@ def imports_of(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_only_what_its_arrows_say(room):
-    files = sorted((ROOT / room).rglob("*.py"))
-    assert files
-    for file in files:
-        rooms = {name.split(".")[1] for name in imports_of(file) if name.startswith("rehyat_jax.")}
+    for file in files_of(room):
+        names = imports_of(file)
+        rooms = {name.split(".")[1] for name in names if name.startswith("rehyat_jax.")} & MAY_IMPORT.keys()
         assert rooms <= MAY_IMPORT[room] | {room}, file
+        assert {name.split(".")[0] for name in names} & OURS <= PACKAGES.get(room, set()), file
+
+
+def test_every_room_is_listed_and_arrows_point_one_way():
+    top = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
+    assert top - {"__init__", "__main__"} == MAY_IMPORT.keys()
+    before: set[str] = set()
+    for room, imported in MAY_IMPORT.items():
+        assert imported <= before, room
+        before.add(room)
+
+
+def test_kernels_take_arrays_and_know_nothing_of_the_package():
+    for file in (ROOT.parent / "pallas_kernels").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports_of(file)} & ({"rehyat_jax"} | OURS - {"pallas_kernels"}), (
+            file
+        )
 
 
 def test_torch_is_imported_where_torch_files_are_read_and_nowhere_else():
