@@ -17,12 +17,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from rehyat_jax.errors import CheckpointError, RehyatError
+from rehyat_jax.errors import CheckpointError, RehyatError, RehyatWarning
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import load_transformer, load_vae
 from rehyat_jax.models.folder import Defaults, find_model, read_defaults, read_scheduler
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
@@ -88,6 +89,7 @@ class TextToVideo:
         dtype: DTypeLike = jnp.float32,
         hybrid: Conversion | Literal["auto"] | None = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
+        repair_prompts: bool = True,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -101,10 +103,14 @@ class TextToVideo:
                 the teacher with these blocks converted anew, so that any checkpoint can be streamed.
             cache_dir: folder of compiled programs and prompt embeddings; ``None``: $REHYAT_CACHE_DIR, else the user's
                 cache folder. One that cannot be written is done without.
+            repair_prompts: have ftfy repair prompts (curly quotes, full-width letters, …), as Wan's own code does.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used.
         """
+        dtype = arguments.float_dtype("dtype", dtype)
+        if hybrid not in ("auto", None) and not isinstance(hybrid, Conversion):
+            raise arguments.wrong("hybrid", hybrid, '"auto", None or a HybridConfig')
         folder = find_model(name_or_path)
         cache = cache_folder(cache_dir)
         keep_compiled(cache)
@@ -112,7 +118,7 @@ class TextToVideo:
         return cls(
             transformer=load_transformer(folder, dtype=dtype, hybrid=hybrid),
             vae=load_vae(folder),
-            text=PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts"),
+            text=PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair_prompts),
             schedule=schedule,
             solver=solver,
             defaults=read_defaults(folder),
@@ -257,6 +263,7 @@ class TextToVideo:
         Raises:
             CheckpointError: there is none in the folder, it is damaged, or another model made it.
         """
+        folder = arguments.user_path("folder", folder)
         return Stream.resume(folder, session=self._session_of_saved, text=self.text, model=self._fingerprint)
 
     def session(self, settings: Settings) -> Session:
@@ -298,6 +305,10 @@ class TextToVideo:
         Raises:
             RehyatError: an impossible value.
         """
+        if schedule is not None and not isinstance(schedule, FlowSchedule):
+            raise arguments.wrong("schedule", schedule, "a FlowSchedule")
+        if solver is not None and not isinstance(solver, Solver):
+            raise arguments.wrong("solver", solver, "a solver as Euler() or UniPC()")
         frames, height, width = self._size(
             num_frames=_or(num_frames, self.defaults.num_frames),
             height=_or(height, self.defaults.height),
@@ -307,8 +318,10 @@ class TextToVideo:
             num_frames=frames,
             height=height,
             width=width,
-            num_inference_steps=_or(num_inference_steps, self.defaults.num_inference_steps),
-            guidance_scale=float(_or(guidance_scale, self.defaults.guidance_scale)),
+            num_inference_steps=arguments.whole_number(
+                "num_inference_steps", _or(num_inference_steps, self.defaults.num_inference_steps), least=1
+            ),
+            guidance_scale=arguments.number("guidance_scale", _or(guidance_scale, self.defaults.guidance_scale)),
             schedule=_or(schedule, self.schedule_at(height=height, width=width)),
             solver=_or(solver, self.solver),
             remember=check_context_noise(_or(remember, self.defaults.remember)),
@@ -330,6 +343,7 @@ class TextToVideo:
         phases: Phases | None = None,
     ) -> UInt8[np.ndarray, "*B F H W 3"] | Float[np.ndarray, "*B F H W 3"]:
         """As a call, with settings resolved beforehand; ``phases`` takes times and memory."""
+        arguments.choice("output", output, tuple(_PIXELS))
         session = self.session(settings)
         prompts = prompt_list(prompt, negative_prompt)
         noise = _noise(session.shape, count=len(prompts), seed=seed, noise=noise)
@@ -351,15 +365,16 @@ class TextToVideo:
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
 
-    def _size(self, *, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    def _size(self, *, num_frames: Any, height: Any, width: Any) -> tuple[int, int, int]:
         """Frames, height and width as they can be made; diffusers' rounding and warnings."""
+        sizes: dict[str, int] = {}
         for name, value, most in (
             ("num_frames", num_frames, MOST_TOKENS * 4),
             ("height", height, LARGEST_SIDE),
             ("width", width, LARGEST_SIDE),
         ):
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise RehyatError(f"{name} must be a whole number from 1 to {most}, not {value}")
+            sizes[name] = arguments.whole_number(name, value, least=1, most=most)
+        num_frames, height, width = sizes.values()
         time, space = self.vae.config.temporal_factor, self.vae.config.spatial_factor
         patch = self.transformer.config.patch_size
         frames = (num_frames // time * time + 1) if num_frames % time != 1 % time else num_frames
@@ -390,6 +405,8 @@ def _noise(
     """What is given, checked, or the seeds' own."""
     if noise is None:
         return ChunkNoise(video_keys(seed, count=count)).initial(shape)
+    if not isinstance(noise, np.ndarray | Array):
+        raise arguments.wrong("noise", noise, "an array")
     if noise.shape != (count, *shape):
         raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
     return jnp.asarray(noise, jnp.float32)
@@ -403,4 +420,4 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)  # at the call of the pipeline
+    warnings.warn(message, RehyatWarning, stacklevel=5)  # at the call of the pipeline

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -99,6 +98,9 @@ class Generate:
     dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="float32|bfloat16")] = "float32"
     """Number format of the transformer and the text encoder; the autoencoder stays in float32."""
 
+    repair_prompts: bool = True
+    """Repair the prompts' text (curly quotes, full-width letters, mistaken encodings), as Wan's own code does."""
+
     cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of compiled programs and prompt embeddings (else $REHYAT_CACHE_DIR, else the user's cache folder)."""
 
@@ -109,10 +111,7 @@ class Generate:
 def main(argv: list[str]) -> None:
     options = parse_options(Generate, argv, command="generate")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = _note
-            _run(options)
+        _run(options)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(*(interrupt.args or ["nothing was written"])) from None
 
@@ -128,7 +127,8 @@ def _run(options: Generate) -> None:
     remember = parse_remember(options.remember)
     hybrid = _parse_hybrid(options.hybrid)
     # Now, not after minutes of work.
-    outputs = Outputs(video=options.out, sheet=options.out.with_suffix(".png"), record=options.out.with_suffix(".json"))
+    out = options.out.expanduser()
+    outputs = Outputs(video=out, sheet=out.with_suffix(".png"), record=out.with_suffix(".json"))
     owned = owned_output(
         outputs.video,
         command="rehyat generate",
@@ -150,7 +150,11 @@ def _run(options: Generate) -> None:
 
             _check_room(options, hybrid, remember)
             pipe = TextToVideo.from_pretrained(
-                options.model, dtype=jnp.dtype(options.dtype), hybrid=hybrid, cache_dir=options.cache_dir
+                options.model,
+                dtype=jnp.dtype(options.dtype),
+                hybrid=hybrid,
+                cache_dir=options.cache_dir,
+                repair_prompts=options.repair_prompts,
             )
         if options.hybrid is not None:
             _note(

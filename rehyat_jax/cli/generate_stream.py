@@ -169,7 +169,7 @@ def stream_video(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_kept(video, outputs)) from None
         except RehyatError as error:
-            raise RehyatError(f"{error}; {_kept(video, outputs)}") from error
+            raise type(error)(f"{error}; {_kept(video, outputs)}") from error
     return stream.settings
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from rehyat_jax.errors import RehyatError
 
-#: A seed has the 64 bits of a random key.
-LARGEST_SEED = (1 << 64) - 1
+#: JAX makes a key of 32 bits of a seed, unless it is told to compute with 64.
+LARGEST_SEED = (1 << 32) - 1
 #: More of what was given is no help.
 _SHOWN = 80
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
+from rehyat_jax.errors import NotFiniteError
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling.noise import Shape
 
@@ -46,6 +47,13 @@ def to_float(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
 def to_uint8(video: Float[Array, "B F H W 3"]) -> UInt8[Array, "B F H W 3"]:
     """From -1..1 to 8 bits."""
     return jnp.round(to_float(video) * 255.0).astype(jnp.uint8)
+
+
+class Shown(NamedTuple):
+    """Frames as they are handed out, and whether the pixels that they were made of are finite."""
+
+    frames: Array
+    finite: Bool[Array, ""]
 
 
 class Codec:
@@ -88,15 +96,20 @@ class Codec:
         Args:
             state: of the frames before, donated; none before a video's first.
             first_frame: the first of these latent frames, counted from the video's beginning.
+
+        Raises:
+            NotFiniteError: pixels are not finite; as 8 bits they would look like any others.
         """
         for i in range(latents.shape[1]):
             latent = latents[:, i : i + 1]
             with precision(self._compute):
                 if first_frame + i:
-                    frames, state = decode_next(self.weights, latent, state, graph=self.graph, pixels=pixels)
+                    shown, state = decode_next(self.weights, latent, state, graph=self.graph, pixels=pixels)
                 else:
-                    frames, state = decode_first(self.weights, latent, graph=self.graph, pixels=pixels)
-            yield frames, state
+                    shown, state = decode_first(self.weights, latent, graph=self.graph, pixels=pixels)
+            if not bool(shown.finite):
+                raise NotFiniteError(f"decoding latent frame {first_frame + i} made pixels that are not finite")
+            yield shown.frames, state
 
     def init_state(self, batch: int, *, height: int, width: int) -> Any:
         """Zeros of the shapes that the decoder's state has; height and width are the latents'."""
@@ -116,16 +129,16 @@ def encode(
 
 
 @partial(jax.jit, static_argnames=("graph", "pixels"))
-def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Pixels) -> tuple[Array, Any]:
+def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Pixels) -> tuple[Shown, Any]:
     """A video's first latent frame, and what the decoder needs of it."""
     vae: Autoencoder = nnx.merge(graph, weights)
     video, state = vae.decode_first(vae.denormalize(latents))
-    return pixels(video), state
+    return Shown(pixels(video), jnp.isfinite(video).all()), state
 
 
 @partial(jax.jit, static_argnames=("graph", "pixels"), donate_argnames="state")
-def decode_next(weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Pixels) -> tuple[Array, Any]:
+def decode_next(weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Pixels) -> tuple[Shown, Any]:
     """The next latent frame, and what the decoder needs of all so far."""
     vae: Autoencoder = nnx.merge(graph, weights)
     video, state = vae.decode_next(vae.denormalize(latents), state)
-    return pixels(video), state
+    return Shown(pixels(video), jnp.isfinite(video).all()), state

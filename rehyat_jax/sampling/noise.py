@@ -7,34 +7,32 @@ the batch change it, and every way to sample begins with the same.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.arguments import seed_number
 
 #: Frames, height, width and channels of latents.
 Shape: TypeAlias = tuple[int, int, int, int]
 
 #: The same numbers on every device, whatever JAX is configured to draw by default.
 RANDOM = "threefry2x32"
-_LARGEST_SEED = (1 << 32) - 1
 #: Folded into a video's key for its context noise: the number of no frame.
 _CONTEXT = (1 << 32) - 1
 
 
-def video_keys(seed: int, *, count: int) -> Key[Array, " count"]:
+def video_keys(seed: Any, *, count: int) -> Key[Array, " count"]:
     """Keys of the noise of ``count`` videos: the i-th has that of ``seed + i``.
 
     Raises:
         RehyatError: a seed is not in 0 to 2³² − 1.
     """
-    if not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED + 1 - count:
-        raise RehyatError(f"the seed must be a whole number from 0 to {_LARGEST_SEED}, not {seed}")
-    return jnp.stack([jax.random.key(seed + i, impl=RANDOM) for i in range(count)])
+    first = seed_number(seed, count=count)
+    return jnp.stack([jax.random.key(first + i, impl=RANDOM) for i in range(count)])
 
 
 def seeds(keys: Key[Array, " B"]) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rehyat_jax.errors import ConfigError
+from rehyat_jax.errors import ConfigError, NotFiniteError
 from rehyat_jax.sampling.guidance import Guidance, Velocity
 from rehyat_jax.sampling.noise import ChunkNoise, Shape
 from rehyat_jax.sampling.schedule import SamplingSteps
@@ -108,14 +108,31 @@ def per_step(
         advance: from the solver's state and a row of the steps to its next one; a compiled `sampling_step`, to which
             the state is donated.
         on_step: called with the steps done, each when its result is there.
+
+    Raises:
+        NotFiniteError: what a step made is not finite.
     """
     # Copies: the noise is the caller's, and a solver may begin with one buffer twice.
     state = jax.tree.map(jnp.copy, solver.init(noise))
     for number in range(len(steps.timestep)):
         state = advance(state, steps.at(number))
-        jax.block_until_ready(state)
+        check_finite(state.latents, f"denoising step {number + 1} of {len(steps.timestep)}")
         on_step(number + 1)
     return state.latents
+
+
+def check_finite(numbers: Array, what: str) -> None:
+    """
+    Raises:
+        NotFiniteError: some of the numbers are not finite; ``what`` made them.
+    """
+    if not bool(_all_finite(numbers)):
+        raise NotFiniteError(f"{what} made numbers that are not finite: the model's own overflow in its number format")
+
+
+@jax.jit
+def _all_finite(numbers: Float[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.isfinite(numbers).all()
 
 
 def init_states(model: Transformer, sampler: Sampler, *, num_steps: int, batch: int, height: int, width: int) -> States:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling import programs, rollout
 from rehyat_jax.sampling.codec import Codec
@@ -31,10 +31,8 @@ def prompt_list(prompt: Any, negative_prompt: Any) -> list[str]:
     Raises:
         RehyatError: it is neither a text nor a list of texts, or the negative prompt is no text.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
-    if not prompts or not all(isinstance(each, str) for each in [*prompts, negative_prompt]):
-        raise RehyatError("a prompt must be a text or a list of texts that is not empty")
-    return prompts
+    arguments.text("negative_prompt", negative_prompt)
+    return arguments.texts("prompt", prompt)
 
 
 class Session:

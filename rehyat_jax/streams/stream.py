@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.sampling.noise import seeds, video_keys
+from rehyat_jax.sampling.rollout import check_finite
 from rehyat_jax.sampling.session import Embed, Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.sampling.text import Padded
@@ -166,6 +167,7 @@ class Stream(Iterator[np.ndarray]):
 
         Raises:
             RehyatError: positions in time end here (48 days), or an interrupt left the stream without its state.
+            NotFiniteError: the chunk, or its frames, are not finite; the stream ends with the block before.
         """
         state, session = self._living(), self._session
         first, after = int(state.first_frame), int(state.first_frame) + session.chunk_shape[0]
@@ -174,6 +176,8 @@ class Stream(Iterator[np.ndarray]):
         latents, states = session.denoise_chunk(
             state.states, state.keys, self._precomputed(state.text), state.first_frame
         )
+        number = first // session.chunk_shape[0] + 1
+        check_finite(latents, f"chunk {number}, from latent frame {first} on,")
         decoded = list(session.codec.decode(latents, state.decoder, first_frame=first))
         self.state = StreamState(states, decoded[-1][1], jnp.asarray(after, jnp.int32), state.keys, state.text)
         block = np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)

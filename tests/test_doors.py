@@ -1,0 +1,88 @@
+"""One rule at every door of Python: an argument error is a RehyatError that names the argument, what was given and what
+is accepted. In a process of its own, where types are not checked on the way as they are in these tests."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+#: How it is called, and the beginning of what is said.
+CASES = {
+    "pipe(5)": "prompt must be a text or a list of texts that is not empty, not 5",
+    "pipe([])": "prompt must be a text or a list of texts that is not empty, not []",
+    "pipe(None)": "prompt must be a text or a list of texts that is not empty, not None",
+    "pipe('a', **SMALL, negative_prompt=['b'])": "negative_prompt must be a text, not ['b']",
+    "pipe('a', num_frames='5')": "num_frames must be a whole number from 1 to",
+    "pipe('a', num_frames=5.0)": "num_frames must be a whole number from 1 to",
+    "pipe('a', height=np.float32(64))": "height must be a whole number from 1 to",
+    "pipe('a', width=True)": "width must be a whole number from 1 to",
+    "pipe('a', num_frames=5, num_inference_steps=2.5)": "num_inference_steps must be a whole number of 1 or more, not",
+    "pipe('a', num_frames=5, guidance_scale='a')": "guidance_scale must be a finite number, not 'a'",
+    "pipe('a', num_frames=5, guidance_scale=float('nan'))": "guidance_scale must be a finite number, not nan",
+    "pipe('a', **SMALL, seed='7')": "seed must be a whole number from 0 to 4294967295, not '7'",
+    "pipe('a', **SMALL, seed=2**64)": "seed must be a whole number from 0 to 4294967295, not 184467",
+    "pipe('a', **SMALL, seed=2**32)": "seed must be a whole number from 0 to 4294967295, not 4294967296",
+    "pipe('a', **SMALL, seed=-1)": "seed must be a whole number from 0 to 4294967295, not -1",
+    "pipe('a', **SMALL, output='gif')": "output must be uint8 or float, not 'gif'",
+    "pipe('a', **SMALL, noise='x')": "noise must be an array, not 'x'",
+    "pipe('a', **SMALL, schedule='x')": "schedule must be a FlowSchedule, not 'x'",
+    "pipe('a', **SMALL, solver=3)": "solver must be a solver as Euler() or UniPC(), not 3",
+    "pipe.open_stream(5)": "prompt must be a text or a list of texts that is not empty, not 5",
+    "pipe.open_stream('a', seed=1.5)": "seed must be a whole number from 0 to",
+    "pipe.open_stream('a', remember='x')": 'remember must be "steps" or a noise level from 0 to below 1, not',
+    "pipe.resume_stream(5)": "folder must be a path, not 5",
+    "stream.change_prompt(5)": "prompt must be a text or a list of texts that is not empty, not 5",
+    "stream.change_prompt('a', 5)": "negative_prompt must be a text, not 5",
+    "stream.fork(seed='x')": "seed must be a whole number from 0 to",
+    "rj.TextToVideo.from_pretrained('mini-sprites', dtype='bf16')": "dtype must be float32 or bfloat16, not 'bf16'",
+    "rj.TextToVideo.from_pretrained('mini-sprites', hybrid='3+1')": 'hybrid must be "auto", None or a HybridConfig',
+    "rj.TextToVideo.from_pretrained(5)": "the model must be a path, not 5",
+    "rj.TextToVideo.from_pretrained('~/no-such-model')": "there is no folder '~/no-such-model'",
+    "rj.load_vae(5)": "path must be a path, not 5",
+    "rj.load_vae('mini-sprites', dtype='bf16')": "dtype must be float32 or bfloat16 or float16, not 'bf16'",
+}
+#: What is accepted, and the shape that comes of it.
+ACCEPTED = {
+    "pipe('a', num_frames=np.int64(5), num_inference_steps=np.int32(1), guidance_scale=np.float32(1))": [5, 64, 64, 3],
+    "pipe('a', **SMALL, seed=np.uint32(2**32 - 1))": [5, 64, 64, 3],
+    "pipe('a', **SMALL, negative_prompt=None)": [5, 64, 64, 3],
+    "pipe(('a', 'b'), **SMALL)": [2, 5, 64, 64, 3],
+    "pipe('a', num_frames=5, num_inference_steps=1, guidance_scale=1)": [5, 64, 64, 3],
+}
+SCRIPT = f"""
+import json
+import numpy as np
+import rehyat_jax as rj
+from rehyat_jax.errors import RehyatError
+
+SMALL = {{"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0}}
+pipe = rj.TextToVideo.from_pretrained("mini-sprites")
+stream = pipe.open_stream("a", num_inference_steps=1, guidance_scale=1.0)
+told = {{}}
+for case in {[*CASES, *ACCEPTED]!r}:
+    try:
+        told[case] = list(eval(case).shape)
+    except RehyatError as error:
+        told[case] = str(error)
+    except Exception as error:
+        told[case] = f"raw {{type(error).__name__}}: {{error}}"
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def told():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_arguments_that_are_wrong_are_named(told, case):
+    assert str(told[case]).startswith(CASES[case])
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_arguments_of_any_library_are_taken(told, case):
+    assert told[case] == ACCEPTED[case]
