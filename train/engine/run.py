@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from rehyat_jax.errors import ConfigError, RehyatError, RehyatWarning
+from rehyat_jax.runtime.arguments import seed_number
 from rehyat_jax.runtime.memory import Need, check_memory
 from rehyat_jax.runtime.record import Phases
 from train.engine import loop
@@ -43,6 +44,7 @@ class RunConfig:
         for name, least in (("steps", 1), ("most_skipped", 1), ("keep_last", 1), ("keep_every", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        seed_number(self.seed)  # JAX would take 2**32 for 0
 
     @property
     def result(self) -> Path:
