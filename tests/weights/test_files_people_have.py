@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shared.tiers import breadth
 from test_weights import (
     COMPONENTS,
     LOAD,
@@ -79,8 +80,8 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("what", BESIDE)
-@pytest.mark.parametrize("key", ["state_dict", "model", None])
+@pytest.mark.parametrize("what", breadth(BESIDE, test=4))
+@pytest.mark.parametrize("key", breadth(["state_dict", "model", None]))
 def test_other_state_beside_the_weights_is_left_alone(what, key, models, transformer, tmp_path):
     whole = dict(transformer) if key is None else {key: transformer}
     torch.save(whole | BESIDE[what], tmp_path / "x.pt")
@@ -173,7 +174,7 @@ def test_one_of_two_tied_embeddings_zero_or_narrower(narrow, dtype, models, tmp_
 PREFIXES = ["pipe.dit.", "dit.", "net.", "student.", "ema.", "model.model.", "module.", "pipe.module.dit.", "x.1.y."]
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", breadth(PREFIXES, test=2))
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_any_prefix_that_leaves_known_names(component, prefix, models, tmp_path):
     parts = original(component, tensors_of(models[component]))
@@ -235,7 +236,7 @@ SHARDS = {
 }
 
 
-@pytest.mark.parametrize("form", SHARDS)
+@pytest.mark.parametrize("form", breadth(SHARDS, test=4))
 def test_shards_of_every_form(form, models, transformer, tmp_path):
     index, shard, save = SHARDS[form]
     same(sharded(tmp_path / "in", transformer, index=index, shard=shard, save=save), models, tmp_path)
@@ -267,14 +268,14 @@ def test_a_farm_of_links(models, transformer, tmp_path):
     same(farm, models, tmp_path)
 
 
-@pytest.mark.parametrize("ending", ["pth", "pt", "bin", "ckpt"])
+@pytest.mark.parametrize("ending", breadth(["ckpt", "pth", "pt", "bin"]))
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
 def test_torch_files_of_every_ending_and_format(ending, old, models, transformer, tmp_path):
     torch.save({"state_dict": transformer}, tmp_path / f"x.{ending}", _use_new_zipfile_serialization=not old)
     same(tmp_path / f"x.{ending}", models, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["x.sft", "x.bin", "x.pt", "x.weights", "x"])
+@pytest.mark.parametrize("name", breadth(["x.sft", "x.bin", "x.pt", "x.weights", "x"], test=2))
 def test_the_format_is_what_the_file_is_not_its_ending(name, models, transformer, tmp_path):
     save_file(transformer, tmp_path / name)
     same(tmp_path / name, models, tmp_path)
@@ -295,7 +296,7 @@ def test_tensors_that_lie_otherwise_in_a_torch_file(models, transformer, tmp_pat
 HIDDEN = ["._x.safetensors", "._diffusion_pytorch_model.safetensors", ".x.safetensors", "._x.safetensors.index.json"]
 
 
-@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("name", breadth(HIDDEN, test=2))
 def test_hidden_files_are_no_weights(name, models, tmp_path):
     models["transformer"].save_pretrained(tmp_path / "in")
     (tmp_path / "in" / name).write_bytes(b"\0\5\26\7" + bytes(100))
@@ -328,7 +329,7 @@ NO_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("what", NO_WEIGHTS)
+@pytest.mark.parametrize("what", breadth(NO_WEIGHTS, test=2))
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "x.pth", "x.bin"])
 def test_what_is_no_weights_at_all_is_named(what, name, tmp_path):
     content, word = NO_WEIGHTS[what]

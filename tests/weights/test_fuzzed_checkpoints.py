@@ -126,7 +126,6 @@ def test_a_changed_checkpoint_is_a_model_or_a_sentence(seed, checkpoints, tmp_pa
     changes = [mutate(rng, folder) for _ in range(rng.choice([1, 1, 1, 2]))]
     asks = {
         "describe": describe,
-        "convert": lambda path: convert(path, tmp_path / "out"),
         "transformer": load_transformer,
         "vae": load_vae,
         "text encoder": load_text_encoder,
@@ -134,6 +133,8 @@ def test_a_changed_checkpoint_is_a_model_or_a_sentence(seed, checkpoints, tmp_pa
         "defaults": read_defaults,
         "scheduler": read_scheduler,
     }
+    if seed % 4 == 0:  # which reads the same plans, and takes the longest
+        asks["convert"] = lambda path: convert(path, tmp_path / "out")
     said = {}
     with warnings.catch_warnings(action="ignore"):
         for name, ask in asks.items():
