@@ -150,7 +150,7 @@ def _pass(teacher, points, converted, *, optimizer=PLAIN, loss="l1", passes=1, p
                 block, seen, order, jnp.float32(1e-2), graph=graph, frame=frame, loss=loss, optimizer=optimizer
             )
 
-        velocity, (given,) = observe(teacher, points, [visit], [blocks], mixing=mixing)
+        velocity, (given,) = observe(teacher, points, [visit], [blocks], numbers=mixing.numbers)
         return velocity, given
 
     def apply(blocks):
@@ -258,10 +258,7 @@ def test_a_chunk_of_the_whole_video_is_the_teacher(teacher, points):
     def visit(params, seen, frame):
         return measure(params, seen, graph=nnx.graphdef(blocks[0]), frame=frame)
 
-    mixing = Mixing.of(hybrid, 3)
-    velocity, (figures,) = quick(lambda own: observe(teacher, points, [visit], [own], mixing=mixing, text_tokens=40))(
-        _stacked(blocks)
-    )
+    velocity, (figures,) = quick(lambda own: observe(teacher, points, [visit], [own], text_tokens=40))(_stacked(blocks))
     padded = jnp.pad(points.text, ((0, 0), (0, 35), (0, 0)))
     np.testing.assert_allclose(velocity, quick(teacher)(points.latents, points.timesteps, padded), atol=1e-5)
     assert figures.error.shape == (3,)

@@ -7,6 +7,7 @@ counts the products of the equations: multiplications and additions, two for eac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rehyat_jax.mixers.base import MixerConfig
 from rehyat_jax.mixers.config import Conversion
@@ -58,12 +59,16 @@ def forward_flops(
 
 
 def distillation_flops(
-    model: WanConfig, hybrid: Conversion, *, shape: tuple[int, int, int], updates: int, text_tokens: int = 512
+    model: WanConfig,
+    mixers: Sequence[MixerConfig],
+    *,
+    shape: tuple[int, int, int],
+    updates: int,
+    text_tokens: int = 512,
 ) -> int:
     """Floating-point operations of a round on one point: the teacher's forward pass, and so many updates of every
-    converted block's maps on it."""
+    mixer on it, a block's each."""
     frames, rows, columns = (side // patch for side, patch in zip(shape, model.patch_size, strict=True))
-    mixers = [mixer for mixer in hybrid.mixers(model.num_layers) if mixer.converts]
     attention = sum(_mixer_flops(model, mixer, frames=frames, frame=rows * columns) for mixer in mixers)
     return forward_flops(model, None, shape=shape, text_tokens=text_tokens) + 3 * updates * attention
 

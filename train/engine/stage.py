@@ -114,7 +114,7 @@ class Models:
 
     def _merged(self, role: str, params: Mapping[str, PyTree]) -> Any:
         states = [states[role] for states in (params, self._frozen) if jax.tree.leaves(states.get(role))]
-        return nnx.merge(self._graphs[role], *states)
+        return nnx.merge(self._graphs[role], *(states or [nnx.State({})]))
 
 
 #: From the networks and a batch: the means that are minimised, each times its weight, and those that are only logged.

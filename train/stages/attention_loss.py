@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.mixers.base import Weights
-from rehyat_jax.mixers.config import Conversion
+from rehyat_jax.mixers.base import MixerConfig, Weights
 
 #: "l1": the error of the output, as published. "score": of the weights; see `score_loss`.
 LossName = Literal["l1", "score"]
 
 
-def check_learns(conversion: Conversion, loss: LossName) -> None:
+def check_learns(mixers: Sequence[MixerConfig], loss: LossName) -> None:
     """
     Raises:
         ConfigError: no mixer has parameters to learn, or one that has cannot learn by this loss.
     """
-    learning = [mixer for mixer in conversion.distinct() if mixer.losses]
+    learning = [mixer for mixer in mixers if mixer.losses]
     if not learning:
-        names = " and ".join(repr(mixer.name) for mixer in conversion.distinct())
+        names = " and ".join(repr(mixer.name) for mixer in mixers)
         raise ConfigError(f"blocks of kind {names} have no feature maps to learn")
     for mixer in learning:
         if loss not in mixer.losses:

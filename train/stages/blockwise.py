@@ -7,6 +7,7 @@ the pass itself is never differentiated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from rehyat_jax.attention.sharded import softmax_over_devices
 from rehyat_jax.mixers.base import Mixer
-from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.transformer import WanTransformer, text_repeats
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
 from train.data.trajectories import Points
@@ -51,17 +51,18 @@ def observe(
     visits: Sequence[Visit],
     own: Sequence[PyTree],
     *,
-    mixing: Mixing,
+    numbers: Sequence[int | None] | None = None,
     chunk: int = 1,
     text_tokens: int | None = None,
 ) -> tuple[Float[Array, "R T h w z"], tuple[PyTree, ...]]:
-    """The teacher's velocity, and what the visits to the converted blocks gave: by group, over an axis of its blocks.
+    """The teacher's velocity, and each visit's results over an axis of the layers that it was to.
 
-    One scan over all layers, whose body is compiled once for each group of `mixing`, however the groups alternate.
+    One scan over all layers, whose body holds each visit once, however their layers alternate.
 
     Args:
-        visits: each converted group's.
-        own: each converted group's: what belongs to a block, over an axis of its blocks.
+        own: for each visit, what belongs to a layer, over the same axis.
+        numbers: of the visit to each layer (`Mixing.numbers`), None where there is none. None itself: every visit is to
+            every layer.
         chunk: latent frames that stay together where time is sharded.
         text_tokens: see `WanTransformer`'s call.
     """
@@ -73,17 +74,18 @@ def observe(
     tokens = inputs.x.shape[1] * frames // (frames + padding)
     frame = inputs.grid[1] * inputs.grid[2]
     graph, layers = nnx.split(teacher.blocks)
-    groups = mixing.converted_groups
-    of_group = [np.array([mixer == group for mixer in mixing.mixers]) for group in groups]
-    alike = len(mixing.groups) == 1
-    if not alike:
-        # A layer of another group has its neighbour's, and no use for it.
+    depth = teacher.config.num_layers
+    everywhere = numbers is None or all(number == 0 for number in numbers)
+    numbers = [0] * depth if numbers is None else numbers
+    places = [np.array([number == visit for number in numbers]) for visit in range(len(visits))]
+    if not everywhere:
+        # A layer of another visit has its neighbour's, and no use for it.
         own = [
             jax.tree.map(lambda x, here=here: x[np.maximum(np.cumsum(here) - 1, 0)], each)
-            for here, each in zip(of_group, own, strict=True)
+            for here, each in zip(places, own, strict=True)
         ]
-    # The number of each layer's visit; after the last, none.
-    which = jnp.array([groups.index(mixer) if mixer.converts else len(groups) for mixer in mixing.mixers])
+    # After the last visit, none.
+    which = [len(visits) if number is None else number for number in numbers]
 
     def layer(x: Array, params: tuple[Any, Sequence[Any], Array]) -> tuple[Array, Any]:
         x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, params[0])
@@ -91,27 +93,25 @@ def observe(
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             y = softmax_over_devices(q, k, v, tokens=tokens)
             seen = Seen(q, k, v, y)
-            made = [
-                lambda visit=visit, mine=mine: visit(mine, seen, frame)
-                for visit, mine in zip(visits, params[1], strict=True)
+            makers = [
+                functools.partial(visit, mine, seen, frame) for visit, mine in zip(visits, params[1], strict=True)
             ]
-            if alike:
-                return y, (made[0](),)
-            zeros = [jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), jax.eval_shape(make)) for make in made]
+            if everywhere:
+                return y, tuple(make() for make in makers)
+            zeros = [jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), jax.eval_shape(make)) for make in makers]
 
             def branch(number: int) -> Callable[[], tuple[Any, ...]]:
-                return lambda: tuple(make() if i == number else zeros[i] for i, make in enumerate(made))
+                return lambda: tuple(make() if i == number else zeros[i] for i, make in enumerate(makers))
 
-            count = len(made) + (not all(mixing.converted))
-            return y, jax.lax.switch(params[2], [branch(i) for i in range(count)])
+            return y, jax.lax.switch(params[2], [branch(i) for i in range(max(which) + 1)])
 
         return block.attending(x, text, inputs.modulation, inputs.rotary, attend, **how)
 
-    x, given = jax.lax.scan(layer, inputs.x, (layers, tuple(own), which))
-    if not alike:
+    x, given = jax.lax.scan(layer, inputs.x, (layers, tuple(own), jnp.array(which)))
+    if not everywhere:
         given = tuple(
             jax.tree.map(lambda z, here=here: z[np.flatnonzero(here)], each)
-            for here, each in zip(of_group, given, strict=True)
+            for here, each in zip(places, given, strict=True)
         )
     return teacher.unembed(x, inputs)[:, :frames], given
 

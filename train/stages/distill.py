@@ -36,6 +36,7 @@ from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.compilation import cache_folder
 from rehyat_jax.runtime.memory import Need
+from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, UniPC
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
@@ -56,6 +57,7 @@ from train.parallel.sharding import check_mesh
 from train.stages.attention_loss import LossName, check_learns
 from train.stages.block_choice import choose_blocks
 from train.stages.blockwise import Figures
+from train.stages.choice import Choice, Chosen
 from train.stages.learner import Learner
 from train.stages.planned import planned_model
 from train.stages.sizes import check_sizes
@@ -75,6 +77,8 @@ class DistillTraining(RunConfig):
     hybrid: tyro.conf.AvoidSubcommands[HybridConfig | BlockMixers] = HybridConfig()
     #: Only so many of the converted blocks stay converted in the result: those with the smallest held-out error.
     best: int | None = None
+    #: In place of ``hybrid``: each block's mixer is chosen among several, by its error and its time on this device.
+    choice: tyro.conf.AvoidSubcommands[Choice | None] = None
     sources: tuple[Source, ...] = (Source(frames=65, batch=32),)
     #: Of the teacher's sampling; at a guidance of 1 or less there is no branch of the empty prompt.
     num_inference_steps: int = 20
@@ -114,7 +118,9 @@ class DistillTraining(RunConfig):
                     f"{self._rows(source)} points ({source.batch} x {self._rows(source) // source.batch} evaluations "
                     f"of guidance) cannot be cut into {self.minibatches} minibatches"
                 )
-        check_learns(self.hybrid, self.loss)
+        check_learns(self.hybrid.distinct() if self.choice is None else self.choice.candidates, self.loss)
+        if self.choice is not None and self.best is not None:
+            raise ConfigError("a choice has a budget, and best is a choice of its own: one of them")
 
     @property
     def steps_per_round(self) -> int:
@@ -142,8 +148,41 @@ class DistillTraining(RunConfig):
         }
         return Need(device=parts)
 
+    def run(self, phases: Phases | None = None, *, change: bool = False, force: bool = False) -> None:
+        if self.choice is not None and not self.choice_file.exists():
+            from train.stages.candidates import CandidatesTraining  # which is such a run itself
+
+            self.check_result()
+            CandidatesTraining.of(self).run(phases, change=change, force=force)
+        super().run(phases, change=change, force=force)
+
     def stage(self) -> DistillStage:
-        return DistillStage(self)
+        return DistillStage(self if self.choice is None else self.chosen())
+
+    @property
+    def choice_file(self) -> Path:
+        """The choice, once it is made."""
+        return self.train_folder / "choice.json"
+
+    def chosen(self) -> DistillTraining:
+        """The run with the mixers that were chosen.
+
+        Raises:
+            CheckpointError: no choice was made yet, or its file is damaged.
+            ConfigError: it was among others.
+        """
+        if not self.choice_file.exists():
+            raise CheckpointError(f"{self.choice_file} does not exist: no choice was made yet")
+        chosen, choice = Chosen.read(self.choice_file), self.choice
+        if choice is None or (chosen.candidates, chosen.share) != (choice.all, choice.budget):
+            raise ConfigError(f"{self.choice_file} is of other candidates or another budget; choose another --out")
+        if first_process():
+            print(chosen)
+        return dataclasses.replace(self, hybrid=chosen.mixers, choice=None)
+
+    def mixing(self, model: WanConfig) -> Mixing:
+        """The mixers that learn, and in which blocks."""
+        return Mixing.of(self.hybrid, model.num_layers)
 
     def planned(
         self, among: Sequence[Any], *, size: tuple[int, int], frames: int | None = None, batch: int | None = None
@@ -153,6 +192,8 @@ class DistillTraining(RunConfig):
         Raises:
             ConfigError: the configuration does not say what the model is, or the mesh does not divide.
         """
+        if self.choice is not None:
+            raise ConfigError("which mixers are chosen is known once they are measured: a plan needs a hybrid")
         changes: dict[str, Any] = {name: x for name, x in (("frames", frames), ("batch", batch)) if x is not None}
         sizes: dict[str, Any] = {} if self.sources[0].of_sprites else {"width": size[0], "height": size[1]}
         sources = tuple(dataclasses.replace(source, **changes, **sizes) for source in self.sources)
@@ -191,7 +232,7 @@ class DistillTraining(RunConfig):
         """What makes the programs."""
         return Learner(
             config=model,
-            mixing=Mixing.of(self.hybrid, model.num_layers),
+            mixing=self.mixing(model),
             sampling=sampling,
             optimizer=self.optimizer,
             loss=self.loss,
@@ -201,13 +242,15 @@ class DistillTraining(RunConfig):
 
     def flops(self, model: WanConfig, source: Source, shape: tuple[int, ...]) -> int:
         """Floating-point operations of a round."""
+        mixing = self.mixing(model)
+        mixers = [mixer for mixer in mixing.converted_groups for _ in mixing.blocks(mixer)]
         return self._rows(source) * distillation_flops(
-            model, self.hybrid, shape=(shape[0], shape[1], shape[2]), updates=self.updates_per_point
+            model, mixers, shape=(shape[0], shape[1], shape[2]), updates=self.updates_per_point
         )
 
     def blocks(self, model: WanConfig) -> Any:
         """The converted blocks' mixers before they have learned."""
-        made = Mixing.of(self.hybrid, model.num_layers).make(
+        made = self.mixing(model).make(
             model,
             dtype=jnp.dtype(self.dtype),
             param_dtype=jnp.float32,

@@ -98,7 +98,7 @@ class Learner:
                 points,
                 [visit(role) for role in self.roles],
                 [state.learners.get(role) for role in self.roles],
-                mixing=self.mixing,
+                numbers=self.mixing.numbers,
                 chunk=self._chunk,
                 text_tokens=TEXT_LENGTH,
             )
@@ -134,7 +134,7 @@ class Learner:
                     points,
                     [visit(graph) for graph, _ in groups],
                     [params for _, params in groups],
-                    mixing=self.mixing,
+                    numbers=self.mixing.numbers,
                     chunk=self._chunk,
                     text_tokens=TEXT_LENGTH,
                 )

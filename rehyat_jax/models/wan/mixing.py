@@ -63,6 +63,12 @@ class Mixing:
         """For each block: is it converted?"""
         return tuple(mixer.converts for mixer in self.mixers)
 
+    @property
+    def numbers(self) -> tuple[int | None, ...] | None:
+        """The number of each block's converted group; None for a block that is the teacher's."""
+        groups = self.converted_groups
+        return tuple(groups.index(mixer) if mixer.converts else None for mixer in self.mixers)
+
     def blocks(self, mixer: MixerConfig) -> tuple[int, ...]:
         """The blocks of a group, by number."""
         return tuple(i for i, other in enumerate(self.mixers) if other == mixer)
