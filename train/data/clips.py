@@ -37,7 +37,7 @@ class AnyBucket:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bucket(AnyBucket):
-    """Clips of MovingSprites, drawn for each round anew."""
+    """Clips of MovingSprites, drawn again for each round."""
 
     kind: Literal["plain", "occlusion"]
     #: Occlusion: hidden-wait frames are drawn from 0 to this.

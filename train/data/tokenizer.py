@@ -40,7 +40,7 @@ def build_sprite_tokenizer(folder: str | os.PathLike[str], names: Sequence[str])
     becomes a space. The files depend on ``names`` alone, byte for byte, and not on their order.
 
     The class named is ``PreTrainedTokenizerFast`` and not T5's own, because transformers 5 makes ``T5TokenizerFast``
-    anew from the pieces, losing whatever else ``tokenizer.json`` says; early versions of 5 lose the lower case.
+    again from the pieces, losing whatever else ``tokenizer.json`` says; early versions of 5 lose the lower case.
 
     Args:
         folder: where to write; made if missing.

@@ -1,6 +1,6 @@
 """The teacher's own sampling, cut into turns: many trajectories side by side, each at a step of its own.
 
-A batch holds B trajectories. Turn after turn each goes one step on, and begins anew, with another prompt and other
+A batch holds B trajectories. Turn after turn each goes one step on, and begins again, with another prompt and other
 noise, when it has ended. Row r is ⌊r·S/B⌋ steps ahead of row 0 (S steps in all), so that every batch has every level of
 noise; to get there its first trajectory is cut short. Which trajectory a row is at, and at which step of it, follows
 from the turn's number alone.
@@ -42,7 +42,7 @@ class Turn(NamedTuple):
 
     #: Each row's place in `Sampling.table`.
     places: Int[Array, " B"]
-    #: Rows that begin anew, padded with B, and the numbers and prompts of their new trajectories.
+    #: Rows that begin again, padded with B, and the numbers and prompts of their new trajectories.
     fresh: Int[Array, " R"]
     numbers: Int[Array, " R"]
     text: Float[Array, "R L D"]
