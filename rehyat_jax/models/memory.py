@@ -63,8 +63,7 @@ def transformer_bytes(
     scores = _SCORES * batch * model.num_attention_heads * min(tokens, _QUERIES) * keys * 4
     if not cpu and size == 2:  # flash attention
         scores = 0
-    # XLA's CPU backend lays every weight out again for its products, in float32.
-    return int(arrays + scores + (weights // size * 4 if cpu else 0))
+    return int(arrays + scores) + _laid_out_again(weights, dtype)
 
 
 def mixer_cache_bytes(
@@ -98,10 +97,14 @@ def encoder_bytes(vae: VAEConfig, *, frames: int, height: int, width: int, laten
 
 
 def text_encoder_bytes(folder: Path, *, dtype: DTypeLike) -> int:
-    """The text encoder, and what embedding a prompt holds beside it: little."""
+    """The text encoder, and what embedding a prompt holds beside it."""
     weights = weights_bytes(folder, "text_encoder", dtype=dtype)
-    cpu = platform() == "cpu"
-    return weights + (weights // jnp.dtype(dtype).itemsize * 4 if cpu else 0)
+    return weights + _laid_out_again(weights, dtype)
+
+
+def _laid_out_again(weights: int, dtype: DTypeLike) -> int:
+    """XLA's CPU backend lays a network's weights out again for its products, in float32."""
+    return weights // jnp.dtype(dtype).itemsize * 4 if platform() == "cpu" else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,19 +170,18 @@ def video_need(
     decoding = decoder_bytes(vae, height=shape.height, width=shape.width)
     pixels = shape.frames * shape.height * shape.width * 3
     parts = {
-        "the text encoder": text_encoder_bytes(folder, dtype=dtype),
+        "the text encoder": (text := weights_bytes(folder, "text_encoder", dtype=dtype)),
         "the transformer": weights,
         "the VAE": weights_bytes(folder, "vae", dtype=jnp.float32),
         "the past of the stream": cache,
     }
-    # A stream denoises while its decoder waits; a whole video is denoised, then decoded.
-    parts |= {"denoising": work, "decoding": decoding} if streams else _larger(denoising=work, decoding=decoding)
-    return Need(device=parts, host=0 if streams else 2 * pixels)
-
-
-def _larger(**parts: int) -> dict[str, int]:
-    name = max(parts, key=lambda name: parts[name])
-    return {name: parts[name]}
+    # One after the other: the prompt is embedded, the video denoised, then decoded; a stream does the last two in turn,
+    # and what its decoder keeps stays.
+    phases = {"embedding the prompt": _laid_out_again(text, dtype), "denoising": work, "decoding": decoding}
+    if streams:
+        phases["denoising"] += phases.pop("decoding")
+    largest = max(phases, key=lambda name: phases[name])
+    return Need(device=parts | {largest: phases[largest]}, host=0 if streams else 2 * pixels)
 
 
 def size_unit(folder: Path) -> tuple[int, int]:
