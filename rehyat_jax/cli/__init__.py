@@ -62,7 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         how = "rehyat: stopped" if stopped else "\nrehyat: interrupted"
         print(how + "".join(f"; {note}" for note in interrupt.args), file=sys.stderr)
-        return TERMINATED if stopped else INTERRUPTED
+        code = TERMINATED if stopped else INTERRUPTED
+        if argv is None and "jax" in sys.modules:
+            # The program's own end: taking JAX down under a computation that still runs may crash, with another code.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("REHYAT_TRACEBACK") == "1":
