@@ -3,7 +3,8 @@
 ReHyAt (arXiv 2601.04342), second stage: after attention distillation every parameter learns, on prompts and videos,
 through the causal hybrid. A second term, the student's velocity against a teacher's on the same noisy video, is ours.
 
-The file defines ``config``, a `train.stages.finetune.FinetuneTraining`.
+The file defines ``config``, a `train.stages.finetune.FinetuneTraining`, or a `train.stages.forced.ForcedTraining`,
+whose student learns through its own state, for streams.
 """
 
 from __future__ import annotations
@@ -60,7 +61,13 @@ _KEPT = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", DE
 
 def main(argv: list[str]) -> int:
     """``rehyat finetune CONFIG [--field value …]``; see `run_training`."""
-    return run_training("finetune", argv, about=__doc__ or "", kinds=lambda: (FinetuneTraining,))
+    return run_training("finetune", argv, about=__doc__ or "", kinds=_kinds)
+
+
+def _kinds() -> tuple[type, ...]:
+    from train.stages.forced import ForcedTraining
+
+    return FinetuneTraining, ForcedTraining
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -228,7 +228,7 @@ class Clips(Data):
 
     def draw(
         self, models: Models, carried: PyTree, host: PyTree, frozen: PyTree
-    ) -> tuple[PyTree, Callable[[Array], Batch]]:
+    ) -> tuple[PyTree, Callable[[Array], Any]]:
         training, (turn, key) = self.training, host
         pool, empty = self.feed.pool(turn, frozen, models), self.feed.nothing(frozen, models)
         order_key, key = jax.random.split(key)
@@ -239,7 +239,7 @@ class Clips(Data):
         def rows_sharded(x: Array) -> Array:
             return laid_out(x, "batch", *[None] * (x.ndim - 1))
 
-        def batch(step: Array) -> Batch:
+        def batch(step: Array) -> Any:
             # A pool that is one batch stays where it is: to shuffle it would send every clip to every device.
             as_it_is = steps == training.reuse == 1
             clips = pool if as_it_is else jax.tree.map(lambda a: a[order[step]], pool)

@@ -1,0 +1,113 @@
+"""Training through the state: a tiny student learns by teacher forcing, and commits finished chunks."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from shared.training import finetuning, log_of, write_teacher
+
+from rehyat_jax import TextToVideo
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.mixers.config import HybridConfig
+from train.cli.config_files import load_config
+from train.data.clips import Bucket
+from train.data.pools import Pool
+from train.engine.optimizer import OptimizerConfig
+from train.stages.forced import ForcedTraining, Past
+
+HYBRID = HybridConfig(chunk_frames=2, overlap_frames=1, length_norm=True)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def training(model: Path, out: Path, **options) -> ForcedTraining:
+    """Two and a half chunks a clip."""
+    return ForcedTraining(
+        **{
+            "out": out,
+            "source": model,
+            "hybrid": HYBRID,
+            "buckets": (Bucket(kind="plain", frames=9, batch=4),),
+            "steps": 24,
+            "steps_per_round": 8,
+            "dtype": "float32",
+            "checkpoint_seconds": 1e9,
+            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5),
+        }
+        | options
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def forced(teacher, tmp_path_factory) -> ForcedTraining:
+    run = training(teacher, tmp_path_factory.mktemp("forced") / "student")
+    run.run()
+    return run
+
+
+def test_teacher_forcing_learns_and_its_student_commits_finished_chunks(forced) -> None:
+    log = log_of(forced)
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    pipe = TextToVideo.from_pretrained(forced.out)
+    assert (pipe.defaults.remember, pipe.defaults.num_inference_steps) == (0.0, 2)
+    assert next(pipe.stream("a lemon moving down slowly on a blue background")).shape == (3, 32, 32, 3)
+
+
+def test_every_chunk_has_a_level_and_is_given_the_clip(teacher, tmp_path) -> None:
+    config = training(teacher, tmp_path / "none", past=Past(share=0.5, noise=0.1))
+    latents = jax.random.normal(jax.random.key(0), (16, 5, 2, 2, 4))
+    batch = config.batch(Pool(latents, jnp.zeros((16, 3, 7))), jnp.ones((1, 3, 7)), jax.random.key(1))
+    for levels in (batch.sigma, batch.past_sigma):
+        np.testing.assert_array_equal(levels[:, 0], levels[:, 1])
+        np.testing.assert_array_equal(levels[:, 2], levels[:, 3])
+    assert 0 < float(batch.sigma.min()) < float(batch.sigma.max()) < 1
+    assert float(batch.past_sigma.max()) <= 0.1
+    clean = batch.past_sigma == 0
+    assert 0.2 < float(clean.mean()) < 0.8
+    np.testing.assert_array_equal(batch.past[clean], latents[clean])
+    np.testing.assert_allclose(
+        batch.noisy, latents + batch.sigma[:, :, None, None, None] * batch.velocity, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_shipped_configuration_is_of_this_kind() -> None:
+    assert isinstance(load_config("sprites_forced", kinds=(ForcedTraining,)).config, ForcedTraining)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"hybrid": None}, "say by hybrid"),
+        ({"stop": -1}, "stop must be 0 or more"),
+        ({"unroll": True}, "leave unroll out"),
+        ({"remember": "steps"}, "remember is a level"),
+    ],
+)
+def test_what_cannot_be_is_a_sentence(teacher, tmp_path, options, sentence) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        training(teacher, tmp_path / "none", **options)
+
+
+def test_many_devices_are_a_sentence(teacher, tmp_path) -> None:
+    config = training(teacher, tmp_path / "none")
+    with pytest.raises(ConfigError, match="no plan"):
+        config.planned([], size=(32, 32))
+
+
+def test_a_past_of_noise_is_none() -> None:
+    with pytest.raises(ConfigError, match="noise from 0 to below 1"):
+        Past(noise=1.0)
+
+
+def test_a_softmax_teacher_has_no_place_here(teacher, tmp_path) -> None:
+    ordinary = finetuning(teacher, tmp_path / "none")
+    fields = {field.name: getattr(ordinary, field.name) for field in dataclasses.fields(ordinary)}
+    with pytest.raises(ConfigError, match="leave them out"):
+        ForcedTraining(**fields | {"remember": 0.0})
