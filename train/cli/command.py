@@ -45,7 +45,8 @@ def run_training(command: str, argv: list[str], *, about: str, kinds: Kinds) -> 
         print(_help(command, about, kinds()), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name, *fields = argv
-    asked = {flag: f"--{flag}" in fields for flag in ("change", "force")}
+    # Those that are given alone: a configuration whose `run` knows neither is a run as any other.
+    asked = {flag: True for flag in ("change", "force") if f"--{flag}" in fields}
     fields = [field for field in fields if field not in ("--change", "--force")]
     if name.startswith("-"):
         raise ConfigError(f"the configuration comes before its fields: rehyat {command} CONFIG {name[:80]} …")
