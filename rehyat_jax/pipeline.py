@@ -194,6 +194,7 @@ class TextToVideo:
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
         remember: ContextNoise | None = None,
+        first_chunk_steps: int | None = None,
         beginning: Shaped[np.ndarray, "..."] | None = None,
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
@@ -204,6 +205,8 @@ class TextToVideo:
                 stays, frames are then those that a call makes of the same seed, for every number of frames that is
                 whole chunks. A noise level from 0 to below 1: the finished chunk, with so much noise; memory is that
                 of one step. When not given, as the model was trained.
+            first_chunk_steps: of the first chunk, where it is to have more steps than the others: most is decided
+                there. Only with ``remember`` a level.
             beginning: frames that the stream goes on from, uint8 [F, H, W, 3]; of its size, and so many that
                 they are whole chunks: of chunks of 3 latent frames 9, 21, 33, … Its own frames come after these. For a
                 list of prompts one for each, [B, F, H, W, 3].
@@ -224,6 +227,7 @@ class TextToVideo:
             schedule=schedule,
             solver=solver,
             remember=remember,
+            first_chunk_steps=first_chunk_steps,
         )
         return self.start_stream(
             prompt,
@@ -299,6 +303,7 @@ class TextToVideo:
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
         remember: ContextNoise | None = None,
+        first_chunk_steps: int | None = None,
     ) -> Settings:
         """What a call with these arguments is made with: the model's defaults filled in, sizes cut, all checked.
 
@@ -324,10 +329,11 @@ class TextToVideo:
             guidance_scale=arguments.number("guidance_scale", _or(guidance_scale, self.defaults.guidance_scale)),
             schedule=_or(schedule, self.schedule_at(height=height, width=width)),
             solver=_or(solver, self.solver),
+            first_chunk_steps=_or(first_chunk_steps, self.defaults.first_chunk_steps),
             remember=check_context_noise(_or(remember, self.defaults.remember)),
         )
         # Each says what is wrong, before the text encoder is read.
-        _ = settings.guidance, settings.steps()
+        _ = settings.guidance, settings.steps(), settings.steps(of_first_chunk=True)
         return settings
 
     def run(
@@ -346,6 +352,10 @@ class TextToVideo:
         arguments.choice("output", output, tuple(_PIXELS))
         session = self.session(settings)
         prompts = prompt_list(prompt, negative_prompt)
+        if settings.by_chunks and noise is not None:
+            raise RehyatError(
+                f"the solver {type(settings.solver).__name__} draws its own noise: give a seed in its place"
+            )
         noise = _noise(session.shape, count=len(prompts), seed=seed, noise=noise)
         measure: Callable[[str], AbstractContextManager[None]] = phases.measure if phases else lambda _: nullcontext()
         on_step = on_step or (lambda phase, done, total: None)
@@ -353,9 +363,13 @@ class TextToVideo:
         with measure("text"):
             text = session.embed(self.text, prompts, negative_prompt, on_prompt=partial(on_step, "text"))
         with measure("denoise"):
-            total = settings.num_inference_steps
-            on_step("denoise", 0, total)
-            latents = session.denoise(noise, text, on_step=lambda done: on_step("denoise", done, total))
+            if settings.by_chunks:
+                keys = video_keys(seed, count=len(prompts))
+                latents = session.denoise_by_chunks(keys, text, on_chunk=partial(on_step, "denoise"))
+            else:
+                total = settings.num_inference_steps
+                on_step("denoise", 0, total)
+                latents = session.denoise(noise, text, on_step=lambda done: on_step("denoise", done, total))
         with measure("decode"):
             total, video = latents.shape[1], []
             on_step("decode", 0, total)

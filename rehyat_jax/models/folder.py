@@ -16,6 +16,7 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.runtime.arguments import user_path
 from rehyat_jax.sampling import FlowSchedule, Solver, UniPC, scheduler_from_config
 from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
+from rehyat_jax.sampling.settings import SOLVERS
 from rehyat_jax.weights.files import read_json
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -40,6 +41,10 @@ class Defaults:
     negative_prompt: str = ""
     #: The context noise that a stream commits its chunks with: as the model was trained.
     remember: ContextNoise = "steps"
+    #: Of a stream's first chunk, if more than the others'.
+    first_chunk_steps: int | None = None
+    #: By name, where it is not the scheduler's: diffusers has none for a few-step student.
+    solver: str | None = None
     #: "folder": the noise levels are those of ``scheduler_config.json``. "authors": those of the authors' program, with
     #: the shift that they advise for the model and the size.
     schedule: Literal["folder", "authors"] = "folder"
@@ -59,7 +64,7 @@ class Defaults:
             field.name: int for field in dataclasses.fields(cls) if field.name != "model"
         }
         kinds |= {"guidance_scale": (int, float), "remember": (str, int, float), "negative_prompt": str}
-        kinds |= {"schedule": str}
+        kinds |= {"schedule": str, "solver": str}
         for name, value in source.items():
             if name not in kinds:
                 raise ConfigError(f"{DEFAULTS_FILE}: {name[:80]!r} is no setting; there are {', '.join(kinds)}")
@@ -71,6 +76,8 @@ class Defaults:
             check_context_noise(source.get("remember", "steps"))
         except ConfigError as error:
             raise ConfigError(f"{DEFAULTS_FILE}: {error}") from error
+        if (solver := source.get("solver")) is not None and solver not in SOLVERS:
+            raise ConfigError(f"{DEFAULTS_FILE}: there is no solver {solver[:80]!r}, only {', '.join(SOLVERS)}")
         return dataclasses.replace(otherwise or cls(), **source)
 
     @property
@@ -180,14 +187,17 @@ def _transformer_of(folder: Path) -> WanConfig:
 
 def read_scheduler(folder: Path) -> tuple[FlowSchedule, Solver]:
     """How the folder's model is sampled at its own size: by its ``scheduler/scheduler_config.json``; without one (a
-    release's folder) by the authors' program, which is UniPC on the official grid with the shift that they advise.
+    release's folder) by the authors' program, which is UniPC on the official grid with the shift that they advise. The
+    solver is another where the folder's own defaults name it.
 
     Raises:
         CheckpointError, ConfigError: the file cannot be read, or describes a scheduler that we do not have.
     """
     defaults = read_defaults(folder)
     advice = defaults.advised_schedule(height=defaults.height, width=defaults.width)
+    named = None if defaults.solver is None else SOLVERS[defaults.solver]()
     if (folder / SCHEDULER_FILE).is_file():
         schedule, solver = scheduler_from_config(read_json(folder / SCHEDULER_FILE))
-        return advice or schedule, solver
-    return advice or FlowSchedule(grid="official", shift=advised(_transformer_of(folder)).shift), UniPC()
+        return advice or schedule, named or solver
+    schedule = advice or FlowSchedule(grid="official", shift=advised(_transformer_of(folder)).shift)
+    return schedule, named or UniPC()

@@ -7,13 +7,14 @@ from rehyat_jax.sampling.guidance import Guidance, Model, Velocity, guided_veloc
 from rehyat_jax.sampling.rollout import sampling_step
 from rehyat_jax.sampling.schedule import FlowSchedule, SamplingSteps, sampling_steps
 from rehyat_jax.sampling.scheduler_config import scheduler_from_config, scheduler_to_config
-from rehyat_jax.sampling.solvers import Euler, Solver, UniPC
+from rehyat_jax.sampling.solvers import Euler, Renoise, Solver, UniPC
 
 __all__ = [
     "Euler",
     "FlowSchedule",
     "Guidance",
     "Model",
+    "Renoise",
     "SamplingSteps",
     "Solver",
     "UniPC",

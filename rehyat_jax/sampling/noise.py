@@ -21,7 +21,7 @@ Shape: TypeAlias = tuple[int, int, int, int]
 
 #: The same numbers on every device, whatever JAX is configured to draw by default.
 RANDOM = "threefry2x32"
-#: Folded into a video's key for its context noise: the number of no frame.
+#: Folded into a video's key for its context noise, and below it the steps' own: the numbers of no frames.
 _CONTEXT = (1 << 32) - 1
 
 
@@ -63,6 +63,12 @@ class ChunkNoise(NamedTuple):
     def initial(self, shape: Shape) -> Float[Array, "B T h w z"]:
         """What sampling begins with."""
         return frame_noise(self.keys, shape, first_frame=self.first_frame)
+
+    def fresh(self, shape: Shape, step: int | Int[Array | np.ndarray, ""]) -> Float[Array, "B T h w z"]:
+        """As `initial`, and independent of it: what a stochastic solver takes at a step, by its number."""
+        place = np.uint32(_CONTEXT - 1) - jnp.asarray(step).astype(jnp.uint32)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, place))(self.keys)
+        return frame_noise(keys, shape, first_frame=self.first_frame)
 
     def context(self, shape: Shape) -> Float[Array, "B T h w z"]:
         """As `initial`, and independent of it: what finished frames are committed with."""

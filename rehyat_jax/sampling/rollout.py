@@ -188,8 +188,9 @@ def denoise_chunk(
         state, states = carry
         place = jnp.zeros((), jnp.int32) if commits_once else row.number
         states, velocities = chunk.forward(states, state.latents, row.timestep, place=place, commit=not commits_once)
-        state = solver.step(state, sampler.guidance.combine(list(velocities)), coefficients=row.coefficients)
-        return (state, states), None
+        fresh = noise.fresh(shape, row.number) if solver.stochastic else None
+        velocity = sampler.guidance.combine(list(velocities))
+        return (solver.step(state, velocity, coefficients=row.coefficients, noise=fresh), states), None
 
     begin = solver.init(noise.initial(shape)), states
     (state, states), _ = jax.lax.scan(step, begin, jax.tree.map(jnp.asarray, steps))

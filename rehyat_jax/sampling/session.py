@@ -56,6 +56,11 @@ class Session:
         """On the device."""
         return jax.tree.map(jnp.asarray, self.settings.steps())
 
+    @cached_property
+    def first_chunk_steps(self) -> SamplingSteps:
+        """As `steps`: a stream's first chunk's."""
+        return jax.tree.map(jnp.asarray, self.settings.steps(of_first_chunk=True))
+
     @property
     def shape(self) -> Shape:
         """Of the latents of the settings' video."""
@@ -117,6 +122,32 @@ class Session:
             steps, solver = self.settings.steps(), self.sampler.solver
             return rollout.per_step(advance, noise, steps=steps, solver=solver, on_step=on_step)
 
+    def denoise_by_chunks(
+        self,
+        keys: Key[Array, " B"],
+        text: Float[Array, "evaluations B L D"],
+        *,
+        on_chunk: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Float[Array, "B T h w z"]:
+        """The latents of whole videos, one chunk after the other, as streams make them.
+
+        Args:
+            on_chunk: called with the chunks done and all that there are.
+
+        Raises:
+            RehyatError: the transformer cannot stream.
+        """
+        frames, chunk = self.shape[0], self.chunk_shape[0]
+        states, text_kv, parts = self.init_states(len(keys)), self.precompute_text_kv(text), []
+        total = -(-frames // chunk)
+        on_chunk(0, total)
+        for number in range(total):
+            first_frame = jnp.asarray(number * chunk, jnp.int32)
+            latents, states = self.denoise_chunk(states, keys, text_kv, first_frame)
+            parts.append(jax.block_until_ready(latents))
+            on_chunk(number + 1, total)
+        return jnp.concatenate(parts, axis=1)[:, :frames]
+
     def init_states(self, batch: int) -> States:
         """The transformer's states before the first chunk of so many videos.
 
@@ -150,7 +181,7 @@ class Session:
                 keys,
                 text_kv,
                 first_frame,
-                self.steps,
+                self.steps if int(first_frame) else self.first_chunk_steps,
                 graph=self.graph,
                 shape=self.chunk_shape,
                 sampler=self.sampler,

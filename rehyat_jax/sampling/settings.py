@@ -10,7 +10,7 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling.guidance import Guidance
 from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
 from rehyat_jax.sampling.schedule import FlowSchedule, Grid, SamplingSteps, sampling_steps
-from rehyat_jax.sampling.solvers import Euler, Solver, UniPC
+from rehyat_jax.sampling.solvers import Euler, Renoise, Solver, UniPC
 
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "num_frames": int,
@@ -19,9 +19,11 @@ _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "num_inference_steps": int,
     "guidance_scale": (int, float),
     "remember": (str, int, float),
+    "first_chunk_steps": (int, type(None)),
 }
 _SCHEDULE: dict[str, type | tuple[type, ...]] = {"grid": str, "shift": (int, float), "num_train_timesteps": int}
-_SOLVERS: dict[str, type[Euler] | type[UniPC]] = {"Euler": Euler, "UniPC": UniPC}
+#: By name, as files have it.
+SOLVERS: dict[str, type[Euler] | type[UniPC] | type[Renoise]] = {"Euler": Euler, "UniPC": UniPC, "Renoise": Renoise}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,18 +40,31 @@ class Settings:
     solver: Solver
     #: The context noise that a stream commits its chunks with.
     remember: ContextNoise = "steps"
+    #: Of a stream's first chunk, if more than the others'.
+    first_chunk_steps: int | None = None
 
     @property
     def guidance(self) -> Guidance:
         """The two prompts one after the other, in the memory of one."""
         return Guidance(scale=self.guidance_scale, forward="two")
 
-    def steps(self) -> SamplingSteps:
+    @property
+    def by_chunks(self) -> bool:
+        """Whether a call makes its video as a stream does: a few-step student knows no past but finished chunks."""
+        return self.solver.stochastic
+
+    def steps(self, *, of_first_chunk: bool = False) -> SamplingSteps:
         """
         Raises:
-            ConfigError: the schedule has no such number of steps, or the solver does not accept its levels.
+            ConfigError: the schedule has no such number of steps, or the solver does not accept its levels; the first
+                chunk has more steps where every step has a state of its own.
         """
-        return sampling_steps(self.schedule, self.solver, num_steps=self.num_inference_steps)
+        count = self.num_inference_steps
+        if of_first_chunk and self.first_chunk_steps is not None and self.first_chunk_steps > count:
+            if self.remember == "steps":
+                raise ConfigError('a first chunk of more steps needs finished chunks to be remembered, not "steps"')
+            count = self.first_chunk_steps
+        return sampling_steps(self.schedule, self.solver, num_steps=count)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it.
@@ -58,8 +73,8 @@ class Settings:
             ConfigError: the solver is none of this package's.
         """
         name = type(self.solver).__name__
-        if type(self.solver) is not _SOLVERS.get(name):
-            raise ConfigError(f"a stream with the solver {name} cannot be saved: only with {' or '.join(_SOLVERS)}")
+        if type(self.solver) is not SOLVERS.get(name):
+            raise ConfigError(f"a stream with the solver {name} cannot be saved: only with {' or '.join(SOLVERS)}")
         numbers = {key: getattr(self, key) for key in _NUMBERS}
         solver = {"name": name, **dataclasses.asdict(self.solver)}
         return numbers | {"schedule": dataclasses.asdict(self.schedule), "solver": solver}
@@ -71,14 +86,15 @@ class Settings:
         Raises:
             ConfigError: a name is unknown or missing, or a value is not of its kind.
         """
-        source = {"remember": "steps"} | dict(source)  # streams saved before there was another way
+        # Of streams saved before there were these.
+        source = {"remember": "steps", "first_chunk_steps": None} | dict(source)
         numbers = _known({k: v for k, v in source.items() if k not in ("schedule", "solver")}, _NUMBERS, "settings")
         check_context_noise(numbers["remember"])
         schedule, solver = source.get("schedule"), source.get("solver")
         if not isinstance(schedule, Mapping) or not isinstance(solver, Mapping):
             raise ConfigError("the settings name no schedule or no solver")
         name = solver.get("name")
-        kind = _SOLVERS.get(name) if isinstance(name, str) else None
+        kind = SOLVERS.get(name) if isinstance(name, str) else None
         if kind is None:
             raise ConfigError(f"there is no solver {str(name)[:80]!r}")
         order: dict[str, type | tuple[type, ...]] = {"order": int} if kind is UniPC else {}

@@ -6,7 +6,7 @@ coefficients with a leading axis of steps: a scan takes its rows, and so does a 
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +23,21 @@ class Solver(Protocol):
     dtype is the noise's (float32 in Wan) whatever the dtype of the velocities.
     """
 
+    #: Whether ``step`` takes fresh standard normal noise; else it is given none.
+    stochastic: ClassVar[bool]
+
     def coefficients(self, sigmas: Float[np.ndarray, "levels"]) -> Any: ...
 
     def init(self, latents: Float[Array, "*shape"]) -> Any: ...
 
-    def step(self, state: Any, velocity: Float[Array, "*shape"], *, coefficients: Any) -> Any: ...
+    def step(
+        self,
+        state: Any,
+        velocity: Float[Array, "*shape"],
+        *,
+        coefficients: Any,
+        noise: Float[Array, "*shape"] | None = None,
+    ) -> Any: ...
 
 
 class EulerState(NamedTuple):
@@ -38,6 +48,8 @@ class EulerState(NamedTuple):
 class Euler:
     """Euler's method, as diffusers' ``FlowMatchEulerDiscreteScheduler``."""
 
+    stochastic: ClassVar[bool] = False
+
     def coefficients(self, sigmas: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "levels-1"]:
         """The steps in sigma (negative)."""
         return np.diff(sigmas.astype(np.float64))
@@ -46,10 +58,60 @@ class Euler:
         return EulerState(latents)
 
     def step(
-        self, state: EulerState, velocity: Float[Array, "*shape"], *, coefficients: Float[Array, ""]
+        self,
+        state: EulerState,
+        velocity: Float[Array, "*shape"],
+        *,
+        coefficients: Float[Array, ""],
+        noise: Float[Array, "*shape"] | None = None,
     ) -> EulerState:
         x = state.latents
         return EulerState(x + coefficients.astype(x.dtype) * velocity.astype(x.dtype))
+
+
+class RenoiseCoefficients(NamedTuple):
+    """The level of a step, and the next one's."""
+
+    sigma: Float[Array | np.ndarray, "*steps"]
+    following: Float[Array | np.ndarray, "*steps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Renoise:
+    """A few-step student's: each step guesses the data, x̂ = z - sigma v, and returns it to the next level with fresh
+    noise, (1 - sigma') x̂ + sigma' e; the last guess is the sample.
+
+    Multistep sampling of consistency models (Song et al., arXiv 2303.01469, algorithm 1), as CausVid (arXiv 2412.07772)
+    and Self-Forcing (arXiv 2506.08009) sample. Models that were not trained for large steps are blurred by it.
+    """
+
+    stochastic: ClassVar[bool] = True
+
+    def coefficients(self, sigmas: Float[np.ndarray, "levels"]) -> RenoiseCoefficients:
+        sigmas = sigmas.astype(np.float64)
+        return RenoiseCoefficients(sigmas[:-1], sigmas[1:])
+
+    def init(self, latents: Float[Array, "*shape"]) -> EulerState:
+        return EulerState(latents)
+
+    def step(
+        self,
+        state: EulerState,
+        velocity: Float[Array, "*shape"],
+        *,
+        coefficients: RenoiseCoefficients,
+        noise: Float[Array, "*shape"] | None = None,
+    ) -> EulerState:
+        """
+        Raises:
+            ConfigError: there is no fresh noise.
+        """
+        if noise is None:
+            raise ConfigError("the solver Renoise needs fresh noise at each step")
+        x = state.latents
+        sigma, following = (jnp.asarray(c, x.dtype) for c in coefficients)
+        guess = x - sigma * velocity.astype(x.dtype)
+        return EulerState((1 - following) * guess + following * noise.astype(x.dtype))
 
 
 class UniPCState(NamedTuple):
@@ -84,6 +146,8 @@ class UniPC:
 
     order: int = 2
 
+    stochastic: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
             raise ConfigError(f"UniPC.order must be 1, 2 or 3, not {self.order!r}")
@@ -116,7 +180,12 @@ class UniPC:
         return UniPCState(latents, latents, jnp.zeros((self.order, *latents.shape), latents.dtype))
 
     def step(
-        self, state: UniPCState, velocity: Float[Array, "*shape"], *, coefficients: UniPCCoefficients
+        self,
+        state: UniPCState,
+        velocity: Float[Array, "*shape"],
+        *,
+        coefficients: UniPCCoefficients,
+        noise: Float[Array, "*shape"] | None = None,
     ) -> UniPCState:
         dtype = state.latents.dtype
         sigma, corrector, predictor = (jnp.asarray(c, dtype) for c in coefficients)
