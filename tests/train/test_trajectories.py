@@ -1,4 +1,4 @@
-"""Distillation's inputs: trajectories against `sample`, prompts held out, clips at every level of noise."""
+"""Distillation's inputs: trajectories against `per_step`, prompts held out, clips at every level of noise."""
 
 import functools
 from pathlib import Path
@@ -10,7 +10,8 @@ import pytest
 from shared.training import write_teacher
 
 from rehyat_jax.models.checkpoints import load_transformer, load_vae
-from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sample
+from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sampling_step, sampling_steps
+from rehyat_jax.sampling.rollout import per_step
 from rehyat_jax.sprites.captions import parse
 from train.data.sources import NoisyClips, Source
 from train.data.trajectories import Sampling
@@ -53,7 +54,7 @@ def test_turns_go_step_by_step_and_mix_the_levels(batch, steps):
 
 
 def test_trajectories_are_those_of_sampling():
-    """A row that begins at some turn and ends S turns later has what `sample` makes of its noise: float32 rounding."""
+    """A row that begins at some turn and ends S turns later has what `per_step` makes of its noise: to rounding."""
     steps, batch, shape = 4, 2, (1, 2, 2, 3)
     sampling, key = _sampling(steps, 3.0, 6.0), jax.random.key(5)
     texts = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2, 3)), jnp.float32)
@@ -82,9 +83,12 @@ def test_trajectories_are_those_of_sampling():
     assert len(ended) == 4
     for number, (row, latents) in ended.items():
         noise = jax.random.normal(jax.random.fold_in(key, number), shape)[None]
-        velocity = guided_velocity(model, texts[number][None], negative=negative, guidance=sampling.guidance)
+        both = jnp.stack([texts[number][None], negative])
+        velocity = guided_velocity(model, both, guidance=sampling.guidance)
         schedule = sampling.schedules[(row + number // batch) % 2]
-        expected = sample(velocity, noise, schedule=schedule, solver=UniPC(), num_steps=steps)
+        own = sampling_steps(schedule, UniPC(), num_steps=steps)
+        advance = jax.jit(lambda state, row, v=velocity: sampling_step(v, state, step=row, solver=UniPC()))
+        expected = per_step(advance, noise, steps=own, solver=UniPC())
         np.testing.assert_allclose(latents, expected[0], atol=1e-5)
 
 
