@@ -33,7 +33,7 @@ def training(model: Path, out: Path, **options) -> ForcedTraining:
             "steps": 24,
             "steps_per_round": 8,
             "dtype": "float32",
-            "checkpoint_seconds": 1e9,
+            "checkpoint_seconds": 0.0,  # each round is logged
             "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5),
         }
         | options
