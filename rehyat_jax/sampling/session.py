@@ -58,8 +58,12 @@ class Session:
 
     @cached_property
     def first_chunk_steps(self) -> SamplingSteps:
-        """As `steps`: a stream's first chunk's."""
+        """As `steps`: of a stream's first chunk, where it has more."""
         return jax.tree.map(jnp.asarray, self.settings.steps(of_first_chunk=True))
+
+    def _steps_from(self, first_frame: Int[Array, ""]) -> SamplingSteps:
+        more = (self.settings.first_chunk_steps or 0) > self.settings.num_inference_steps
+        return self.first_chunk_steps if more and not int(first_frame) else self.steps
 
     @property
     def shape(self) -> Shape:
@@ -181,7 +185,7 @@ class Session:
                 keys,
                 text_kv,
                 first_frame,
-                self.steps if int(first_frame) else self.first_chunk_steps,
+                self._steps_from(first_frame),
                 graph=self.graph,
                 shape=self.chunk_shape,
                 sampler=self.sampler,
