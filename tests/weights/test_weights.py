@@ -243,7 +243,7 @@ def test_the_release_converted_is_opened_by_the_real_pipeline(dtype, models, tmp
     seen = []
     convert(write_release(tmp_path / "in", models), tmp_path / "out", dtype=dtype, progress=lambda *at: seen.append(at))
     pipeline = WanPipeline.from_pretrained(tmp_path / "out")
-    assert pipeline.scheduler.config.flow_shift == 3.0
+    assert pipeline.scheduler.config.flow_shift == 8.0
     assert pipeline.tokenizer("a cat").input_ids == tiny_tokenizer()("a cat").input_ids
     for name, model in models.items():
         expected = tensors_of(model)
