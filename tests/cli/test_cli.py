@@ -421,6 +421,7 @@ def warn_of_the_cache(argv: list[str]) -> None:
         warnings.warn(f"Error writing persistent compilation cache entry for '{name}': {why}", stacklevel=1)
 
 
+@pytest.mark.filterwarnings("always:Error writing persistent")  # the tests make errors of warnings
 def test_a_full_disk_under_the_cache_is_said_once(rehyat, command):
     """In JAX's words of jax/_src/compiler.py, for every program."""
     command(warn_of_the_cache)
