@@ -97,7 +97,7 @@ class TextToVideo:
 
         Args:
             name_or_path: "mini-sprites", a folder, or "hf:OWNER/NAME" to fetch one (needs huggingface_hub).
-            dtype: float32 or bfloat16, of the transformer and the text encoder. The autoencoder runs in float32, as
+            dtype: float32, bfloat16 or float16, of the transformer and the text encoder. The autoencoder runs in float32, as
                 diffusers advises for Wan.
             hybrid: "auto": the transformer as the folder has it. ``None``: the softmax teacher alone. A configuration:
                 the teacher with these blocks converted anew, so that any checkpoint can be streamed.
@@ -108,7 +108,7 @@ class TextToVideo:
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used.
         """
-        dtype = arguments.float_dtype("dtype", dtype)
+        dtype = arguments.float_dtype("dtype", dtype, ("float32", "bfloat16", "float16"))
         if hybrid not in ("auto", None) and not isinstance(hybrid, Conversion):
             raise arguments.wrong("hybrid", hybrid, '"auto", None or a HybridConfig')
         folder = find_model(name_or_path)

@@ -216,7 +216,7 @@ def test_any_size_is_cut_or_refused(pipe, frames, height, width):
         ({"width": 1 << 40}, "width must be"),
         ({"height": 15}, "too small"),
         ({"height": 16384, "width": 16384}, "tokens"),
-        ({"num_inference_steps": 0}, "number of steps"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number"),
         ({"num_inference_steps": 1001}, "number of steps"),
         ({"guidance_scale": float("nan")}, "finite"),
         ({"guidance_scale": float("inf")}, "finite"),

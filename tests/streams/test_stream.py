@@ -292,7 +292,7 @@ def test_what_cannot_stream_says_which_blocks_prevent_it(checkpoint, cache):
     for hybrid, match in [
         (HybridConfig(blocks=(1,)), "block 0 of 2 attend"),
         (None, "blocks 0-1 of 2 attend"),
-        (HybridConfig(causal=False), "blocks 0-1 are not causal"),
+        (HybridConfig(causal=False), "blocks 0-1 of 2 are not causal"),
     ]:
         pipe = TextToVideo.from_pretrained(checkpoint, hybrid=hybrid, cache_dir=cache)
         with pytest.raises(RehyatError, match=match):
@@ -305,7 +305,7 @@ def test_impossible_streams_are_sentences(pipe):
         ({"seed": 1 << 32}, "seed"),
         ({"height": 0}, "height"),
         ({"width": 15}, "too small"),
-        ({"num_inference_steps": 0}, "number of steps"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number"),
         ({"guidance_scale": float("nan")}, "finite"),
     ]:
         with pytest.raises(RehyatError, match=match):
