@@ -97,8 +97,8 @@ class TextToVideo:
 
         Args:
             name_or_path: "mini-sprites", a folder, or "hf:OWNER/NAME" to fetch one (needs huggingface_hub).
-            dtype: float32, bfloat16 or float16, of the transformer and the text encoder. The autoencoder runs in float32, as
-                diffusers advises for Wan.
+            dtype: float32, bfloat16 or float16, of the transformer and the text encoder. The autoencoder runs in
+                float32, as diffusers advises for Wan.
             hybrid: "auto": the transformer as the folder has it. ``None``: the softmax teacher alone. A configuration:
                 the teacher with these blocks converted anew, so that any checkpoint can be streamed.
             cache_dir: folder of compiled programs and prompt embeddings; ``None``: $REHYAT_CACHE_DIR, else the user's

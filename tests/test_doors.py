@@ -35,7 +35,9 @@ CASES = {
     "stream.change_prompt(5)": "prompt must be a text or a list of texts that is not empty, not 5",
     "stream.change_prompt('a', 5)": "negative_prompt must be a text, not 5",
     "stream.fork(seed='x')": "seed must be a whole number from 0 to",
-    "rj.TextToVideo.from_pretrained('mini-sprites', dtype='bf16')": "dtype must be float32 or bfloat16 or float16, not 'bf16'",
+    "rj.TextToVideo.from_pretrained('mini-sprites', dtype='bf16')": (
+        "dtype must be float32 or bfloat16 or float16, not 'bf16'"
+    ),
     "rj.TextToVideo.from_pretrained('mini-sprites', hybrid='3+1')": 'hybrid must be "auto", None or a HybridConfig',
     "rj.TextToVideo.from_pretrained(5)": "the model must be a path, not 5",
     "rj.TextToVideo.from_pretrained('~/no-such-model')": "there is no folder '~/no-such-model'",

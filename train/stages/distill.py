@@ -27,7 +27,7 @@ from jaxtyping import Array, Key, PyTree
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import BlockMixers, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
-from rehyat_jax.models.folder import find_model, read_scheduler
+from rehyat_jax.models.folder import read_scheduler
 from rehyat_jax.models.memory import text_encoder_bytes, transformer_bytes, weights_bytes
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
@@ -60,7 +60,7 @@ from train.stages.blockwise import Figures
 from train.stages.choice import Choice, Chosen
 from train.stages.learner import Learner
 from train.stages.planned import planned_model
-from train.stages.sizes import check_sizes
+from train.stages.sizes import check_sizes, whole_model
 
 #: What a result has from its teacher, as it is there; the transformer's folder gets a ``rehyat`` part.
 _KEPT = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "rehyat_defaults.json")
@@ -131,7 +131,7 @@ class DistillTraining(RunConfig):
         return source.batch * (Guidance(scale=self.guidance_scale).evaluations if source.samples else 1)
 
     def memory_need(self) -> Need:
-        teacher = find_model(self.teacher)
+        teacher = whole_model(self.teacher)
         model, vae = open_component(teacher, "transformer").config, open_component(teacher, "vae").config
         weights = weights_bytes(teacher, "transformer", dtype=self.dtype)
         devices = 1 if self.mesh.single else jax.device_count()
@@ -301,10 +301,7 @@ class DistillStage(Stage):
     @functools.cached_property
     def folder(self) -> Path:
         """The teacher's."""
-        folder = find_model(self.training.teacher)
-        if not (folder / "model_index.json").is_file():
-            raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
-        return folder
+        return whole_model(self.training.teacher)
 
     @functools.cached_property
     def dtype(self) -> jnp.dtype:

@@ -23,7 +23,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from rehyat_jax.errors import CheckpointError, ConfigError
+from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import BlockMixers, Conversion, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_transformer
 from rehyat_jax.models.folder import DEFAULTS_FILE, find_model
@@ -52,7 +52,7 @@ from train.engine.stage import Models, Network
 from train.parallel.devices import Devices, loading
 from train.stages.flow import Batch, FlowStage, FlowTraining, Show, embed, flow_loss
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
-from train.stages.sizes import check_sizes
+from train.stages.sizes import check_sizes, whole_model
 from train.stages.videos import showing
 
 #: What a result has from its source, as it is there.
@@ -392,18 +392,6 @@ def _causal_chunks(hybrid: Conversion | None) -> bool:
     """Whether the converted blocks have chunks of one length, which see no later ones."""
     mixers = () if hybrid is None else hybrid.distinct()
     return len({mixer.chunk_frames for mixer in mixers}) == 1 and not any(mixer.why_not_stream() for mixer in mixers)
-
-
-def whole_model(name: Path) -> Path:
-    """The folder of a bundled model's name or a path.
-
-    Raises:
-        CheckpointError: it is no whole model.
-    """
-    folder = find_model(name)
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
-    return folder
 
 
 def student_of(model: WanTransformer, hybrid: Conversion | None, *, where: Path) -> WanTransformer:

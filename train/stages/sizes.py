@@ -1,10 +1,11 @@
-"""What a configuration says of its model, against the model."""
+"""What a configuration says of its model, against the model that is there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rehyat_jax.errors import ConfigError
+from rehyat_jax.errors import CheckpointError, ConfigError
+from rehyat_jax.models.folder import find_model
 from rehyat_jax.models.wan.config import WanConfig
 
 
@@ -18,3 +19,15 @@ def check_sizes(said: WanConfig | None, found: WanConfig, *, where: Path) -> Non
             raise ConfigError(
                 f"{where} has {name} {getattr(found, name)}, and the configuration's model {getattr(said, name)}"
             )
+
+
+def whole_model(name: Path) -> Path:
+    """The folder of a bundled model's name or a path.
+
+    Raises:
+        CheckpointError: it is no whole model.
+    """
+    folder = find_model(name)
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
+    return folder
