@@ -131,6 +131,8 @@ def find_checkpoint(name_or_path: str | os.PathLike[str]) -> Path:
     user_path("path", name_or_path)
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
+    if "\0" in name:  # which ``exists`` takes for a path that is not there
+        raise CheckpointError(f"{name[:200]!r} is no path")
     with contextlib.suppress(ValueError, OSError):
         if path.is_file():
             return path
