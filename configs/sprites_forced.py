@@ -26,6 +26,7 @@ config = ForcedTraining(
     out=Path("out/sprites-forced"),
     source=Path("mini-sprites"),
     hybrid=HybridConfig(length_norm=True),
+    aim="flow",
     buckets=(
         Bucket(kind="plain", frames=69, batch=64, share=0.35, pairs=0.8),
         Bucket(kind="occlusion", frames=129, batch=24, share=0.65, longest_wait=48),

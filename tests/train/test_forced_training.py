@@ -1,4 +1,5 @@
-"""Training through the state: a tiny student learns by teacher forcing, and commits finished chunks."""
+"""Training through the state: a tiny student learns by teacher forcing and by consistency, and what it writes streams
+in few steps by itself."""
 
 import dataclasses
 from pathlib import Path
@@ -29,6 +30,7 @@ def training(model: Path, out: Path, **options) -> ForcedTraining:
             "out": out,
             "source": model,
             "hybrid": HYBRID,
+            "aim": "flow",
             "buckets": (Bucket(kind="plain", frames=9, batch=4),),
             "steps": 24,
             "steps_per_round": 8,
@@ -60,14 +62,37 @@ def test_teacher_forcing_learns_and_its_student_commits_finished_chunks(forced) 
     assert next(pipe.stream("a lemon moving down slowly on a blue background")).shape == (3, 32, 32, 3)
 
 
+def test_consistency_learns_and_its_student_needs_no_option(forced, tmp_path) -> None:
+    run = training(
+        forced.out,
+        tmp_path / "student",
+        aim="consistency",
+        guidance_scale=2.0,
+        num_inference_steps=3,
+        steps=24,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=4, ema_decay=0.5),
+    )
+    run.run()
+    log = log_of(run)
+    assert np.isfinite([entry["loss"] for entry in log]).all()
+    pipe = TextToVideo.from_pretrained(run.out)
+    settings = pipe.settings()
+    assert (settings.num_inference_steps, settings.guidance_scale, settings.remember) == (3, 1.0, 0.0)
+    assert type(settings.solver).__name__ == "Renoise"
+    stream = pipe.stream("a lemon moving down slowly on a blue background", seed=3)
+    assert [next(stream).shape for _ in range(2)] == [(3, 32, 32, 3), (4, 32, 32, 3)]
+
+
 def test_every_chunk_has_a_level_and_is_given_the_clip(teacher, tmp_path) -> None:
-    config = training(teacher, tmp_path / "none", past=Past(share=0.5, noise=0.1))
+    config = training(teacher, tmp_path / "none", aim="consistency", past=Past(share=0.5, noise=0.1), grid_levels=8)
     latents = jax.random.normal(jax.random.key(0), (16, 5, 2, 2, 4))
     batch = config.batch(Pool(latents, jnp.zeros((16, 3, 7))), jnp.ones((1, 3, 7)), jax.random.key(1))
     for levels in (batch.sigma, batch.past_sigma):
         np.testing.assert_array_equal(levels[:, 0], levels[:, 1])
         np.testing.assert_array_equal(levels[:, 2], levels[:, 3])
-    assert 0 < float(batch.sigma.min()) < float(batch.sigma.max()) < 1
+    assert batch.lower is not None
+    assert (batch.lower < batch.sigma).all()
+    assert float(batch.sigma.max()) == 1
     assert float(batch.past_sigma.max()) <= 0.1
     clean = batch.past_sigma == 0
     assert 0.2 < float(clean.mean()) < 0.8
@@ -77,8 +102,9 @@ def test_every_chunk_has_a_level_and_is_given_the_clip(teacher, tmp_path) -> Non
     )
 
 
-def test_the_shipped_configuration_is_of_this_kind() -> None:
-    assert isinstance(load_config("sprites_forced", kinds=(ForcedTraining,)).config, ForcedTraining)
+def test_shipped_configurations_are_of_this_kind() -> None:
+    for name in ("sprites_forced", "sprites_consistency"):
+        assert isinstance(load_config(name, kinds=(ForcedTraining,)).config, ForcedTraining)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +112,7 @@ def test_the_shipped_configuration_is_of_this_kind() -> None:
     [
         ({"hybrid": None}, "say by hybrid"),
         ({"stop": -1}, "stop must be 0 or more"),
+        ({"guidance_scale": 0.5}, "guidance_scale must be 1 or more"),
         ({"unroll": True}, "leave unroll out"),
         ({"remember": "steps"}, "remember is a level"),
     ],

@@ -4,7 +4,7 @@ ReHyAt (arXiv 2601.04342), second stage: after attention distillation every para
 through the causal hybrid. A second term, the student's velocity against a teacher's on the same noisy video, is ours.
 
 The file defines ``config``, a `train.stages.finetune.FinetuneTraining`, or a `train.stages.forced.ForcedTraining`,
-whose student learns through its own state, for streams.
+whose student learns through its own state, for streams, and for few steps.
 """
 
 from __future__ import annotations
@@ -181,6 +181,11 @@ class FinetuneTraining(FlowTraining):
         weights = 1 - (past & apart).astype(jnp.float32)
         return jnp.where(apart, levels, sigma[:, None])[:, chunk], weights[:, chunk]
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the result is sampled with unless a user says otherwise, where that is not the source's."""
+        return {"remember": self.remember}
+
     def student(self, source: Path) -> WanTransformer:
         """The student before it has learned."""
         model = load_transformer(source, hybrid=None if self.anew else "auto")
@@ -194,9 +199,9 @@ class FinetuneTraining(FlowTraining):
                     shutil.copytree(source / name, partial / name)
                 elif (source / name).is_file():
                     shutil.copyfile(source / name, partial / name)
-            defaults = dict(read_json(file)) if (file := source / DEFAULTS_FILE).is_file() else {}
-            if self.remember != defaults.get("remember", "steps"):
-                write_json(partial / DEFAULTS_FILE, defaults | {"remember": self.remember})
+            theirs = dict(read_json(file)) if (file := source / DEFAULTS_FILE).is_file() else {}
+            if (defaults := theirs | self.defaults) != {"remember": "steps"} | theirs:
+                write_json(partial / DEFAULTS_FILE, defaults)
             save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
 
     def loss(self, models: Models, batch: Batch, *, longest: int) -> dict[str, Mean]:
@@ -288,7 +293,7 @@ class FinetuneStage(FlowStage):
         training = self.training
         found = {
             "student": Network(
-                make=lambda: _computing(self.student, self.dtype), optimizer=training.optimizer, shares=training.shares
+                make=lambda: computing(self.student, self.dtype), optimizer=training.optimizer, shares=training.shares
             )
         }
         if any(isinstance(bucket, Bucket) for bucket in training.buckets):  # captions of prepared clips are embedded
@@ -302,7 +307,7 @@ class FinetuneStage(FlowStage):
             teacher = load_transformer(find_model(self.training.teacher or ""), hybrid=None)
         if teacher.config != self.student.config:
             raise ConfigError(f"{self.training.teacher} is no teacher of {self.source}: they are of different sizes")
-        return _computing(teacher, self.dtype)
+        return computing(teacher, self.dtype)
 
     def read(self, models: Models, tokens: Captions) -> Array:
         return embed(models["text"], tokens)
@@ -419,7 +424,7 @@ def student_of(model: WanTransformer, hybrid: Conversion | None, *, where: Path)
     return student
 
 
-def _computing(model: WanTransformer, dtype: jnp.dtype) -> WanTransformer:
+def computing(model: WanTransformer, dtype: jnp.dtype) -> WanTransformer:
     """The same variables in a model that computes in ``dtype``."""
     computing = nnx.eval_shape(lambda: WanTransformer(model.config, hybrid=model.hybrid, dtype=dtype, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(computing), nnx.state(model))

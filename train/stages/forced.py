@@ -1,7 +1,9 @@
 """Train a student through its own state: each chunk of a clip is made from noise, given the clip's chunks before it.
 
 So a stream works: it commits finished chunks, and makes the next from what they left in the state. The state is part of
-what learns: gradients go through it, from a chunk's loss to what earlier chunks wrote. This is teacher forcing.
+what learns: gradients go through it, from a chunk's loss to what earlier chunks wrote. The aim is the clip's own flow
+(teacher forcing), or consistency with a student that samples in many guided steps (Song et al., arXiv 2303.01469):
+after that a few steps without guidance do.
 
 The file defines ``config``, a `train.stages.forced.ForcedTraining`.
 """
@@ -9,6 +11,7 @@ The file defines ``config``, a `train.stages.forced.ForcedTraining`.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
@@ -16,16 +19,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.wan.forced import forced
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.pools import Pool
 from train.engine.arithmetic import forward_flops
 from train.engine.gradients import Mean
-from train.engine.stage import Models
-from train.parallel.devices import Devices
-from train.stages.aims import Aim, aim_mean, noised, spread
-from train.stages.finetune import FinetuneStage, FinetuneTraining
+from train.engine.stage import Models, Network
+from train.parallel.devices import Devices, loading
+from train.stages.aims import Aim, aim_mean, consistency_aim, consistency_grid, noised, spread, spread_levels, wide
+from train.stages.finetune import FinetuneStage, FinetuneTraining, computing, whole_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,20 +51,34 @@ class ForcedBatch(NamedTuple):
 
     noisy: Float[Array, "B T h w z"]
     sigma: Float[Array, "B T"]
+    #: The level below, where the aim has one.
+    lower: Float[Array, "B T"] | None
     past: Float[Array, "B T h w z"]
     past_sigma: Float[Array, "B T"]
     #: Noise − video.
     velocity: Float[Array, "B T h w z"]
     text: PyTree
+    #: The empty prompt, a row a clip, where the guide has guidance.
+    empty: PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForcedTraining(FinetuneTraining):
     """One run. ``out`` becomes a student's folder in the diffusers layout, whole or not there."""
 
+    aim: Literal["flow", "consistency"] = "consistency"
     past: Past = Past()
     #: Gradients stop at the state after every so many chunks; 0: nowhere, 1: at each, as where a cache is detached.
     stop: int = 0
+    #: Consistency: the student whose sampling is distilled; none: the source's own, as it was.
+    guide: Path | None = None
+    #: Consistency: of the guide's sampling; 1: none.
+    guidance_scale: float = 4.0
+    #: Consistency: noise levels, even before they are shifted.
+    grid_levels: int = 48
+    #: Consistency: what the student is sampled with unless a user says otherwise, and its streams' first chunks.
+    num_inference_steps: int = 4
+    first_chunk_steps: int | None = 4
     remember: Literal["steps"] | float = 0.0
 
     def __post_init__(self) -> None:
@@ -73,8 +91,9 @@ class ForcedTraining(FinetuneTraining):
             raise ConfigError("a forced past goes chunk by chunk, in a loop: leave unroll out")
         if self.remember == "steps":
             raise ConfigError('a student of finished chunks commits these: remember is a level, not "steps"')
-        if self.stop < 0:
-            raise ConfigError(f"stop must be 0 or more, not {self.stop}")
+        for name, least in (("stop", 0), ("grid_levels", 1), ("num_inference_steps", 1), ("guidance_scale", 1)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be {least} or more, not {getattr(self, name)}")
 
     def stage(self) -> ForcedStage:
         return ForcedStage(self)
@@ -96,10 +115,17 @@ class ForcedTraining(FinetuneTraining):
             raise ConfigError("training with a forced past runs on one device: leave the mesh as it is")
         return devices
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        few = {"num_inference_steps": self.num_inference_steps, "guidance_scale": 1.0, "solver": "Renoise"}
+        if self.first_chunk_steps is not None:
+            few["first_chunk_steps"] = self.first_chunk_steps
+        return super().defaults | (few if self.aim == "consistency" else {})
+
     def batch(  # type: ignore[override]
         self, pool: Pool, empty: PyTree, key: Key[Array, ""], *, dropout: float | None = None
     ) -> ForcedBatch:
-        """These clips, every chunk at a level of its own, some without their caption."""
+        """These clips, every chunk at a level of its own; with the flow's aim some without their caption."""
         size, frames = pool.latents.shape[:2]
         drop_key, level_key, noise_key, share_key, past_key, context_key = jax.random.split(key, 6)
         chunk = self.hybrid.chunk_frames if self.hybrid is not None else frames
@@ -108,53 +134,98 @@ class ForcedTraining(FinetuneTraining):
         def each_frame(x: Float[Array, "B C"]) -> Float[Array, "B T"]:
             return jnp.repeat(x, chunk, axis=1)[:, :frames]
 
-        even = spread(level_key, *shape)
-        sigma = each_frame(self.shift * even / (1 + (self.shift - 1) * even))
-        dropped = jax.random.bernoulli(drop_key, self.caption_dropout if dropout is None else dropout, (size,))
-
-        def mixed(rows: Array, empty: Array) -> Array:
-            return jnp.where(dropped.reshape(-1, *[1] * (rows.ndim - 1)), empty, rows)
-
+        text, lower, prompts = pool.text, None, None
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape[1:])), empty)
+        if self.aim == "consistency":
+            grid = consistency_grid(self.grid_levels, self.shift)
+            number = spread_levels(level_key, *shape, levels=self.grid_levels)
+            sigma, lower = each_frame(grid[number]), each_frame(grid[number - 1])
+            prompts = rows if self.guidance_scale > 1 else None
+        else:
+            even = spread(level_key, *shape)
+            sigma = each_frame(self.shift * even / (1 + (self.shift - 1) * even))
+            share = self.caption_dropout if dropout is None else dropout
+            dropped = jax.random.bernoulli(drop_key, share, (size,))
+            text = jax.tree.map(lambda t, e: jnp.where(dropped.reshape(-1, *[1] * (t.ndim - 1)), e, t), text, rows)
         some = jax.random.bernoulli(share_key, self.past.share, shape)
         context = each_frame(jnp.where(some, self.past.noise * jax.random.uniform(past_key, shape), 0.0))
         noise = jax.random.normal(noise_key, pool.latents.shape)
         return ForcedBatch(
             noisy=noised(pool.latents, noise, sigma),
             sigma=sigma,
+            lower=lower,
             past=noised(pool.latents, jax.random.normal(context_key, pool.latents.shape), context),
             past_sigma=context,
             velocity=noise - pool.latents,
-            text=jax.tree.map(mixed, pool.text, empty),
+            text=text,
+            empty=prompts,
         )
 
-    def velocity(self, model: WanTransformer, batch: ForcedBatch) -> Float[Array, "B T h w z"]:
+    def velocity(
+        self, model: WanTransformer, batch: ForcedBatch, noisy: Array, sigma: Array, text: Array, *, stop: int = 0
+    ) -> Float[Array, "B T h w z"]:
         """A model's, given the batch's past."""
-        rows, _, height, width, _ = batch.noisy.shape
+        rows, _, height, width, _ = noisy.shape
         return forced(
             model,
-            batch.noisy,
-            1000 * batch.sigma,
-            model.read_text(batch.text, TEXT_LENGTH),
+            noisy,
+            1000 * sigma,
+            model.read_text(text, TEXT_LENGTH),
             model.init_stream(rows, height, width),
             past=batch.past,
             past_times=1000 * batch.past_sigma,
             text_tokens=TEXT_LENGTH,
-            stop=self.stop,
+            stop=stop,
             remat=self.remat,
         ).velocity
 
+    def aim_of(self, models: Models, batch: ForcedBatch) -> Aim:
+        """What the student's velocity is drawn to."""
+        if batch.lower is None:
+            return Aim(batch.velocity, jnp.ones_like(batch.sigma))
+        guide, averaged = models["guide"], models.average("student")
+        teacher = self.velocity(guide, batch, batch.noisy, batch.sigma, batch.text).astype(jnp.float32)
+        if batch.empty is not None:
+            without = self.velocity(guide, batch, batch.noisy, batch.sigma, batch.empty).astype(jnp.float32)
+            teacher = without + self.guidance_scale * (teacher - without)
+        below = batch.noisy - wide(batch.sigma - batch.lower) * teacher
+        following = self.velocity(averaged, batch, below, batch.lower, batch.text)
+        return consistency_aim(teacher, following, batch.sigma, batch.lower)
+
 
 class ForcedStage(FinetuneStage):
-    """A student learns to go on from the true past."""
+    """A student learns to go on from the true past, with a guide beside it where the aim asks for one."""
 
     training: ForcedTraining
 
+    @property
+    def networks(self) -> dict[str, Network]:
+        found = super().networks
+        if self.training.aim == "consistency":
+            found["guide"] = Network(make=self._guide)
+        return found
+
+    def _guide(self) -> WanTransformer:
+        training = self.training
+        with loading(training.mesh):
+            guide = training.student(self.source)
+            if training.guide is not None:
+                guide = load_transformer(whole_model(training.guide))
+        student = self.student
+        if (guide.config, guide.hybrid) != (student.config, student.hybrid):
+            raise ConfigError(f"{training.guide} is no guide of {self.source}: they differ in sizes or in their blocks")
+        return computing(guide, self.dtype)
+
     def loss(self, models: Models, batch: ForcedBatch) -> dict[str, Mean]:  # type: ignore[override]
-        aim = Aim(batch.velocity, jnp.ones_like(batch.sigma))
-        return {"loss": aim_mean(self.training.velocity(models["student"], batch), aim)}
+        training = self.training
+        aim = jax.tree.map(jax.lax.stop_gradient, training.aim_of(models, batch))
+        student = models["student"]
+        velocity = training.velocity(student, batch, batch.noisy, batch.sigma, batch.text, stop=training.stop)
+        return {"loss": aim_mean(velocity, aim)}
 
     def flops(self, data: int) -> float:
         """A pass is of the noisy frames and of the past's; with its gradient it is three."""
         training, student = self.training, self.student
-        clip = 6 * forward_flops(student.config, student.hybrid, shape=self.latent_shape(data))
+        passes = 3 if training.aim == "flow" else 3 + 1 + (2 if training.guidance_scale > 1 else 1)
+        clip = 2 * passes * forward_flops(student.config, student.hybrid, shape=self.latent_shape(data))
         return float(clip * training.buckets[data].batch * training.steps_per_round)
