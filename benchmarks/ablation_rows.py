@@ -18,13 +18,13 @@ class Row:
     #: Finetuning's; distillation knows no length_norm. None: softmax, unconverted.
     hybrid: HybridConfig | None
     stages: tuple[Stage, ...] = ("distill", "finetune")
-    #: Of distillation.
+    #: For distillation.
     loss: Literal["l1", "score"] = "l1"
     #: Those have all seeds, the others one.
     headline: bool = False
     #: Measured in a long stream as well.
     streamed: bool = False
-    #: Of finetuning; with it chunks are remembered when they are finished, so that clips are made chunk by chunk.
+    #: For finetuning; with it chunks are remembered when they are finished, so that clips are made chunk by chunk.
     history: History = History()
 
 

@@ -56,7 +56,7 @@ from train.engine.optimizer import OptimizerConfig
 from train.stages.distill import DistillTraining
 from train.stages.finetune import FinetuneTraining
 
-#: Of the prompts and the noise that rows of seed 0 are measured with, as ``rehyat eval sprites`` has it.
+#: Seed of the prompts and the noise that rows of seed 0 are measured with, as ``rehyat eval sprites`` has it.
 _FIRST_SEED = 2026
 #: Frames of a chunk where the model has none.
 _FRAMES_OF_A_CHUNK = 12

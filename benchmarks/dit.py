@@ -23,7 +23,7 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 
 TINY = WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=48, text_dim=32, freq_dim=32)
-#: Of full softmax: beyond, one forward takes more than two seconds.
+#: Longest video for full softmax: beyond, one forward takes more than two seconds.
 LONGEST_SOFTMAX = 41
 
 
