@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "attention": {"errors", "runtime"},
     "mixers": {"attention", "errors", "runtime"},
     "weights": {"errors", "runtime"},
+    "adapters": {"errors", "runtime", "weights"},
     # Takes models as arguments.
     "sampling": {"errors", "runtime"},
-    "models": {"attention", "errors", "mixers", "runtime", "sampling", "weights"},
+    "models": {"adapters", "attention", "errors", "mixers", "runtime", "sampling", "weights"},
     "text": {"errors", "models", "runtime"},
     "video": {"errors", "runtime"},
     "streams": {"errors", "models", "runtime", "sampling", "text", "weights"},

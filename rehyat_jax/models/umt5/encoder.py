@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rehyat_jax.adapters.linear import Linear
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.runtime.variables import kernel, table
@@ -228,8 +229,8 @@ def _residual_dtype(dtype: DTypeLike) -> Any:
 
 def _linear(
     inputs: int, outputs: int, std: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Linear:
-    return nnx.Linear(
+) -> Linear:
+    return Linear(
         inputs,
         outputs,
         use_bias=False,

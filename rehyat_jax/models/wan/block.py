@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from rehyat_jax.adapters.linear import Linear
 from rehyat_jax.attention.sharded import softmax_over_devices, softmax_to_text
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.positions import CosSin, rotate
@@ -72,8 +73,8 @@ class Attention(nnx.Module):
     def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = config.num_attention_heads
 
-        def linear(*dimensions: Dimension) -> nnx.Linear:
-            return nnx.Linear(
+        def linear(*dimensions: Dimension) -> Linear:
+            return Linear(
                 config.dim,
                 config.dim,
                 kernel_init=_xavier,
@@ -116,8 +117,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         kinds = {"kernel_init": _xavier, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.up = nnx.Linear(config.dim, config.ffn_dim, kernel_metadata=kernel("width", "hidden"), **kinds)
-        self.down = nnx.Linear(config.ffn_dim, config.dim, kernel_metadata=kernel("hidden", "width"), **kinds)
+        self.up = Linear(config.dim, config.ffn_dim, kernel_metadata=kernel("width", "hidden"), **kinds)
+        self.down = Linear(config.ffn_dim, config.dim, kernel_metadata=kernel("hidden", "width"), **kinds)
 
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from rehyat_jax.adapters.linear import Linear
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.base import Mixer
 from rehyat_jax.mixers.config import Conversion
@@ -45,8 +46,8 @@ class TextEmbedder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         kinds = {"kernel_init": _normal, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.linear_1 = nnx.Linear(in_dim, dim, kernel_metadata=kernel(None, "width"), **kinds)
-        self.linear_2 = nnx.Linear(dim, dim, kernel_metadata=kernel("width", None), **kinds)
+        self.linear_1 = Linear(in_dim, dim, kernel_metadata=kernel(None, "width"), **kinds)
+        self.linear_2 = Linear(dim, dim, kernel_metadata=kernel("width", None), **kinds)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
@@ -61,7 +62,7 @@ class ConditionEmbedder(nnx.Module):
         self.time_embedder = TextEmbedder(
             config.freq_dim, config.dim, jax.nn.silu, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs
         )
-        self.time_proj = nnx.Linear(
+        self.time_proj = Linear(
             config.dim,
             6 * config.dim,
             kernel_init=_xavier,
@@ -113,7 +114,7 @@ class WanTransformer(nnx.Module):
         Raises:
             ConfigError: ``hybrid`` is not of a model of this depth.
         """
-        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
@@ -134,7 +135,7 @@ class WanTransformer(nnx.Module):
         )
         self.scale_shift_table = nnx.Param(modulation_table(rngs, 2, config.dim))
         out = config.out_channels * config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-        self.proj_out = nnx.Linear(
+        self.proj_out = Linear(
             config.dim,
             out,
             kernel_init=nnx.initializers.zeros_init(),
