@@ -33,6 +33,8 @@ _BLOCK_ARRAYS = 4.0
 #: What the VAE's decoder keeps between latent frames, and holds at once for the four frames of one, in float32 numbers
 #: a pixel and base channel. Its encoder: for each frame of a step.
 _DECODER_STATE, _DECODER, _ENCODER = 25.0, 10.0, 9.0
+#: How much more a residual decoder holds: its upsamplings keep their width.
+_RESIDUAL_DECODER = 2.0
 
 
 def weights_bytes(folder: Path, name: str, *, dtype: DTypeLike) -> int:
@@ -86,14 +88,14 @@ def mixer_cache_bytes(
 
 def decoder_bytes(vae: VAEConfig, *, height: int, width: int) -> int:
     """What decoding a latent frame holds: what is kept of the frames before among it."""
-    frames = vae.temporal_factor
-    return int((_DECODER_STATE + _DECODER * frames) * height * width * vae.base_dim * 4)
+    channels = vae.decoder_dim * (_RESIDUAL_DECODER if vae.is_residual else 1)
+    return int((_DECODER_STATE + _DECODER * vae.temporal_factor) * height * width / vae.patch**2 * channels * 4)
 
 
 def encoder_bytes(vae: VAEConfig, *, frames: int, height: int, width: int, latent_frames_per_step: int) -> int:
     """What encoding a video holds, so many latent frames at a time; the video in float32 among it."""
     step = min(latent_frames_per_step * vae.temporal_factor, frames)
-    return int(height * width * 4 * (_ENCODER * step * vae.base_dim + 2 * 3 * frames))
+    return int(height * width * 4 * (_ENCODER * step * vae.base_dim / vae.patch**2 + 2 * 3 * frames))
 
 
 def text_encoder_bytes(folder: Path, *, dtype: DTypeLike) -> int:

@@ -147,7 +147,7 @@ def _open(location: Location) -> Opened:
     # What lies under no other network's prefix may change this one: a LoRA is kept beside the weights it is for.
     others = tuple(each.prefix for each in held.values() if len(each.prefix) > len(found.prefix) and each is not found)
     _refuse_foreign(weights, [name for name in tensors.infos if not name.startswith(others)], (component,))
-    table = component.table(component.config_type())
+    table = component.all_rows()
     infos = {clean: tensors.infos[raw] for clean, raw in found.names.items()}
     if location.config is None:
         config = component.infer(Shapes(infos, table, found.dialect.name))

@@ -69,9 +69,9 @@ class Shapes:
         return max((self.most(re.escape(each).replace(r"\{\}", "([0-9]+)")) for each in spellings), default=0)
 
     def most(self, pattern: str) -> int:
-        """One more than the largest number, the pattern's group, of the file's names that begin so."""
-        found = [int(match[1]) for name in self._infos if (match := re.match(pattern, name)) and len(match[1]) < 9]
-        return max(found, default=-1) + 1
+        """One more than the largest number, the pattern's group that matched, of the file's names that begin so."""
+        found = [match[match.lastindex or 0] for name in self._infos if (match := re.match(pattern, name))]
+        return max((int(number) for number in found if len(number) < 9), default=-1) + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Component:
     config_type: type[Any]
     #: Does a ``config.json`` describe this network?
     described_by: Callable[[Mapping[str, Any]], bool]
-    #: The table. Its names at the default configuration, numbers aside, are those by which files are recognised.
+    #: The table.
     rows: Callable[[Any], tuple[Row, ...]]
     dialects: tuple[Dialect, ...]
     #: Sizes, read from the tensors' shapes where no configuration lies beside them.
@@ -130,6 +130,17 @@ class Component:
     #: Tensors that some files have beside it and that it does not need.
     unneeded: re.Pattern[str] | None = None
     attachment: Attachment | None = None
+    #: See `known_by`; none: the default configuration.
+    examples: tuple[Any, ...] = ()
+
+    def known_by(self) -> tuple[Any, ...]:
+        """The configurations whose names, numbers aside, are those by which files are recognised."""
+        return self.examples or (self.config_type(),)
+
+    def all_rows(self) -> tuple[Row, ...]:
+        """The rows of these configurations, each once."""
+        tables = [self.table(config) for config in self.known_by()]
+        return tuple({(row.ours, *map(str, row.names.values())): row for rows in tables for row in rows}.values())
 
     def table(self, config: Any) -> tuple[Row, ...]:
         """The rows with the names of every dialect."""
@@ -242,7 +253,7 @@ def _index() -> dict[str, list[tuple[str, str]]]:
     """Networks and dialects by each name that they know, numbers replaced by ``{}``."""
     index: dict[str, list[tuple[str, str]]] = {}
     for each in REGISTRY.values():
-        for row in each.table(each.config_type()):
+        for row in each.all_rows():
             for dialect in row.names:
                 for spelling in row.spellings(dialect):
                     owners = index.setdefault(generic(spelling), [])

@@ -66,11 +66,19 @@ def test_a_forward_pass_is_estimated_to_a_factor_of_two(model, shape, batch, hyb
 
 
 @pytest.mark.parametrize(
-    ("vae", "height", "width"), [(SMALL_VAE, 96, 64), full(VAEConfig(), 256, 448), full(VAEConfig(), 480, 832)]
+    ("vae", "height", "width"),
+    [
+        (SMALL_VAE, 96, 64),
+        full(VAEConfig(), 256, 448),
+        full(VAEConfig(), 480, 832),
+        full(VAEConfig.wan22(), 256, 448),
+        full(VAEConfig.wan22(), 704, 1280),
+    ],
 )
 def test_decoding_is_estimated_to_a_factor_of_two(vae, height, width):
     graph, weights = nnx.split(nnx.eval_shape(lambda: WanVAE(vae, rngs=nnx.Rngs(0))))
-    latent = jax.ShapeDtypeStruct((1, 1, height // 8, width // 8, 16), jnp.float32)
+    space = vae.spatial_factor
+    latent = jax.ShapeDtypeStruct((1, 1, height // space, width // space, vae.z_dim), jnp.float32)
 
     def first(weights, latent):
         return nnx.merge(graph, weights).decode_first(latent)
@@ -86,7 +94,12 @@ def test_decoding_is_estimated_to_a_factor_of_two(vae, height, width):
 
 @pytest.mark.parametrize(
     ("vae", "frames", "height", "width", "step"),
-    [(SMALL_VAE, 9, 96, 64, 2), full(VAEConfig(), 17, 256, 448, 4), full(VAEConfig(), 81, 256, 448, 4)],
+    [
+        (SMALL_VAE, 9, 96, 64, 2),
+        full(VAEConfig(), 17, 256, 448, 4),
+        full(VAEConfig(), 81, 256, 448, 4),
+        full(VAEConfig.wan22(), 17, 256, 448, 4),
+    ],
 )
 def test_encoding_is_estimated_to_a_factor_of_two(vae, frames, height, width, step):
     graph, weights = nnx.split(nnx.eval_shape(lambda: WanVAE(vae, rngs=nnx.Rngs(0))))

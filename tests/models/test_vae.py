@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' ``AutoencoderKLWan``, and its state against itself."""
+"""The autoencoders against diffusers' ``AutoencoderKLWan``, and their state against itself."""
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ from rehyat_jax.models.wan.vae_rows import vae_rows
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def config(base_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample):
+def config(base_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample, **more):
     """With statistics that differ by channel."""
     return VAEConfig(
+        **more,
         base_dim=base_dim,
         z_dim=z_dim,
         dim_mult=dim_mult,
@@ -32,8 +33,15 @@ def config(base_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample):
 
 
 # Odd widths, every pattern of halvings in time, sides that are not squares. (frames, height, width) of the video.
+RESIDUAL = {"is_residual": True, "patch_size": 2}
 CASES = {
     "wan's shape": (config(6, 4, (1, 2, 4, 4), 1, (False, True, True)), (9, 24, 40)),
+    "residual": (config(4, 3, (1, 2, 2), 1, (False, True), decoder_base_dim=6, **RESIDUAL), (5, 16, 24)),
+    "wan2.2's shape": (
+        config(6, 5, (1, 2, 4, 4), 2, (False, True, True), decoder_base_dim=8, **RESIDUAL),
+        (13, 32, 48),
+    ),
+    "residual, two halvings": (config(4, 3, (1, 2, 1), 2, (True, True), is_residual=True), (9, 8, 12)),
     "two levels, early halvings": (config(10, 3, (1, 2, 3), 2, (True, True)), (13, 12, 20)),
     "late first": (config(8, 5, (2, 1, 3, 2), 1, (True, False, True)), (5, 40, 24)),
     "halving once": (config(14, 2, (1, 3), 1, (True,)), (9, 6, 10)),
@@ -114,7 +122,7 @@ def small():
     return ours_from(reference(SMALL, seed=7), SMALL)
 
 
-@pytest.mark.parametrize("case", tiers.breadth(CASES))
+@pytest.mark.parametrize("case", tiers.breadth(CASES, test=2))
 def test_as_diffusers(case):
     cfg, shape = CASES[case]
     model = reference(cfg, seed=len(case))
@@ -134,7 +142,7 @@ def test_as_diffusers(case):
     np.testing.assert_allclose(decode(vae, latents), expected_video, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", [tiers.full("wan's shape"), "halving once"])
+@pytest.mark.parametrize("case", [tiers.full("wan's shape"), tiers.full("wan2.2's shape"), "halving once", "residual"])
 def test_in_pieces_as_whole(case):
     cfg, (_, height, width) = CASES[case]
     vae = ours_from(reference(cfg, seed=1), cfg)
@@ -251,8 +259,8 @@ def test_impossible_latents(small):
 
 @pytest.mark.parametrize(
     "cfg",
-    [VAEConfig.wan(), VAEConfig.mini_sprites(), *(c for c, _ in CASES.values())],
-    ids=["wan", "mini-sprites", *CASES],
+    [VAEConfig.wan(), VAEConfig.wan22(), VAEConfig.mini_sprites(), *(c for c, _ in CASES.values())],
+    ids=["wan", "wan2.2", "mini-sprites", *CASES],
 )
 def test_names(cfg):
     """Ours and diffusers' names and shapes are in one-to-one correspondence, with no memory taken."""

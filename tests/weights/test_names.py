@@ -25,7 +25,11 @@ from rehyat_jax.weights.rows import torch_shape, translate
 assert checkpoints  # registers the networks
 DIALECTS = ("diffusers", "original")
 #: Tensors of one block and of the ends: 27 and 15 in the published T2V-1.3B, which has 825 in all.
-SIZES = {"1.3B": (WanConfig.t2v_1_3b(), 825), "14B": (WanConfig.t2v_14b(), 40 * 27 + 15)}
+SIZES = {
+    "1.3B": (WanConfig.t2v_1_3b(), 825),
+    "14B": (WanConfig.t2v_14b(), 40 * 27 + 15),
+    "TI2V-5B": (WanConfig.ti2v_5b(), 825),
+}
 
 
 def named_shapes(component, config, dialect):
@@ -90,13 +94,41 @@ def test_original_transformer_names_are_the_published_ones():
     assert published.items() <= shapes.items()
 
 
-def test_vae_names_and_shapes_are_diffusers_and_the_published_ones():
-    config = VAEConfig.wan()
+@pytest.mark.parametrize("config", [VAEConfig.wan(), VAEConfig.wan22()], ids=["Wan2.1", "Wan2.2"])
+def test_vae_names_and_shapes_are_diffusers_and_the_published_ones(config):
     with torch.device("meta"):
-        theirs = AutoencoderKLWan()
+        theirs = AutoencoderKLWan.from_config(config.to_dict())
     diffusers, original = (named_shapes("vae", config, dialect) for dialect in DIALECTS)
     assert diffusers == torch_shapes(theirs.state_dict())
-    assert torch_shapes(convert_wan_vae_to_diffusers(on_meta(original))) == diffusers
+    assert torch_shapes(_vae_by_diffusers(on_meta(original))) == diffusers
+
+
+def _vae_by_diffusers(original):
+    """diffusers knows Wan2.1's names on loading; Wan2.2's are in its ``scripts/convert_wan_to_diffusers.py``, whose
+    rules these are."""
+    if "encoder.downsamples.0.downsamples.0.residual.0.gamma" not in original:
+        return convert_wan_vae_to_diffusers(original)
+    ends = {
+        "conv1.": "quant_conv.", "conv2.": "post_quant_conv.",
+        "encoder.conv1.": "encoder.conv_in.", "decoder.conv1.": "decoder.conv_in.",
+        "encoder.head.0.": "encoder.norm_out.", "encoder.head.2.": "encoder.conv_out.",
+        "decoder.head.0.": "decoder.norm_out.", "decoder.head.2.": "decoder.conv_out.",
+        **{f"{side}.middle.{i}.": f"{side}.mid_block.{ours}."
+           for side in ("encoder", "decoder") for i, ours in enumerate(("resnets.0", "attentions.0", "resnets.1"))},
+    }  # fmt: skip
+    inner = {"residual.0.": "norm1.", "residual.2.": "conv1.", "residual.3.": "norm2.", "residual.6.": "conv2."}
+    inner |= {"shortcut.": "conv_shortcut."}
+    converted = {}
+    for name, tensor in original.items():
+        short = next((new + name.removeprefix(old) for old, new in ends.items() if name.startswith(old)), name)
+        for side, down, sampler in (("encoder", "down", "downsampler"), ("decoder", "up", "upsampler")):
+            group = rf"{side}\.{down}samples\.(\d+)\.{down}samples\.(\d+)\."
+            short = re.sub(group + r"(resample\.1|time_conv)", rf"{side}.{down}_blocks.\1.{sampler}.\3", short)
+            short = re.sub(group, rf"{side}.{down}_blocks.\1.resnets.\2.", short)
+        for old, new in inner.items():
+            short = short.replace(f".{old}", f".{new}")
+        converted[short] = tensor
+    return converted
 
 
 def test_umt5_xxl_names_and_shapes_are_transformers():
@@ -139,7 +171,9 @@ def test_float32_rows_are_those_that_diffusers_keeps():
 
 
 @pytest.mark.parametrize(
-    "rows", [TRANSFORMER, UMT5, REGISTRY["vae"].rows(VAEConfig())], ids=["transformer", "umt5", "vae"]
+    "rows",
+    [TRANSFORMER, UMT5, REGISTRY["vae"].rows(VAEConfig()), REGISTRY["vae"].rows(VAEConfig.wan22())],
+    ids=["transformer", "umt5", "vae", "vae2.2"],
 )
 @settings(deadline=None, max_examples=examples(40), derandomize=True)
 @given(data=st.data(), layer=st.integers(0, 10_000))
@@ -173,7 +207,7 @@ def test_patterns_are_anchored(name):
 
 
 def test_no_name_means_two_things():
-    for rows in (TRANSFORMER, UMT5, REGISTRY["vae"].rows(VAEConfig())):
+    for rows in (TRANSFORMER, UMT5, *(REGISTRY["vae"].rows(config) for config in (VAEConfig(), VAEConfig.wan22()))):
         for names in ([row.ours for row in rows], *([row.name(each) for row in rows] for each in DIALECTS)):
             assert len(set(names)) == len(names)
 
@@ -212,10 +246,11 @@ def test_two_names_for_one_tensor_are_refused():
         holdings(["head.head.weight", "model.head.head.weight"])
 
 
-@pytest.mark.parametrize("component", list(REGISTRY))
+@pytest.mark.parametrize(
+    ("component", "config"), [(each, config) for each in REGISTRY for config in REGISTRY[each].known_by()]
+)
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_each_network_is_recognised_and_no_prefix_is_part_of_a_name(component, dialect):
-    config = REGISTRY[component].config_type()
+def test_each_network_is_recognised_and_no_prefix_is_part_of_a_name(component, config, dialect):
     names = [row.name(dialect, 0 if row.stacked else None) for row in REGISTRY[component].rows(config)]
     ((name, found),) = holdings(names).items()
     assert (name, found.dialect.name) == (component, dialect)

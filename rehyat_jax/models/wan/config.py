@@ -77,6 +77,11 @@ class WanConfig:
         return cls(num_layers=40, num_attention_heads=40, ffn_dim=13824)
 
     @classmethod
+    def ti2v_5b(cls) -> WanConfig:
+        """Of Wan2.2, on the latents of `VAEConfig.wan22`."""
+        return cls(num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48)
+
+    @classmethod
     def mini_sprites(cls) -> WanConfig:
         """The bundled model: 4 heads of 64, ten layers, 64 tokens a latent frame."""
         return cls(
@@ -132,30 +137,36 @@ class WanConfig:
 
 
 #: What files may say of the autoencoder that it has one form of.
-_VAE_HAS: dict[str, Any] = {
-    "is_residual": False,
-    "patch_size": None,
-    "decoder_base_dim": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "dropout": 0.0,
-    "clip_output": True,
-    "quantization_config": None,
-}
+_VAE_HAS: dict[str, Any] = {"dropout": 0.0, "clip_output": True, "quantization_config": None}
 #: What diffusers writes and the other values say.
-_VAE_NOTES = frozenset({"scale_factor_spatial", "scale_factor_temporal"})
+_VAE_NOTES = frozenset({"scale_factor_spatial", "scale_factor_temporal", "in_channels", "out_channels"})
 
 #: Wan2.1's published latent statistics (diffusers, ``AutoencoderKLWan``'s defaults).
 _WAN_LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                      0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
 _WAN_LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+#: Wan2.2's, of its autoencoder of 48 channels (Wan-Video/Wan2.2, ``wan/modules/vae2_2.py``).
+_WAN22_LATENTS_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+_WAN22_LATENTS_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """The Wan2.1 causal video autoencoder. Defaults are Wan2.1's; names are those of diffusers' ``config.json``."""
+    """The causal video autoencoders of Wan2.1 and of Wan2.2's 5B. Defaults are Wan2.1's; names are those of diffusers'
+    ``config.json``."""
 
+    #: Of the encoder, and of the decoder where that has none of its own.
     base_dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -165,9 +176,19 @@ class VAEConfig:
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: tuple[float, ...] = _WAN_LATENTS_MEAN
     latents_std: tuple[float, ...] = _WAN_LATENTS_STD
+    #: Wan2.2's: each level is a residual group, with a shortcut around its change of size.
+    is_residual: bool = False
+    decoder_base_dim: int | None = None
+    #: Pixels that are folded into channels before the first layer, along each side; None: 1.
+    patch_size: int | None = None
 
     def __post_init__(self) -> None:
         check_whole_numbers(self, "base_dim", "z_dim", "num_res_blocks")
+        check_whole_numbers(self, *(n for n in ("decoder_base_dim", "patch_size") if getattr(self, n) is not None))
+        if not isinstance(self.is_residual, bool):
+            raise ConfigError(f"VAEConfig.is_residual must be true or false, not {self.is_residual!r}")
+        if (self.patch_size or 1) > 16:
+            raise ConfigError(f"VAEConfig.patch_size must be at most 16, not {self.patch_size}")
         if not self.dim_mult or not all(is_whole(m, 64) for m in self.dim_mult):
             raise ConfigError(f"VAEConfig.dim_mult must be whole numbers from 1 to 64, not {self.dim_mult!r}")
         halves = self.temperal_downsample
@@ -185,7 +206,22 @@ class VAEConfig:
     @property
     def spatial_factor(self) -> int:
         """Pixels a latent pixel stands for, along each side."""
-        return 2 ** len(self.temperal_downsample)
+        return self.patch * 2 ** len(self.temperal_downsample)
+
+    @property
+    def patch(self) -> int:
+        """Pixels that are folded into channels, along each side."""
+        return self.patch_size or 1
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of a folded pixel: what the first layer takes and the last one gives."""
+        return 3 * self.patch**2
+
+    @property
+    def decoder_dim(self) -> int:
+        """The decoder's base width."""
+        return self.decoder_base_dim or self.base_dim
 
     @property
     def temporal_factor(self) -> int:
@@ -195,6 +231,19 @@ class VAEConfig:
     @classmethod
     def wan(cls) -> VAEConfig:
         return cls()
+
+    @classmethod
+    def wan22(cls) -> VAEConfig:
+        """Of Wan2.2's TI2V-5B: 16 pixels a side and four frames become one latent pixel of 48 channels."""
+        return cls(
+            base_dim=160,
+            decoder_base_dim=256,
+            z_dim=48,
+            latents_mean=_WAN22_LATENTS_MEAN,
+            latents_std=_WAN22_LATENTS_STD,
+            is_residual=True,
+            patch_size=2,
+        )
 
     @classmethod
     def mini_sprites(cls) -> VAEConfig:
@@ -213,7 +262,7 @@ class VAEConfig:
         """From diffusers' ``vae/config.json``.
 
         Raises:
-            ConfigError: a value is impossible, or the file describes another autoencoder (Wan2.2's, …).
+            ConfigError: a value is impossible, or the file describes another autoencoder.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         check_understood("Wan VAE configuration", source, known=known | _VAE_NOTES, required=_VAE_HAS)
@@ -224,9 +273,25 @@ class VAEConfig:
         if "attn_scales" in values:
             scales = values["attn_scales"]
             values["attn_scales"] = () if scales is None or scales == [] else entries("attn_scales", scales)
-        return cls(**values)
+        config = cls(**values)
+        for name in ("in_channels", "out_channels"):
+            if source.get(name, config.pixel_channels) != config.pixel_channels:
+                raise ConfigError(
+                    f"Wan VAE configuration: {name} = {str(source[name])[:80]} is not supported (only "
+                    f"{config.pixel_channels}, for patch_size {config.patch_size})"
+                )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """diffusers' ``AutoencoderKLWan`` configuration, complete."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.36.0", **values, "dropout": 0.0}
+        return {
+            "_class_name": "AutoencoderKLWan",
+            "_diffusers_version": "0.36.0",
+            **values,
+            "dropout": 0.0,
+            "in_channels": self.pixel_channels,
+            "out_channels": self.pixel_channels,
+            "scale_factor_spatial": self.spatial_factor,
+            "scale_factor_temporal": self.temporal_factor,
+        }

@@ -1,8 +1,10 @@
-"""Wan2.1's causal video autoencoder (diffusers, ``models/autoencoders/autoencoder_kl_wan.py``, Wan2.1's variant).
+"""Wan's causal video autoencoders (diffusers, ``models/autoencoders/autoencoder_kl_wan.py``): Wan2.1's, and that of
+Wan2.2's 5B, whose levels are residual groups (`models.wan.residual`) on pixels folded into channels.
 
-Eight pixels a side and four frames become one latent pixel; the first frame becomes a latent frame of its own. Every
-layer looks back in time only, so that each is a map from (frames, state) to (frames, state), and the whole is too: a
-video goes through at once, parallel in time, or in pieces of any length with the state handed on, with the same result.
+Eight or sixteen pixels a side and four frames become one latent pixel; the first frame becomes a latent frame of its
+own. Every layer looks back in time only, so that each is a map from (frames, state) to (frames, state), and the
+whole is too: a video goes through at once, parallel in time, or in pieces of any length with the state handed on, with
+the same result.
 
 A state of ``None`` means the start. There the layers that change the frame rate let the very first frame pass as it is:
 
@@ -13,29 +15,31 @@ A state of ``None`` means the start. There the layers that change the frame rate
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.wan.config import VAEConfig
-from rehyat_jax.models.wan.conv import CausalConv3d, Conv2d, RMSNorm, at_least_float32, identity_tap, repeat_pixels
-
-#: Frames of pixels or of features, [B,F,H,W,C]; layers may change any of the sizes but the first.
-Frames = Float[Array, "_ _ _ _ _"]
-#: Nested tuples of the frames that layers still need to see; one layout for a given configuration and frame size.
-State: TypeAlias = PyTree[Float[Array, "..."]]
-
-_CUBE = (3, 3, 3)
-_POINT = (1, 1, 1)
-_TIME = (3, 1, 1)
+from rehyat_jax.models.wan.conv import CausalConv3d, RMSNorm, at_least_float32
+from rehyat_jax.models.wan.residual import DownGroup, UpGroup, fold_pixels, unfold_pixels
+from rehyat_jax.models.wan.vae_layers import (
+    CUBE,
+    POINT,
+    Downsample,
+    Frames,
+    MidBlock,
+    ResidualBlock,
+    State,
+    UpBlock,
+    Upsample,
+    run,
+)
 
 
 class Moments(NamedTuple):
@@ -45,191 +49,95 @@ class Moments(NamedTuple):
     logvar: Float[Array, "B T h w z"]
 
 
-class ResidualBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1x1 convolution on the shortcut where the width changes."""
-
-    def __init__(self, in_features: int, out_features: int, **kw: Any) -> None:
-        self.norm1 = RMSNorm(in_features, **kw)
-        self.conv1 = CausalConv3d(in_features, out_features, kernel_size=_CUBE, **kw)
-        self.norm2 = RMSNorm(out_features, **kw)
-        self.conv2 = CausalConv3d(out_features, out_features, kernel_size=_CUBE, **kw)
-        widens = in_features != out_features
-        self.conv_shortcut = CausalConv3d(in_features, out_features, kernel_size=_POINT, **kw) if widens else None
-
-    def __call__(self, x: Frames, state: State | None) -> tuple[Frames, State]:
-        past1, past2 = (None, None) if state is None else state
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut.valid(x)
-        x, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1)
-        x, past2 = self.conv2(jax.nn.silu(self.norm2(x)), past2)
-        return shortcut + x, (past1, past2)
-
-
-class AttentionBlock(nnx.Module):
-    """Self-attention of one head among the pixels of each frame by itself."""
-
-    def __init__(self, features: int, **kw: Any) -> None:
-        self.norm = RMSNorm(features, **kw)
-        self.to_qkv = Conv2d(features, 3 * features, kernel_size=1, **kw)
-        # Starts as the identity, as the official code does.
-        self.proj = Conv2d(features, features, kernel_size=1, kernel_init=nnx.initializers.zeros_init(), **kw)
-
-    def __call__(self, x: Frames) -> Frames:
-        qkv = self.to_qkv(self.norm(x))
-        batch, frames, height, width, channels = x.shape
-        query, key, value = jnp.split(qkv.reshape(batch, frames, height * width, 3 * channels), 3, axis=-1)
-        wide = at_least_float32(x.dtype)
-        logits = jnp.einsum("bfqc,bfkc->bfqk", query, key, preferred_element_type=wide) / math.sqrt(channels)
-        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        out = jnp.einsum("bfqk,bfkc->bfqc", weights, value)
-        return x + self.proj(out.reshape(x.shape))
-
-
-class MidBlock(nnx.Module):
-    """Residual block, attention, residual block."""
-
-    def __init__(self, features: int, **kw: Any) -> None:
-        self.resnets = nnx.List([ResidualBlock(features, features, **kw) for _ in range(2)])
-        self.attentions = nnx.List([AttentionBlock(features, **kw)])
-
-    def __call__(self, x: Frames, state: State | None) -> tuple[Frames, State]:
-        first, second = (None, None) if state is None else state
-        x, first = self.resnets[0](x, first)
-        x, second = self.resnets[1](self.attentions[0](x), second)
-        return x, (first, second)
-
-
-class Downsample(nnx.Module):
-    """Half the size; with ``time``, also half the frames (2k+1 become k+1 at the start, 2k become k later)."""
-
-    def __init__(self, features: int, *, time: bool, **kw: Any) -> None:
-        # Padded below and to the right only.
-        self.resample = Conv2d(features, features, kernel_size=3, stride=2, padding=(0, 1), **kw)
-        init = identity_tap(copies=1, tap=1)
-        self.time_conv = CausalConv3d(features, features, kernel_size=_TIME, kernel_init=init, **kw) if time else None
-
-    def __call__(self, x: Frames, state: State | None) -> tuple[Frames, State]:
-        x = self.resample(x)
-        if self.time_conv is None:
-            return x, ()
-        seen = x if state is None else jnp.concatenate([state[0], x], axis=1)
-        parts = [x[:, :1]] if state is None else []
-        if seen.shape[1] > 1:
-            parts.append(self.time_conv.valid(seen, stride=2))
-        return jnp.concatenate(parts, axis=1), (x[:, -1:],)
-
-
-class Upsample(nnx.Module):
-    """Twice the size and half the channels; with ``time``, also twice the frames, the very first excepted."""
-
-    def __init__(self, features: int, *, time: bool, **kw: Any) -> None:
-        self.resample = Conv2d(features, features // 2, kernel_size=3, padding=(1, 1), **kw)
-        init = identity_tap(copies=2, tap=2)
-        self.time_conv = (
-            CausalConv3d(features, 2 * features, kernel_size=_TIME, kernel_init=init, **kw) if time else None
-        )
-
-    def __call__(self, x: Frames, state: State | None) -> tuple[Frames, State]:
-        if self.time_conv is None:
-            past: State = ()
-        elif state is not None:
-            x, past = self._double(self.time_conv, x, state[0])
-            past = (past,)
-        elif x.shape[1] > 1:
-            later, past = self._double(self.time_conv, x[:, 1:], None)
-            x, past = jnp.concatenate([x[:, :1], later], axis=1), (past,)
-        else:
-            past = (jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype),)
-        return self.resample(repeat_pixels(x)), past
-
-    @staticmethod
-    def _double(time_conv: CausalConv3d, x: Frames, past: Frames | None) -> tuple[Frames, Frames]:
-        batch, frames, height, width, channels = x.shape
-        y, past = time_conv(x, past)
-        y = y.reshape(batch, frames, height, width, 2, channels).transpose(0, 1, 4, 2, 3, 5)
-        return y.reshape(batch, 2 * frames, height, width, channels), past
-
-
-def _run(layers: Sequence[Any], x: Frames, states: State | None) -> tuple[Frames, State]:
-    """Layers one after the other, each with its own state."""
-    given = [None] * len(layers) if states is None else states
-    kept = []
-    for layer, state in zip(layers, given, strict=True):
-        x, state = layer(x, state)
-        kept.append(state)
-    return x, tuple(kept)
-
-
 #: Without it, a patch of one plain colour would leave no trace of its brightness behind the first norm.
 _first_bias = nnx.initializers.normal(0.1)
 
 
+def _plain_down(config: VAEConfig, **kw: Any) -> list[nnx.Module]:
+    """Wan2.1's levels, one layer after the other."""
+    layers: list[nnx.Module] = []
+    width = config.base_dim
+    for level, multiple in enumerate(config.dim_mult):
+        for _ in range(config.num_res_blocks):
+            layers.append(ResidualBlock(width, multiple * config.base_dim, **kw))
+            width = multiple * config.base_dim
+        if level < len(config.temperal_downsample):
+            layers.append(Downsample(width, time=config.temperal_downsample[level], **kw))
+    return layers
+
+
+def _plain_up(config: VAEConfig, **kw: Any) -> list[nnx.Module]:
+    """Wan2.1's levels; each upsampling halves the channels."""
+    blocks: list[nnx.Module] = []
+    width, doubling = config.dim_mult[-1] * config.decoder_dim, config.temperal_downsample[::-1]
+    for level, multiple in enumerate(config.dim_mult[::-1]):
+        out = multiple * config.decoder_dim
+        upsampler = Upsample(out, out // 2, time=doubling[level], **kw) if level < len(doubling) else None
+        blocks.append(UpBlock(width, out, blocks=config.num_res_blocks + 1, upsampler=upsampler, **kw))
+        width = out // 2 if upsampler else out
+    return blocks
+
+
+def _residual_down(config: VAEConfig, **kw: Any) -> list[nnx.Module]:
+    """Wan2.2's levels."""
+    widths = [config.base_dim, *(multiple * config.base_dim for multiple in config.dim_mult)]
+    times = (*config.temperal_downsample, None)
+    return [
+        DownGroup(width, out, blocks=config.num_res_blocks, time=time, **kw)
+        for width, out, time in zip(widths, widths[1:], times, strict=False)
+    ]
+
+
+def _residual_up(config: VAEConfig, **kw: Any) -> list[nnx.Module]:
+    """Wan2.2's levels."""
+    multiples = config.dim_mult[::-1]
+    widths = [multiple * config.decoder_dim for multiple in (multiples[0], *multiples)]
+    times = (*config.temperal_downsample[::-1], None)
+    return [
+        UpGroup(width, out, blocks=config.num_res_blocks + 1, time=time, **kw)
+        for width, out, time in zip(widths, widths[1:], times, strict=False)
+    ]
+
+
 class Encoder(nnx.Module):
-    """Frames [B,F,H,W,3] to features [B,T,h,w,2z]."""
+    """Folded frames [B,F,H,W,c] to features [B,T,h,w,2z]."""
 
     def __init__(self, config: VAEConfig, **kw: Any) -> None:
-        width = config.base_dim
-        self.conv_in = CausalConv3d(3, width, kernel_size=_CUBE, bias_init=_first_bias, **kw)
-        layers: list[nnx.Module] = []
-        for level, multiple in enumerate(config.dim_mult):
-            for _ in range(config.num_res_blocks):
-                layers.append(ResidualBlock(width, multiple * config.base_dim, **kw))
-                width = multiple * config.base_dim
-            if level < len(config.temperal_downsample):
-                layers.append(Downsample(width, time=config.temperal_downsample[level], **kw))
-        self.down_blocks = nnx.List(layers)
+        self.conv_in = CausalConv3d(
+            config.pixel_channels, config.base_dim, kernel_size=CUBE, bias_init=_first_bias, **kw
+        )
+        width = config.dim_mult[-1] * config.base_dim
+        self.down_blocks = nnx.List((_residual_down if config.is_residual else _plain_down)(config, **kw))
         self.mid_block = MidBlock(width, **kw)
         self.norm_out = RMSNorm(width, **kw)
-        self.conv_out = CausalConv3d(width, 2 * config.z_dim, kernel_size=_CUBE, **kw)
+        self.conv_out = CausalConv3d(width, 2 * config.z_dim, kernel_size=CUBE, **kw)
 
     def __call__(self, x: Frames, state: State | None) -> tuple[Frames, State]:
         first, down, mid, last = (None,) * 4 if state is None else state
         x, first = self.conv_in(x, first)
-        x, down = _run(self.down_blocks, x, down)
+        x, down = run(self.down_blocks, x, down)
         x, mid = self.mid_block(x, mid)
         x, last = self.conv_out(jax.nn.silu(self.norm_out(x)), last)
         return x, (first, down, mid, last)
 
 
-class UpBlock(nnx.Module):
-    """Residual blocks, then an upsampling unless it is the last block."""
-
-    def __init__(
-        self, in_features: int, out_features: int, *, blocks: int, upsampler: Upsample | None, **kw: Any
-    ) -> None:
-        widths = [in_features] + [out_features] * blocks
-        self.resnets = nnx.List([ResidualBlock(a, b, **kw) for a, b in itertools.pairwise(widths)])
-        self.upsamplers = nnx.List([] if upsampler is None else [upsampler])
-
-    def __call__(self, x: Frames, state: State | None) -> tuple[Frames, State]:
-        resnets, upsamplers = (None, None) if state is None else state
-        x, resnets = _run(self.resnets, x, resnets)
-        x, upsamplers = _run(self.upsamplers, x, upsamplers)
-        return x, (resnets, upsamplers)
-
-
 class Decoder(nnx.Module):
-    """Latents [B,T,h,w,z] to frames [B,F,H,W,3]."""
+    """Latents [B,T,h,w,z] to folded frames [B,F,H,W,c]."""
 
     def __init__(self, config: VAEConfig, **kw: Any) -> None:
-        width = config.dim_mult[-1] * config.base_dim
-        self.conv_in = CausalConv3d(config.z_dim, width, kernel_size=_CUBE, bias_init=_first_bias, **kw)
+        width = config.dim_mult[-1] * config.decoder_dim
+        self.conv_in = CausalConv3d(config.z_dim, width, kernel_size=CUBE, bias_init=_first_bias, **kw)
         self.mid_block = MidBlock(width, **kw)
-        doubling = config.temperal_downsample[::-1]
-        blocks = []
-        for level, multiple in enumerate(config.dim_mult[::-1]):
-            out = multiple * config.base_dim
-            upsampler = Upsample(out, time=doubling[level], **kw) if level < len(doubling) else None
-            blocks.append(UpBlock(width, out, blocks=config.num_res_blocks + 1, upsampler=upsampler, **kw))
-            width = out // 2 if upsampler else out
-        self.up_blocks = nnx.List(blocks)
+        self.up_blocks = nnx.List((_residual_up if config.is_residual else _plain_up)(config, **kw))
+        width = config.dim_mult[0] * config.decoder_dim
         self.norm_out = RMSNorm(width, **kw)
-        self.conv_out = CausalConv3d(width, 3, kernel_size=_CUBE, **kw)
+        self.conv_out = CausalConv3d(width, config.pixel_channels, kernel_size=CUBE, **kw)
 
     def __call__(self, x: Frames, state: State | None) -> tuple[Frames, State]:
         first, mid, up, last = (None,) * 4 if state is None else state
         x, first = self.conv_in(x, first)
         x, mid = self.mid_block(x, mid)
-        x, up = _run(self.up_blocks, x, up)
+        x, up = run(self.up_blocks, x, up)
         x, last = self.conv_out(jax.nn.silu(self.norm_out(x)), last)
         return x, (first, mid, up, last)
 
@@ -253,7 +161,7 @@ def _in_steps(layer: Callable[[Frames, State | None], tuple[Frames, State]], x: 
 class WanVAE(nnx.Module):
     """The autoencoder. Videos are [B,F,H,W,3] in -1..1, latents [B,T,h,w,z] with F = 4(T-1) + 1, H = 8h, W = 8w.
 
-    (Four and eight are Wan's ``temporal_factor`` and ``spatial_factor``; a configuration may have others.)
+    (Four and eight are Wan2.1's ``temporal_factor`` and ``spatial_factor``; a configuration may have others.)
 
     Args:
         config: sizes.
@@ -267,8 +175,8 @@ class WanVAE(nnx.Module):
         kw: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config, self.dtype = config, dtype
         self.encoder = Encoder(config, **kw)
-        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, kernel_size=_POINT, **kw)
-        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, kernel_size=_POINT, **kw)
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, kernel_size=POINT, **kw)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, kernel_size=POINT, **kw)
         self.decoder = Decoder(config, **kw)
 
     def encode(
@@ -295,7 +203,7 @@ class WanVAE(nnx.Module):
             raise RehyatError(f"a video of {width}x{height} cannot be encoded: both sides must be multiples of {space}")
         _check_step(frames_per_step)
         step = None if frames_per_step is None else frames_per_step * time
-        features = _in_steps(self.encoder, video.astype(self.dtype), step=step)
+        features = _in_steps(self.encoder, fold_pixels(video, self.config.patch).astype(self.dtype), step=step)
         mean, logvar = jnp.split(self.quant_conv.valid(features), 2, axis=-1)
         return Moments(mean, jnp.clip(logvar, -30.0, 20.0))
 
@@ -339,7 +247,8 @@ class WanVAE(nnx.Module):
     def _decode(self, latents: Frames, state: State | None) -> tuple[Frames, State]:
         if latents.shape[-1] != self.config.z_dim:
             raise RehyatError(f"latents have {latents.shape[-1]} channels, and this decoder takes {self.config.z_dim}")
-        return self.decoder(self.post_quant_conv.valid(latents.astype(self.dtype)), state)
+        video, state = self.decoder(self.post_quant_conv.valid(latents.astype(self.dtype)), state)
+        return unfold_pixels(video, self.config.patch), state
 
     def _statistics(self, latents: Array) -> tuple[Array, Array]:
         wide = at_least_float32(latents.dtype)

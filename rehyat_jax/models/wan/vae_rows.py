@@ -1,11 +1,13 @@
-"""The autoencoder's tensors: their names here, in diffusers and in the original ``Wan2.1_VAE.pth``.
+"""The autoencoders' tensors: their names here, in diffusers and in the original ``Wan2.1_VAE.pth``, ``Wan2.2_VAE.pth``.
 
 Sources: diffusers, ``models/autoencoders/autoencoder_kl_wan.py`` and ``scripts/convert_wan_to_diffusers.py``;
-Wan-Video/Wan2.1, ``wan/modules/vae.py``.
+Wan-Video/Wan2.1, ``wan/modules/vae.py``; Wan-Video/Wan2.2, ``wan/modules/vae2_2.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 
 from rehyat_jax.models.wan.config import VAEConfig
@@ -72,7 +74,18 @@ def _ends(side: str) -> list[Row]:
 
 
 def _encoder(config: VAEConfig) -> list[Row]:
-    rows, layer, width = _ends("encoder"), 0, 1
+    rows = _ends("encoder")
+    return rows + (_down_groups(config) if config.is_residual else _down(config))
+
+
+def _decoder(config: VAEConfig) -> list[Row]:
+    rows = _ends("decoder")
+    return rows + (_up_groups(config) if config.is_residual else _up(config))
+
+
+def _down(config: VAEConfig) -> list[Row]:
+    rows: list[Row] = []
+    layer, width = 0, 1
     for level, multiple in enumerate(config.dim_mult):
         for _ in range(config.num_res_blocks):
             names = f"encoder.down_blocks.{layer}", f"encoder.downsamples.{layer}"
@@ -85,13 +98,14 @@ def _encoder(config: VAEConfig) -> list[Row]:
     return rows
 
 
-def _decoder(config: VAEConfig) -> list[Row]:
+def _up(config: VAEConfig) -> list[Row]:
     doubling = config.temperal_downsample[::-1]
-    rows, layer, width = _ends("decoder"), 0, config.dim_mult[-1] * config.base_dim
+    rows: list[Row] = []
+    layer, width = 0, config.dim_mult[-1] * config.decoder_dim
     for level, multiple in enumerate(config.dim_mult[::-1]):
         block = f"decoder.up_blocks.{level}"
         for index in range(config.num_res_blocks + 1):
-            out = multiple * config.base_dim
+            out = multiple * config.decoder_dim
             rows += _resnet(f"{block}.resnets.{index}", f"decoder.upsamples.{layer}", shortcut=width != out)
             layer, width = layer + 1, out
         if level < len(doubling):
@@ -100,8 +114,47 @@ def _decoder(config: VAEConfig) -> list[Row]:
     return rows
 
 
+def _down_groups(config: VAEConfig) -> list[Row]:
+    widths = (1, *config.dim_mult)
+    return _groups(
+        "encoder.down_blocks", "encoder.downsamples.{}.downsamples", widths, config.num_res_blocks,
+        sampler="downsampler", times=config.temperal_downsample,
+    )  # fmt: skip
+
+
+def _up_groups(config: VAEConfig) -> list[Row]:
+    multiples = config.dim_mult[::-1]
+    return _groups(
+        "decoder.up_blocks", "decoder.upsamples.{}.upsamples", (multiples[0], *multiples), config.num_res_blocks + 1,
+        sampler="upsampler", times=config.temperal_downsample[::-1],
+    )  # fmt: skip
+
+
+def _groups(
+    path: str, original: str, widths: tuple[int, ...], blocks: int, *, sampler: str, times: tuple[bool, ...]
+) -> list[Row]:
+    """Levels from each width to the next; all but the last have a change of size, the original's last in its list."""
+    rows: list[Row] = []
+    for level, (width, out) in enumerate(itertools.pairwise(widths)):
+        ours, theirs = f"{path}.{level}", original.format(level)
+        for index in range(blocks):
+            rows += _resnet(f"{ours}.resnets.{index}", f"{theirs}.{index}", shortcut=not index and width != out)
+        if level < len(times):
+            rows += _resample(f"{ours}.{sampler}", f"{theirs}.{blocks}", time=times[level])
+    return rows
+
+
 def _infer(shapes: Shapes) -> VAEConfig:
-    """Wan2.1's, at the width and depth that the tensors show."""
+    """Wan2.1's or Wan2.2's, at the width and depth that the tensors show."""
+    if blocks := shapes.most(_GROUPED):
+        config = VAEConfig.wan22()
+        return dataclasses.replace(
+            config,
+            base_dim=shapes.get("encoder.conv_in.weight", rank=5)[0],
+            decoder_base_dim=shapes.get("decoder.conv_in.weight", rank=5)[0] // config.dim_mult[-1],
+            z_dim=shapes.get("post_quant_conv.weight", rank=5)[0],
+            num_res_blocks=blocks,
+        )
     stages = len(VAEConfig().dim_mult)
     layers = shapes.most(r"encoder\.(?:downsamples|down_blocks)\.([0-9]+)\.")
     return VAEConfig(
@@ -111,6 +164,10 @@ def _infer(shapes: Shapes) -> VAEConfig:
     )
 
 
+#: A residual block of Wan2.2's first level, by its number.
+_GROUPED = r"encoder\.(?:downsamples\.0\.downsamples\.([0-9]+)\.residual|down_blocks\.0\.resnets\.([0-9]+))\."
+
+
 WAN_VAE = Component(
     name="vae",
     title="Wan VAE",
@@ -118,6 +175,7 @@ WAN_VAE = Component(
     config_type=VAEConfig,
     described_by=lambda config: config.get("_class_name") == "AutoencoderKLWan",
     rows=vae_rows,
+    examples=(VAEConfig.wan(), VAEConfig.wan22()),
     dialects=(
         Dialect(
             name="diffusers",
@@ -129,5 +187,4 @@ WAN_VAE = Component(
     least_tensors=lambda config: config.num_res_blocks,
     stem="diffusion_pytorch_model",
     released_as=re.compile(r".*vae", re.IGNORECASE),
-    foreign={"a Wan2.2 VAE": re.compile(r"\.downsamples\.0\.downsamples\.|encoder\.down_blocks\.0\.resnets\.")},
 )
