@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 from flax import nnx
 
+from rehyat_jax.adapters.lora import loras_of
+from rehyat_jax.adapters.merging import Merged, with_loras
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.folder import DEFAULTS_FILE, SCHEDULER_FILE, find_checkpoint, read_defaults, read_scheduler
@@ -59,7 +62,11 @@ _MODEL_INDEX = {
 
 
 def load_transformer(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, hybrid: Conversion | Literal["auto"] | None = "auto"
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    hybrid: Conversion | Literal["auto"] | None = "auto",
+    loras: Iterable[Any] = (),
 ) -> WanTransformer:
     """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
 
@@ -72,21 +79,36 @@ def load_transformer(
         hybrid: ``"auto"``: as the folder is. None: the teacher alone. A configuration: the teacher with these blocks
             converted and newly initialised (from seed 0; `WanTransformer.with_hybrid` takes another), where a
             conversion begins.
+        loras: LoRA files or folders of any dialect, merged into the weights in this order: each a path, a path and a
+            strength, or a text ``FILE[:strength]``.
 
     Raises:
         CheckpointError: missing, truncated, foreign, incomplete, misshapen or not finite, in either part.
         ConfigError: a configuration is impossible or another architecture's, or ``hybrid`` names a block too many.
     """
+    return open_transformer(path, dtype=dtype, hybrid=hybrid, loras=loras)[0]
+
+
+def open_transformer(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    hybrid: Conversion | Literal["auto"] | None = "auto",
+    loras: Iterable[Any] = (),
+) -> tuple[WanTransformer, Merged]:
+    """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs."""
     dtype = known_dtype(dtype)
     plan = make_plan(find_checkpoint(path), "transformer", dtype=dtype)
     student = attached_to("transformer", plan, dtype=dtype) if hybrid == "auto" else None
-    module = cast(WanTransformer, filled((student and student.instead) or plan, dtype=dtype))
+    base = (student and student.instead) or plan
+    merged = Merged(base=dataclasses.replace(base, abstract=None), dtype=dtype, loras=loras_of(loras))
+    module = cast(WanTransformer, filled(with_loras(base, merged.loras), dtype=dtype))
     if isinstance(hybrid, Conversion):
-        return module.with_hybrid(hybrid, rngs=nnx.Rngs(0))
+        return module.with_hybrid(hybrid, rngs=nnx.Rngs(0)), merged
     if student is None:
-        return module
+        return module, merged
     blocks = cast(Any, filled(student.plan, dtype=dtype))
-    return module.with_hybrid(student.plan.config, blocks=blocks)
+    return module.with_hybrid(student.plan.config, blocks=blocks), merged
 
 
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:

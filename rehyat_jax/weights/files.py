@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -82,6 +83,8 @@ class TensorSource(abc.ABC):
     """Named tensors on disk."""
 
     infos: Mapping[str, TensorInfo]
+    #: Words that a file has beside its tensors.
+    metadata: Mapping[str, str] = MappingProxyType({})
     #: What is read: one file, or an index and its shards.
     files: tuple[Path, ...]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import jax
@@ -36,21 +37,47 @@ def filled(plan: LoadPlan, *, dtype: Any) -> nnx.Module:
     Raises:
         CheckpointError: as `LoadPlan.read`.
     """
-    by_path: dict[str, list[Slot]] = {}
-    for slot in plan.slots:
-        by_path.setdefault(slot.row.ours, []).append(slot)
-    module = plan.abstract
+    by_path, module = _by_path(plan), plan.abstract
     state = nnx.state(module)
     for ours, variable in parameters(state).items():
-        slots = by_path[ours]
-        array = _aligned(variable.get_value().shape, narrow(slots[0].row, dtype))
-        for slot in slots:
-            place = array if slot.place is None else array[slot.place]
-            fill(torch_view(place, slot.row.layout), plan.read(slot, array.dtype))
+        array = _read(plan, by_path[ours], variable.get_value().shape, dtype)
         # The array is ours alone and never written again: the backend may keep it as it is.
         variable.set_value(jax.device_put(array, may_alias=True).block_until_ready())
     nnx.update(module, state)
     return module
+
+
+def refilled(module: nnx.Module, plan: LoadPlan, paths: Set[str], *, dtype: Any) -> nnx.Module:
+    """The same module with some parameters read again, each on the devices that it is on; the others are shared.
+
+    Raises:
+        CheckpointError: as `LoadPlan.read`.
+    """
+    by_path = _by_path(plan)
+    graph, state = nnx.split(module)
+    state = jax.tree.map(lambda x: x, state)  # variables of its own
+    for ours, variable in parameters(state).items():
+        if ours in paths:
+            now = variable.get_value()
+            array = _read(plan, by_path[ours], now.shape, dtype)
+            variable.set_value(jax.device_put(array, now.sharding, may_alias=True).block_until_ready())
+    return nnx.merge(graph, state)
+
+
+def _by_path(plan: LoadPlan) -> dict[str, list[Slot]]:
+    by_path: dict[str, list[Slot]] = {}
+    for slot in plan.slots:
+        by_path.setdefault(slot.row.ours, []).append(slot)
+    return by_path
+
+
+def _read(plan: LoadPlan, slots: list[Slot], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A parameter on the host, as the module keeps it."""
+    array = _aligned(shape, narrow(slots[0].row, dtype))
+    for slot in slots:
+        place = array if slot.place is None else array[slot.place]
+        fill(torch_view(place, slot.row.layout), plan.read(slot, array.dtype))
+    return array
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -30,6 +30,18 @@ _SCALED = (
 )
 
 
+@runtime_checkable
+class Change(Protocol):
+    """What is done to a tensor while it is read, in float32 and in the file's shape: a LoRA's part is added."""
+
+    def applied(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same rows, changed.
+
+        Raises:
+            CheckpointError: what it adds cannot be read.
+        """
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
     """One tensor of the file and its place in ours."""
@@ -42,12 +54,15 @@ class Slot:
     sources: tuple[str, ...]
     #: As the file shapes it.
     shape: tuple[int, ...]
+    changes: tuple[Change, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadPlan:
     """Checked weights, still on disk."""
 
+    #: Of which network, or whose part.
+    component: Component
     #: What they are, in words.
     title: str
     #: Of the file that holds them when they are written, without ending.
@@ -74,13 +89,24 @@ class LoadPlan:
                 file was cut meanwhile.
         """
         source = self._settled(slot) if len(slot.sources) > 1 else slot.sources[0]
-        found = not slot.row.not_zero
-        for piece in self.tensors.pieces(source):
-            for block in blocks(piece, dtype, f"{self.weights}: tensor {source!r}"):
-                found = found or largest(block) > 0
-                yield block
+        found, what = not slot.row.not_zero, f"{self.weights}: tensor {source!r}"
+        kept = (b for piece in self.tensors.pieces(source) for b in blocks(piece, dtype, what))
+        for block in self._changed(slot, source, dtype) if slot.changes else kept:
+            found = found or largest(block) > 0
+            yield block
         if not found:
             raise CheckpointError(f"{self.weights}: the embedding {source!r} is all zeros")
+
+    def _changed(self, slot: Slot, source: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """A tensor with its changes: added in float32, and cast once."""
+        what = f"{self.weights}: tensor {source!r}"
+        wide: Iterator[np.ndarray] = (
+            block for piece in self.tensors.pieces(source) for block in blocks(piece, np.dtype(np.float32), what)
+        )
+        for change in slot.changes:
+            wide = change.applied(wide)
+        for block in wide:
+            yield from blocks(block, dtype, f"{what} with what is added to it")
 
     def _settled(self, slot: Slot) -> str:
         """Which of tied tensors is read: they are the same, the same in a narrower type, or all but one are zeros."""
@@ -198,6 +224,7 @@ def make_plan(path: Path, name: str, *, dtype: Any = np.float32) -> LoadPlan:
         raise CheckpointError(f"{weights} holds {len(opened.names)} tensors, too few for its configuration {config}")
     abstract = component.abstract(config, dtype)
     return LoadPlan(
+        component=component,
         title=component.title,
         stem=component.stem,
         dialect=opened.dialect,
@@ -268,6 +295,25 @@ def pair_tensors(
         if unread := next((raw for raw in slot.sources if not tensors.infos[raw].readable), None):
             raise CheckpointError(f"{where}: tensor {unread!r} is of type {tensors.infos[unread].kind}; {READABLE}")
     return tuple(slots)
+
+
+def unfilled(component: Component, config: Any) -> tuple[Slot, ...]:
+    """The slots of a network of these sizes, without a file: what a file of it would hold."""
+    shapes = {
+        path: tuple(leaf.get_value().shape)
+        for path, leaf in parameters(nnx.state(component.abstract(config, np.float32))).items()
+    }
+    return tuple(
+        Slot(
+            row=row,
+            layer=layer,
+            place=number if row.stacked else None,
+            sources=(),
+            shape=torch_shape(shapes[path][1:] if row.stacked else shapes[path], row.layout),
+        )
+        for path, row in pair(component.table(config), shapes).items()
+        for number, layer in enumerate(row.numbers(shapes[path]))
+    )
 
 
 def parameters(state: Any) -> dict[str, nnx.Variable]:

@@ -132,6 +132,8 @@ class Component:
     attachment: Attachment | None = None
     #: See `known_by`; none: the default configuration.
     examples: tuple[Any, ...] = ()
+    #: Sizes that were published, by the name that they are known by.
+    published: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
 
     def known_by(self) -> tuple[Any, ...]:
         """The configurations whose names, numbers aside, are those by which files are recognised."""
@@ -210,7 +212,7 @@ def holdings(names: Iterable[str]) -> dict[str, Holding]:
     Raises:
         CheckpointError: a network is there twice, and nothing tells which one is meant.
     """
-    clean = {name: _unwrapped(name) for name in names}
+    clean = {name: unwrapped(name) for name in names}
     found: dict[tuple[str, str], dict[str, int]] = {}
     marked: set[tuple[str, str, str]] = set()
     index = _index()
@@ -240,7 +242,8 @@ def holdings(names: Iterable[str]) -> dict[str, Holding]:
     return {name: best[name] for name in REGISTRY if name in best}
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """A name without what torch's wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -293,7 +296,7 @@ def beside(holding: Holding, others: Iterable[Holding], name: str, info: TensorI
     """Is this tensor, which the table does not know, no part of the network but something kept beside it?"""
     raw = holding.names[name]
     within = any(
-        len(other.prefix) > len(holding.prefix) and _unwrapped(raw).startswith(other.prefix)
+        len(other.prefix) > len(holding.prefix) and unwrapped(raw).startswith(other.prefix)
         for other in others
         if other is not holding
     )

@@ -28,6 +28,9 @@ class SafetensorsFile(TensorSource):
             raise CheckpointError(f"{path} has a header of {length} bytes: not a safetensors file")
         header = parse_object(self._file.read(8, length), f"the header of {path}")
         self._start = 8 + length
+        words = header.get("__metadata__", {})
+        pairs = words.items() if isinstance(words, dict) else ()
+        self.metadata = {key: value for key, value in pairs if isinstance(value, str)}
         self.infos, self._offsets = self._checked(header, self._file.size - self._start)
 
     def _checked(self, header: dict[str, Any], size: int) -> tuple[dict[str, TensorInfo], dict[str, int]]:

@@ -108,4 +108,5 @@ WAN_TRANSFORMER = Component(
         "high_noise_model": "a Wan2.2 checkpoint of two transformers",
     },
     attachment=STUDENT,
+    published={"Wan2.1 1.3B": WanConfig.t2v_1_3b, "Wan2.1 14B": WanConfig.t2v_14b},
 )

@@ -27,7 +27,7 @@ from rehyat_jax.models.wan.mixing import Mixing, listed
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.opening import open_tensors
 from rehyat_jax.weights.plan import LoadPlan, make_plan, pair_tensors, parameters
-from rehyat_jax.weights.registry import Attached
+from rehyat_jax.weights.registry import Attached, component
 from rehyat_jax.weights.rows import Row
 from rehyat_jax.weights.save import of_module, write_network
 
@@ -93,6 +93,7 @@ class StudentPart:
             user=f"its {folder / 'config.json'}",
         )
         plan = LoadPlan(
+            component=component("transformer"),
             title="converted blocks",
             stem=STEM,
             dialect=DIALECT,
