@@ -5,9 +5,10 @@ huggingface/diffusers ``src/diffusers/pipelines/wan/pipeline_wan.py`` is what it
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -17,9 +18,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from rehyat_jax.adapters.lora import Lora, loras_of
+from rehyat_jax.adapters.merging import Merged
 from rehyat_jax.errors import CheckpointError, RehyatError, RehyatWarning
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.checkpoints import load_transformer, load_vae
+from rehyat_jax.models.checkpoints import load_vae, open_transformer
 from rehyat_jax.models.folder import Defaults, find_model, read_defaults, read_scheduler
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
@@ -51,6 +54,7 @@ class TextToVideo:
         transformer, vae, text: the three networks; the text part turns prompts into [B, 512, text_dim].
         schedule, solver: the noise levels and the solver, unless a call names others.
         defaults: sizes, steps and guidance, unless a call names others.
+        weights: the transformer's on disk, from which it is had with other LoRAs; without them it has those it has.
 
     Raises:
         CheckpointError: the parts do not fit each other.
@@ -68,6 +72,7 @@ class TextToVideo:
         schedule: FlowSchedule,
         solver: Solver,
         defaults: Defaults,
+        weights: Merged | None = None,
     ) -> None:
         channels = (transformer.config.in_channels, transformer.config.out_channels)
         if channels != (vae.config.z_dim, vae.config.z_dim):
@@ -80,6 +85,7 @@ class TextToVideo:
             )
         self.transformer, self.vae, self.text = transformer, vae, text
         self.schedule, self.solver, self.defaults = schedule, solver, defaults
+        self._weights = weights
 
     @classmethod
     def from_pretrained(
@@ -90,6 +96,7 @@ class TextToVideo:
         hybrid: Conversion | Literal["auto"] | None = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
         repair_prompts: bool = True,
+        loras: Iterable[Any] = (),
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -104,6 +111,8 @@ class TextToVideo:
             cache_dir: folder of compiled programs and prompt embeddings; ``None``: $REHYAT_CACHE_DIR, else the user's
                 cache folder. One that cannot be written is done without.
             repair_prompts: have ftfy repair prompts (curly quotes, full-width letters, …), as Wan's own code does.
+            loras: as `load_lora` takes them one by one: paths, pairs of a path and a strength, or texts
+                ``FILE[:strength]``.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used.
@@ -115,14 +124,82 @@ class TextToVideo:
         cache = cache_folder(cache_dir)
         keep_compiled(cache)
         schedule, solver = read_scheduler(folder)
+        transformer, weights = open_transformer(folder, dtype=dtype, hybrid=hybrid, loras=loras)
         return cls(
-            transformer=load_transformer(folder, dtype=dtype, hybrid=hybrid),
+            transformer=transformer,
+            weights=weights,
             vae=load_vae(folder),
             text=PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair_prompts),
             schedule=schedule,
             solver=solver,
             defaults=read_defaults(folder),
         )
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The strengths of the LoRAs in the transformer's weights, by name."""
+        return {} if self._weights is None else {lora.name: lora.strength for lora in self._weights.loras}
+
+    def load_lora(self, path: str | os.PathLike[str], *, strength: float | int = 1.0, name: str | None = None) -> str:
+        """Merge a LoRA of any dialect into the transformer's weights, beside those that are there.
+
+        Calls and streams begun from now on have it; a stream that is open goes on as it was begun.
+
+        Args:
+            path: a file, or PEFT's folder.
+            strength: 1 as it was trained, 0 not at all; negative: the contrary.
+            name: for `set_loras` and `unload_lora`; the file's without its ending when not given.
+
+        Returns:
+            The name.
+
+        Raises:
+            CheckpointError: it is damaged, no LoRA, for another model, or another kind of adapter.
+            RehyatError: the name is taken; the pipeline was made of modules, without their files.
+        """
+        plain = arguments.user_path("path", path)
+        lora = Lora(plain, arguments.number("strength", strength), "" if name is None else arguments.text("name", name))
+        self._merge([*self._on_disk().loras, lora])
+        return lora.name
+
+    def set_loras(self, strengths: Mapping[str, float | int]) -> None:
+        """Give loaded LoRAs these strengths, and those that are not named 0 (diffusers' ``set_adapters``).
+
+        Raises:
+            RehyatError: there is none of such a name, or a strength is no finite number.
+        """
+        loaded = self._on_disk().loras
+        for name in strengths:
+            self._check_loaded(name)
+        self._merge(
+            dataclasses.replace(lora, strength=arguments.number(lora.name, strengths.get(lora.name, 0.0)))
+            for lora in loaded
+        )
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take one LoRA off, or all: of the last, the weights are the base's bit for bit.
+
+        Raises:
+            RehyatError: there is none of such a name.
+        """
+        if name is not None:
+            self._check_loaded(name)
+        self._merge(lora for lora in self._on_disk().loras if name not in (None, lora.name))
+
+    def _check_loaded(self, name: str) -> None:
+        if name not in self.loras:
+            raise arguments.wrong("name", name, f"that of a loaded LoRA ({', '.join(self.loras) or 'there is none'})")
+
+    def _on_disk(self) -> Merged:
+        if self._weights is None:
+            raise RehyatError(
+                "this pipeline was made of modules, without their files: give load_transformer the LoRAs, or make it "
+                "by from_pretrained"
+            )
+        return self._weights
+
+    def _merge(self, loras: Iterable[Lora]) -> None:
+        self.transformer, self._weights = self._on_disk().changed(self.transformer, loras_of(loras))
 
     def __call__(
         self,

@@ -152,7 +152,7 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
     Raises:
         CheckpointError: missing, damaged, or no LoRA; another kind of adapter (LoHa, LoKr, DoRA, …), by name.
     """
-    file, config_file = _located(Path(path))
+    file, config_file = located(Path(path))
     tensors = open_tensors(file)
     # A training program's file has much beside its generator's LoRA.
     inside = [name for name in tensors.infos if name.startswith("generator_lora.")] or list(tensors.infos)
@@ -186,7 +186,7 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
     )
 
 
-def _located(path: Path) -> tuple[Path, Path | None]:
+def located(path: Path) -> tuple[Path, Path | None]:
     """The weights, and PEFT's configuration where there is one."""
     if path.is_dir():
         found = weights_in(path)

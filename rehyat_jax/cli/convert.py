@@ -34,6 +34,9 @@ class Convert:
     """Of a student that was finetuned: the model it was converted from, to be kept beside it. The result is the teacher
     for diffusers, and here the student, whose own weights are in its rehyat part."""
 
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:STRENGTH]")] = ()
+    """A LoRA file or folder of any dialect, merged into the transformer's weights for good. Again for another."""
+
 
 def main(argv: list[str]) -> None:
     options = parse_options(Convert, argv, command="convert")
@@ -57,6 +60,7 @@ def main(argv: list[str]) -> None:
             destination,
             dtype=options.dtype,
             teacher=None if options.teacher is None else find_model(options.teacher),
+            loras=options.lora,
             progress=lambda done, total: display("MB", math.ceil(done / 1e6), math.ceil(total / 1e6)),
         )
     write_record(

@@ -41,6 +41,10 @@ class Generate:
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR")] = "mini-sprites"
     """A bundled model's name, or the folder of a Wan2.1 checkpoint (diffusers or original layout)."""
 
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:STRENGTH]")] = ()
+    """A LoRA file or folder of any dialect, merged into the transformer's weights; 1 as it was trained. Again for
+    another."""
+
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.mp4")] = Path("video.mp4")
     """Where the video is to stand."""
 
@@ -155,6 +159,7 @@ def _run(options: Generate) -> None:
                 hybrid=hybrid,
                 cache_dir=options.cache_dir,
                 repair_prompts=options.repair_prompts,
+                loras=options.lora,
             )
         if options.hybrid is not None:
             _note(
@@ -177,8 +182,10 @@ def _run(options: Generate) -> None:
                 "remember": remember,
             },
         )
-        asked = {name: getattr(options, name) for name in ("prompt", "model", "hybrid", "seed", "dtype", "out")} | {
-            "negative": request.negative_prompt
+        asked = {
+            name: getattr(options, name) for name in ("prompt", "model", "lora", "hybrid", "seed", "dtype", "out")
+        } | {
+            "negative": request.negative_prompt,
         }
         streams = pipe.transformer.why_not_stream() is None
         if options.sweep == "per-chunk" or options.resume or (options.sweep is None and streams):
@@ -223,8 +230,9 @@ def _whole_video(
             files.enter_context(whole_file(path)) for path in (outputs.video, outputs.sheet, outputs.record)
         )
         display("write", 0, 1)
+        made_by = described(request, settings, model=str(record["model"]), loras=pipe.loras)
         with phases.measure("write"):
-            write_video(video, frames, fps=pipe.fps, metadata=described(request, settings, model=str(record["model"])))
+            write_video(video, frames, fps=pipe.fps, metadata=made_by)
             contact_sheet(sheet, frames, output=outputs.video)
         made = dataclasses.asdict(settings) | {"solver": str(settings.solver), "sweep": "per-step"}
         write_record(

@@ -68,7 +68,7 @@ class Request:
     sampling: Mapping[str, Any]
 
 
-def described(request: Request, settings: Settings, *, model: str) -> dict[str, str]:
+def described(request: Request, settings: Settings, *, model: str, loras: Mapping[str, float]) -> dict[str, str]:
     """What the video itself says of how it was made."""
     from rehyat_jax.video.metadata import generation_metadata
 
@@ -77,6 +77,7 @@ def described(request: Request, settings: Settings, *, model: str) -> dict[str, 
         negative_prompt=request.negative_prompt,
         seed=request.seed,
         model=model,
+        loras=loras,
         settings=dataclasses.asdict(settings) | {"solver": str(settings.solver), "num_frames": request.frames},
     )
 
@@ -140,7 +141,7 @@ def stream_video(
     if resume and _is_finished(outputs.video):  # it was killed after its last chunk
         reopen_video(outputs.video, outputs.video)
     settings = pipe.settings(num_frames=1 + pipe.vae.config.temporal_factor * (chunk - 1), **request.sampling)
-    metadata = described(request, settings, model=str(record["model"]))
+    metadata = described(request, settings, model=str(record["model"]), loras=pipe.loras)
     with GrowingVideo(outputs.video, fps=pipe.fps, metadata=metadata) as video:
         display("text", 0, 1)
         with phases.measure("text"):

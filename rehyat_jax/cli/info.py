@@ -16,7 +16,7 @@ class Info:
     """Tell what a checkpoint holds: dialect, sizes, tensors, bytes. No tensor is read."""
 
     path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="PATH|NAME")]]
-    """A checkpoint's folder, a component's folder, or a file; or a bundled model's name."""
+    """A checkpoint's folder, a component's folder, or a file; a LoRA; or a bundled model's name."""
 
 
 def main(argv: list[str]) -> None:

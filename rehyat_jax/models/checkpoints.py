@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import jax.numpy as jnp
 from flax import nnx
 
+from rehyat_jax.adapters.inspect import LoraInfo, describe_lora, holds_lora
 from rehyat_jax.adapters.lora import loras_of
 from rehyat_jax.adapters.merging import Merged, with_loras
 from rehyat_jax.errors import CheckpointError
@@ -173,6 +174,7 @@ def convert(
     *,
     dtype: Any = None,
     teacher: str | os.PathLike[str] | None = None,
+    loras: Iterable[Any] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -188,34 +190,39 @@ def convert(
         dtype: None keeps each tensor's; otherwise float32, bfloat16 or float16, by the rule of `load_transformer`.
         teacher: a checkpoint whose transformer is kept beside a student's: ``dst`` is then the teacher for diffusers
             and for ``hybrid=None``, and the student, finetuned weights and all, is in its ``rehyat/`` part.
+        loras: merged into the transformer's weights (a student's own), as `load_transformer` takes them.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
             be written; with ``teacher``, the source is no student or of other sizes.
         ConfigError: a configuration is impossible or another architecture's.
     """
+    chosen = loras_of(loras)
     convert_weights(
         user_path("src", src),
         user_path("dst", dst),
         write_rest=_copy_the_rest,
         dtype=dtype,
         around=None if teacher is None else user_path("teacher", teacher),
+        changed={"transformer": lambda plan: with_loras(plan, chosen)} if chosen else {},
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
 
 
-def describe(path: str | os.PathLike[str]) -> CheckpointInfo:
+def describe(path: str | os.PathLike[str]) -> CheckpointInfo | LoraInfo:
     """Dialect, sizes, parameters and number formats of what would be loaded; no tensor is read.
 
     Args:
-        path: a whole checkpoint's folder, a network's folder or a weights file, in any dialect.
+        path: a whole checkpoint's folder, a network's folder or a weights file, in any dialect; or a LoRA.
 
     Raises:
         CheckpointError: missing, damaged, incomplete, or not of a network that this program knows.
         ConfigError: a configuration is impossible or another architecture's.
     """
     path = user_path("path", path)
+    if holds_lora(path):
+        return describe_lora(path, component("transformer"))
     info = describe_weights(path)
     whole = path.is_dir() and {"transformer", "vae"} <= set(components_in(path))
     return dataclasses.replace(info, notes=_settings(path)) if whole else info

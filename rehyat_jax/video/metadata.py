@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 #: A1111's words for settings, in its order.
@@ -19,19 +20,27 @@ _WORDS = {
     "seed": "Seed",
     "size": "Size",
     "model": "Model",
+    "loras": "LoRA",
     "shift": "Shift",
     "num_frames": "Frames",
 }
 
 
 def generation_metadata(
-    *, prompt: str, negative_prompt: str, seed: int, model: str, settings: Mapping[str, Any]
+    *,
+    prompt: str,
+    negative_prompt: str,
+    seed: int,
+    model: str,
+    settings: Mapping[str, Any],
+    loras: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, str]:
     """The entries ``parameters`` and ``comment``.
 
     Args:
         settings: resolved ones, by the names of :class:`~rehyat_jax.sampling.settings.Settings`; whatever JSON does
             not know is told as text.
+        loras: strengths by name.
     """
     schedule = settings.get("schedule")
     told = {
@@ -39,6 +48,7 @@ def generation_metadata(
         **settings,
         "seed": seed,
         "model": model,
+        "loras": ", ".join(f"{name}:{strength:g}" for name, strength in loras.items()) or None,
         "size": f"{settings.get('width')}x{settings.get('height')}",
     }
     lines = [prompt, *([f"Negative prompt: {negative_prompt}"] if negative_prompt else [])]
@@ -48,6 +58,7 @@ def generation_metadata(
         "negative_prompt": negative_prompt,
         "seed": seed,
         "model": model,
+        **({"loras": dict(loras)} if loras else {}),
         "settings": dict(settings),
         "made_by": "rehyat",
     }

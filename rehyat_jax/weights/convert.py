@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ def convert_weights(
     write_rest: WriteRest,
     dtype: Any = None,
     around: Path | None = None,
+    changed: Mapping[str, Callable[[LoadPlan], LoadPlan]] = MappingProxyType({}),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -41,6 +43,7 @@ def convert_weights(
         dtype: None keeps each tensor's; otherwise float32, bfloat16 or float16.
         around: a checkpoint whose weights stand in the place of those of the network that has a part of its own; its
             weights go into that part.
+        changed: by network, what is made of the plan of its weights: of its part's, where that has weights of its own.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
@@ -53,6 +56,14 @@ def convert_weights(
     if whole and (missing := [name for name in REGISTRY if name not in plans]):
         raise CheckpointError(f"{src} has no {' and no '.join(missing)}: name one network to convert it alone")
     attached = {name: part for name, plan in plans.items() if (part := attached_to(name, plan, dtype=dtype))}
+    for name, change in changed.items():
+        if name not in plans:
+            raise CheckpointError(f"{src} has no {component(name).title}, whose weights are to be changed")
+        part = attached.get(name)
+        if part is not None and part.instead is not None:
+            attached[name] = dataclasses.replace(part, instead=change(part.instead))
+        else:
+            plans[name] = change(plans[name])
     if around is not None:
         if not attached:
             raise CheckpointError(f"{src} is no student: there is nothing to keep a teacher beside")
