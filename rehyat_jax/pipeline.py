@@ -23,7 +23,8 @@ from rehyat_jax.adapters.merging import Merged
 from rehyat_jax.errors import CheckpointError, RehyatError, RehyatWarning
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import load_vae, open_transformer
-from rehyat_jax.models.folder import Defaults, find_model, read_defaults, read_scheduler
+from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
+from rehyat_jax.models.wan.conditions import VideoSize, conditioning_of
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime import arguments
@@ -31,6 +32,7 @@ from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
 from rehyat_jax.sampling.codec import Pixels, to_float, to_uint8
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import ChunkNoise, Shape, video_keys
 from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
 from rehyat_jax.sampling.session import Session, prompt_list
@@ -38,6 +40,7 @@ from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.state import fingerprint
 from rehyat_jax.streams.stream import Stream
 from rehyat_jax.text.prompt_encoder import PromptEncoder
+from rehyat_jax.video.images import Images
 
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
 OnStep = Callable[[str, int, int], None]
@@ -55,13 +58,11 @@ class TextToVideo:
         schedule, solver: the noise levels and the solver, unless a call names others.
         defaults: sizes, steps and guidance, unless a call names others.
         weights: the transformer's on disk, from which it is had with other LoRAs; without them it has those it has.
+        traits: how the networks work together.
 
     Raises:
         CheckpointError: the parts do not fit each other.
     """
-
-    #: Frames a second that Wan is trained at.
-    fps = 16
 
     def __init__(
         self,
@@ -73,12 +74,12 @@ class TextToVideo:
         solver: Solver,
         defaults: Defaults,
         weights: Merged | None = None,
+        traits: Traits | None = None,
     ) -> None:
-        channels = (transformer.config.in_channels, transformer.config.out_channels)
-        if channels != (vae.config.z_dim, vae.config.z_dim):
-            raise CheckpointError(
-                f"the transformer takes and gives {channels} channels and the VAE's latents have {vae.config.z_dim}"
-            )
+        self.traits = traits or Traits()
+        self._conditioning = conditioning_of(
+            transformer.config, vae.config, clean_first_frame=self.traits.clean_first_frame
+        )
         if text.text_dim != transformer.config.text_dim:
             raise CheckpointError(
                 f"the transformer takes text of {transformer.config.text_dim} features, the encoder has {text.text_dim}"
@@ -86,6 +87,11 @@ class TextToVideo:
         self.transformer, self.vae, self.text = transformer, vae, text
         self.schedule, self.solver, self.defaults = schedule, solver, defaults
         self._weights = weights
+
+    @property
+    def fps(self) -> int:
+        """Frames a second that the model is trained at."""
+        return self.defaults.fps
 
     @classmethod
     def from_pretrained(
@@ -133,6 +139,7 @@ class TextToVideo:
             schedule=schedule,
             solver=solver,
             defaults=read_defaults(folder),
+            traits=read_traits(folder),
         )
 
     @property
@@ -205,6 +212,8 @@ class TextToVideo:
         self,
         prompt: str | list[str],
         *,
+        image: Any = None,
+        last_image: Any = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -222,6 +231,8 @@ class TextToVideo:
 
         Args:
             prompt: what to show. Beyond 512 tokens it is cut.
+            image, last_image: what the video begins and ends with, for models that take images: uint8 [H, W, 3], a PIL
+                image, or a file's path. One of another shape than the video is cropped, with a warning.
             num_frames: cut to 4k + 1, with a warning.
             height, width: in pixels; cut to multiples of what a token covers (16 in Wan), with a warning.
             num_inference_steps: evaluations of the transformer (twice that with guidance).
@@ -254,6 +265,7 @@ class TextToVideo:
             negative_prompt=_or(negative_prompt, self.defaults.negative_prompt),
             seed=seed,
             noise=noise,
+            images=Images.read(image, last_image),
             output=output,
             on_step=on_step,
         )
@@ -273,6 +285,7 @@ class TextToVideo:
         remember: ContextNoise | None = None,
         first_chunk_steps: int | None = None,
         beginning: Shaped[np.ndarray, "..."] | None = None,
+        image: Any = None,
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
 
@@ -287,6 +300,7 @@ class TextToVideo:
             beginning: frames that the stream goes on from, uint8 [F, H, W, 3]; of its size, and so many that
                 they are whole chunks: of chunks of 3 latent frames 9, 21, 33, … Its own frames come after these. For a
                 list of prompts one for each, [B, F, H, W, 3].
+            image: the first frame, for models that take images (others go on from a ``beginning``); as for a call.
 
         Other arguments as for a call.
 
@@ -312,6 +326,7 @@ class TextToVideo:
             negative_prompt=_or(negative_prompt, self.defaults.negative_prompt),
             seed=seed,
             beginning=beginning,
+            images=Images.read(image, None),
         )
 
     def start_stream(
@@ -322,16 +337,23 @@ class TextToVideo:
         negative_prompt: str = "",
         seed: int = 0,
         beginning: Shaped[np.ndarray, "..."] | None = None,
+        images: Images | None = None,
     ) -> Stream:
         """As `open_stream`, with settings resolved beforehand."""
+        images, session = images or Images(), self.session(settings)
+        self._conditioning.check(images)
+        if beginning is not None and images.first is not None:
+            raise RehyatError("a stream begins with an image or goes on from a beginning, not both")
+        count = len(prompt_list(prompt, negative_prompt))
         return Stream.start(
-            self.session(settings),
+            session,
             prompt,
             text=self.text,
             model=self._fingerprint,
             negative_prompt=negative_prompt,
             seed=seed,
             beginning=beginning,
+            condition=self._condition(images, settings, count, session),
         )
 
     def stream(self, prompt: str | list[str], **options: Any) -> Iterator[np.ndarray]:
@@ -421,12 +443,15 @@ class TextToVideo:
         negative_prompt: str = "",
         seed: int = 0,
         noise: Float[Array | np.ndarray, "B T h w z"] | None = None,
+        images: Images | None = None,
         output: Literal["uint8", "float"] = "uint8",
         on_step: OnStep | None = None,
         phases: Phases | None = None,
     ) -> UInt8[np.ndarray, "*B F H W 3"] | Float[np.ndarray, "*B F H W 3"]:
         """As a call, with settings resolved beforehand; ``phases`` takes times and memory."""
         arguments.choice("output", output, tuple(_PIXELS))
+        images = images or Images()
+        self._conditioning.check(images)
         session = self.session(settings)
         prompts = prompt_list(prompt, negative_prompt)
         if settings.by_chunks and noise is not None:
@@ -439,14 +464,15 @@ class TextToVideo:
 
         with measure("text"):
             text = session.embed(self.text, prompts, negative_prompt, on_prompt=partial(on_step, "text"))
+            condition = self._condition(images, settings, len(prompts), session)
         with measure("denoise"):
             if settings.by_chunks:
                 keys = video_keys(seed, count=len(prompts))
-                latents = session.denoise_by_chunks(keys, text, on_chunk=partial(on_step, "denoise"))
+                latents = session.denoise_by_chunks(keys, text, condition, on_chunk=partial(on_step, "denoise"))
             else:
                 total = settings.num_inference_steps
                 on_step("denoise", 0, total)
-                latents = session.denoise(noise, text, on_step=lambda done: on_step("denoise", done, total))
+                latents = session.denoise(noise, text, condition, on_step=lambda done: on_step("denoise", done, total))
         with measure("decode"):
             total, video = latents.shape[1], []
             on_step("decode", 0, total)
@@ -455,6 +481,10 @@ class TextToVideo:
                 on_step("decode", len(video), total)
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
+
+    def _condition(self, images: Images, settings: Settings, count: int, session: Session) -> Condition:
+        size = VideoSize(count=count, frames=settings.num_frames, height=settings.height, width=settings.width)
+        return self._conditioning.condition(images, size, codec=session.codec)
 
     def _size(self, *, num_frames: Any, height: Any, width: Any) -> tuple[int, int, int]:
         """Frames, height and width as they can be made; diffusers' rounding and warnings."""

@@ -19,11 +19,11 @@ MAY_IMPORT = {
     "adapters": {"errors", "runtime", "weights"},
     # Takes models as arguments.
     "sampling": {"errors", "runtime"},
-    "models": {"adapters", "attention", "errors", "mixers", "runtime", "sampling", "weights"},
-    "text": {"errors", "models", "runtime"},
     "video": {"errors", "runtime"},
+    "models": {"adapters", "attention", "errors", "mixers", "runtime", "sampling", "video", "weights"},
+    "text": {"errors", "models", "runtime"},
     "streams": {"errors", "models", "runtime", "sampling", "text", "weights"},
-    "pipeline": {"errors", "mixers", "models", "runtime", "sampling", "streams", "text"},
+    "pipeline": {"errors", "mixers", "models", "runtime", "sampling", "streams", "text", "video"},
     "sprites": {"attention", "errors", "models", "pipeline", "sampling"},
     # Takes streams as arguments.
     "serve": {"errors", "runtime", "video"},

@@ -45,6 +45,12 @@ class Generate:
     """A LoRA file or folder of any dialect, merged into the transformer's weights; 1 as it was trained. Again for
     another."""
 
+    image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """What the video begins with, for models that take images; cropped to the video's shape."""
+
+    last_image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """What the video ends with, for models that take two images."""
+
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.mp4")] = Path("video.mp4")
     """Where the video is to stand."""
 
@@ -112,6 +118,10 @@ class Generate:
     """Begin although the memory of this machine is estimated to be too small."""
 
 
+#: What the record has of the options beside the settings.
+_ASKED = ("prompt", "model", "lora", "image", "last_image", "hybrid", "seed", "dtype", "out")
+
+
 def main(argv: list[str]) -> None:
     options = parse_options(Generate, argv, command="generate")
     try:
@@ -130,7 +140,10 @@ def _run(options: Generate) -> None:
         raise RehyatError("--remember is of a per-chunk sweep: in a per-step one chunks see each other as they stand")
     remember = parse_remember(options.remember)
     hybrid = _parse_hybrid(options.hybrid)
+    from rehyat_jax.video.images import Images
+
     # Now, not after minutes of work.
+    images = Images.read(options.image, options.last_image)
     out = options.out.expanduser()
     outputs = Outputs(video=out, sheet=out.with_suffix(".png"), record=out.with_suffix(".json"))
     owned = owned_output(
@@ -172,6 +185,7 @@ def _run(options: Generate) -> None:
             negative_prompt=pipe.defaults.negative_prompt if options.negative is None else options.negative,
             seed=options.seed,
             frames=pipe.defaults.num_frames if options.frames is None else options.frames,
+            images=images,
             sampling={
                 "height": height,
                 "width": width,
@@ -182,11 +196,7 @@ def _run(options: Generate) -> None:
                 "remember": remember,
             },
         )
-        asked = {
-            name: getattr(options, name) for name in ("prompt", "model", "lora", "hybrid", "seed", "dtype", "out")
-        } | {
-            "negative": request.negative_prompt,
-        }
+        asked = {name: getattr(options, name) for name in _ASKED} | {"negative": request.negative_prompt}
         streams = pipe.transformer.why_not_stream() is None
         if options.sweep == "per-chunk" or options.resume or (options.sweep is None and streams):
             settings = stream_video(
@@ -222,6 +232,7 @@ def _whole_video(
         settings,
         negative_prompt=request.negative_prompt,
         seed=request.seed,
+        images=request.images,
         on_step=display,
         phases=phases,
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rehyat_jax.sampling.settings import Settings
     from rehyat_jax.streams.stream import Stream
     from rehyat_jax.video.growing import GrowingVideo
+    from rehyat_jax.video.images import Images
 
 #: The state is saved after every chunk, unless saving it would then take more than a quarter of the time.
 _PATIENCE = 3.0
@@ -65,6 +66,7 @@ class Request:
     negative_prompt: str
     seed: int
     frames: int
+    images: Images
     sampling: Mapping[str, Any]
 
 
@@ -175,8 +177,16 @@ def stream_video(
 
 
 def _begun(pipe: TextToVideo, request: Request) -> Stream:
+    if request.images.last is not None:
+        raise RehyatError(
+            "--last-image is of a video with an end: a per-chunk sweep makes one without (--sweep per-step)"
+        )
     return pipe.open_stream(
-        request.prompt, negative_prompt=request.negative_prompt, seed=request.seed, **request.sampling
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        image=request.images.first,
+        **request.sampling,
     )
 
 

@@ -20,7 +20,14 @@ from rehyat_jax.adapters.lora import loras_of
 from rehyat_jax.adapters.merging import Merged, with_loras
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.folder import DEFAULTS_FILE, SCHEDULER_FILE, find_checkpoint, read_defaults, read_scheduler
+from rehyat_jax.models.folder import (
+    DEFAULTS_FILE,
+    SCHEDULER_FILE,
+    find_checkpoint,
+    read_defaults,
+    read_scheduler,
+    read_traits,
+)
 from rehyat_jax.models.networks import components_in, make_plan, open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.umt5.rows import carried_tokenizer
@@ -113,7 +120,8 @@ def open_transformer(
 
 
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
-    """A Wan2.1 VAE. Arguments and errors as `load_transformer`; the original file has Wan2.1's latent statistics."""
+    """A Wan2.1 or Wan2.2 VAE. Arguments and errors as `load_transformer`; an original file has its release's latent
+    statistics."""
     dtype = known_dtype(dtype)
     return cast(WanVAE, filled(make_plan(find_checkpoint(path), "vae", dtype=dtype), dtype=dtype))
 
@@ -234,7 +242,7 @@ def _settings(folder: Path) -> tuple[str, ...]:
     own = [name for name in (DEFAULTS_FILE, str(SCHEDULER_FILE)) if (folder / name).is_file()]
     return (
         "run with",
-        f"  size        {defaults.width}x{defaults.height}, {defaults.num_frames} frames",
+        f"  size        {defaults.width}x{defaults.height}, {defaults.num_frames} frames, {defaults.fps} a second",
         f"  steps       {defaults.num_inference_steps} of {type(solver).__name__}, guidance "
         f"{defaults.guidance_scale:g}, shift {schedule.shift:g} on the grid {schedule.grid!r}",
         f"  negative    {defaults.negative_prompt or 'none'}",
@@ -268,4 +276,4 @@ def _copy_the_rest(src: Path, dst: Path) -> None:
     if (src / "model_index.json").is_file():
         shutil.copyfile(src / "model_index.json", dst / "model_index.json")
     else:
-        write_json(dst / "model_index.json", _MODEL_INDEX)
+        write_json(dst / "model_index.json", _MODEL_INDEX | read_traits(src).to_index())

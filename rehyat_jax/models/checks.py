@@ -9,6 +9,9 @@ from typing import Any
 
 from rehyat_jax.errors import ConfigError
 
+#: Marks a configuration's field that an earlier version did not have, whose default is what that version did.
+LATER = "later"
+
 #: No field may exceed this: large enough for any model to come, small enough that products stay meaningful.
 LARGEST = 1 << 24
 

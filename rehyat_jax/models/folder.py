@@ -18,6 +18,7 @@ from rehyat_jax.sampling import FlowSchedule, Solver, UniPC, scheduler_from_conf
 from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
 from rehyat_jax.sampling.settings import SOLVERS
 from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.layout import INDEX
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 #: Beside ``model_index.json``: our file, because diffusers warns of keys in its own that it does not know.
@@ -36,6 +37,8 @@ class Defaults:
     height: int = 480
     width: int = 832
     num_frames: int = 81
+    #: Frames a second.
+    fps: int = 16
     num_inference_steps: int = 50
     guidance_scale: float | int = 6.0
     negative_prompt: str = ""
@@ -170,6 +173,7 @@ def read_defaults(folder: Path) -> Defaults:
         height=advice.height,
         width=advice.width,
         num_frames=advice.num_frames,
+        fps=advice.fps,
         num_inference_steps=advice.num_inference_steps,
         guidance_scale=advice.guidance_scale,
         negative_prompt=advice.negative_prompt if released else "",
@@ -177,6 +181,32 @@ def read_defaults(folder: Path) -> Defaults:
         model=model,
     )
     return Defaults.from_dict(read_json(own), otherwise=otherwise) if own.is_file() else otherwise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a whole checkpoint says of how its networks work together."""
+
+    #: An image goes in as a finished first latent frame: diffusers' ``expand_timesteps``.
+    clean_first_frame: bool = False
+
+    def to_index(self) -> dict[str, Any]:
+        """As ``model_index.json`` has it, beside the networks."""
+        return {"expand_timesteps": True} if self.clean_first_frame else {}
+
+
+def read_traits(folder: Path) -> Traits:
+    """By ``model_index.json``; of a release as its authors' program has it.
+
+    Raises:
+        CheckpointError, ConfigError: a file cannot be read or makes no sense.
+    """
+    if not (folder / INDEX).is_file():
+        return Traits(clean_first_frame=advised(_transformer_of(folder)).clean_first_frame)
+    value = read_json(folder / INDEX).get("expand_timesteps", False)
+    if not isinstance(value, bool | None):
+        raise ConfigError(f"{folder / INDEX}: expand_timesteps must be true or false, not {str(value)[:80]!r}")
+    return Traits(clean_first_frame=bool(value))
 
 
 def _transformer_of(folder: Path) -> WanConfig:

@@ -79,8 +79,10 @@ class Codec:
         """Frames of a video with so many latent frames."""
         return latent_frames and 1 + self.config.temporal_factor * (latent_frames - 1)
 
-    def encode(self, video: UInt8[np.ndarray, "B F H W 3"], *, frames_per_step: int) -> Float[Array, "B T h w z"]:
-        """A video's latents, so many latent frames at a time.
+    def encode(
+        self, video: UInt8[np.ndarray, "B F H W 3"] | Float[np.ndarray, "B F H W 3"], *, frames_per_step: int
+    ) -> Float[Array, "B T h w z"]:
+        """A video's latents, so many latent frames at a time; 0 to 255, whole numbers or not.
 
         Raises:
             RehyatError: the number of frames is not 4k + 1, or a side is not a multiple of 8 (Wan's factors).
@@ -120,7 +122,11 @@ class Codec:
 
 @partial(jax.jit, static_argnames=("graph", "frames_per_step"))
 def encode(
-    weights: Any, video: UInt8[Array, "B F H W 3"], *, graph: Any, frames_per_step: int
+    weights: Any,
+    video: UInt8[Array, "B F H W 3"] | Float[Array, "B F H W 3"],
+    *,
+    graph: Any,
+    frames_per_step: int,
 ) -> Float[Array, "B T h w z"]:
     """The program of `Codec.encode`."""
     vae: Autoencoder = nnx.merge(graph, weights)

@@ -10,11 +10,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.sampling.condition import Condition
 
 #: (latents, t [B] in 0..1000) -> velocity, of the latents' shape.
 Velocity = Callable[[Float[Array, "B *shape"], Float[Array, "B"]], Float[Array, "B *shape"]]
-#: (latents, t [B], text) -> velocity.
-Model = Callable[[Float[Array, "N *shape"], Float[Array, "N"], Float[Array, "N L text_dim"]], Float[Array, "N *shape"]]
+#: (latents, t [B] or [B, T], text) -> velocity; under a condition with image features also ``image=``.
+Model = Callable[..., Float[Array, "N *shape"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,14 @@ def guided_velocity(
     *,
     guidance: Guidance,
     dtype: DTypeLike = jnp.float32,
+    condition: Condition | None = None,
 ) -> Velocity:
     """The velocity that a solver follows, from a model and the embeddings of prompts and, after them, negative prompts.
 
     Latents and texts go into the model in ``dtype``, the model's own, as in diffusers' ``WanPipeline``; its output is
     guided in the latents' dtype (float32), as in Wan-Video/Wan2.1 ``wan/text2video.py``. With a model in bfloat16
     diffusers guides in bfloat16, which is why the two then differ by bfloat16's rounding; in float32 they are the same.
+    Both evaluations see the same condition.
 
     Raises:
         ConfigError: the guidance needs a negative prompt and none is given.
@@ -72,14 +75,18 @@ def guided_velocity(
     if len(text) < guidance.evaluations:
         raise ConfigError(f"guidance of scale {guidance.scale} needs a negative prompt (it may be empty)")
     prompts = [row.astype(dtype) for row in text[: guidance.evaluations]]
+    count = len(prompts)
+    image = {} if condition is None or condition.image is None else {"image": condition.image.astype(dtype)}
 
     def velocity(latents: Float[Array, "B *shape"], t: Float[Array, "B"]) -> Float[Array, "B *shape"]:
-        x, count = latents.astype(dtype), len(prompts)
+        x, times = (latents, t) if condition is None else condition.seen(latents, t)
+        x = x.astype(dtype)
         if guidance.forward == "one":
-            all_ = model(jnp.concatenate([x] * count), jnp.concatenate([t] * count), jnp.concatenate(prompts))
-            outputs = jnp.split(all_.astype(latents.dtype), count)
+            every = {name: jnp.concatenate([each] * count) for name, each in image.items()}
+            x, times = jnp.concatenate([x] * count), jnp.concatenate([times] * count)
+            outputs = jnp.split(model(x, times, jnp.concatenate(prompts), **every).astype(latents.dtype), count)
         else:
-            outputs = [model(x, t, prompt).astype(latents.dtype) for prompt in prompts]
+            outputs = [model(x, times, prompt, **image).astype(latents.dtype) for prompt in prompts]
         return guidance.combine(outputs)
 
     return velocity

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from rehyat_jax.sampling import rollout
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.guidance import guided_velocity
 from rehyat_jax.sampling.noise import ChunkNoise, Shape
 from rehyat_jax.sampling.rollout import ContextNoise, Sampler, States
@@ -22,11 +23,20 @@ from rehyat_jax.sampling.text import Padded
 
 
 @partial(jax.jit, static_argnames=("graph", "sampler"), donate_argnames="state")
-def denoise_step(weights: Any, state: Any, step: SamplingSteps, text: Padded, *, graph: Any, sampler: Sampler) -> Any:
+def denoise_step(
+    weights: Any,
+    state: Any,
+    step: SamplingSteps,
+    text: Padded,
+    condition: Condition | None = None,
+    *,
+    graph: Any,
+    sampler: Sampler,
+) -> Any:
     """A whole video from one noise level to the next."""
     model = nnx.merge(graph, weights)
     padded = partial(model, text_tokens=text.tokens)
-    velocity = guided_velocity(padded, text.values, guidance=sampler.guidance, dtype=model.dtype)
+    velocity = guided_velocity(padded, text.values, guidance=sampler.guidance, dtype=model.dtype, condition=condition)
     return rollout.sampling_step(velocity, state, step=step, solver=sampler.solver)
 
 
@@ -44,6 +54,7 @@ def denoise_chunk(
     text_kv: Padded,
     first_frame: Int[Array, ""],
     steps: SamplingSteps,
+    condition: Condition | None = None,
     *,
     graph: Any,
     shape: Shape,
@@ -59,6 +70,7 @@ def denoise_chunk(
         first_frame=first_frame,
         steps=steps,
         sampler=sampler,
+        condition=condition,
     )
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rehyat_jax.errors import ConfigError, NotFiniteError
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.guidance import Guidance, Velocity
 from rehyat_jax.sampling.noise import ChunkNoise, Shape
 from rehyat_jax.sampling.schedule import SamplingSteps
@@ -75,16 +76,6 @@ class Sampler:
     solver: Solver
     guidance: Guidance
     context_noise: ContextNoise = "steps"
-
-
-class Recorded(NamedTuple):
-    """A chunk that was made, and how."""
-
-    latents: Float[Array, "B T h w z"]
-    #: After it.
-    states: States
-    #: What each step began with.
-    inputs: Float[Array, "steps B T h w z"]
 
 
 def check_context_noise(value: Any) -> ContextNoise:
@@ -175,6 +166,7 @@ def denoise_chunk(
     first_frame: int | Int[Array, ""],
     steps: SamplingSteps,
     sampler: Sampler,
+    condition: Condition | None = None,
 ) -> tuple[Float[Array, "B T h w z"], States]:
     """One chunk through all steps: its latents, and the states after it.
 
@@ -187,45 +179,29 @@ def denoise_chunk(
         text_kv: `precompute_text_kv`'s; other prompts' from chunk to chunk, if one likes.
         shape: of the latents; a chunk shorter than the model's ends the video.
         first_frame: the chunk's first latent frame, counted from the video's beginning; may be traced.
+        condition: of this chunk.
 
     Raises:
         RehyatError: the model cannot stream.
     """
-    made = recorded_chunk(
-        model, states, noise, text_kv, shape=shape, first_frame=first_frame, steps=steps, sampler=sampler
-    )
-    return made.latents, made.states
-
-
-def recorded_chunk(
-    model: Transformer,
-    states: States,
-    noise: ChunkNoise,
-    text_kv: Padded,
-    *,
-    shape: Shape,
-    first_frame: int | Int[Array, ""],
-    steps: SamplingSteps,
-    sampler: Sampler,
-) -> Recorded:
-    """`denoise_chunk`, and what each of its steps began with: for training on a model's own videos."""
-    chunk, solver = _Chunk(model, text_kv, first_frame), sampler.solver
+    condition = Condition() if condition is None else condition
+    chunk, solver = _Chunk(model, text_kv, first_frame, condition), sampler.solver
     commits_once = sampler.context_noise != "steps"
 
-    def step(carry: tuple[Any, States], row: SamplingSteps) -> tuple[tuple[Any, States], Array]:
+    def step(carry: tuple[Any, States], row: SamplingSteps) -> tuple[tuple[Any, States], None]:
         state, states = carry
         place = jnp.zeros((), jnp.int32) if commits_once else row.number
         states, velocities = chunk.forward(states, state.latents, row.timestep, place=place, commit=not commits_once)
         fresh = noise.fresh(shape, row.number) if solver.stochastic else None
         velocity = sampler.guidance.combine(list(velocities))
-        after = solver.step(state, velocity, coefficients=row.coefficients, noise=fresh)
-        return (after, states), state.latents
+        return (solver.step(state, velocity, coefficients=row.coefficients, noise=fresh), states), None
 
     begin = solver.init(noise.initial(shape)), states
-    (state, states), inputs = jax.lax.scan(step, begin, jax.tree.map(jnp.asarray, steps))
+    (state, states), _ = jax.lax.scan(step, begin, jax.tree.map(jnp.asarray, steps))
+    latents = condition.finished(state.latents)
     if commits_once:
-        states = chunk.commit(states, state.latents, noise, level=sampler.context_noise)
-    return Recorded(state.latents, states, inputs)
+        states = chunk.commit(states, latents, noise, level=sampler.context_noise)
+    return latents, states
 
 
 def commit_chunk(
@@ -263,14 +239,15 @@ class _Chunk:
     model: Transformer
     text_kv: Padded
     first_frame: int | Int[Array, ""]
+    condition: Condition = Condition()
 
     def forward(
         self, states: States, latents: Array, timestep: Any, *, place: Any, commit: bool
     ) -> tuple[States, Array]:
         """The velocity of each of guidance's evaluations, one after the other, from the states of a place (a number)
         among the steps; these stay as they are, or are replaced by those after the chunk."""
-        x = latents.astype(self.model.dtype)
-        t = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), x.shape[:1])
+        x, t = self.condition.seen(latents, jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), latents.shape[:1]))
+        x = x.astype(self.model.dtype)
 
         def evaluate(states: States, each: tuple[Int[Array, ""], Any]) -> tuple[States, Array]:
             evaluation, prompt = each

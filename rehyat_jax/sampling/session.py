@@ -15,6 +15,7 @@ from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling import programs, rollout
 from rehyat_jax.sampling.codec import Codec
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import Shape
 from rehyat_jax.sampling.rollout import Sampler, States
 from rehyat_jax.sampling.schedule import SamplingSteps
@@ -113,23 +114,29 @@ class Session:
         self,
         noise: Float[Array, "B T h w z"],
         text: Float[Array, "evaluations B L D"],
+        condition: Condition | None = None,
         *,
         on_step: Callable[[int], None] = lambda done: None,
     ) -> Float[Array, "B T h w z"]:
         """The latents of whole videos, all frames at each step."""
+        condition = Condition() if condition is None else condition
         with precision(self._transformer.dtype):
             short = trimmed(text)
 
             def advance(state: Any, step: SamplingSteps) -> Any:
-                return programs.denoise_step(self.weights, state, step, short, graph=self.graph, sampler=self.sampler)
+                return programs.denoise_step(
+                    self.weights, state, step, short, condition, graph=self.graph, sampler=self.sampler
+                )
 
             steps, solver = self.settings.steps(), self.sampler.solver
-            return rollout.per_step(advance, noise, steps=steps, solver=solver, on_step=on_step)
+            latents = rollout.per_step(advance, noise, steps=steps, solver=solver, on_step=on_step)
+            return condition.finished(latents)
 
     def denoise_by_chunks(
         self,
         keys: Key[Array, " B"],
         text: Float[Array, "evaluations B L D"],
+        condition: Condition | None = None,
         *,
         on_chunk: Callable[[int, int], None] = lambda done, total: None,
     ) -> Float[Array, "B T h w z"]:
@@ -147,7 +154,7 @@ class Session:
         on_chunk(0, total)
         for number in range(total):
             first_frame = jnp.asarray(number * chunk, jnp.int32)
-            latents, states = self.denoise_chunk(states, keys, text_kv, first_frame)
+            latents, states = self.denoise_chunk(states, keys, text_kv, first_frame, condition)
             parts.append(jax.block_until_ready(latents))
             on_chunk(number + 1, total)
         return jnp.concatenate(parts, axis=1)[:, :frames]
@@ -175,9 +182,16 @@ class Session:
             return programs.precompute_text_kv(self.weights, trimmed(text), graph=self.graph)
 
     def denoise_chunk(
-        self, states: States, keys: Key[Array, " B"], text_kv: Padded, first_frame: Int[Array, ""]
+        self,
+        states: States,
+        keys: Key[Array, " B"],
+        text_kv: Padded,
+        first_frame: Int[Array, ""],
+        condition: Condition | None = None,
     ) -> tuple[Float[Array, "B T h w z"], States]:
-        """The latents of the next chunk, and the states after it; ``states`` is donated."""
+        """The latents of the next chunk, and the states after it; ``states`` is donated, ``condition`` is the
+        video's."""
+        condition = Condition() if condition is None else condition.chunk(first_frame, self.chunk_shape[0])
         with precision(self._transformer.dtype):
             return programs.denoise_chunk(
                 self.weights,
@@ -186,6 +200,7 @@ class Session:
                 text_kv,
                 first_frame,
                 self._steps_from(first_frame),
+                condition,
                 graph=self.graph,
                 shape=self.chunk_shape,
                 sampler=self.sampler,

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from rehyat_jax.errors import CheckpointError, ConfigError
+from rehyat_jax.models.checks import LATER
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import State, WanVAE
 from rehyat_jax.runtime.files import whole_file
@@ -81,13 +82,24 @@ class StreamRecord:
 def fingerprint(transformer: WanTransformer, vae: WanVAE) -> str:
     """Tells a model from every other: its configurations and every bit of its parameters, the same on any device."""
     configs = [transformer.config, transformer.hybrid and transformer.hybrid.to_dict(), vae.config]
-    digest = hashlib.sha256(repr(configs).encode())
+    digest = hashlib.sha256(f"[{', '.join(map(_said, configs))}]".encode())
     for module in (transformer, vae):
         for name, variable in sorted(parameters(nnx.state(module)).items()):
             array = np.asarray(variable.get_value())
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
             digest.update(_bytes(array).data)
     return digest.hexdigest()
+
+
+def _said(config: Any) -> str:
+    """A configuration as it was written before it had its later fields, where they say nothing (`LATER`): streams that
+    were saved then go on."""
+    if not dataclasses.is_dataclass(config):
+        return repr(config)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    silent = {f.name for f in dataclasses.fields(config) if LATER in f.metadata and values[f.name] == f.default}
+    said = ", ".join(f"{name}={value!r}" for name, value in values.items() if name not in silent)
+    return f"{type(config).__name__}({said})"
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import seeds, video_keys
 from rehyat_jax.sampling.rollout import check_finite
 from rehyat_jax.sampling.session import Embed, Session, prompt_list
@@ -63,8 +64,9 @@ class Stream(Iterator[np.ndarray]):
         model: Callable[[], str],
         prompt: Prompts,
         negative_prompt: str = "",
+        condition: Condition | None = None,
     ) -> None:
-        self.state, self.negative_prompt = state, negative_prompt
+        self.state, self.negative_prompt, self._condition = state, negative_prompt, condition
         #: As it was given; a text to those who open a stream of one.
         self.prompt: Any = prompt
         self._session, self._text, self._model = session, text, model
@@ -82,10 +84,12 @@ class Stream(Iterator[np.ndarray]):
         negative_prompt: str = "",
         seed: int = 0,
         beginning: Shaped[np.ndarray, "..."] | None = None,
+        condition: Condition | None = None,
     ) -> Stream:
         """A new stream, which goes on from a beginning if there is one.
 
         Args:
+            condition: of its first latent frames.
             seed: of the noise; the i-th of several prompts has that of ``seed + i``.
             beginning: uint8 [F, H, W, 3], or [B, F, H, W, 3] for a list of prompts.
 
@@ -100,7 +104,15 @@ class Stream(Iterator[np.ndarray]):
             one = isinstance(prompt, str)
             state, beginning = prefill(session, state, beginning[None] if one else beginning)
             beginning = beginning[0] if one else beginning
-        stream = cls(session, state, text=text, model=model, prompt=prompt, negative_prompt=negative_prompt)
+        stream = cls(
+            session,
+            state,
+            text=text,
+            model=model,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            condition=condition,
+        )
         stream.beginning = beginning
         return stream
 
@@ -174,7 +186,7 @@ class Stream(Iterator[np.ndarray]):
         if after > MOST_FRAMES:
             raise RehyatError(f"a stream ends after {MOST_FRAMES} latent frames")
         latents, states = session.denoise_chunk(
-            state.states, state.keys, self._precomputed(state.text), state.first_frame
+            state.states, state.keys, self._precomputed(state.text), state.first_frame, self._condition
         )
         number = first // session.chunk_shape[0] + 1
         check_finite(latents, f"chunk {number}, from latent frame {first} on,")

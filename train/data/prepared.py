@@ -385,7 +385,3 @@ class PreparedFeed:
 
     def nothing(self, frozen: PyTree, others: PyTree) -> Array:
         return frozen["empty"]
-
-    def prompts(self, turn: PyTree) -> PyTree:
-        """The captions' embeddings."""
-        return turn["text"]

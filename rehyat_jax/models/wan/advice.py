@@ -4,14 +4,14 @@ Sources: Wan-Video/Wan2.1, ``generate.py`` (``_validate_args``: 50 steps and 81 
 guidance 5, 1280x720 where no size is asked for), ``README.md`` (T2V-1.3B: shift 8 to 12, guidance 6),
 ``wan/configs/shared_config.py`` (16 frames a second, the negative prompt, which ``wan/text2video.py`` takes where none
 is given); for the 14B at 480p the shift of its published conversion (diffusers, ``pipeline_wan.py``: "5.0 for 720P,
-3.0 for 480P").
+3.0 for 480P"). Wan2.2: Wan-Video/Wan2.2, ``wan/configs/wan_ti2v_5B.py`` and ``shared_config.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 
 #: The authors' own, as they write it: garish, overexposed, static, blurred, subtitles, …
 NEGATIVE_PROMPT = (
@@ -34,6 +34,8 @@ class Advice:
     num_frames: int = 81
     fps: int = 16
     negative_prompt: str = NEGATIVE_PROMPT
+    #: An image goes in as a finished first latent frame (diffusers' ``expand_timesteps``).
+    clean_first_frame: bool = False
 
     def __str__(self) -> str:
         return (
@@ -48,14 +50,31 @@ ADVICE = (
     Advice(model="Wan2.1-T2V-1.3B", width=1280, height=720, shift=8.0, guidance_scale=6.0),
     Advice(model="Wan2.1-T2V-14B", width=1280, height=720, shift=5.0, guidance_scale=5.0),
     Advice(model="Wan2.1-T2V-14B", width=832, height=480, shift=3.0, guidance_scale=5.0),
+    Advice(
+        model="Wan2.2-TI2V-5B",
+        width=1280,
+        height=704,
+        shift=5.0,
+        guidance_scale=5.0,
+        num_frames=121,
+        fps=24,
+        clean_first_frame=True,
+    ),
 )
 #: Widths from which on a transformer is taken for the larger model; others than Wan's two are run as the nearer one.
 _LARGE = 3072
 
 
+def published_as(config: WanConfig) -> str:
+    """The published model that a transformer is, or is nearest to."""
+    if config.in_channels == VAEConfig.wan22().z_dim:
+        return "Wan2.2-TI2V-5B"
+    return "Wan2.1-T2V-14B" if config.dim >= _LARGE else "Wan2.1-T2V-1.3B"
+
+
 def advised(config: WanConfig, *, height: int | None = None, width: int | None = None) -> Advice:
     """The row for a transformer, and for the published size whose area is the nearer; without a size, its own."""
-    model = "Wan2.1-T2V-14B" if config.dim >= _LARGE else "Wan2.1-T2V-1.3B"
+    model = published_as(config)
     rows = [advice for advice in ADVICE if advice.model == model]
     if height is None or width is None:
         return rows[0]

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.models.checks import check_positive, check_understood, check_whole_numbers, entries, is_whole
+from rehyat_jax.models.checks import LATER, check_positive, check_understood, check_whole_numbers, entries, is_whole
+
+
+def _later(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={LATER: True})
+
 
 #: What files may say of the transformer that it has one form of: both layouts' words.
 _TRANSFORMER_HAS: dict[str, Any] = {
@@ -177,10 +182,10 @@ class VAEConfig:
     latents_mean: tuple[float, ...] = _WAN_LATENTS_MEAN
     latents_std: tuple[float, ...] = _WAN_LATENTS_STD
     #: Wan2.2's: each level is a residual group, with a shortcut around its change of size.
-    is_residual: bool = False
-    decoder_base_dim: int | None = None
+    is_residual: bool = _later(False)
+    decoder_base_dim: int | None = _later(None)
     #: Pixels that are folded into channels before the first layer, along each side; None: 1.
-    patch_size: int | None = None
+    patch_size: int | None = _later(None)
 
     def __post_init__(self) -> None:
         check_whole_numbers(self, "base_dim", "z_dim", "num_res_blocks")
