@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,16 @@ class Sampler:
     solver: Solver
     guidance: Guidance
     context_noise: ContextNoise = "steps"
+
+
+class Recorded(NamedTuple):
+    """A chunk that was made, and how."""
+
+    latents: Float[Array, "B T h w z"]
+    #: After it.
+    states: States
+    #: What each step began with.
+    inputs: Float[Array, "steps B T h w z"]
 
 
 def check_context_noise(value: Any) -> ContextNoise:
@@ -184,24 +194,52 @@ def denoise_chunk(
     Raises:
         RehyatError: the model cannot stream.
     """
+    made = recorded_chunk(
+        model,
+        states,
+        noise,
+        text_kv,
+        shape=shape,
+        first_frame=first_frame,
+        steps=steps,
+        sampler=sampler,
+        condition=condition,
+    )
+    return made.latents, made.states
+
+
+def recorded_chunk(
+    model: Transformer,
+    states: States,
+    noise: ChunkNoise,
+    text_kv: Padded,
+    *,
+    shape: Shape,
+    first_frame: int | Int[Array, ""],
+    steps: SamplingSteps,
+    sampler: Sampler,
+    condition: Condition | None = None,
+) -> Recorded:
+    """`denoise_chunk`, and what each of its steps began with: for training on a model's own videos."""
     condition = Condition() if condition is None else condition
     chunk, solver = _Chunk(model, text_kv, first_frame, condition), sampler.solver
     commits_once = sampler.context_noise != "steps"
 
-    def step(carry: tuple[Any, States], row: SamplingSteps) -> tuple[tuple[Any, States], None]:
+    def step(carry: tuple[Any, States], row: SamplingSteps) -> tuple[tuple[Any, States], Array]:
         state, states = carry
         place = jnp.zeros((), jnp.int32) if commits_once else row.number
         states, velocities = chunk.forward(states, state.latents, row.timestep, place=place, commit=not commits_once)
         fresh = noise.fresh(shape, row.number) if solver.stochastic else None
         velocity = sampler.guidance.combine(list(velocities))
-        return (solver.step(state, velocity, coefficients=row.coefficients, noise=fresh), states), None
+        after = solver.step(state, velocity, coefficients=row.coefficients, noise=fresh)
+        return (after, states), state.latents
 
     begin = solver.init(noise.initial(shape)), states
-    (state, states), _ = jax.lax.scan(step, begin, jax.tree.map(jnp.asarray, steps))
+    (state, states), inputs = jax.lax.scan(step, begin, jax.tree.map(jnp.asarray, steps))
     latents = condition.finished(state.latents)
     if commits_once:
         states = chunk.commit(states, latents, noise, level=sampler.context_noise)
-    return latents, states
+    return Recorded(latents, states, inputs)
 
 
 def commit_chunk(

@@ -63,6 +63,10 @@ class Feed(Protocol):
         """The empty prompt, as a pool's text of one row; inside jit."""
         ...
 
+    def prompts(self, turn: PyTree) -> PyTree:
+        """What a reward is told of the clips: a row a clip."""
+        ...
+
 
 class SpriteFeed:
     """Clips of MovingSprites drawn for a round, and encoded by the VAE on the device."""
@@ -102,6 +106,10 @@ class SpriteFeed:
 
     def nothing(self, frozen: PyTree, others: PyTree) -> PyTree:
         return self._read(others, self._empty)
+
+    def prompts(self, turn: PyTree) -> PyTree:
+        """The scenes."""
+        return turn[0]
 
     def _encode(self, scenes: Any, frozen: PyTree) -> Float[Array, "M T h w z"]:
         count = scenes.grounds.shape[0]

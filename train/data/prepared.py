@@ -385,3 +385,7 @@ class PreparedFeed:
 
     def nothing(self, frozen: PyTree, others: PyTree) -> Array:
         return frozen["empty"]
+
+    def prompts(self, turn: PyTree) -> PyTree:
+        """The captions' embeddings."""
+        return turn["text"]

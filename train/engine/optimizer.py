@@ -55,6 +55,8 @@ class OptimizerConfig:
     #: Learning rate at the end, as a share of its peak; a constant one stays at its peak.
     final_share: float = 0.01
     weight_decay: float = 0.01
+    #: Of Adam. Muon's own momentum is another.
+    beta1: float = 0.9
     beta2: float = 0.99
     #: Gradients of a larger norm, over all parameters, are scaled down to it.
     clip_norm: float = 1.0
@@ -63,7 +65,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, bound = getattr(self, field.name), 1.0 if field.name in ("beta2", "ema_decay") else math.inf
+            value, bound = getattr(self, field.name), 1.0 if field.name in ("beta1", "beta2", "ema_decay") else math.inf
             if field.name not in ("method", "schedule") and not 0 <= value < bound:
                 raise ConfigError(f"{field.name} must be at least 0 and below {bound}, not {value}")
 
@@ -83,6 +85,7 @@ class OptimizerConfig:
             muon = optax.contrib.muon(
                 -1.0,
                 adam_learning_rate=-self.adam_share,
+                adam_b1=self.beta1,
                 adam_b2=self.beta2,
                 weight_decay=self.weight_decay,
                 muon_weight_dimension_numbers=_matrices,
@@ -90,7 +93,7 @@ class OptimizerConfig:
             return optax.chain(clip, muon)
         return optax.chain(
             clip,
-            optax.scale_by_adam(b2=self.beta2),
+            optax.scale_by_adam(b1=self.beta1, b2=self.beta2),
             optax.add_decayed_weights(self.weight_decay, mask=_decays),
         )
 

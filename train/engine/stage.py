@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -127,14 +128,20 @@ class Update:
 
     role: str
     loss: Loss
-    #: It is due in the last of each so many rounds.
+    #: It is due at the last of each so many steps, after the updates of every step: 1, or whole rounds.
     every: int = 1
     #: Parts that a batch is cut into along its rows, one after the other: less memory, the same gradient.
     parts: int = 1
 
-    def due(self, index: int) -> bool:
-        """Whether round ``index`` makes it."""
-        return (index + 1) % self.every == 0
+    def due(self, index: int, *, steps_per_round: int) -> bool:
+        """Whether round ``index`` makes it.
+
+        Raises:
+            ValueError: its steps are no whole rounds.
+        """
+        if self.every > 1 and self.every % steps_per_round:
+            raise ValueError(f"an update every {self.every} steps is due inside a round of {steps_per_round}")
+        return self.every == 1 or (index + 1) * steps_per_round % self.every == 0
 
     def apply(self, models: Models, learner: TrainState, batch: Any, rate: Array, network: Network) -> Any:
         """The learner after the step, and values to log; inside jit."""
@@ -267,7 +274,7 @@ class Stage(abc.ABC):
         """Every kind of round of the run, by what `round_of` says of an index."""
         networks, kinds = self.networks, {}
         cycle = math.lcm(*(update.every for update in self.updates))
-        dues = [tuple(number for number, u in enumerate(self.updates) if u.due(i)) for i in range(cycle)]
+        dues = [self._due(index) for index in range(cycle)]
         for place, data in enumerate(self.data()):
             for due in dict.fromkeys(dues):
                 kinds[(place, *due)] = Round(
@@ -281,7 +288,12 @@ class Stage(abc.ABC):
 
     def round_of(self, index: int) -> tuple[int, ...]:
         """The kind of round ``index``: its place in `State.carried`, then what tells it from others there."""
-        return (self.which(index), *(number for number, update in enumerate(self.updates) if update.due(index)))
+        return (self.which(index), *self._due(index))
+
+    def _due(self, index: int) -> tuple[int, ...]:
+        """The numbers of the updates that round ``index`` makes."""
+        steps = self.steps_per_round
+        return tuple(number for number, u in enumerate(self.updates) if u.due(index, steps_per_round=steps))
 
     def measures(self) -> Sequence[Measure]:
         """What a validation measures."""
@@ -310,17 +322,19 @@ class Stage(abc.ABC):
     def _learning(
         self, networks: Mapping[str, Network], data: Data, place: int, due: Sequence[Update]
     ) -> RoundFunction:
-        """The updates that are due, on each of a round's batches, in order."""
+        """The updates that are due: those of every step on each of a round's batches in order, others on its last."""
 
         def function(
             state: State, models: Models, frozen: PyTree, host: PyTree, rates: Mapping[str, Array]
         ) -> tuple[State, Metrics]:
             carried, batch = data.draw(models, state.carried[place], host, frozen)
 
-            def step(learners: dict[str, TrainState], number: Array) -> tuple[dict[str, TrainState], Metrics]:
+            def step(
+                learners: dict[str, TrainState], number: Array, *, updates: Sequence[Update]
+            ) -> tuple[dict[str, TrainState], Metrics]:
                 metrics: Metrics = {}
                 drawn = batch(number)
-                for update in due:
+                for update in updates:
                     role, now = update.role, models.after(learners)
                     learner, values = update.apply(now, learners[role], drawn, rates[role], networks[role])
                     learners = {**learners, role: learner}
@@ -329,7 +343,11 @@ class Stage(abc.ABC):
                 return learners, metrics
 
             numbers = jnp.arange(self.steps_per_round, dtype=jnp.int32)
-            learners, metrics = jax.lax.scan(step, state.learners, numbers)
+            often = functools.partial(step, updates=[update for update in due if update.every == 1])
+            learners, metrics = jax.lax.scan(often, state.learners, numbers)
+            if seldom := [update for update in due if update.every > 1]:
+                learners, last = step(learners, numbers[-1], updates=seldom)
+                metrics |= jax.tree.map(lambda x: x[None], last)
             everything = (*state.carried[:place], carried, *state.carried[place + 1 :])
             return State(state.step, learners, everything), metrics
 

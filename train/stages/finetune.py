@@ -193,16 +193,7 @@ class FinetuneTraining(FlowTraining):
 
     def write(self, folder: Path, source: Path, student: WanTransformer) -> None:
         """The finished model's folder, whole or not there."""
-        with whole_folder(folder) as partial:
-            for name in _KEPT:
-                if (source / name).is_dir():
-                    shutil.copytree(source / name, partial / name)
-                elif (source / name).is_file():
-                    shutil.copyfile(source / name, partial / name)
-            theirs = dict(read_json(file)) if (file := source / DEFAULTS_FILE).is_file() else {}
-            if (defaults := theirs | self.defaults) != {"remember": "steps"} | theirs:
-                write_json(partial / DEFAULTS_FILE, defaults)
-            save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
+        write_student(folder, source, student, defaults=self.defaults)
 
     def loss(self, models: Models, batch: Batch, *, longest: int) -> dict[str, Mean]:
         """The student's means; clips of up to ``longest`` latent frames are compared with the teacher."""
@@ -422,6 +413,24 @@ def student_of(model: WanTransformer, hybrid: Conversion | None, *, where: Path)
         raise ConfigError(f"{where} has other hybrid blocks than this run's hybrid: their parameters do not fit")
     nnx.update(student.hybrid_blocks, nnx.from_flat_state(list(theirs.items())))
     return student
+
+
+def write_student(folder: Path, source: Path, student: WanTransformer, *, defaults: Mapping[str, Any]) -> None:
+    """A student's whole folder, or nothing: its transformer, the rest from the source's.
+
+    Args:
+        defaults: what it is sampled with unless a user says otherwise, where that is not the source's.
+    """
+    with whole_folder(folder) as partial:
+        for name in _KEPT:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, partial / name)
+            elif (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        theirs = dict(read_json(file)) if (file := source / DEFAULTS_FILE).is_file() else {}
+        if (ours := theirs | dict(defaults)) != {"remember": "steps"} | theirs:
+            write_json(partial / DEFAULTS_FILE, ours)
+        save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
 
 
 def computing(model: WanTransformer, dtype: jnp.dtype) -> WanTransformer:

@@ -176,8 +176,7 @@ class FlowTraining(RunConfig):
 
     def captions(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Captions:
         """Every text in ``caption_tokens`` tokens."""
-        tokens = tokenizer.encode(texts, max_length=self.caption_tokens)
-        return Captions(*(jnp.asarray(_padded(x, self.caption_tokens)) for x in tokens))
+        return padded_captions(tokenizer, texts, length=self.caption_tokens)
 
     def batch(self, pool: Pool, empty: PyTree, key: Key[Array, ""], *, dropout: float | None = None) -> Batch:
         """These clips with noise, some without their caption: ``empty``'s only row stands for it."""
@@ -389,5 +388,10 @@ def flow_loss(
     return Mean.of(jnp.mean(squared, axis=(2, 3, 4)), weights, weight=weight)
 
 
-def _padded(x: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(x, ((0, 0), (0, length - x.shape[1])))
+def padded_captions(tokenizer: Tokenizer, texts: Sequence[str], *, length: int) -> Captions:
+    """Every text in so many tokens."""
+
+    def padded(x: np.ndarray) -> Array:
+        return jnp.asarray(np.pad(x, ((0, 0), (0, length - x.shape[1]))))
+
+    return Captions(*map(padded, tokenizer.encode(texts, max_length=length)))

@@ -63,3 +63,7 @@ class PlannedFeed:
 
     def nothing(self, frozen: PyTree, others: PyTree) -> Array:
         return frozen["empty"]
+
+    def prompts(self, turn: PyTree) -> PyTree:
+        """The captions' embeddings."""
+        return turn["text"]

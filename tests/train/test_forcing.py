@@ -1,0 +1,270 @@
+"""Training on own videos: a tiny student against a tiny teacher, whole runs, and what each piece is held to."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from shared.training import log_of, models_of, write_teacher
+
+from rehyat_jax import TextToVideo
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.mixers.config import HybridConfig
+from rehyat_jax.models.wan.forced import forced
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.sampling import programs, rollout
+from rehyat_jax.sampling.noise import RANDOM
+from rehyat_jax.sampling.text import Padded
+from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
+from train.cli.config_files import load_config
+from train.data.clips import Bucket
+from train.data.rollouts import Rollouts, turn
+from train.engine.gradients import gradients_of
+from train.engine.optimizer import OptimizerConfig
+from train.stages.forcing import ForcingStage, ForcingTraining, Shown
+from train.stages.rewards import MotionReward, Reward
+
+HYBRID = HybridConfig(chunk_frames=2, overlap_frames=1, length_norm=True)
+#: Two chunks of two latent frames.
+CLIPS = Bucket(kind="plain", frames=7, batch=4)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def forcing(model: Path, out: Path, **options) -> ForcingTraining:
+    return ForcingTraining(
+        **{
+            "out": out,
+            "source": model,
+            "teacher": model,
+            "hybrid": HYBRID,
+            "buckets": (Rollouts(clips=CLIPS),),
+            "steps": 4,
+            "steps_per_round": 2,
+            "every": 2,
+            "num_inference_steps": 2,
+            "guidance_scale": 2.0,
+            "dtype": "float32",
+            "checkpoint_seconds": 0.0,
+            "keep_last": 9,
+            "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0, beta1=0.0, ema_decay=0.5),
+            "critic_optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0, beta1=0.0, ema_decay=0.0),
+        }
+        | options
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def modules_of(stage: ForcingStage) -> dict[str, nnx.Module]:
+    """By role; the student with numbers in its own part, so that what lies in the states counts."""
+    modules = {role: network.make() for role, network in stage.networks.items()}
+    rng = np.random.default_rng(0)
+    state = nnx.state(modules["student"])
+    own = jax.tree.map(
+        lambda p: jnp.asarray(p + 0.2 * rng.standard_normal(p.shape, np.float32)), state["hybrid_blocks"]
+    )
+    nnx.update(modules["student"], nnx.State({"hybrid_blocks": own}))
+    return modules
+
+
+@pytest.fixture(scope="module")
+def drawn(teacher):
+    """A window whose first chunk is given, of a stage whose first chunks have a step more."""
+    buckets = (Rollouts(clips=Bucket(kind="plain", frames=11, batch=4), given=1),)
+    stage = ForcingStage(forcing(teacher, Path("unused"), buckets=buckets, guidance_scale=1.0))
+    data, modules = stage.data()[0], modules_of(stage)
+    models = models_of(**modules)
+    host = data.host(3)
+
+    @jax.jit
+    def draw(host, frozen):
+        clips = data.feed.pool(host[0], frozen, models)
+        _, batch = data.draw(models, None, host, frozen)
+        return clips, batch(jnp.int32(0))
+
+    pool, batch = draw(host, data.frozen)
+    return stage, modules, host, pool, batch
+
+
+def test_a_rollout_is_the_samplers_own_video_bit_for_bit(drawn) -> None:
+    stage, modules, host, pool, batch = drawn
+    roller = stage.data()[0].roller
+    graph, weights = nnx.split(modules["student"])
+    rows_key = jax.random.split(host[1], 5)[0]
+    keys = jax.random.wrap_key_data(jax.random.bits(rows_key, (4, 2), jnp.uint32), impl=RANDOM)
+    kv = programs.precompute_text_kv(weights, Padded(pool.text[None], TEXT_LENGTH), graph=graph)
+    student, steps = modules["student"], jax.tree.map(jnp.asarray, roller.steps)
+    states = rollout.init_states(student, roller.sampler, num_steps=2, batch=4, height=32, width=32)
+    frame = jnp.int32(0)
+    states = programs.commit_chunk(
+        weights, states, pool.latents[:, :2], keys, kv, frame, steps, graph=graph, context_noise=0.0
+    )
+    chunks = [pool.latents[:, :2]]
+    for number in (1, 2):
+        chunk, states = programs.denoise_chunk(
+            weights, states, keys, kv, jnp.int32(2 * number), steps, graph=graph, shape=roller.shape,
+            sampler=roller.sampler,
+        )  # fmt: skip
+        chunks.append(chunk)
+    np.testing.assert_array_equal(batch.video, jnp.concatenate(chunks, axis=1))
+    np.testing.assert_array_equal(batch.past, batch.video)
+    np.testing.assert_array_equal(batch.weights, [[0, 0, 1, 1, 1, 1]] * 4)
+
+
+def test_the_replay_predicts_what_the_rollout_did_at_its_exit(drawn) -> None:
+    """Rows that leave at the last step end, to float32's rounding, where the rollout ended."""
+    _, modules, _, pool, batch = drawn
+    student: WanTransformer = modules["student"]
+
+    @jax.jit
+    def replay(batch, text):
+        velocity = forced(
+            student,
+            batch.noisy,
+            batch.times,
+            student.read_text(text, TEXT_LENGTH),
+            student.init_stream(4, 32, 32),
+            past=batch.past,
+            past_times=batch.past_times,
+            text_tokens=TEXT_LENGTH,
+        ).velocity
+        return batch.noisy - batch.sigma[:, :, None, None, None] * velocity
+
+    found = replay(batch, pool.text)
+    exits = batch.sigma[:, 2:]
+    last = np.flatnonzero(exits[:, 0] == exits.min())
+    assert 0 < len(last) < 4
+    np.testing.assert_array_equal(exits, exits[:, :1] * np.ones_like(exits))
+    error = np.abs(found - batch.video)[last, 2:]
+    assert error.max() < 1e-5 * np.abs(batch.video).max()
+
+
+@pytest.mark.full
+def test_with_the_real_score_for_a_critic_the_student_gets_no_gradient(drawn) -> None:
+    stage, modules, _, _, batch = drawn  # whose teacher has no guidance
+    models = models_of(**modules | {"critic": modules["teacher"]})
+    params = nnx.state(modules["student"], nnx.Param)
+
+    def loss(params, part):
+        return stage.training.student_loss(models.with_params("student", params), part)
+
+    whole = nnx.split(modules["student"], nnx.Param, ...)
+    models._frozen["student"] = whole[2]
+    gradients, values = jax.jit(lambda p, b: gradients_of(loss, p, b, parts=2))(params, batch)
+    assert values["loss"] == 0
+    assert values["gap"] > 0
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
+
+
+def test_rows_begin_again_at_drawn_lengths_and_groups_take_turns() -> None:
+    rollouts = Rollouts(clips=CLIPS, windows=3, groups=2)
+    turns = [turn(rollouts, 0, number) for number in range(60)]
+    assert [found.group for found in turns] == [0, 1] * 30
+    for group in (0, 1):
+        windows = [found.window for found in turns if found.group == group]
+        assert all(later in (0, before + 1) for before, later in itertools.pairwise(windows))
+        assert set(windows) == {0, 1, 2}
+    assert [found.window for found in turns[:4]] == [0, 0, 0, 1]
+
+
+def state_of(run: ForcingTraining, step: int) -> dict[str, bytes]:
+    with ocp.StandardCheckpointer() as reader:
+        state = reader.restore(run.train_folder / "checkpoints" / str(step) / "default")
+    return {jax.tree_util.keystr(path): x.tobytes() for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+@pytest.mark.full
+def test_resumed_in_the_middle_of_a_cycle_it_is_uninterrupted_bit_for_bit(teacher, tmp_path) -> None:
+    """Each round another: rows that go on, others that begin, captions that change."""
+    rollouts = Rollouts(clips=CLIPS, given=1, windows=3, groups=2, switches=0.5)
+    options = {
+        "buckets": (rollouts,),
+        "steps": 6,
+        "steps_per_round": 1,
+        "every": 3,
+        "remember": 0.05,
+        "reward": MotionReward(),
+        "accumulate": 2,
+    }
+    whole, again = (forcing(teacher, tmp_path / name, **options) for name in ("whole", "again"))
+    whole.run()
+    shutil.copytree(whole.train_folder, again.train_folder)
+    for step in (5, 6):
+        shutil.rmtree(again.train_folder / "checkpoints" / str(step))
+    again.run()
+    one, two = state_of(whole, 6), state_of(again, 6)
+    assert one == two
+    assert {name.split("]")[0] for name in one} == {"['step'", "['learners'", "['carried'"}
+
+
+def test_a_student_learns_from_its_own_videos_and_needs_no_option(teacher, tmp_path) -> None:
+    run = forcing(teacher, tmp_path / "student")
+    run.run()
+    log = log_of(run)
+    assert {"critic/loss", "student/loss", "student/gap", "student/learning_rate"} <= log[-1].keys()
+    assert np.isfinite([value for entry in log for value in entry.values()]).all()
+    settings = TextToVideo.from_pretrained(run.out).settings()
+    assert (settings.num_inference_steps, settings.guidance_scale, settings.remember) == (2, 1.0, 0.0)
+    assert type(settings.solver).__name__ == "Renoise"
+
+
+def test_rewards_weigh_by_their_mean_and_within_bounds() -> None:
+    weights = Reward(beta=0.5).weights(jnp.asarray([0.0, 0.5, 0.5, 1.0]))
+    worth = np.exp([0.0, 1.0, 1.0, 2.0])
+    np.testing.assert_allclose(weights, np.clip(worth / worth.mean(), 0.2, 5.0), rtol=1e-5)
+    np.testing.assert_allclose(Reward(beta=0.01).weights(jnp.asarray([0.0] * 9 + [1.0])), [0.2] * 9 + [5.0])
+    still = jnp.ones((2, 3, 2, 2, 4))
+    moving = still * jnp.asarray([0.0, 0.5])[:, None, None, None, None] * jnp.arange(3.0)[None, :, None, None, None]
+    np.testing.assert_allclose(MotionReward()(moving, None), [0.0, 0.5])
+
+
+def test_shipped_configurations_are_of_this_kind() -> None:
+    assert isinstance(load_config("sprites_forcing", kinds=(ForcingTraining,)).config, ForcingTraining)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"every": 3}, "every .3. must be a multiple of steps_per_round .2."),
+        ({"guidance_scale": 0.5}, "guidance_scale must be 1 or more"),
+        ({"stop": -1}, "stop must be 0 or more"),
+        ({"accumulate": 3}, "4 rows cannot be cut into accumulate = 3"),
+        ({"shift": 0.0}, "shift must be above 0"),
+    ],
+)
+def test_what_cannot_be_is_a_sentence(teacher, tmp_path, options, sentence) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        forcing(teacher, tmp_path / "none", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"given": -1}, "given of rollouts must be at least 0"),
+        ({"switches": 1.5}, "switches of rollouts must be from 0 to 1"),
+        ({"groups": 2}, "carry nothing"),
+    ],
+)
+def test_rollouts_that_cannot_be_are_a_sentence(options, sentence) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Rollouts(clips=CLIPS, **options)
+
+
+def test_windows_are_whole_chunks_and_something_is_made() -> None:
+    with pytest.raises(ConfigError, match="7 frames is 4 latent ones, and no whole number of chunks of 3"):
+        Rollouts(clips=CLIPS).chunks(4, chunk=3)
+    with pytest.raises(ConfigError, match="2 given chunks leave none of the 2"):
+        Rollouts(clips=CLIPS, given=2).chunks(4, chunk=2)
+
+
+def test_validation_has_prompts_and_a_time() -> None:
+    with pytest.raises(ConfigError, match="prompts, and every"):
+        Shown(every=5)
