@@ -22,7 +22,7 @@ from rehyat_jax.adapters.lora import Lora, loras_of
 from rehyat_jax.adapters.merging import Merged
 from rehyat_jax.errors import CheckpointError, RehyatError, RehyatWarning
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.checkpoints import load_vae, open_transformer
+from rehyat_jax.models.checkpoints import load_vae, open_experts, open_transformer
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.wan.conditions import VideoSize, conditioning_of
 from rehyat_jax.models.wan.transformer import WanTransformer
@@ -33,6 +33,7 @@ from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
 from rehyat_jax.sampling.codec import Pixels, to_float, to_uint8
 from rehyat_jax.sampling.condition import Condition
+from rehyat_jax.sampling.experts import Experts
 from rehyat_jax.sampling.noise import ChunkNoise, Shape, video_keys
 from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
 from rehyat_jax.sampling.session import Session, prompt_list
@@ -54,7 +55,8 @@ class TextToVideo:
     """Text to video: a prompt encoder, a diffusion transformer, a video autoencoder, and how to run them.
 
     Args:
-        transformer, vae, text: the three networks; the text part turns prompts into [B, 512, text_dim].
+        transformer, vae, text: the three networks, of transformers also two by noise level; the text part turns prompts
+            into [B, 512, text_dim].
         schedule, solver: the noise levels and the solver, unless a call names others.
         defaults: sizes, steps and guidance, unless a call names others.
         weights: the transformer's on disk, from which it is had with other LoRAs; without them it has those it has.
@@ -67,7 +69,7 @@ class TextToVideo:
     def __init__(
         self,
         *,
-        transformer: WanTransformer,
+        transformer: WanTransformer | Experts,
         vae: WanVAE,
         text: PromptEncoder,
         schedule: FlowSchedule,
@@ -84,7 +86,9 @@ class TextToVideo:
             raise CheckpointError(
                 f"the transformer takes text of {transformer.config.text_dim} features, the encoder has {text.text_dim}"
             )
-        self.transformer, self.vae, self.text = transformer, vae, text
+        #: Of two experts, what stands for both.
+        self.transformer: Any = transformer
+        self.vae, self.text = vae, text
         self.schedule, self.solver, self.defaults = schedule, solver, defaults
         self._weights = weights
 
@@ -130,7 +134,15 @@ class TextToVideo:
         cache = cache_folder(cache_dir)
         keep_compiled(cache)
         schedule, solver = read_scheduler(folder)
-        transformer, weights = open_transformer(folder, dtype=dtype, hybrid=hybrid, loras=loras)
+        traits = read_traits(folder)
+        how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid}
+        transformer: Any
+        if traits.boundary_ratio is None:
+            transformer, weights = open_transformer(folder, loras=loras, **how)
+        elif tuple(loras):
+            raise RehyatError("a model of two experts takes LoRAs baked in: rehyat convert --lora for each expert")
+        else:
+            transformer, weights = open_experts(folder, boundary_ratio=traits.boundary_ratio, **how), None
         return cls(
             transformer=transformer,
             weights=weights,
@@ -139,7 +151,7 @@ class TextToVideo:
             schedule=schedule,
             solver=solver,
             defaults=read_defaults(folder),
-            traits=read_traits(folder),
+            traits=traits,
         )
 
     @property
@@ -219,6 +231,7 @@ class TextToVideo:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | int | None = None,
+        guidance_scale_2: float | int | None = None,
         negative_prompt: str | None = None,
         seed: int = 0,
         noise: Float[Array | np.ndarray, "B T h w z"] | None = None,
@@ -237,6 +250,7 @@ class TextToVideo:
             height, width: in pixels; cut to multiples of what a token covers (16 in Wan), with a warning.
             num_inference_steps: evaluations of the transformer (twice that with guidance).
             guidance_scale: of classifier-free guidance; 1 or less: none.
+            guidance_scale_2: of the low-noise expert, for models of two; ``guidance_scale`` when that alone is given.
             negative_prompt: what guidance leads away from; when not given, the model's own.
             seed: of the initial noise, 0 to 2³² − 1; the i-th prompt of a list gets the noise of ``seed + i``.
             noise: the initial noise itself, standard normal, channels last.
@@ -256,6 +270,7 @@ class TextToVideo:
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
             schedule=schedule,
             solver=solver,
         )
@@ -399,6 +414,7 @@ class TextToVideo:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | int | None = None,
+        guidance_scale_2: float | int | None = None,
         schedule: FlowSchedule | None = None,
         solver: Solver | None = None,
         remember: ContextNoise | None = None,
@@ -426,14 +442,27 @@ class TextToVideo:
                 "num_inference_steps", _or(num_inference_steps, self.defaults.num_inference_steps), least=1
             ),
             guidance_scale=arguments.number("guidance_scale", _or(guidance_scale, self.defaults.guidance_scale)),
+            guidance_scale_2=self._second_guidance(guidance_scale, guidance_scale_2),
             schedule=_or(schedule, self.schedule_at(height=height, width=width)),
             solver=_or(solver, self.solver),
             first_chunk_steps=_or(first_chunk_steps, self.defaults.first_chunk_steps),
             remember=check_context_noise(_or(remember, self.defaults.remember)),
         )
         # Each says what is wrong, before the text encoder is read.
-        _ = settings.guidance, settings.steps(), settings.steps(of_first_chunk=True)
+        _ = settings.guidances, settings.steps(), settings.steps(of_first_chunk=True)
         return settings
+
+    def _second_guidance(self, guidance_scale: Any, guidance_scale_2: Any) -> float | None:
+        """
+        Raises:
+            RehyatError: there is one expert, or it is no number.
+        """
+        if guidance_scale_2 is None:
+            scale = None if guidance_scale is not None else self.defaults.guidance_scale_2
+            return scale if scale is None or self.traits.boundary_ratio is None else float(scale)
+        if self.traits.boundary_ratio is None:
+            raise RehyatError("guidance_scale_2 is the second expert's, and this model has one")
+        return arguments.number("guidance_scale_2", guidance_scale_2)
 
     def run(
         self,

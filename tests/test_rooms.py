@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"adapters", "attention", "errors", "mixers", "runtime", "sampling", "video", "weights"},
     "text": {"errors", "models", "runtime"},
     "streams": {"errors", "models", "runtime", "sampling", "text", "weights"},
-    "pipeline": {"errors", "mixers", "models", "runtime", "sampling", "streams", "text", "video"},
+    "pipeline": {"adapters", "errors", "mixers", "models", "runtime", "sampling", "streams", "text", "video"},
     "sprites": {"attention", "errors", "models", "pipeline", "sampling"},
     # Takes streams as arguments.
     "serve": {"errors", "runtime", "video"},

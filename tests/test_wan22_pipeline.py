@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
 from shared.checkpoint import tiny_pipeline
+from shared.videos import PROMPT, SIZE, image_of, latents_by_diffusers, latents_by_us, noise_of
 
 from rehyat_jax import HybridConfig, TextToVideo
 from rehyat_jax.errors import RehyatError, RehyatWarning
@@ -17,10 +18,6 @@ from rehyat_jax.video.images import fitted
 
 # Sizes at which compiling takes far longer than computing.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-#: 32 pixels a token: its sizes' unit.
-SIZE = {"num_frames": 9, "height": 64, "width": 96, "num_inference_steps": 3}
-PROMPT = "a lemon moving down"
 
 
 def tiny_ti2v(folder):
@@ -60,33 +57,6 @@ def ti2v(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(ti2v, tmp_path_factory):
     return TextToVideo.from_pretrained(ti2v[0], cache_dir=tmp_path_factory.mktemp("cache"))
-
-
-def noise_of(frames=3, height=4, width=6, channels=48):
-    return np.random.default_rng(0).standard_normal((1, frames, height, width, channels), dtype=np.float32)
-
-
-def image_of(height=64, width=96, seed=1):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def latents_by_diffusers(pipeline, noise, **more):
-    latents = torch.from_numpy(noise).permute(0, 4, 1, 2, 3).contiguous()
-    out = pipeline(prompt=PROMPT, latents=latents, guidance_scale=4.0, output_type="latent", **SIZE, **more).frames
-    return out.permute(0, 2, 3, 4, 1).numpy()
-
-
-def latents_by_us(pipe, noise, **more):
-    seen = []
-
-    def keep(self, latents, *args, **kwargs):
-        seen.append(np.asarray(latents))
-        return iter([(np.zeros((1, 1, 2, 2, 3), np.uint8), None)])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rehyat_jax.sampling.codec.Codec.decode", keep)
-        pipe(PROMPT, noise=noise, guidance_scale=4.0, **SIZE, **more)
-    return seen[0]
 
 
 @pytest.mark.parametrize("image", [True, pytest.param(False, marks=pytest.mark.full)], ids=["image", "text"])

@@ -87,6 +87,9 @@ class Generate:
     guidance: Annotated[float | None, tyro.conf.arg(metavar="G")] = None
     """How strongly the prompt guides; 1 or less: without guidance, in half the time."""
 
+    guidance_2: Annotated[float | None, tyro.conf.arg(metavar="G")] = None
+    """Guidance of the low-noise expert, for models of two (Wan2.2's A14B); as --guidance when that alone is given."""
+
     negative: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """What not to show; the model's own when not given."""
 
@@ -191,6 +194,7 @@ def _run(options: Generate) -> None:
                 "width": width,
                 "num_inference_steps": options.steps,
                 "guidance_scale": options.guidance,
+                **({} if options.guidance_2 is None else {"guidance_scale_2": options.guidance_2}),
                 "schedule": _schedule(options, pipe.schedule_at(height=height, width=width)),
                 "solver": _solver(options, pipe.solver),
                 "remember": remember,

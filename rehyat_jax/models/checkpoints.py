@@ -35,6 +35,7 @@ from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.arguments import user_path
+from rehyat_jax.sampling.experts import Expert, Experts
 from rehyat_jax.sampling.schedule import FlowSchedule
 from rehyat_jax.sampling.scheduler_config import scheduler_to_config
 from rehyat_jax.weights.convert import Progress, attached_to, convert_weights
@@ -99,15 +100,17 @@ def load_transformer(
 
 def open_transformer(
     path: str | os.PathLike[str],
+    name: Literal["transformer", "transformer_2"] = "transformer",
     *,
     dtype: Any = jnp.float32,
     hybrid: Conversion | Literal["auto"] | None = "auto",
     loras: Iterable[Any] = (),
 ) -> tuple[WanTransformer, Merged]:
-    """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs."""
+    """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs; ``name`` is which of
+    two experts."""
     dtype = known_dtype(dtype)
-    plan = make_plan(find_checkpoint(path), "transformer", dtype=dtype)
-    student = attached_to("transformer", plan, dtype=dtype) if hybrid == "auto" else None
+    plan = make_plan(find_checkpoint(path), name, dtype=dtype)
+    student = attached_to(name, plan, dtype=dtype) if hybrid == "auto" else None
     base = (student and student.instead) or plan
     merged = Merged(base=dataclasses.replace(base, abstract=None), dtype=dtype, loras=loras_of(loras))
     module = cast(WanTransformer, filled(with_loras(base, merged.loras), dtype=dtype))
@@ -117,6 +120,30 @@ def open_transformer(
         return module, merged
     blocks = cast(Any, filled(student.plan, dtype=dtype))
     return module.with_hybrid(student.plan.config, blocks=blocks), merged
+
+
+def open_experts(
+    path: str | os.PathLike[str], *, boundary_ratio: float, dtype: Any, hybrid: Conversion | Literal["auto"] | None
+) -> Experts:
+    """Two transformers by noise level, each read when a step first asks for it. Arguments as `open_transformer`.
+
+    Raises:
+        CheckpointError: their files are incomplete or damaged, or the two are of different sizes.
+        ConfigError: as `load_transformer`.
+    """
+    folder = find_checkpoint(path)
+    names: tuple[Literal["transformer", "transformer_2"], ...] = ("transformer", "transformer_2")
+    high, low = (make_plan(folder, name).config for name in names)
+    if high != low:
+        raise CheckpointError(f"the two experts in {folder} are of different sizes")
+
+    def member(name: Literal["transformer", "transformer_2"], least: float) -> Expert:
+        return Expert(
+            name=name, least=least, load=lambda: open_transformer(folder, name, dtype=dtype, hybrid=hybrid)[0]
+        )
+
+    members = member(names[0], 1000 * boundary_ratio), member(names[1], 0.0)
+    return Experts(*members, config=high, dtype=jnp.dtype(dtype))
 
 
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
@@ -231,6 +258,8 @@ def describe(path: str | os.PathLike[str]) -> CheckpointInfo | LoraInfo:
     path = user_path("path", path)
     if holds_lora(path):
         return describe_lora(path, component("transformer"))
+    if path.is_dir():
+        read_traits(path)  # says which expert is missing
     info = describe_weights(path)
     whole = path.is_dir() and {"transformer", "vae"} <= set(components_in(path))
     return dataclasses.replace(info, notes=_settings(path)) if whole else info
@@ -239,12 +268,13 @@ def describe(path: str | os.PathLike[str]) -> CheckpointInfo | LoraInfo:
 def _settings(folder: Path) -> tuple[str, ...]:
     """How a whole checkpoint is run when nothing else is asked for, in lines."""
     defaults, (schedule, solver) = read_defaults(folder), read_scheduler(folder)
+    second = "" if defaults.guidance_scale_2 is None else f" and {defaults.guidance_scale_2:g}"
     own = [name for name in (DEFAULTS_FILE, str(SCHEDULER_FILE)) if (folder / name).is_file()]
     return (
         "run with",
         f"  size        {defaults.width}x{defaults.height}, {defaults.num_frames} frames, {defaults.fps} a second",
         f"  steps       {defaults.num_inference_steps} of {type(solver).__name__}, guidance "
-        f"{defaults.guidance_scale:g}, shift {schedule.shift:g} on the grid {schedule.grid!r}",
+        f"{defaults.guidance_scale:g}{second}, shift {schedule.shift:g} on the grid {schedule.grid!r}",
         f"  negative    {defaults.negative_prompt or 'none'}",
         f"  by          {', '.join([*own, 'the advice for'])} {defaults.advice}",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rehyat_jax.errors import CheckpointError, ConfigError
-from rehyat_jax.models.networks import components_in, open_component
+from rehyat_jax.models.networks import component, components_in, open_component
 from rehyat_jax.models.wan.advice import Advice, advised
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.runtime.arguments import user_path
@@ -41,6 +41,8 @@ class Defaults:
     fps: int = 16
     num_inference_steps: int = 50
     guidance_scale: float | int = 6.0
+    #: Of the low-noise expert, where there are two; None: as the other's.
+    guidance_scale_2: float | int | None = None
     negative_prompt: str = ""
     #: The context noise that a stream commits its chunks with: as the model was trained.
     remember: ContextNoise = "steps"
@@ -53,6 +55,8 @@ class Defaults:
     schedule: Literal["folder", "authors"] = "folder"
     #: The transformer that all this is for; no setting of the file.
     model: WanConfig | None = dataclasses.field(default=None, compare=False)
+    #: Whether that is one of two; no setting either.
+    experts: bool = dataclasses.field(default=False, compare=False)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any], *, otherwise: Defaults | None = None) -> Defaults:
@@ -64,9 +68,10 @@ class Defaults:
             ConfigError: an unknown name, or a value that is no number of its kind.
         """
         kinds: dict[str, type | tuple[type, ...]] = {
-            field.name: int for field in dataclasses.fields(cls) if field.name != "model"
+            field.name: int for field in dataclasses.fields(cls) if field.name not in ("model", "experts")
         }
-        kinds |= {"guidance_scale": (int, float), "remember": (str, int, float), "negative_prompt": str}
+        kinds |= dict.fromkeys(("guidance_scale", "guidance_scale_2"), (int, float))
+        kinds |= {"remember": (str, int, float), "negative_prompt": str}
         kinds |= {"schedule": str, "solver": str}
         for name, value in source.items():
             if name not in kinds:
@@ -86,13 +91,14 @@ class Defaults:
     @property
     def advice(self) -> Advice:
         """What the authors advise for the model, at its own size."""
-        return advised(self.model or WanConfig.t2v_1_3b())
+        return advised(self.model or WanConfig.t2v_1_3b(), experts=self.experts)
 
     def advised_schedule(self, *, height: int, width: int) -> FlowSchedule | None:
         """The authors' noise levels for videos of this size; None where the folder has levels of its own."""
         if self.schedule == "folder" or self.model is None:
             return None
-        return FlowSchedule(grid="official", shift=advised(self.model, height=height, width=width).shift)
+        advice = advised(self.model, height=height, width=width, experts=self.experts)
+        return FlowSchedule(grid="official", shift=advice.shift)
 
 
 def bundled_models() -> dict[str, Path]:
@@ -167,7 +173,8 @@ def read_defaults(folder: Path) -> Defaults:
         CheckpointError, ConfigError: the folder's file cannot be read or makes no sense.
     """
     own, model = folder / DEFAULTS_FILE, _transformer_of(folder)
-    advice = advised(model)
+    experts = "transformer_2" in components_in(folder)
+    advice = advised(model, experts=experts)
     released = not (folder / SCHEDULER_FILE).is_file()
     otherwise = Defaults(
         height=advice.height,
@@ -176,9 +183,11 @@ def read_defaults(folder: Path) -> Defaults:
         fps=advice.fps,
         num_inference_steps=advice.num_inference_steps,
         guidance_scale=advice.guidance_scale,
+        guidance_scale_2=advice.guidance_scale_2,
         negative_prompt=advice.negative_prompt if released else "",
         schedule="authors" if released else "folder",
         model=model,
+        experts=experts,
     )
     return Defaults.from_dict(read_json(own), otherwise=otherwise) if own.is_file() else otherwise
 
@@ -189,24 +198,47 @@ class Traits:
 
     #: An image goes in as a finished first latent frame: diffusers' ``expand_timesteps``.
     clean_first_frame: bool = False
+    #: Of two experts: the share of the noise levels, from the lowest on, that is the second's; None: there is one.
+    boundary_ratio: float | None = None
 
     def to_index(self) -> dict[str, Any]:
-        """As ``model_index.json`` has it, beside the networks."""
-        return {"expand_timesteps": True} if self.clean_first_frame else {}
+        """As ``model_index.json`` has it, beside the networks that every model has."""
+        first = {"expand_timesteps": True} if self.clean_first_frame else {}
+        if self.boundary_ratio is None:
+            return first
+        return first | {
+            "boundary_ratio": self.boundary_ratio,
+            "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        }
 
 
 def read_traits(folder: Path) -> Traits:
     """By ``model_index.json``; of a release as its authors' program has it.
 
     Raises:
-        CheckpointError, ConfigError: a file cannot be read or makes no sense.
+        CheckpointError: an expert is missing, or a file cannot be read.
+        ConfigError: a value makes no sense.
     """
+    names = components_in(folder)
     if not (folder / INDEX).is_file():
-        return Traits(clean_first_frame=advised(_transformer_of(folder)).clean_first_frame)
-    value = read_json(folder / INDEX).get("expand_timesteps", False)
+        experts = [component(name) for name in ("transformer", "transformer_2")]
+        there = [(folder / each.released_in).is_dir() for each in experts if each.released_in]
+        if any(there) and not all(there):
+            raise CheckpointError(
+                f"{folder} has one expert of two: {experts[there.index(False)].released_in} is missing"
+            )
+        advice = advised(_transformer_of(folder), experts="transformer_2" in names)
+        return Traits(clean_first_frame=advice.clean_first_frame, boundary_ratio=advice.boundary_ratio)
+    index = read_json(folder / INDEX)
+    value, boundary = index.get("expand_timesteps", False), index.get("boundary_ratio")
     if not isinstance(value, bool | None):
         raise ConfigError(f"{folder / INDEX}: expand_timesteps must be true or false, not {str(value)[:80]!r}")
-    return Traits(clean_first_frame=bool(value))
+    if boundary is not None:
+        if not isinstance(boundary, int | float) or isinstance(boundary, bool) or not 0 < boundary < 1:
+            raise ConfigError(f"{folder / INDEX}: boundary_ratio must be between 0 and 1, not {str(boundary)[:80]!r}")
+        if missing := [name for name in ("transformer", "transformer_2") if name not in names]:
+            raise CheckpointError(f"{folder} has two experts by its {INDEX}, and {missing[0]} is missing")
+    return Traits(clean_first_frame=bool(value), boundary_ratio=boundary)
 
 
 def _transformer_of(folder: Path) -> WanConfig:
@@ -231,5 +263,5 @@ def read_scheduler(folder: Path) -> tuple[FlowSchedule, Solver]:
     if (folder / SCHEDULER_FILE).is_file():
         schedule, solver = scheduler_from_config(read_json(folder / SCHEDULER_FILE))
         return advice or schedule, named or solver
-    schedule = advice or FlowSchedule(grid="official", shift=advised(_transformer_of(folder)).shift)
+    schedule = advice or FlowSchedule(grid="official", shift=defaults.advice.shift)
     return schedule, named or UniPC()

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from rehyat_jax.runtime import arguments
@@ -16,6 +15,7 @@ from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling import programs, rollout
 from rehyat_jax.sampling.codec import Codec
 from rehyat_jax.sampling.condition import Condition
+from rehyat_jax.sampling.experts import Experts
 from rehyat_jax.sampling.noise import Shape
 from rehyat_jax.sampling.rollout import Sampler, States
 from rehyat_jax.sampling.schedule import SamplingSteps
@@ -41,7 +41,7 @@ class Session:
     programs. Float32 is computed as float32, whatever the platform's default.
 
     Args:
-        transformer: a `rehyat_jax.sampling.rollout.Transformer`.
+        transformer: a `rehyat_jax.sampling.rollout.Transformer`, or several by noise level.
         vae: a `rehyat_jax.sampling.codec.Autoencoder`.
         settings: every value resolved.
     """
@@ -49,8 +49,26 @@ class Session:
     def __init__(self, *, transformer: Any, vae: Any, settings: Settings) -> None:
         self.settings, self.codec = settings, Codec(vae, compute=transformer.dtype)
         self._transformer = transformer
-        self.graph, self.weights = nnx.split(transformer)
-        self.sampler = Sampler(solver=settings.solver, guidance=settings.guidance, context_noise=settings.remember)
+        self._experts = transformer if isinstance(transformer, Experts) else Experts.of_one(transformer)
+        self.samplers = tuple(
+            Sampler(solver=settings.solver, guidance=guidance, context_noise=settings.remember)
+            for guidance in settings.guidances[: len(self._experts.members)]
+        )
+
+    @property
+    def graph(self) -> Any:
+        """Of the transformer: of several, the one of the highest noise level."""
+        return self._experts.at(1000.0).graph
+
+    @property
+    def weights(self) -> Any:
+        """As `graph`."""
+        return self._experts.at(1000.0).weights
+
+    @property
+    def sampler(self) -> Sampler:
+        """As `graph`."""
+        return self.samplers[0]
 
     @cached_property
     def steps(self) -> SamplingSteps:
@@ -99,7 +117,8 @@ class Session:
         Args:
             on_prompt: called with the embeddings made and all that there are.
         """
-        wanted, rows = [*prompts, negative_prompt] if self.sampler.guidance.needs_negative else list(prompts), []
+        guided = any(sampler.guidance.needs_negative for sampler in self.samplers)
+        wanted, rows = [*prompts, negative_prompt] if guided else list(prompts), []
         on_prompt(0, len(wanted))
         with precision(self._transformer.dtype):
             for done, prompt in enumerate(wanted, start=1):
@@ -124,8 +143,10 @@ class Session:
             short = trimmed(text)
 
             def advance(state: Any, step: SamplingSteps) -> Any:
+                expert = self._experts.at(float(step.timestep))
+                sampler = self.samplers[expert.number]
                 return programs.denoise_step(
-                    self.weights, state, step, short, condition, graph=self.graph, sampler=self.sampler
+                    expert.weights, state, step, short, condition, graph=expert.graph, sampler=sampler
                 )
 
             steps, solver = self.settings.steps(), self.sampler.solver

@@ -20,6 +20,7 @@ _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "guidance_scale": (int, float),
     "remember": (str, int, float),
     "first_chunk_steps": (int, type(None)),
+    "guidance_scale_2": (int, float, type(None)),
 }
 _SCHEDULE: dict[str, type | tuple[type, ...]] = {"grid": str, "shift": (int, float), "num_train_timesteps": int}
 #: By name, as files have it.
@@ -42,11 +43,19 @@ class Settings:
     remember: ContextNoise = "steps"
     #: Of a stream's first chunk, if more than the others'.
     first_chunk_steps: int | None = None
+    #: Of the low-noise expert, where there are two; None: as the other's.
+    guidance_scale_2: float | None = None
 
     @property
     def guidance(self) -> Guidance:
         """The two prompts one after the other, in the memory of one."""
-        return Guidance(scale=self.guidance_scale, forward="two")
+        return self.guidances[0]
+
+    @property
+    def guidances(self) -> tuple[Guidance, ...]:
+        """Of each expert, the highest noise level first."""
+        low = self.guidance_scale if self.guidance_scale_2 is None else self.guidance_scale_2
+        return tuple(Guidance(scale=scale, forward="two") for scale in (self.guidance_scale, low))
 
     @property
     def by_chunks(self) -> bool:
@@ -87,7 +96,7 @@ class Settings:
             ConfigError: a name is unknown or missing, or a value is not of its kind.
         """
         # Of streams saved before there were these.
-        source = {"remember": "steps", "first_chunk_steps": None} | dict(source)
+        source = {"remember": "steps", "first_chunk_steps": None, "guidance_scale_2": None} | dict(source)
         numbers = _known({k: v for k, v in source.items() if k not in ("schedule", "solver")}, _NUMBERS, "settings")
         check_context_noise(numbers["remember"])
         schedule, solver = source.get("schedule"), source.get("solver")

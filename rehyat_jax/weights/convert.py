@@ -12,7 +12,7 @@ import numpy as np
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.runtime.files import check_room
-from rehyat_jax.weights.layout import INDEX, check_foreign_folders, components_in
+from rehyat_jax.weights.layout import INDEX, components_in
 from rehyat_jax.weights.plan import LoadPlan, make_plan
 from rehyat_jax.weights.registry import REGISTRY, WRITTEN, Attached, Attachment, component
 from rehyat_jax.weights.save import of_plan, write_network
@@ -53,7 +53,7 @@ def convert_weights(
     names = components_of(src)
     whole = (src / INDEX).is_file() or len(names) > 1
     plans = {name: make_plan(src, name) for name in names}
-    if whole and (missing := [name for name in REGISTRY if name not in plans]):
+    if whole and (missing := [name for name, each in REGISTRY.items() if name not in plans and not each.optional]):
         raise CheckpointError(f"{src} has no {' and no '.join(missing)}: name one network to convert it alone")
     attached = {name: part for name, plan in plans.items() if (part := attached_to(name, plan, dtype=dtype))}
     for name, change in changed.items():
@@ -104,8 +104,6 @@ def components_of(path: Path) -> tuple[str, ...]:
         CheckpointError: none that this program knows.
     """
     if found := components_in(path):
-        for name in REGISTRY.keys() - found:
-            check_foreign_folders(path, component(name))
         return found
     # Says why not.
     make_plan(path, next(iter(REGISTRY)))
@@ -139,7 +137,9 @@ def find_attachment(weights: Path, name: str) -> Path | None:
         CheckpointError: there is one beside the weights and another beside ``model_index.json``.
     """
     own, root = weights.parent / name, weights.parent.parent
-    beside = root / name if (root / INDEX).is_file() else own
+    # Of one of two networks of a kind, in its own folder alone.
+    second = (each := REGISTRY.get(weights.parent.name)) is not None and each.kin
+    beside = root / name if (root / INDEX).is_file() and not second else own
     found = [folder for folder in dict.fromkeys((own, beside)) if folder.exists()]
     if len(found) > 1:
         raise CheckpointError(f"{own} and {beside} are both there: a checkpoint has one {name} folder")

@@ -12,7 +12,7 @@ from typing import Any
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.opening import is_index, open_tensors, weights_in
-from rehyat_jax.weights.registry import REGISTRY, Component, component, holdings
+from rehyat_jax.weights.registry import REGISTRY, Component, component, holdings, kinds
 
 INDEX = "model_index.json"
 _CONFIG = "config.json"
@@ -29,7 +29,7 @@ class Location:
 
 def described(config: Mapping[str, Any]) -> Component | None:
     """The network that a ``config.json`` describes; None when it is none of ours."""
-    return next((each for each in REGISTRY.values() if each.described_by(config)), None)
+    return next((each for each in kinds() if each.described_by(config)), None)
 
 
 def _called(config: Mapping[str, Any]) -> str:
@@ -52,21 +52,20 @@ def locate(path: Path, name: str) -> Location:
     if path.is_file():
         return Location(component=wanted, weights=path, config=_config_beside(path, wanted))
     if (path / INDEX).is_file():
-        check_foreign_folders(path, wanted)
         if not (path / name).is_dir():
             raise CheckpointError(f"{path} has no {name} folder, so no {wanted.title}")
         return locate(path / name, name)
+    if wanted.released_in is not None and (path / wanted.released_in).is_dir():
+        return locate(path / wanted.released_in, name)
     config = _config(path)
     if config is not None and described(config) is None:
         raise CheckpointError(f"{path} holds a {_called(config)}, not a {wanted.title}")
     own = _if_of(config, wanted)
     found = _sets(path, config)
-    if not found or wanted.name not in set().union(*found.values()):
-        check_foreign_folders(path, wanted)
     if not found:
         raise CheckpointError(f"{path} holds no weights (*.safetensors, *.pth)")
     # Where nothing is known of what is there, whoever opens it says what it is.
-    if any(found.values()) and not any(owners is UNKNOWN or wanted.name in owners for owners in found.values()):
+    if any(found.values()) and not any(owners is UNKNOWN or wanted.kind in owners for owners in found.values()):
         raise CheckpointError(f"{path} holds {_titles(found)}, not a {wanted.title}")
     return Location(component=wanted, weights=_only(path, found, wanted), config=own)
 
@@ -86,6 +85,7 @@ def components_in(path: Path) -> tuple[str, ...]:
     if (path / INDEX).is_file():
         return tuple(name for name in REGISTRY if (path / name).is_dir())
     owners = set().union(*_sets(path, _config(path)).values())
+    owners |= {each.name for each in REGISTRY.values() if each.released_in and (path / each.released_in).is_dir()}
     return tuple(name for name in REGISTRY if name in owners)
 
 
@@ -129,7 +129,7 @@ def _sets(folder: Path, config: Mapping[str, Any] | None) -> dict[Path, frozense
 
 
 def _released_as(file: Path) -> str | None:
-    return next((each.name for each in REGISTRY.values() if each.released_as.match(file.name)), None)
+    return next((each.name for each in kinds() if each.released_as.match(file.name)), None)
 
 
 def _stem(file: Path) -> str:
@@ -149,18 +149,6 @@ def _if_of(config: Mapping[str, Any] | None, wanted: Component) -> Mapping[str, 
     return config if config is not None and wanted.described_by(config) else None
 
 
-def check_foreign_folders(path: Path, wanted: Component) -> None:
-    """
-    Raises:
-        CheckpointError: the folder is another kind of checkpoint, whose network is in folders of other names.
-    """
-    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
-    for folder, what in wanted.foreign_folders.items():
-        entry = index.get(folder)
-        if (isinstance(entry, list) and any(entry)) or (not index and (path / folder).is_dir()):
-            raise CheckpointError(f"{path} is {what}; name one of their folders instead")
-
-
 def _config_beside(path: Path, wanted: Component) -> Mapping[str, Any] | None:
     config = _config(path.parent)
     if config is None or wanted.described_by(config):
@@ -175,7 +163,7 @@ def _config_beside(path: Path, wanted: Component) -> Mapping[str, Any] | None:
 def _only(folder: Path, found: Mapping[Path, frozenset[str]], wanted: Component) -> Path:
     """The one set of weights that holds a network: the standard name first (variants, ``.fp16.``, may lie beside it),
     then the better format."""
-    mine = [file for file, owners in found.items() if wanted.name in owners]
+    mine = [file for file, owners in found.items() if wanted.kind in owners]
     plain = [file for file in mine if file.name.count(".") == (3 if is_index(file) else 1)]
     standard = [file for file in plain if _stem(file) == wanted.stem]
     unknown = [file for file, owners in found.items() if owners is UNKNOWN or not any(found.values())]

@@ -159,7 +159,7 @@ def _open(location: Location) -> Opened:
     component, weights = location.component, location.weights
     tensors = open_tensors(weights)
     held = holdings(tensors.infos)
-    found = held.get(component.name)
+    found = held.get(component.kind)
     if found is None:
         _refuse_foreign(weights, tensors.infos, REGISTRY.values())
         if held:

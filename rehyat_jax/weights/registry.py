@@ -107,6 +107,12 @@ class Component:
 
     #: Of its folder in the diffusers layout.
     name: str
+    #: The name of the component by which its files are recognised, where that is another of the same tensors.
+    kin: str = ""
+    #: Of its folder in the release's layout, where that has one for it.
+    released_in: str | None = None
+    #: Whether whole checkpoints may be without it.
+    optional: bool = False
     title: str
     module: type[Any]
     config_type: type[Any]
@@ -125,8 +131,6 @@ class Component:
     released_as: re.Pattern[str]
     #: What other networks of the family are, by a part of a tensor's name: refused by that name.
     foreign: Mapping[str, re.Pattern[str]] = dataclasses.field(default_factory=dict)
-    #: Folders beside or in the place of its own, and what a checkpoint that has them is.
-    foreign_folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     #: Tensors that some files have beside it and that it does not need.
     unneeded: re.Pattern[str] | None = None
     attachment: Attachment | None = None
@@ -134,6 +138,11 @@ class Component:
     examples: tuple[Any, ...] = ()
     #: Sizes that were published, by the name that they are known by.
     published: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The name of the component by which its files are recognised."""
+        return self.kin or self.name
 
     def known_by(self) -> tuple[Any, ...]:
         """The configurations whose names, numbers aside, are those by which files are recognised."""
@@ -169,6 +178,11 @@ REGISTRY: dict[str, Component] = {}
 def register(component: Component) -> None:
     """Make a network known to all that loads, saves, converts and describes; one of the same name is replaced."""
     REGISTRY[component.name] = component
+
+
+def kinds() -> list[Component]:
+    """The registered networks that files are recognised as."""
+    return [each for each in REGISTRY.values() if each.kind == each.name]
 
 
 def component(name: str) -> Component:
@@ -216,7 +230,7 @@ def holdings(names: Iterable[str]) -> dict[str, Holding]:
     found: dict[tuple[str, str], dict[str, int]] = {}
     marked: set[tuple[str, str, str]] = set()
     index = _index()
-    marks = {(each.name, dialect.name): dialect for each in REGISTRY.values() for dialect in each.dialects}
+    marks = {(each.name, dialect.name): dialect for each in kinds() for dialect in each.dialects}
     for short in clean.values():
         parts, without_numbers = short.split("."), generic(short).split(".")
         for start in range(min(len(parts), 24)):
@@ -255,7 +269,7 @@ def generic(name: str) -> str:
 def _index() -> dict[str, list[tuple[str, str]]]:
     """Networks and dialects by each name that they know, numbers replaced by ``{}``."""
     index: dict[str, list[tuple[str, str]]] = {}
-    for each in REGISTRY.values():
+    for each in kinds():
         for row in each.all_rows():
             for dialect in row.names:
                 for spelling in row.spellings(dialect):

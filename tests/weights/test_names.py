@@ -19,7 +19,7 @@ from rehyat_jax.models.umt5.rows import UMT5
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.rows import TRANSFORMER
 from rehyat_jax.weights.plan import parameters
-from rehyat_jax.weights.registry import REGISTRY, holdings
+from rehyat_jax.weights.registry import REGISTRY, holdings, kinds
 from rehyat_jax.weights.rows import torch_shape, translate
 
 assert checkpoints  # registers the networks
@@ -247,7 +247,7 @@ def test_two_names_for_one_tensor_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("component", "config"), [(each, config) for each in REGISTRY for config in REGISTRY[each].known_by()]
+    ("component", "config"), [(each.name, config) for each in kinds() for config in each.known_by()]
 )
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_each_network_is_recognised_and_no_prefix_is_part_of_a_name(component, config, dialect):

@@ -5,6 +5,7 @@ Sources: ``diffusers/models/transformers/transformer_wan.py``; ``Wan-Video/Wan2.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -103,10 +104,16 @@ WAN_TRANSFORMER = Component(
         ),
         "a VACE model": re.compile(r"(^|\.)vace_"),
     },
-    foreign_folders={
-        "transformer_2": "a Wan2.2 checkpoint of two transformers",
-        "high_noise_model": "a Wan2.2 checkpoint of two transformers",
-    },
+    released_in="high_noise_model",
     attachment=STUDENT,
     published={"Wan2.1 1.3B": WanConfig.t2v_1_3b, "Wan2.1 14B": WanConfig.t2v_14b},
+)
+#: Wan2.2's A14B has two: the first for high noise levels, this one for low ones.
+WAN_LOW_NOISE = dataclasses.replace(
+    WAN_TRANSFORMER,
+    name="transformer_2",
+    title="Wan low-noise transformer",
+    kin="transformer",
+    released_in="low_noise_model",
+    optional=True,
 )
