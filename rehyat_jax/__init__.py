@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
     from rehyat_jax.streams.state import StreamState
     from rehyat_jax.streams.stream import Stream
+    from rehyat_jax.streams.timeline import Timeline
+    from rehyat_jax.video.formats import write_video
+    from rehyat_jax.video.reading import read_video
 
 __version__ = "0.1.0"
 
@@ -34,15 +37,18 @@ _HOMES = {
     "StreamState": "rehyat_jax.streams.state",
     "TextEncoderConfig": "rehyat_jax.models.umt5.config",
     "TextToVideo": "rehyat_jax.pipeline",
+    "Timeline": "rehyat_jax.streams.timeline",
     "VAEConfig": "rehyat_jax.models.wan.config",
     "WanConfig": "rehyat_jax.models.wan.config",
     "hybrid_attention": "rehyat_jax.attention.api",
     "load_text_encoder": "rehyat_jax.models.checkpoints",
     "load_transformer": "rehyat_jax.models.checkpoints",
     "load_vae": "rehyat_jax.models.checkpoints",
+    "read_video": "rehyat_jax.video.reading",
     "save_text_encoder": "rehyat_jax.models.checkpoints",
     "save_transformer": "rehyat_jax.models.checkpoints",
     "save_vae": "rehyat_jax.models.checkpoints",
+    "write_video": "rehyat_jax.video.formats",
 }
 
 __all__ = [
@@ -51,6 +57,7 @@ __all__ = [
     "StreamState",
     "TextEncoderConfig",
     "TextToVideo",
+    "Timeline",
     "VAEConfig",
     "WanConfig",
     "__version__",
@@ -58,9 +65,11 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "load_vae",
+    "read_video",
     "save_text_encoder",
     "save_transformer",
     "save_vae",
+    "write_video",
 ]
 
 

@@ -24,7 +24,7 @@ from rehyat_jax.errors import CheckpointError, RehyatError, RehyatWarning
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import load_vae, open_experts, open_transformer
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
-from rehyat_jax.models.wan.conditions import VideoSize, conditioning_of
+from rehyat_jax.models.wan.conditions import Conditioning, VideoSize, conditioning_of
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime import arguments
@@ -38,9 +38,11 @@ from rehyat_jax.sampling.noise import ChunkNoise, Shape, video_keys
 from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
 from rehyat_jax.sampling.session import Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.streams.pace import MeasuredSteps, most_steps
 from rehyat_jax.streams.state import fingerprint
 from rehyat_jax.streams.stream import Stream
 from rehyat_jax.text.prompt_encoder import PromptEncoder
+from rehyat_jax.video.beginning import read_beginning
 from rehyat_jax.video.images import Images
 
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
@@ -299,7 +301,7 @@ class TextToVideo:
         solver: Solver | None = None,
         remember: ContextNoise | None = None,
         first_chunk_steps: int | None = None,
-        beginning: Shaped[np.ndarray, "..."] | None = None,
+        beginning: Shaped[np.ndarray, "..."] | str | os.PathLike[str] | None = None,
         image: Any = None,
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
@@ -314,14 +316,16 @@ class TextToVideo:
                 there. Only with ``remember`` a level.
             beginning: frames that the stream goes on from, uint8 [F, H, W, 3]; of its size, and so many that
                 they are whole chunks: of chunks of 3 latent frames 9, 21, 33, … Its own frames come after these. For a
-                list of prompts one for each, [B, F, H, W, 3].
-            image: the first frame, for models that take images (others go on from a ``beginning``); as for a call.
+                list of prompts one for each, [B, F, H, W, 3]. Or one prompt's as the path of a video, whose last
+                frames are taken, scaled and cropped.
+            image: the first frame, finished, as for a call; of a model that takes no images too: the frames that
+                follow it in the first chunk are made with it in sight.
 
         Other arguments as for a call.
 
         Raises:
             RehyatError: a block of the transformer prevents it (the message names it); an impossible size, number or
-                seed; a beginning of another size or length.
+                seed; a beginning of another size or length; a file that is no video or picture.
         """
         chunk = 1 + self.vae.config.temporal_factor * (self.transformer.chunk_frames() - 1)
         settings = self.settings(
@@ -335,6 +339,17 @@ class TextToVideo:
             remember=remember,
             first_chunk_steps=first_chunk_steps,
         )
+        size = {"height": settings.height, "width": settings.width}
+        if isinstance(beginning, str | os.PathLike):
+            factor = self.vae.config.temporal_factor
+            each = self.transformer.chunk_frames() * factor
+            path = arguments.user_path("beginning", beginning)
+            beginning = read_beginning(
+                path,
+                fps=self.fps,
+                most=lambda frames: max(0, (frames + factor - 1) // each * each - factor + 1),
+                **size,
+            )
         return self.start_stream(
             prompt,
             settings,
@@ -343,6 +358,23 @@ class TextToVideo:
             beginning=beginning,
             images=Images.read(image, None),
         )
+
+    def real_time_steps(self, prompt: str = "", **options: Any) -> MeasuredSteps:
+        """The most denoising steps of the model's list (`Defaults.offered_steps`) with which this machine makes a
+        stream as fast as it is shown; measured, compilation apart.
+
+        Args:
+            prompt, options: as for `open_stream`.
+
+        Raises:
+            RehyatError: as `open_stream`.
+        """
+
+        def opened(steps: int) -> Stream:
+            return self.open_stream(prompt, **options | {"num_inference_steps": steps})
+
+        offered = self.defaults.offered_steps or (self.defaults.num_inference_steps,)
+        return most_steps(opened, offered, fps=self.fps)
 
     def start_stream(
         self,
@@ -356,7 +388,8 @@ class TextToVideo:
     ) -> Stream:
         """As `open_stream`, with settings resolved beforehand."""
         images, session = images or Images(), self.session(settings)
-        self._conditioning.check(images)
+        conditioning = self._conditioning.of_stream()
+        conditioning.check(images)
         if beginning is not None and images.first is not None:
             raise RehyatError("a stream begins with an image or goes on from a beginning, not both")
         count = len(prompt_list(prompt, negative_prompt))
@@ -368,7 +401,7 @@ class TextToVideo:
             negative_prompt=negative_prompt,
             seed=seed,
             beginning=beginning,
-            condition=self._condition(images, settings, count, session),
+            condition=self._condition(conditioning, images, settings, count, session),
         )
 
     def stream(self, prompt: str | list[str], **options: Any) -> Iterator[np.ndarray]:
@@ -493,7 +526,7 @@ class TextToVideo:
 
         with measure("text"):
             text = session.embed(self.text, prompts, negative_prompt, on_prompt=partial(on_step, "text"))
-            condition = self._condition(images, settings, len(prompts), session)
+            condition = self._condition(self._conditioning, images, settings, len(prompts), session)
         with measure("denoise"):
             if settings.by_chunks:
                 keys = video_keys(seed, count=len(prompts))
@@ -511,9 +544,11 @@ class TextToVideo:
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
 
-    def _condition(self, images: Images, settings: Settings, count: int, session: Session) -> Condition:
+    def _condition(
+        self, conditioning: Conditioning, images: Images, settings: Settings, count: int, session: Session
+    ) -> Condition:
         size = VideoSize(count=count, frames=settings.num_frames, height=settings.height, width=settings.width)
-        return self._conditioning.condition(images, size, codec=session.codec)
+        return conditioning.condition(images, size, codec=session.codec)
 
     def _size(self, *, num_frames: Any, height: Any, width: Any) -> tuple[int, int, int]:
         """Frames, height and width as they can be made; diffusers' rounding and warnings."""

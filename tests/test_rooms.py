@@ -22,14 +22,14 @@ MAY_IMPORT = {
     "video": {"errors", "runtime"},
     "models": {"adapters", "attention", "errors", "mixers", "runtime", "sampling", "video", "weights"},
     "text": {"errors", "models", "runtime"},
-    "streams": {"errors", "models", "runtime", "sampling", "text", "weights"},
+    "streams": {"errors", "models", "runtime", "sampling", "text", "video", "weights"},
     "pipeline": {"adapters", "errors", "mixers", "models", "runtime", "sampling", "streams", "text", "video"},
     "sprites": {"attention", "errors", "models", "pipeline", "sampling"},
     # Takes streams as arguments.
     "serve": {"errors", "runtime", "video"},
     "cli": {
         *("errors", "mixers", "models", "pipeline", "runtime", "sampling"),
-        *("serve", "sprites", "streams", "video"),
+        *("serve", "sprites", "streams", "text", "video"),
     },
 }
 #: Packages beside it that a room may import; no other room imports any.

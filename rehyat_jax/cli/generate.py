@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rehyat_jax.cli.arguments import parse_options
-from rehyat_jax.cli.generate_stream import Outputs, Request, check_outputs, described, stream_video
+from rehyat_jax.cli.generate_checks import check_combination, owned_files
+from rehyat_jax.cli.generate_other import make_batch, read_batch, write_other
+from rehyat_jax.cli.generate_stream import Outputs, Request, described, stream_video
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.files import whole_file
-from rehyat_jax.runtime.outputs import owned_output
 
 if TYPE_CHECKING:
     from rehyat_jax.mixers.config import HybridConfig
@@ -26,17 +27,34 @@ if TYPE_CHECKING:
     from rehyat_jax.sampling import FlowSchedule, Solver
     from rehyat_jax.sampling.rollout import ContextNoise
     from rehyat_jax.sampling.settings import Settings
+    from rehyat_jax.streams.timeline import Timeline
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
     """Make a video from a sentence: an mp4, and beside it a contact sheet (.png) and a record of the run (.json).
 
+    Or from sentences by second (--timeline), or a video for each line of a file (--prompts).
+
     What is not given is the model's own advice.
     """
 
-    prompt: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PROMPT")]]
+    prompt: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="PROMPT")]] = None
     """What to show."""
+
+    timeline: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
+    """Sentences by second, one a line, in the place of PROMPT: 0 = "a koala …", then 4.5 = "a lemon …". A chunk shows
+    the sentence that counts at its first frame."""
+
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A video for each line, in the place of PROMPT, in the folder --out: {prompt}-{i}.mp4. The same command goes on
+    with what is missing."""
+
+    count: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Of --prompts: videos of each line, with the noise of the seeds from --seed on."""
+
+    beginning: Annotated[Path | None, tyro.conf.arg(name="from", metavar="CLIP")] = None
+    """Go on from a video: its last frames, scaled and cropped to the size, come first and count. Per-chunk."""
 
     model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR")] = "mini-sprites"
     """A bundled model's name, or the folder of a Wan2.1 checkpoint (diffusers or original layout)."""
@@ -46,13 +64,15 @@ class Generate:
     another."""
 
     image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """What the video begins with, for models that take images; cropped to the video's shape."""
+    """What the video begins with, scaled and cropped to its size; for models that take images, and for those that make
+    a video chunk by chunk."""
 
     last_image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """What the video ends with, for models that take two images."""
 
-    out: Annotated[Path, tyro.conf.arg(metavar="FILE.mp4")] = Path("video.mp4")
-    """Where the video is to stand."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE|DIR|-")] = Path("video.mp4")
+    """Where the video is to stand: .mp4, .webp or .gif; a new folder of numbered PNGs; - for raw frames (rows of RGB)
+    to a pipe."""
 
     frames: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Number of frames: any in a per-chunk sweep, 4k + 1 else."""
@@ -81,8 +101,9 @@ class Generate:
     size: Annotated[str | None, tyro.conf.arg(metavar="WxH")] = None
     """Width and height in pixels, as 832x480."""
 
-    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Number of denoising steps."""
+    steps: Annotated[str | None, tyro.conf.arg(metavar="N|auto")] = None
+    """Number of denoising steps. auto: the most of the model's list with which this machine makes frames as fast as
+    they are shown; measured first."""
 
     guidance: Annotated[float | None, tyro.conf.arg(metavar="G")] = None
     """How strongly the prompt guides; 1 or less: without guidance, in half the time."""
@@ -122,7 +143,10 @@ class Generate:
 
 
 #: What the record has of the options beside the settings.
-_ASKED = ("prompt", "model", "lora", "image", "last_image", "hybrid", "seed", "dtype", "out")
+_ASKED = (
+    *("prompt", "timeline", "beginning", "image", "last_image"),
+    *("model", "lora", "hybrid", "seed", "dtype", "out"),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -135,29 +159,19 @@ def main(argv: list[str]) -> None:
 
 def _run(options: Generate) -> None:
     width, height = _parse_size(options.size)
-    if options.out.suffix.lower() != ".mp4":
-        raise RehyatError(f"--out must end in .mp4, not {options.out.name!r}")
-    if options.resume and options.sweep == "per-step":
-        raise RehyatError("--resume goes on with a per-chunk sweep; a per-step one leaves nothing to go on with")
-    if options.remember is not None and options.sweep == "per-step":
-        raise RehyatError("--remember is of a per-chunk sweep: in a per-step one chunks see each other as they stand")
-    remember = parse_remember(options.remember)
+    kind = check_combination(options)
+    remember, steps = parse_remember(options.remember), _parse_steps(options.steps)
     hybrid = _parse_hybrid(options.hybrid)
+    timeline = _read_timeline(options.timeline)
+    if options.beginning is not None and not options.beginning.expanduser().is_file():
+        raise RehyatError(f"--from: there is no file {options.beginning}")
     from rehyat_jax.video.images import Images
 
     # Now, not after minutes of work.
     images = Images.read(options.image, options.last_image)
     out = options.out.expanduser()
-    outputs = Outputs(video=out, sheet=out.with_suffix(".png"), record=out.with_suffix(".json"))
-    owned = owned_output(
-        outputs.video,
-        command="rehyat generate",
-        beside=[outputs.sheet, outputs.record],
-        overwrite=options.overwrite,
-        resume=options.resume,
-        otherwise=", --resume goes on with it" if outputs.saved() else "",
-    )
-    check_outputs(outputs, resume=options.resume)
+    batch = None if options.prompts is None else read_batch(options.prompts.expanduser(), out, count=options.count)
+    outputs, owned = owned_files(options, out, kind)
     with owned, ProgressDisplay() as display:
         display("load", 0, 1)
         from rehyat_jax.runtime.record import Phases
@@ -168,7 +182,7 @@ def _run(options: Generate) -> None:
 
             from rehyat_jax.pipeline import TextToVideo
 
-            _check_room(options, hybrid, remember)
+            _check_room(options, hybrid, remember, steps)
             pipe = TextToVideo.from_pretrained(
                 options.model,
                 dtype=jnp.dtype(options.dtype),
@@ -184,7 +198,7 @@ def _run(options: Generate) -> None:
             )
         display("load", 1, 1)
         request = Request(
-            prompt=options.prompt,
+            prompt=timeline.at(0) if timeline is not None else options.prompt or "",
             negative_prompt=pipe.defaults.negative_prompt if options.negative is None else options.negative,
             seed=options.seed,
             frames=pipe.defaults.num_frames if options.frames is None else options.frames,
@@ -192,17 +206,30 @@ def _run(options: Generate) -> None:
             sampling={
                 "height": height,
                 "width": width,
-                "num_inference_steps": options.steps,
+                "num_inference_steps": None if steps == "auto" else steps,
                 "guidance_scale": options.guidance,
                 **({} if options.guidance_2 is None else {"guidance_scale_2": options.guidance_2}),
                 "schedule": _schedule(options, pipe.schedule_at(height=height, width=width)),
                 "solver": _solver(options, pipe.solver),
                 "remember": remember,
             },
+            timeline=timeline,
+            beginning=options.beginning,
         )
         asked = {name: getattr(options, name) for name in _ASKED} | {"negative": request.negative_prompt}
-        streams = pipe.transformer.why_not_stream() is None
-        if options.sweep == "per-chunk" or options.resume or (options.sweep is None and streams):
+        streams = _streams(options, pipe)
+        if steps == "auto":
+            request = _with_most_steps(pipe, request, display)
+        how: Any = {"streams": streams, "display": display, "phases": phases}
+        if batch is not None:
+            made = make_batch(pipe, request, batch, model=options.model, **how)
+            print(f"{out}: {len(batch)} videos, {made} of them made now")
+            return
+        if kind != "mp4":
+            record = None if kind == "raw" else outputs.record
+            settings = write_other(pipe, request, out, record, record=asked, **how)
+            count = request.frames
+        elif streams:
             settings = stream_video(
                 pipe, request, outputs, resume=options.resume, display=display, phases=phases, record=asked
             )
@@ -210,10 +237,49 @@ def _run(options: Generate) -> None:
         else:
             settings = _whole_video(pipe, request, outputs, display=display, phases=phases, record=asked)
             count = settings.num_frames
+    beside = {"mp4": f" (see also {outputs.sheet.name}, {outputs.record.name})", "raw": ""}
     print(
-        f"{outputs.video}: {count} frames of {settings.width}x{settings.height}, {count / pipe.fps:.1f} s "
-        f"(see also {outputs.sheet.name}, {outputs.record.name})"
+        f"{outputs.video}: {count} frames of {settings.width}x{settings.height}, {count / pipe.fps:.1f} s"
+        + beside.get(kind, f" (see also {outputs.record.name})"),
+        file=sys.stderr if kind == "raw" else sys.stdout,
     )
+
+
+def _streams(options: Generate, pipe: TextToVideo) -> bool:
+    """Whether the video is made chunk by chunk: as asked for, else where the model can."""
+    wanted = options.resume or options.timeline or options.beginning
+    if options.sweep == "per-chunk" or wanted:
+        return True
+    return options.sweep is None and pipe.transformer.why_not_stream() is None
+
+
+def _with_most_steps(pipe: TextToVideo, request: Request, display: ProgressDisplay) -> Request:
+    """The request with as many steps as the machine takes at the video's rate, and a word about it."""
+    display("measure", 0, 1)
+    options = {name: value for name, value in request.sampling.items() if name != "num_inference_steps"}
+    options["image"] = request.images.first
+    measured = pipe.real_time_steps(request.prompt, **options)
+    display("measure", 1, 1)
+    slower = "" if measured.real_time else f", fewer than the {pipe.fps} that are shown, and no fewer steps are offered"
+    _note(f"{measured.steps} steps make {measured.frames_per_second:.1f} frames a second here{slower}")
+    return dataclasses.replace(request, sampling=dict(request.sampling) | {"num_inference_steps": measured.steps})
+
+
+def _read_timeline(path: Path | None) -> Timeline | None:
+    if path is None:
+        return None
+    from rehyat_jax.streams.timeline import Timeline
+
+    return Timeline.read(path.expanduser())
+
+
+def _parse_steps(text: str | None) -> int | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    try:
+        return int(text)
+    except ValueError:
+        raise RehyatError(f"--steps must be a whole number or auto, not {text[:80]!r}") from None
 
 
 def _whole_video(
@@ -261,7 +327,12 @@ def _whole_video(
     return settings
 
 
-def _check_room(options: Generate, hybrid: HybridConfig | Literal["auto"], remember: ContextNoise | None) -> None:
+def _check_room(
+    options: Generate,
+    hybrid: HybridConfig | Literal["auto"],
+    remember: ContextNoise | None,
+    steps: int | Literal["auto"] | None,
+) -> None:
     """
     Raises:
         ConfigError: this machine has no room for the video.
@@ -279,7 +350,7 @@ def _check_room(options: Generate, hybrid: HybridConfig | Literal["auto"], remem
         frames=defaults.num_frames if options.frames is None else options.frames,
         height=height or defaults.height,
         width=width or defaults.width,
-        steps=defaults.num_inference_steps if options.steps is None else options.steps,
+        steps=steps if isinstance(steps, int) else max([defaults.num_inference_steps, *defaults.offered_steps]),
         guided=guidance > 1,
     )
     if max(shape.height, shape.width) > LARGEST_SIDE or shape.frames > 4 * MOST_TOKENS:

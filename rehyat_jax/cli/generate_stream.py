@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rehyat_jax.runtime.record import Phases
     from rehyat_jax.sampling.settings import Settings
     from rehyat_jax.streams.stream import Stream
+    from rehyat_jax.streams.timeline import Timeline
     from rehyat_jax.video.growing import GrowingVideo
     from rehyat_jax.video.images import Images
 
@@ -68,6 +69,10 @@ class Request:
     frames: int
     images: Images
     sampling: Mapping[str, Any]
+    #: Sentences by second, in the place of the one prompt.
+    timeline: Timeline | None = None
+    #: A video that the stream goes on from; its frames count.
+    beginning: Path | None = None
 
 
 def described(request: Request, settings: Settings, *, model: str, loras: Mapping[str, float]) -> dict[str, str]:
@@ -80,7 +85,9 @@ def described(request: Request, settings: Settings, *, model: str, loras: Mappin
         seed=request.seed,
         model=model,
         loras=loras,
-        settings=dataclasses.asdict(settings) | {"solver": str(settings.solver), "num_frames": request.frames},
+        settings=dataclasses.asdict(settings)
+        | {"solver": str(settings.solver), "num_frames": request.frames}
+        | ({} if request.timeline is None else {"timeline": dict(request.timeline.sentences)}),
     )
 
 
@@ -147,11 +154,16 @@ def stream_video(
     with GrowingVideo(outputs.video, fps=pipe.fps, metadata=metadata) as video:
         display("text", 0, 1)
         with phases.measure("text"):
-            stream = _resumed(pipe, request, outputs) if resume else _begun(pipe, request)
+            stream = _resumed(pipe, request, outputs) if resume else begun(pipe, request)
         display("text", 1, 1)
         after = stream.frames_done
         if resume:
             video.go_on(after=after)
+        elif stream.beginning is not None:
+            outputs.forget()  # of the video that is replaced now
+            video.begin_chapter(stream.prompt)
+            video.append(stream.beginning)
+            stream.save(outputs.state)
         check_video_room(
             outputs.video,
             max(request.frames - after, 0),
@@ -159,7 +171,7 @@ def stream_video(
             width=stream.settings.width,
         )
         try:
-            _fill(video, stream, outputs, frames=request.frames, display=display, phases=phases)
+            _fill(video, stream, outputs, request=request, fps=pipe.fps, display=display, phases=phases)
             display("write", 0, 1)
             made = dataclasses.asdict(stream.settings) | {
                 "solver": str(stream.settings.solver),
@@ -176,18 +188,30 @@ def stream_video(
     return stream.settings
 
 
-def _begun(pipe: TextToVideo, request: Request) -> Stream:
+def begun(pipe: TextToVideo, request: Request) -> Stream:
+    """A new stream of a request.
+
+    Raises:
+        RehyatError: as `TextToVideo.open_stream`; there is a last image, or the beginning leaves no frame to make.
+    """
     if request.images.last is not None:
         raise RehyatError(
             "--last-image is of a video with an end: a per-chunk sweep makes one without (--sweep per-step)"
         )
-    return pipe.open_stream(
+    stream = pipe.open_stream(
         request.prompt,
         negative_prompt=request.negative_prompt,
         seed=request.seed,
+        beginning=request.beginning,
         image=request.images.first,
         **request.sampling,
     )
+    if stream.frames_done >= request.frames:
+        raise RehyatError(
+            f"{request.beginning} gives {stream.frames_done} frames, which count: --frames must be more, not "
+            f"{request.frames}"
+        )
+    return stream
 
 
 def _resumed(pipe: TextToVideo, request: Request, outputs: Outputs) -> Stream:
@@ -207,21 +231,32 @@ def _resumed(pipe: TextToVideo, request: Request, outputs: Outputs) -> Stream:
     done = stream.frames_done
     if done > request.frames:
         raise RehyatError(f"{outputs.video} has {done} frames already, more than the {request.frames} asked for")
-    if (stream.prompt, stream.negative_prompt) != (request.prompt, request.negative_prompt):
+    if request.timeline is not None:
+        request.timeline.steer(stream, fps=pipe.fps)
+    elif (stream.prompt, stream.negative_prompt) != (request.prompt, request.negative_prompt):
         print(f"rehyat: other prompts than so far, from frame {done} on", file=sys.stderr)
         stream.change_prompt(request.prompt, request.negative_prompt)
     return stream
 
 
 def _fill(
-    video: GrowingVideo, stream: Stream, outputs: Outputs, *, frames: int, display: ProgressDisplay, phases: Phases
+    video: GrowingVideo,
+    stream: Stream,
+    outputs: Outputs,
+    *,
+    request: Request,
+    fps: int,
+    display: ProgressDisplay,
+    phases: Phases,
 ) -> None:
-    """Append chunks until there are so many frames, the last one cut; the state is saved on the way."""
-    saved_at, cost, first = time.monotonic(), 0.0, True
+    """Append chunks until there are as many frames as asked for, the last one cut; the state is saved on the way."""
+    saved_at, cost, first, frames = time.monotonic(), 0.0, True, request.frames
     while video.frames < frames:
         if first:  # it waits for the compiler, so that its pace says nothing of the others'
             display("begin", 0, 1)
         with phases.measure("chunks"):
+            if request.timeline is not None:
+                request.timeline.steer(stream, fps=fps)
             block = next(stream)
         if first:
             display("begin", 1, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,9 @@ class Defaults:
     remember: ContextNoise = "steps"
     #: Of a stream's first chunk, if more than the others'.
     first_chunk_steps: int | None = None
+    #: Numbers of denoising steps that the model is good at, among which `rehyat generate --steps auto` chooses; none:
+    #: its own alone.
+    offered_steps: Sequence[int] = ()
     #: By name, where it is not the scheduler's: diffusers has none for a few-step student.
     solver: str | None = None
     #: "folder": the noise levels are those of ``scheduler_config.json``. "authors": those of the authors' program, with
@@ -72,7 +75,7 @@ class Defaults:
         }
         kinds |= dict.fromkeys(("guidance_scale", "guidance_scale_2"), (int, float))
         kinds |= {"remember": (str, int, float), "negative_prompt": str}
-        kinds |= {"schedule": str, "solver": str}
+        kinds |= {"schedule": str, "solver": str, "offered_steps": list}
         for name, value in source.items():
             if name not in kinds:
                 raise ConfigError(f"{DEFAULTS_FILE}: {name[:80]!r} is no setting; there are {', '.join(kinds)}")
@@ -84,6 +87,11 @@ class Defaults:
             check_context_noise(source.get("remember", "steps"))
         except ConfigError as error:
             raise ConfigError(f"{DEFAULTS_FILE}: {error}") from error
+        steps = source.get("offered_steps", [])
+        if not all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in steps):
+            raise ConfigError(
+                f"{DEFAULTS_FILE}: offered_steps is a list of whole numbers above 0, not {str(steps)[:80]!r}"
+            )
         if (solver := source.get("solver")) is not None and solver not in SOLVERS:
             raise ConfigError(f"{DEFAULTS_FILE}: there is no solver {solver[:80]!r}, only {', '.join(SOLVERS)}")
         return dataclasses.replace(otherwise or cls(), **source)

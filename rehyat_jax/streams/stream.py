@@ -201,8 +201,11 @@ class Stream(Iterator[np.ndarray]):
         The folder holds the new state whole, or the one before it as it was, whenever the process ends.
 
         Raises:
-            RehyatError: the folder cannot be written, or the solver has no form on disk.
+            RehyatError: the folder cannot be written, the solver has no form on disk, or the stream is to begin with
+                an image and has not begun.
         """
+        if jax.tree.leaves(self._condition) and not self.frames_done:
+            raise RehyatError("a stream that begins with an image can be saved once its first chunk is made")
         record = StreamRecord(
             settings=self.settings, model=self._fingerprint, prompt=self.prompt, negative_prompt=self.negative_prompt
         )

@@ -83,17 +83,29 @@ def fitted(
     name: str, image: UInt8[np.ndarray, "H W 3"], *, height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
     """The middle of an image, scaled to a size; one of another shape is cropped, with a warning."""
-    rows, columns = image.shape[:2]
-    if (rows, columns) == (height, width):
-        return image
-    scale = max(height / rows, width / columns)
-    kept = min(round(height / scale), rows), min(round(width / scale), columns)
-    top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
+    (rows, columns), kept = image.shape[:2], _kept(image, height, width)
     if min(kept[0] / rows, kept[1] / columns) < 0.98:
         warnings.warn(
             f"{name} of {columns}x{rows} is cropped to its middle {kept[1]}x{kept[0]}, the shape of {width}x{height}",
             RehyatWarning,
             stacklevel=2,
         )
+    return scaled(image, height=height, width=width)
+
+
+def scaled(image: UInt8[np.ndarray, "H W 3"], *, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """As `fitted`, without a word."""
+    rows, columns = image.shape[:2]
+    if (rows, columns) == (height, width):
+        return image
+    kept = _kept(image, height, width)
+    top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
     middle = Image.fromarray(image[top : top + kept[0], left : left + kept[1]])
     return np.asarray(middle.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def _kept(image: np.ndarray, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the part of a size's shape."""
+    rows, columns = image.shape[:2]
+    scale = max(height / rows, width / columns)
+    return min(round(height / scale), rows), min(round(width / scale), columns)

@@ -127,7 +127,7 @@ class Picture:
         return stream
 
     def image(self, frame: UInt8[np.ndarray, "H W 3"]) -> av.VideoFrame:
-        pixels = _enlarged(frame, self.scale)
+        pixels = enlarged(frame, self.scale)
         if not self.tagged:
             return av.VideoFrame.from_ndarray(pixels, format="rgb24")
         return colour.from_rgb(pixels, _CODECS[self.codec][1])
@@ -160,7 +160,7 @@ def contact_sheet(
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for place, index in enumerate(chosen):
         top, left = place // columns * (height + gap), place % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = _enlarged(frames[index], scale)
+        sheet[top : top + height, left : left + width] = enlarged(frames[index], scale)
     texts = PngInfo()
     for name, text in marker(output).items():
         texts.add_itxt(name, text)
@@ -168,7 +168,8 @@ def contact_sheet(
         Image.fromarray(sheet).save(file, format="png", pnginfo=texts)
 
 
-def _enlarged(frame: UInt8[np.ndarray, "H W 3"], scale: int) -> UInt8[np.ndarray, "_H _W 3"]:
+def enlarged(frame: UInt8[np.ndarray, "H W 3"], scale: int) -> UInt8[np.ndarray, "_H _W 3"]:
+    """Each pixel repeated ``scale`` times down and across."""
     return np.repeat(np.repeat(frame, scale, axis=0), scale, axis=1)
 
 

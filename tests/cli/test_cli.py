@@ -186,7 +186,7 @@ def test_sizes_that_do_not_divide_are_cut_and_said(rehyat, checkpoint, tmp_path)
         (["--remember", "1.5"], ["remember", "1.5"]),
         (["--remember", "clean"], ["--remember", "clean"]),
         (["--grid", "diffusers-euler"], ["UniPC"]),
-        (["--out", "a.gif"], [".mp4"]),
+        (["--out", "a.avi"], ["--out", ".mp4"]),
         (["--model", "no-such-model"], ["no-such-model", "bundled"]),
         (["--model", "/no/such/folder"], ["/no/such/folder"]),
         (["--model", "/dev/null"], ["/dev/null"]),

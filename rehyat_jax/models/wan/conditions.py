@@ -42,16 +42,22 @@ class Conditioning(Protocol):
     def condition(self, images: Images, size: VideoSize, *, codec: Codec) -> Condition:
         """Images that were checked, as sampling takes them."""
 
+    def of_stream(self) -> Conditioning:
+        """How it takes them where a video is made chunk by chunk."""
+
 
 class NoImages:
     """A text-to-video model."""
 
     def check(self, images: Images) -> None:
         if images.first is not None or images.last is not None:
-            raise RehyatError("this model makes videos from text alone: it takes no image")
+            raise RehyatError("this model makes videos from text alone: it takes no image, but in a per-chunk sweep")
 
     def condition(self, images: Images, size: VideoSize, *, codec: Codec) -> Condition:
         return Condition()
+
+    def of_stream(self) -> Conditioning:
+        return CleanFirstFrame()  # as finished chunks are committed; it was not trained to see one beside noisy frames
 
 
 class CleanFirstFrame:
@@ -68,6 +74,9 @@ class CleanFirstFrame:
         frames = codec.latent_shape(num_frames=size.frames, height=size.height, width=size.width)[0]
         latents = repeated(codec.encode(image[None, None], frames_per_step=1), size.count)
         return Condition(clean=jnp.pad(latents, ((0, 0), (0, frames - 1), *[(0, 0)] * 3)), given=jnp.arange(frames) < 1)
+
+    def of_stream(self) -> Conditioning:
+        return self
 
 
 def repeated(latents: Float[Array, "1 T h w z"], count: int) -> Float[Array, "B T h w z"]:
