@@ -30,14 +30,17 @@ config = ForcedTraining(
     hybrid=HybridConfig(length_norm=True),
     aim="consistency",
     buckets=(
-        Bucket(kind="plain", frames=69, batch=64, share=0.6, pairs=0.8),
-        Bucket(kind="occlusion", frames=129, batch=24, share=0.4, longest_wait=48),
+        Bucket(kind="plain", frames=69, batch=64, share=0.35, pairs=0.8),
+        Bucket(kind="plain", frames=21, batch=192, share=0.2, pairs=0.8),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.2, longest_wait=48),
+        Bucket(kind="occlusion", frames=177, batch=16, share=0.15, longest_wait=96),
+        Bucket(kind="occlusion", frames=337, batch=8, share=0.1, longest_wait=256),
     ),
-    steps=336,
+    steps=400,
     remat=True,
     shift=5.0,
     guidance_scale=4.0,
     optimizer=OptimizerConfig(
-        method="muon", learning_rate=1e-3, warmup_steps=20, schedule="linear", ema_decay=0.97, weight_decay=0.0
+        method="muon", learning_rate=1e-3, warmup_steps=20, schedule="linear", ema_decay=0.98, weight_decay=0.0
     ),
 )

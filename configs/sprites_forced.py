@@ -28,10 +28,12 @@ config = ForcedTraining(
     hybrid=HybridConfig(length_norm=True),
     aim="flow",
     buckets=(
-        Bucket(kind="plain", frames=69, batch=64, share=0.35, pairs=0.8),
-        Bucket(kind="occlusion", frames=129, batch=24, share=0.65, longest_wait=48),
+        Bucket(kind="plain", frames=69, batch=64, share=0.3, pairs=0.8),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.3, longest_wait=48),
+        Bucket(kind="occlusion", frames=177, batch=16, share=0.25, longest_wait=96),
+        Bucket(kind="occlusion", frames=337, batch=8, share=0.15, longest_wait=256),
     ),
-    steps=240,
+    steps=300,
     remat=True,
     shift=5.0,
     optimizer=OptimizerConfig(
