@@ -135,7 +135,8 @@ class TextToVideo:
         folder = find_model(name_or_path)
         cache = cache_folder(cache_dir)
         keep_compiled(cache)
-        schedule, solver = read_scheduler(folder)
+        student = hybrid == "auto"
+        schedule, solver = read_scheduler(folder, student=student)
         traits = read_traits(folder)
         how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid}
         transformer: Any
@@ -152,6 +153,7 @@ class TextToVideo:
             text=PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair_prompts),
             schedule=schedule,
             solver=solver,
+        student = hybrid == "auto"
             defaults=read_defaults(folder),
             traits=traits,
         )

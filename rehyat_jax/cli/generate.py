@@ -343,7 +343,8 @@ def _check_room(
     from rehyat_jax.runtime.memory import Need, check_memory
 
     folder = find_model(options.model)
-    defaults, converted = read_defaults(folder), student_config(folder) if hybrid == "auto" else hybrid
+    defaults = read_defaults(folder, student=hybrid == "auto")
+    converted = student_config(folder) if hybrid == "auto" else hybrid
     width, height = _parse_size(options.size)
     guidance = defaults.guidance_scale if options.guidance is None else options.guidance
     shape = VideoShape(

@@ -6,6 +6,7 @@ The engine in `rehyat_jax.weights` knows no network; `models.networks` makes the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.folder import (
     DEFAULTS_FILE,
     SCHEDULER_FILE,
+    STUDENTS_DEFAULTS,
+    defaults_files,
     find_checkpoint,
     read_defaults,
     read_scheduler,
@@ -236,7 +239,7 @@ def convert(
     convert_weights(
         user_path("src", src),
         user_path("dst", dst),
-        write_rest=_copy_the_rest,
+        write_rest=functools.partial(_copy_the_rest, teacher=None if teacher is None else Path(teacher)),
         dtype=dtype,
         around=None if teacher is None else user_path("teacher", teacher),
         changed={"transformer": lambda plan: with_loras(plan, chosen)} if chosen else {},
@@ -269,7 +272,8 @@ def _settings(folder: Path) -> tuple[str, ...]:
     """How a whole checkpoint is run when nothing else is asked for, in lines."""
     defaults, (schedule, solver) = read_defaults(folder), read_scheduler(folder)
     second = "" if defaults.guidance_scale_2 is None else f" and {defaults.guidance_scale_2:g}"
-    own = [name for name in (DEFAULTS_FILE, str(SCHEDULER_FILE)) if (folder / name).is_file()]
+    files = [*defaults_files(folder), folder / SCHEDULER_FILE]
+    own = [file.relative_to(folder).as_posix() for file in files if file.is_file()]
     return (
         "run with",
         f"  size        {defaults.width}x{defaults.height}, {defaults.num_frames} frames, {defaults.fps} a second",
@@ -280,8 +284,17 @@ def _settings(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _copy_the_rest(src: Path, dst: Path) -> None:
-    """What is not weights: tokenizer, scheduler, settings, index. What the source is run with, the result is."""
+def _own_defaults(folder: Path, *, student: bool = True) -> dict[str, Any]:
+    """What the files of a folder say, without what they leave to advice."""
+    said: dict[str, Any] = {}
+    for file in defaults_files(folder, student=student):
+        said |= read_json(file)
+    return said
+
+
+def _copy_the_rest(src: Path, dst: Path, *, teacher: Path | None) -> None:
+    """What is not weights: tokenizer, scheduler, settings, index. What the source is run with, the result is; with a
+    teacher, the settings of the source are those of the student in it."""
     tokenizer = next((folder for folder in (src / "tokenizer", src / "google" / "umt5-xxl") if folder.is_dir()), None)
     if tokenizer is not None:
         shutil.copytree(tokenizer, dst / "tokenizer")
@@ -291,7 +304,9 @@ def _copy_the_rest(src: Path, dst: Path) -> None:
     else:
         raise CheckpointError(f"{src} has no tokenizer (tokenizer/ or google/umt5-xxl/)")
     (dst / SCHEDULER_FILE).parent.mkdir()
-    own = read_json(src / DEFAULTS_FILE) if (src / DEFAULTS_FILE).is_file() else {}
+    own, students = _own_defaults(src, student=False), _own_defaults(src)
+    if teacher is not None:
+        own = _own_defaults(teacher, student=False)
     if (src / SCHEDULER_FILE).is_file():
         shutil.copyfile(src / SCHEDULER_FILE, dst / SCHEDULER_FILE)
     else:
@@ -303,6 +318,8 @@ def _copy_the_rest(src: Path, dst: Path) -> None:
         own = {"schedule": defaults.schedule, "negative_prompt": defaults.negative_prompt} | own
     if own:
         write_json(dst / DEFAULTS_FILE, own)
+    if own | students != own:
+        write_json(dst / STUDENTS_DEFAULTS, students)
     if (src / "model_index.json").is_file():
         shutil.copyfile(src / "model_index.json", dst / "model_index.json")
     else:

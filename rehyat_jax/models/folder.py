@@ -24,14 +24,17 @@ _ASSETS = Path(__file__).parents[1] / "assets"
 #: Beside ``model_index.json``: our file, because diffusers warns of keys in its own that it does not know.
 DEFAULTS_FILE = "rehyat_defaults.json"
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
+#: Where a student's own defaults lie, when its teacher is in the same folder and has others: with the student.
+STUDENTS_DEFAULTS = Path("transformer", "rehyat", DEFAULTS_FILE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a model is run at when nothing else is asked for.
 
-    A folder may bring its own in ``rehyat_defaults.json``; what it does not say is as the authors of Wan advise for a
-    model of its width (`models.wan.advice`); the values here are those for T2V-1.3B.
+    A folder may bring its own in ``rehyat_defaults.json``, and its student others in ``rehyat/`` (few steps, where the
+    teacher needs many); what neither says is as the authors of Wan advise for a model of its width
+    (`models.wan.advice`); the values here are those for T2V-1.3B.
     """
 
     height: int = 480
@@ -171,16 +174,29 @@ def _from_hub(repository: str) -> Path:
         raise CheckpointError(f"cannot fetch {repository} from the Hugging Face hub: {why}") from error
 
 
-def read_defaults(folder: Path) -> Defaults:
+def defaults_files(folder: Path, *, student: bool = True) -> list[Path]:
+    """The files with the folder's own defaults; a later one's word counts.
+
+    Args:
+        student: those of the student in the folder too, if there is one.
+    """
+    files = (DEFAULTS_FILE, STUDENTS_DEFAULTS, Path("rehyat", DEFAULTS_FILE))[: 3 if student else 1]
+    return [folder / file for file in files if (folder / file).is_file()]
+
+
+def read_defaults(folder: Path, *, student: bool = True) -> Defaults:
     """The folder's own defaults; what it does not say is as the authors advise for its transformer.
 
     A folder without a scheduler (a release's) is run as the authors' program runs it: their noise levels, and their
     negative prompt where none is asked for.
 
+    Args:
+        student: what its student is run with; else its softmax teacher, or that converted anew.
+
     Raises:
-        CheckpointError, ConfigError: the folder's file cannot be read or makes no sense.
+        CheckpointError, ConfigError: a file of the folder cannot be read or makes no sense.
     """
-    own, model = folder / DEFAULTS_FILE, _transformer_of(folder)
+    model = _transformer_of(folder)
     experts = "transformer_2" in components_in(folder)
     advice = advised(model, experts=experts)
     released = not (folder / SCHEDULER_FILE).is_file()
@@ -197,7 +213,9 @@ def read_defaults(folder: Path) -> Defaults:
         model=model,
         experts=experts,
     )
-    return Defaults.from_dict(read_json(own), otherwise=otherwise) if own.is_file() else otherwise
+    for file in defaults_files(folder, student=student):
+        otherwise = Defaults.from_dict(read_json(file), otherwise=otherwise)
+    return otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,15 +275,18 @@ def _transformer_of(folder: Path) -> WanConfig:
     return config
 
 
-def read_scheduler(folder: Path) -> tuple[FlowSchedule, Solver]:
+def read_scheduler(folder: Path, *, student: bool = True) -> tuple[FlowSchedule, Solver]:
     """How the folder's model is sampled at its own size: by its ``scheduler/scheduler_config.json``; without one (a
     release's folder) by the authors' program, which is UniPC on the official grid with the shift that they advise. The
     solver is another where the folder's own defaults name it.
 
+    Args:
+        student: as for `read_defaults`.
+
     Raises:
         CheckpointError, ConfigError: the file cannot be read, or describes a scheduler that we do not have.
     """
-    defaults = read_defaults(folder)
+    defaults = read_defaults(folder, student=student)
     advice = defaults.advised_schedule(height=defaults.height, width=defaults.width)
     named = None if defaults.solver is None else SOLVERS[defaults.solver]()
     if (folder / SCHEDULER_FILE).is_file():

@@ -336,7 +336,7 @@ class FinetuneStage(FlowStage):
         validation = self.training.validation
         if not (validation.every and validation.prompts):
             return None
-        return showing(validation.prompts, folder=self.source, dtype=self.dtype)
+        return showing(validation.prompts, folder=self.source, dtype=self.dtype, defaults=self.training.defaults)
 
     def export(self, averages: Mapping[str, Any], folder: Path) -> None:
         self.training.write(folder, self.source, averages["student"])

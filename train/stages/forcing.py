@@ -480,7 +480,7 @@ class ForcingStage(Stage):
         validation = self.training.validation
         if not validation.every:
             return None
-        return showing(validation.prompts, folder=self.source, dtype=self.dtype)
+        return showing(validation.prompts, folder=self.source, dtype=self.dtype, defaults=self.training.defaults)
 
     def report(
         self, results: Sequence[Any], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder
