@@ -29,11 +29,10 @@ config = ForcedTraining(
     aim="flow",
     buckets=(
         Bucket(kind="plain", frames=69, batch=64, share=0.3, pairs=0.8),
-        Bucket(kind="occlusion", frames=129, batch=24, share=0.3, longest_wait=48),
-        Bucket(kind="occlusion", frames=177, batch=16, share=0.25, longest_wait=96),
-        Bucket(kind="occlusion", frames=337, batch=8, share=0.15, longest_wait=256),
+        Bucket(kind="occlusion", frames=129, batch=24, share=0.35, longest_wait=48),
+        Bucket(kind="occlusion", frames=337, batch=12, share=0.35, longest_wait=256, hidden="given"),
     ),
-    steps=300,
+    steps=288,
     remat=True,
     shift=5.0,
     optimizer=OptimizerConfig(

@@ -239,6 +239,12 @@ def seen_again(scenes: Occlusions, *, num_frames: int) -> Bool[Array, "B F"]:
     return out > (OCCLUSION_WIDTH + PILLAR) / 2
 
 
+def hidden(scenes: Occlusions, *, num_frames: int) -> Bool[Array, "B F"]:
+    """The frames in which nothing of the object shows."""
+    x = positions(scenes, num_frames=num_frames)[:, :, 0, 1]
+    return (x >= (OCCLUSION_WIDTH - PILLAR) / 2) & (x + SPRITE <= (OCCLUSION_WIDTH + PILLAR) / 2)
+
+
 def render(
     scenes: Scenes | Occlusions,
     *,

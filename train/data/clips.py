@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
@@ -42,6 +43,9 @@ class Bucket(AnyBucket):
     kind: Literal["plain", "occlusion"]
     #: Occlusion: hidden-wait frames are drawn from 0 to this.
     longest_wait: int = 0
+    #: Occlusion: "given": latent frames in which nothing of the object shows are seen and not learned. A clip's wait is
+    #: told nobody, so who learns from long ones learns to wait; so one learns to remember alone.
+    hidden: Literal["learned", "given"] = "learned"
     #: Plain: the share of clips with two objects, a half or more; the rest has one.
     pairs: float = 0.5
     #: Of each clip only so many neighbouring columns, from a place drawn for it; none: all of them.
@@ -51,6 +55,8 @@ class Bucket(AnyBucket):
         super().__post_init__()
         if self.longest_wait < 0:
             raise ConfigError(f"a bucket's longest_wait must be 0 or more, not {self.longest_wait}")
+        if self.hidden == "given" and self.kind != "occlusion":
+            raise ConfigError("in a bucket of plain clips nothing is hidden: leave hidden out")
         if not 0.5 <= self.pairs <= 1:
             raise ConfigError(f"a bucket's pairs must be 0.5 to 1, not {self.pairs}")
         if self.columns is not None and not 1 <= self.columns <= _WIDTHS[self.kind]:
@@ -70,6 +76,19 @@ class Bucket(AnyBucket):
     def render(self, scenes: Any, *, first_frame: int | Int[Array, " B"] = 0) -> Float[Array, "B F H W 3"]:
         """The clips in whole, ``columns`` aside."""
         return world.render(scenes, num_frames=self.frames, first_frame=first_frame)
+
+    def learned(self, scenes: Any, *, temporal_factor: int) -> Float[Array, "B T"] | None:
+        """What each latent frame of the scenes counts in a loss, 1 or 0; None: all alike.
+
+        Args:
+            temporal_factor: frames in each latent frame but the first, which is one.
+        """
+        if self.hidden == "learned":
+            return None
+        shown = ~world.hidden(scenes, num_frames=self.frames)
+        first, others = shown[:, :1], shown[:, 1:]
+        others = jnp.any(others.reshape(others.shape[0], -1, temporal_factor), axis=2)
+        return jnp.concatenate([first, others], axis=1).astype(jnp.float32)
 
     def draw(self, key: Key[Array, ""], *, latest_start: int = 0) -> Float[Array, "B F H W 3"]:
         """A batch of clips, each begun at a frame from 0 to ``latest_start`` and cut to ``columns``; inside jit."""

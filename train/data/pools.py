@@ -34,6 +34,8 @@ class Pool(NamedTuple):
 
     latents: Float[Array, "M T h w z"]
     text: PyTree
+    #: What each latent frame counts in a loss; None: all alike.
+    learned: Float[Array, "M T"] | None = None
 
 
 #: Captions as a pool keeps them, from the parameters that do not learn.
@@ -83,6 +85,7 @@ class SpriteFeed:
     ) -> None:
         self._bucket, self._count, self._seed, self._tokens, self._read = bucket, count, seed, tokens, read
         self._vae, self.frozen = nnx.split(vae)
+        self._temporal_factor = vae.config.temporal_factor
         self._draw = functools.partial(bucket.sample, count=count)
         self._sample = jax.jit(self._draw)
         self._empty = tokens([""])
@@ -102,7 +105,8 @@ class SpriteFeed:
             # A loop over clips that are cut over devices would have each of them encode every clip.
             batch = spec("batch")
             encode = jax.shard_map(encode, in_specs=(batch, PartitionSpec()), out_specs=batch, check_vma=False)
-        return Pool(encode(scenes, frozen), self._read(others, tokens))
+        learned = self._bucket.learned(scenes, temporal_factor=self._temporal_factor)
+        return Pool(encode(scenes, frozen), self._read(others, tokens), learned)
 
     def nothing(self, frozen: PyTree, others: PyTree) -> PyTree:
         return self._read(others, self._empty)

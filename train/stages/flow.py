@@ -191,6 +191,8 @@ class FlowTraining(RunConfig):
         even = (jnp.arange(size, dtype=jnp.float32) + jax.random.uniform(time_key, (size,))) / size
         sigma = self.shift * even / (1 + (self.shift - 1) * even)
         sigma, weights = self.levels(sigma, jax.random.fold_in(time_key, 1), frames=pool.latents.shape[1])
+        if pool.learned is not None:
+            weights = pool.learned if weights is None else weights * pool.learned
         noise = jax.random.normal(noise_key, pool.latents.shape)
         wide = sigma.reshape(size, -1, 1, 1, 1)
         return Batch(

@@ -60,6 +60,8 @@ class ForcedBatch(NamedTuple):
     text: PyTree
     #: The empty prompt, a row a clip, where the guide has guidance.
     empty: PyTree
+    #: What each latent frame counts; None: all alike.
+    learned: Float[Array, "B T"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,7 @@ class ForcedTraining(FinetuneTraining):
             velocity=noise - pool.latents,
             text=text,
             empty=prompts,
+            learned=pool.learned,
         )
 
     def velocity(
@@ -181,8 +184,9 @@ class ForcedTraining(FinetuneTraining):
 
     def aim_of(self, models: Models, batch: ForcedBatch) -> Aim:
         """What the student's velocity is drawn to."""
+        counts = jnp.ones_like(batch.sigma) if batch.learned is None else batch.learned
         if batch.lower is None:
-            return Aim(batch.velocity, jnp.ones_like(batch.sigma))
+            return Aim(batch.velocity, counts)
         guide, averaged = models["guide"], models.average("student")
         teacher = self.velocity(guide, batch, batch.noisy, batch.sigma, batch.text).astype(jnp.float32)
         if batch.empty is not None:
@@ -190,7 +194,8 @@ class ForcedTraining(FinetuneTraining):
             teacher = without + self.guidance_scale * (teacher - without)
         below = batch.noisy - wide(batch.sigma - batch.lower) * teacher
         following = self.velocity(averaged, batch, below, batch.lower, batch.text)
-        return consistency_aim(teacher, following, batch.sigma, batch.lower)
+        aim = consistency_aim(teacher, following, batch.sigma, batch.lower)
+        return aim._replace(weights=aim.weights * counts)
 
 
 class ForcedStage(FinetuneStage):
