@@ -153,8 +153,7 @@ class TextToVideo:
             text=PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair_prompts),
             schedule=schedule,
             solver=solver,
-        student = hybrid == "auto"
-            defaults=read_defaults(folder),
+            defaults=read_defaults(folder, student=student),
             traits=traits,
         )
 

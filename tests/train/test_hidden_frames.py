@@ -14,7 +14,7 @@ BUCKET = Bucket(kind="occlusion", frames=101, batch=4, longest_wait=20, hidden="
 
 
 def test_hidden_frames_are_those_in_which_a_picture_does_not_change_without_the_object():
-    """Against pixels: the same scene with another object differs wherever some of the object shows, and nowhere else."""
+    """Against pixels: the scene with another object differs wherever some of the object shows, and nowhere else."""
     scenes = BUCKET.sample(jax.random.key(3), 6)
     other = scenes._replace(objects=(scenes.objects + 7) % len(world.NAMES))
     clips = [np.asarray(world.render(x, num_frames=101)) for x in (scenes, other)]
