@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+
+from rehyat_jax.errors import RehyatError
 
 Options = TypeVar("Options")
 
@@ -43,3 +46,16 @@ def _classes(hint: Any) -> list[type]:
     if isinstance(hint, type) and not typing.get_args(hint):
         return [hint]
     return [found for part in typing.get_args(hint) for found in _classes(part)]
+
+
+def parse_steps(text: str | None) -> int | Literal["auto"] | None:
+    """Of ``--steps``.
+
+    Raises:
+        RehyatError: it is neither a whole number nor auto.
+    """
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not re.fullmatch(r"0*[1-9]\d{0,6}", text, flags=re.ASCII):
+        raise RehyatError(f"--steps must be a whole number above 0 or auto, not {text[:80]!r}")
+    return int(text)

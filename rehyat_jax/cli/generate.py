@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from rehyat_jax.cli.arguments import parse_options
+from rehyat_jax.cli.arguments import parse_options, parse_steps
 from rehyat_jax.cli.generate_checks import check_combination, owned_files
 from rehyat_jax.cli.generate_other import make_batch, read_batch, write_other
 from rehyat_jax.cli.generate_stream import Outputs, Request, described, stream_video
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
 def _run(options: Generate) -> None:
     width, height = _parse_size(options.size)
     kind = check_combination(options)
-    remember, steps = parse_remember(options.remember), _parse_steps(options.steps)
+    remember, steps = parse_remember(options.remember), parse_steps(options.steps)
     hybrid = _parse_hybrid(options.hybrid)
     timeline = _read_timeline(options.timeline)
     if options.beginning is not None and not options.beginning.expanduser().is_file():
@@ -271,15 +271,6 @@ def _read_timeline(path: Path | None) -> Timeline | None:
     from rehyat_jax.streams.timeline import Timeline
 
     return Timeline.read(path.expanduser())
-
-
-def _parse_steps(text: str | None) -> int | Literal["auto"] | None:
-    if text is None or text == "auto":
-        return text  # type: ignore[return-value]
-    try:
-        return int(text)
-    except ValueError:
-        raise RehyatError(f"--steps must be a whole number or auto, not {text[:80]!r}") from None
 
 
 def _whole_video(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from rehyat_jax.cli.arguments import parse_options
+from rehyat_jax.cli.arguments import parse_options, parse_steps
 from rehyat_jax.errors import RehyatError
 
 if TYPE_CHECKING:
@@ -58,6 +58,17 @@ class Serve:
     idle: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 300.0
     """A stream without viewers is ended after so long."""
 
+    batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Streams that are made at once as rows of one batch, as far as they are of one size and settings; rounded down to
+    a power of two. When not given, 8 on an accelerator, and 1 on a CPU."""
+
+    steps: Annotated[str | None, tyro.conf.arg(metavar="N|auto")] = None
+    """Denoising steps where a client asks for none. auto: the most of the model's list with which this machine makes
+    frames as fast as they are shown, measured first; where none does the fewest, and playback slows evenly."""
+
+    log: Annotated[Literal["text", "json"], tyro.conf.arg(metavar="text|json")] = "text"
+    """json: what happens as JSON, an object a line, on the standard error. text: warnings alone."""
+
     folder: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Keep streams here, saved as they grow: a server that is started again goes on with them. When not given they are
     gone with the server."""
@@ -74,6 +85,13 @@ def main(argv: list[str]) -> None:
     for name in ("ahead", "idle", "streams"):
         if not 0 < getattr(options, name) < 1e9:
             raise RehyatError(f"--{name} must be above 0, not {getattr(options, name)}")
+    if options.batch is not None and not 1 <= options.batch <= 1024:
+        raise RehyatError(f"--batch must be a whole number from 1 to 1024, not {options.batch}")
+    steps = parse_steps(options.steps)
+    if options.log == "json":
+        from rehyat_jax.serve.logs import log_json
+
+        log_json()
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -84,15 +102,19 @@ def main(argv: list[str]) -> None:
         raise RehyatError(f"rehyat serve needs {error.name}: pip install 'rehyat-jax[serve]'") from error
 
     from rehyat_jax.pipeline import TextToVideo
-    from rehyat_jax.runtime.platform import device_kind
+    from rehyat_jax.runtime.platform import device_kind, platform
     from rehyat_jax.serve.app import About, make_app
     from rehyat_jax.serve.guard import Access
     from rehyat_jax.serve.host import Host, Limits
     from rehyat_jax.serve.live import Pace
+    from rehyat_jax.streams.together import Together
 
     pipe = TextToVideo.from_pretrained(options.model, dtype=options.dtype)
     if (why := pipe.transformer.why_not_stream()) is not None:
         raise RehyatError(why)
+    if steps == "auto":
+        steps = _measured(pipe)
+    batch = options.batch or (1 if platform() == "cpu" else 8)
     token = options.token or (None if options.host in _LOCAL else secrets.token_urlsafe(16))
     access = Access(hosts=(*Access().hosts, *_named(options.host), *options.names), token=token)
     words = _words(pipe)
@@ -103,8 +125,9 @@ def main(argv: list[str]) -> None:
         example=_EXAMPLE if set(_EXAMPLE.split()) <= set(words) else "",
     )
     host = Host(
-        lambda wish: _opened(pipe, wish),
+        lambda wish: _opened(pipe, wish, steps),
         resume=pipe.resume_stream,
+        together=Together(batch) if batch > 1 else None,
         folder=options.folder,
         pace=Pace(fps=pipe.fps, ahead=options.ahead),
         limits=Limits(streams=options.streams, idle=options.idle),
@@ -114,6 +137,7 @@ def main(argv: list[str]) -> None:
         host=options.host,
         port=options.port,
         log_level="warning",
+        log_config=None if options.log == "json" else uvicorn.config.LOGGING_CONFIG,
         ws_max_size=1 << 16,
         timeout_graceful_shutdown=5,
         server_header=False,
@@ -122,12 +146,22 @@ def main(argv: list[str]) -> None:
     host.close()
 
 
-def _opened(pipe: TextToVideo, wish: Wish) -> Stream:
+def _measured(pipe: TextToVideo) -> int:
+    measured = pipe.real_time_steps()
+    slower = "" if measured.real_time else f", fewer than the {pipe.fps} of the video: playback slows evenly"
+    print(
+        f"rehyat: {measured.steps} steps make {measured.frames_per_second:.1f} frames a second here{slower}",
+        file=sys.stderr,
+    )
+    return measured.steps
+
+
+def _opened(pipe: TextToVideo, wish: Wish, steps: int | None) -> Stream:
     return pipe.open_stream(
         wish.prompt,
         negative_prompt=wish.negative_prompt,
         seed=wish.seed,
-        num_inference_steps=wish.num_inference_steps,
+        num_inference_steps=wish.num_inference_steps or steps,
         guidance_scale=wish.guidance_scale,
         width=wish.width,
         height=wish.height,

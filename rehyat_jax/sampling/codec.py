@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from rehyat_jax.errors import NotFiniteError
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling.noise import Shape
+from rehyat_jax.sampling.rows import stacked, unstacked
 
 #: From -1..1 to what is handed out.
 Pixels: TypeAlias = Callable[[Array], Array]
@@ -113,6 +114,24 @@ class Codec:
                 raise NotFiniteError(f"decoding latent frame {first_frame + i} made pixels that are not finite")
             yield shown.frames, state
 
+    def decode_rows(
+        self, latents: Float[Array, "rows B T h w z"], states: tuple[Any, ...], *, pixels: Pixels = to_uint8
+    ) -> tuple[list[Shown], tuple[Any, ...]]:
+        """As `decode`, the latents of several streams, none of which stands at its first frame: of each latent frame
+        the frames [rows, B, F, H, W, 3] and which rows are finite; and each row's state after them.
+
+        Args:
+            states: of each row; donated.
+        """
+        shown = []
+        for i in range(latents.shape[2]):
+            with precision(self._compute):
+                frames, states = decode_rows(
+                    self.weights, latents[:, :, i : i + 1], states, graph=self.graph, pixels=pixels
+                )
+            shown.append(frames)
+        return shown, states
+
     def init_state(self, batch: int, *, height: int, width: int) -> Any:
         """Zeros of the shapes that the decoder's state has; height and width are the latents'."""
         latents = jax.ShapeDtypeStruct((batch, 1, height, width, self.config.z_dim), jnp.float32)
@@ -148,3 +167,18 @@ def decode_next(weights: Any, latents: Array, state: Any, *, graph: Any, pixels:
     vae: Autoencoder = nnx.merge(graph, weights)
     video, state = vae.decode_next(vae.denormalize(latents), state)
     return Shown(pixels(video), jnp.isfinite(video).all()), state
+
+
+@partial(jax.jit, static_argnames=("graph", "pixels"), donate_argnames="states")
+def decode_rows(
+    weights: Any, latents: Array, states: tuple[Any, ...], *, graph: Any, pixels: Pixels
+) -> tuple[Shown, tuple[Any, ...]]:
+    """As `decode_next`, of each of several streams."""
+    vae: Autoencoder = nnx.merge(graph, weights)
+
+    def one(latents: Array, state: Any) -> tuple[Shown, Any]:
+        video, state = vae.decode_next(vae.denormalize(latents), state)
+        return Shown(pixels(video), jnp.isfinite(video).all()), state
+
+    shown, after = jax.vmap(one)(latents, stacked(states))
+    return shown, unstacked(after, len(states))

@@ -7,7 +7,7 @@ program hands on to its next call is donated: its buffers are reused.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -18,6 +18,7 @@ from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.guidance import guided_velocity
 from rehyat_jax.sampling.noise import ChunkNoise, Shape
 from rehyat_jax.sampling.rollout import ContextNoise, Sampler, States
+from rehyat_jax.sampling.rows import stacked, unstacked
 from rehyat_jax.sampling.schedule import SamplingSteps
 from rehyat_jax.sampling.text import Padded
 
@@ -72,6 +73,37 @@ def denoise_chunk(
         sampler=sampler,
         condition=condition,
     )
+
+
+class Row(NamedTuple):
+    """What a chunk of one of several streams is made of, beside its states."""
+
+    keys: Key[Array, " B"]
+    text_kv: Padded
+    first_frame: Int[Array, ""]
+
+
+@partial(jax.jit, static_argnames=("graph", "shape", "sampler"), donate_argnames="states")
+def denoise_chunks(
+    weights: Any,
+    states: tuple[States, ...],
+    rows: tuple[Row, ...],
+    steps: SamplingSteps,
+    *,
+    graph: Any,
+    shape: Shape,
+    sampler: Sampler,
+) -> tuple[Array, tuple[States, ...]]:
+    """As `denoise_chunk`, a chunk of each of several streams that stand at different frames: latents [rows, B, …]."""
+    model = nnx.merge(graph, weights)
+
+    def one(states: States, row: Row) -> tuple[Array, States]:
+        noise = ChunkNoise(row.keys, row.first_frame)
+        how: dict[str, Any] = {"shape": shape, "first_frame": row.first_frame, "steps": steps, "sampler": sampler}
+        return rollout.denoise_chunk(model, states, noise, row.text_kv, **how)
+
+    latents, after = jax.vmap(one)(stacked(states), stacked(rows))
+    return latents, unstacked(after, len(states))
 
 
 @partial(jax.jit, static_argnames=("graph", "context_noise"), donate_argnames="states")

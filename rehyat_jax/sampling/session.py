@@ -227,6 +227,30 @@ class Session:
                 sampler=self.sampler,
             )
 
+    def denoise_chunks(
+        self, states: tuple[States, ...], rows: tuple[programs.Row, ...]
+    ) -> tuple[Float[Array, "rows B T h w z"], tuple[States, ...]]:
+        """As `denoise_chunk`, the next chunk of each of several streams, none of which stands at its first."""
+        with precision(self._transformer.dtype):
+            return programs.denoise_chunks(
+                self.weights,
+                states,
+                rows,
+                self.steps,
+                graph=self.graph,
+                shape=self.chunk_shape,
+                sampler=self.sampler,
+            )
+
+    def is_as(self, other: Session) -> bool:
+        """Whether the other makes the same of the same state: equal settings, and weights that are the same arrays."""
+        if self is other:
+            return True
+        if self.settings != other.settings or (self.graph, self.codec.graph) != (other.graph, other.codec.graph):
+            return False
+        mine, others = (jax.tree.leaves((s.weights, s.codec.weights)) for s in (self, other))
+        return all(a is b for a, b in zip(mine, others, strict=True))
+
     def commit_chunk(
         self,
         states: States,

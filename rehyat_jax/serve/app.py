@@ -57,6 +57,10 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
             *_metric("rehyat_viewers", "gauge", "Viewers connected.", sum(live.viewers for live in lives)),
             *_metric("rehyat_chunks_total", "counter", "Chunks made.", host.chunks_made),
             *_metric("rehyat_frames_total", "counter", "Frames made.", host.frames_made),
+            *_metric("rehyat_batches_total", "counter", "Batches in which the streams' were made.", host.batches_made),
+            *_metric("rehyat_batch_seconds_total", "counter", "Seconds that these took.", host.chunk_seconds),
+            *_metric("rehyat_batch_rows_max", "gauge", "Streams in the largest batch so far.", host.largest_batch),
+            *_metric("rehyat_videos_waiting", "gauge", "Videos not made yet.", sum(not j.ended for j in host.jobs())),
         ]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
@@ -173,5 +177,5 @@ def _told(name: str, live: LiveStream) -> dict[str, Any]:
     }
 
 
-def _metric(name: str, kind: str, about: str, value: int) -> list[str]:
+def _metric(name: str, kind: str, about: str, value: float | int) -> list[str]:
     return [f"# HELP {name} {about}", f"# TYPE {name} {kind}", f"{name} {value}"]

@@ -19,7 +19,7 @@ from typing import Any
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.files import whole_file
 from rehyat_jax.serve.jobs import Job
-from rehyat_jax.serve.live import Chunk, LiveStream, Pace, Steerable
+from rehyat_jax.serve.live import Batches, Chunk, LiveStream, Pace, Steerable
 from rehyat_jax.serve.wish import Wish
 
 _log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Host:
     Args:
         open_stream: makes a stream of the model; called on the host's thread alone, as all that a model does.
         resume: reads a saved stream; without it none can be handed in.
+        together: makes chunks of several streams as rows of one batch; without it, each by itself.
         folder: where files are kept; a temporary one, removed with the host, by default. With ``resume``, streams are
             saved in it as they grow, and those of an earlier host go on.
     """
@@ -85,12 +86,13 @@ class Host:
         open_stream: Open,
         *,
         resume: Resume | None = None,
+        together: Batches | None = None,
         pace: Pace | None = None,
         limits: Limits | None = None,
         folder: Path | None = None,
     ) -> None:
         self.pace, self.limits = pace or Pace(), limits or Limits()
-        self._open, self._resume = open_stream, resume
+        self._open, self._resume, self._together = open_stream, resume, together
         self._keeps = folder is not None and resume is not None
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="rehyat-serve-")
         self.folder = folder or Path(self._own.name if self._own else "")
@@ -99,7 +101,8 @@ class Host:
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._work = threading.Condition()
         self._stop = False
-        self.chunks_made = self.frames_made = 0
+        self.chunks_made = self.frames_made = self.batches_made = self.largest_batch = 0
+        self.chunk_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="rehyat-host", daemon=True)
         self._thread.start()
 
@@ -256,6 +259,8 @@ class Host:
             self._stop = True
             self._work.notify_all()
         self._thread.join()
+        if self._together is not None:
+            self._together.close()
         for name, held in list(self._held.items()):
             if self._keeps and held.live.chunks and not held.live.closed:
                 self._save(name, held)
@@ -281,6 +286,7 @@ class Host:
         with self._work:
             self._held[name] = _Held(live, now, now)
             self._work.notify_all()
+        _log.info("stream begun", extra={"stream": name, "streams": len(self._held)})
         return name
 
     def _something(self) -> None:
@@ -320,7 +326,7 @@ class Host:
                     on_change=self._something,
                 )
             except (RehyatError, OSError, ValueError, TypeError, KeyError) as error:
-                _log.warning("the stream %s cannot be gone on with: %s", name, error)
+                _log.warning("stream cannot be gone on with: %s", error, extra={"stream": name})
                 continue
             self._hold(name, live)
 
@@ -340,8 +346,8 @@ class Host:
                     except Exception as error:
                         future.set_exception(error)
             busy = bool(calls)
-            for name, held in turn:  # one chunk each, in turn
-                busy |= self._one_turn(name, held)
+            for batch in self._batches(turn):  # one chunk each, in turn
+                busy |= self._one_turn(*batch[0]) if len(batch) == 1 else self._batch_turn(batch)
             busy |= self._one_job()
             if not busy:
                 with self._work:
@@ -358,30 +364,79 @@ class Host:
                 job.begin(self._open(job.wish))
             self.frames_made += job.work()
             self.chunks_made += 1
+            if job.ended:
+                _log.info("video made", extra={"video": job.name, "frames": job.frames})
         except Exception as error:
             if not isinstance(error, RehyatError):
-                _log.exception("video %s failed", job.name)
+                _log.exception("video failed", extra={"video": job.name})
             job.fail(error)
         return True
 
+    def _batches(self, turn: list[tuple[str, _Held]]) -> list[list[tuple[str, _Held]]]:
+        """Those that want a chunk, by batches; every other by itself."""
+        if self._together is None:
+            return [[each] for each in turn]
+        for _, held in turn:  # a sentence that changes may change the batch
+            held.live.apply()
+        wanting = [each for each in turn if each[1].live.wants_chunk()]
+        batches = self._together.batches([held.live.stream for _, held in wanting])
+        resting = [[each] for each in turn if each not in wanting]
+        return [[wanting[number] for number in batch] for batch in batches] + resting
+
+    def _batch_turn(self, batch: list[tuple[str, _Held]]) -> bool:
+        """A chunk of each, made together."""
+        assert self._together is not None
+        begun = time.monotonic()
+        try:
+            blocks = self._together.advance([held.live.stream for _, held in batch])
+        except Exception as error:  # none has advanced: each by itself says whose it is
+            _log.warning("%d streams could not be made together: %s", len(batch), error)
+            for name, held in batch:
+                self._one_turn(name, held)
+            return True
+        seconds = time.monotonic() - begun
+        for (name, held), block in zip(batch, blocks, strict=True):
+            if isinstance(block, Exception):
+                held.live.fail(block)
+            else:
+                held.live.take(block, seconds)
+                self._made(name, held, chunks=1, frames=len(block))
+            self._end_in_time(name, held)
+        self._count_batch(len(batch), seconds)
+        return True
+
+    def _count_batch(self, rows: int, seconds: float) -> None:
+        self.batches_made += 1
+        self.chunk_seconds += seconds
+        self.largest_batch = max(self.largest_batch, rows)
+
+    def _made(self, name: str, held: _Held, *, chunks: int, frames: int) -> None:
+        self.chunks_made += chunks
+        self.frames_made += frames
+        if self._keeps and time.monotonic() - held.saved >= _PATIENCE * held.cost:
+            self._save(name, held)
+
+    def _end_in_time(self, name: str, held: _Held) -> None:
+        now = time.monotonic()
+        if held.live.viewers:
+            held.seen = now
+        if now - held.begun > self.limits.life or now - held.seen > self.limits.idle:
+            _log.info("stream ended", extra={"stream": name, "frames": held.live.frames})
+            self.end(name)
+
     def _one_turn(self, name: str, held: _Held) -> bool:
-        live, now = held.live, time.monotonic()
+        live, begun = held.live, time.monotonic()
         before, frames = len(live.chunks), live.frames
         try:
             busy = live.work()
         except Exception:
-            _log.exception("stream %s failed", name)
+            _log.exception("stream failed", extra={"stream": name})
             busy = True
         made = len(live.chunks) - before
         if made > 0:
-            self.chunks_made += made
-            self.frames_made += live.frames - frames
-            if self._keeps and now - held.saved >= _PATIENCE * held.cost:
-                self._save(name, held)
-        if live.viewers:
-            held.seen = now
-        if now - held.begun > self.limits.life or now - held.seen > self.limits.idle:
-            self.end(name)
+            self._count_batch(1, time.monotonic() - begun)
+            self._made(name, held, chunks=made, frames=live.frames - frames)
+        self._end_in_time(name, held)
         return busy
 
 

@@ -94,6 +94,15 @@ class Pace:
     snapshot_bytes: int = 256 << 20
 
 
+@runtime_checkable
+class Batches(Protocol):
+    """Which streams are made together, and making them: `rehyat_jax.streams.together.Together`."""
+
+    def batches(self, streams: Sequence[Any]) -> list[list[int]]: ...
+    def advance(self, streams: Sequence[Any]) -> list[Any]: ...
+    def close(self) -> None: ...
+
+
 class Viewer:
     """Someone who watches: where in the video, in seconds. ``position`` is told by a player that reports it;
     otherwise a player is taken to show a second a second from the place where it joined."""
@@ -294,8 +303,29 @@ class LiveStream:
 
     # What the host's thread does.
 
+    @property
+    def stream(self) -> Steerable:
+        """What makes the next chunk."""
+        return self._stream
+
     def work(self) -> bool:
         """Apply the events that wait, then make a chunk if one is wanted; was there anything to do?"""
+        busy = self.apply()
+        if self.wants_chunk():
+            begun = time.monotonic()
+            try:
+                block = next(self._stream)
+            except Exception as error:
+                self.fail(error)
+                if not isinstance(error, RehyatError):
+                    raise
+            else:
+                self.take(block, time.monotonic() - begun)
+            busy = True
+        return busy
+
+    def apply(self) -> bool:
+        """Apply the events that wait; were there any?"""
         busy = False
         while self._events and not self._closed:
             event, future = self._events.popleft()
@@ -306,16 +336,36 @@ class LiveStream:
                 except Exception as error:
                     future.set_exception(error)
             self.changed()
-        if self.wants_chunk():
-            try:
-                self._make()
-            except Exception as error:
-                self.failed = str(error) or type(error).__name__
-                self.close()
-                if not isinstance(error, RehyatError):
-                    raise
-            busy = True
         return busy
+
+    def fail(self, error: Exception) -> None:
+        """The stream cannot go on; viewers are told why."""
+        self.failed = str(error) or type(error).__name__
+        self.close()
+
+    def take(self, block: np.ndarray, seconds: float) -> None:
+        """Append the chunk that `stream` made in so many seconds."""
+        with self._lock:
+            if self._closed:
+                return
+            first = self.frames
+            self._video.begin_chapter(self._stream.prompt)
+            self._video.append(block)
+            self._head, self._codec = self._video.head, self._video.codec
+            self._chunks.append(
+                Chunk(
+                    number=len(self._chunks),
+                    first_frame=first,
+                    frames=len(block),
+                    end=self._video.size,
+                    prompt=self._stream.prompt,
+                    seconds=seconds,
+                    thumbnail=_png(block[-1]),
+                )
+            )
+            self._snapshots[len(self._chunks)] = self._stream.fork()
+            self._thin_snapshots()
+        self.changed()
 
     def save_now(self, folder: Path) -> None:
         """As `save`, on the host's thread."""
@@ -347,31 +397,6 @@ class LiveStream:
             self._events.append((event, future))
         self.changed()
         return future
-
-    def _make(self) -> None:
-        begun = time.monotonic()
-        block = next(self._stream)
-        with self._lock:
-            if self._closed:
-                return
-            first = self.frames
-            self._video.begin_chapter(self._stream.prompt)
-            self._video.append(block)
-            self._head, self._codec = self._video.head, self._video.codec
-            self._chunks.append(
-                Chunk(
-                    number=len(self._chunks),
-                    first_frame=first,
-                    frames=len(block),
-                    end=self._video.size,
-                    prompt=self._stream.prompt,
-                    seconds=time.monotonic() - begun,
-                    thumbnail=_png(block[-1]),
-                )
-            )
-            self._snapshots[len(self._chunks)] = self._stream.fork()
-            self._thin_snapshots()
-        self.changed()
 
     def _thin_snapshots(self) -> None:
         """Drop every second of the older snapshots while they take too much; the first and the newest stay."""

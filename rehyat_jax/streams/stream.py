@@ -181,19 +181,26 @@ class Stream(Iterator[np.ndarray]):
             RehyatError: positions in time end here (48 days), or an interrupt left the stream without its state.
             NotFiniteError: the chunk, or its frames, are not finite; the stream ends with the block before.
         """
-        state, session = self._living(), self._session
-        first, after = int(state.first_frame), int(state.first_frame) + session.chunk_shape[0]
-        if after > MOST_FRAMES:
-            raise RehyatError(f"a stream ends after {MOST_FRAMES} latent frames")
+        state, session, first = self._living(), self._session, self._check_goes_on()
         latents, states = session.denoise_chunk(
             state.states, state.keys, self._precomputed(state.text), state.first_frame, self._condition
         )
-        number = first // session.chunk_shape[0] + 1
-        check_finite(latents, f"chunk {number}, from latent frame {first} on,")
+        check_finite(latents, self._chunk_name())
         decoded = list(session.codec.decode(latents, state.decoder, first_frame=first))
-        self.state = StreamState(states, decoded[-1][1], jnp.asarray(after, jnp.int32), state.keys, state.text)
+        after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)
+        self.state = StreamState(states, decoded[-1][1], after, state.keys, state.text)
         block = np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)
         return block[0] if isinstance(self.prompt, str) else block
+
+    def shares(self, other: Stream) -> bool:
+        """Whether `advance_together` takes both: one video each, of the same networks and settings, without
+        images, past the first chunk, with sentences of as many tokens up to a multiple of 64."""
+        for each in (self, other):
+            alone = not isinstance(each.prompt, str) or jax.tree.leaves(each._condition)
+            if alone or not each.frames_done:
+                return False
+        mine, others = (jax.tree.map(jnp.shape, s._precomputed(s.state.text)) for s in (self, other))
+        return self._session.is_as(other._session) and mine == others
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Keep the stream in a folder, for ``resume_stream`` in this or another process to go on from, bit for bit.
@@ -241,6 +248,21 @@ class Stream(Iterator[np.ndarray]):
         text = self._session.embed(self._text, prompts, negative)
         self.state = self._living()._replace(text=text)
         self.prompt, self.negative_prompt = prompt, negative
+
+    def _check_goes_on(self) -> int:
+        """The next chunk's first latent frame.
+
+        Raises:
+            RehyatError: positions in time end here.
+        """
+        first = int(self._living().first_frame)
+        if first + self._session.chunk_shape[0] > MOST_FRAMES:
+            raise RehyatError(f"a stream ends after {MOST_FRAMES} latent frames")
+        return first
+
+    def _chunk_name(self) -> str:
+        first = int(self.state.first_frame)
+        return f"chunk {first // self._session.chunk_shape[0] + 1}, from latent frame {first} on,"
 
     def _living(self) -> StreamState:
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):

@@ -152,7 +152,7 @@ def test_a_batch_is_named_as_vbench_reads_it_and_goes_on(rehyat, tmp_path):
         (["--prompts", "p.txt", "--out", "v", "--resume"], "has no --resume"),
         (["a cat", "--out", "a.webp", "--resume"], "--resume goes on with an mp4"),
         (["a cat", "--out", "full"], "it exists and is not empty"),
-        (["a cat", "--steps", "few"], "--steps must be a whole number or auto"),
+        (["a cat", "--steps", "few"], "--steps must be a whole number above 0 or auto"),
     ],
 )
 def test_mistakes_are_known_before_the_model_is_looked_for(rehyat, tmp_path, monkeypatch, argv, words):
