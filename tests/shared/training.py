@@ -19,6 +19,7 @@ from rehyat_jax.runtime.variables import kernel, table
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text.tokenizer import Tokenizer
 from train.data.clips import Bucket
+from train.data.rollouts import Rollouts
 from train.data.sources import Source
 from train.data.tokenizer import build_sprite_tokenizer
 from train.engine.optimizer import OptimizerConfig
@@ -26,6 +27,7 @@ from train.engine.stage import Models
 from train.stages.diffusion import complete_folder
 from train.stages.distill import DistillTraining
 from train.stages.finetune import FinetuneTraining
+from train.stages.forcing import ForcingTraining
 
 WAN = WanConfig(
     num_layers=2,
@@ -108,6 +110,30 @@ def finetuning(model: Path, out: Path, **options) -> FinetuneTraining:
             "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=4, ema_decay=0.5),
             "hybrid_rate": 2.0,
             "gate_rate": 5.0,
+        }
+        | options
+    )
+
+
+def forcing(model: Path, out: Path, **options) -> ForcingTraining:
+    """Windows of two chunks of two latent frames."""
+    return ForcingTraining(
+        **{
+            "out": out,
+            "source": model,
+            "teacher": model,
+            "hybrid": HybridConfig(chunk_frames=2, overlap_frames=1, length_norm=True),
+            "buckets": (Rollouts(clips=Bucket(kind="plain", frames=7, batch=4)),),
+            "steps": 4,
+            "steps_per_round": 2,
+            "every": 2,
+            "num_inference_steps": 2,
+            "guidance_scale": 2.0,
+            "dtype": "float32",
+            "checkpoint_seconds": 0.0,
+            "keep_last": 9,
+            "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0, beta1=0.0, ema_decay=0.5),
+            "critic_optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0, beta1=0.0, ema_decay=0.0),
         }
         | options
     )

@@ -103,7 +103,7 @@ def test_every_chunk_has_a_level_and_is_given_the_clip(teacher, tmp_path) -> Non
 
 
 def test_shipped_configurations_are_of_this_kind() -> None:
-    for name in ("sprites_forced", "sprites_consistency"):
+    for name in ("sprites_forced", "sprites_consistency", "wan_1_3b_consistency"):
         assert isinstance(load_config(name, kinds=(ForcedTraining,)).config, ForcedTraining)
 
 
@@ -120,12 +120,6 @@ def test_shipped_configurations_are_of_this_kind() -> None:
 def test_what_cannot_be_is_a_sentence(teacher, tmp_path, options, sentence) -> None:
     with pytest.raises(ConfigError, match=sentence):
         training(teacher, tmp_path / "none", **options)
-
-
-def test_many_devices_are_a_sentence(teacher, tmp_path) -> None:
-    config = training(teacher, tmp_path / "none")
-    with pytest.raises(ConfigError, match="no plan"):
-        config.planned([], size=(32, 32))
 
 
 def test_a_past_of_noise_is_none() -> None:

@@ -10,11 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from shared.training import log_of, models_of, write_teacher
+from shared.training import forcing, log_of, models_of, write_teacher
 
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.forced import forced
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.sampling import programs, rollout
@@ -25,37 +24,13 @@ from train.cli.config_files import load_config
 from train.data.clips import Bucket
 from train.data.rollouts import Rollouts, turn
 from train.engine.gradients import gradients_of
-from train.engine.optimizer import OptimizerConfig
-from train.stages.forcing import ForcingStage, ForcingTraining, Shown
+from train.stages.forcing import ForcingTraining, Shown
+from train.stages.forcing_stage import ForcingStage
 from train.stages.rewards import MotionReward, Reward
 
-HYBRID = HybridConfig(chunk_frames=2, overlap_frames=1, length_norm=True)
 #: Two chunks of two latent frames.
 CLIPS = Bucket(kind="plain", frames=7, batch=4)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def forcing(model: Path, out: Path, **options) -> ForcingTraining:
-    return ForcingTraining(
-        **{
-            "out": out,
-            "source": model,
-            "teacher": model,
-            "hybrid": HYBRID,
-            "buckets": (Rollouts(clips=CLIPS),),
-            "steps": 4,
-            "steps_per_round": 2,
-            "every": 2,
-            "num_inference_steps": 2,
-            "guidance_scale": 2.0,
-            "dtype": "float32",
-            "checkpoint_seconds": 0.0,
-            "keep_last": 9,
-            "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0, beta1=0.0, ema_decay=0.5),
-            "critic_optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0, beta1=0.0, ema_decay=0.0),
-        }
-        | options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +159,7 @@ def state_of(run: ForcingTraining, step: int) -> dict[str, bytes]:
 @pytest.mark.full
 def test_resumed_in_the_middle_of_a_cycle_it_is_uninterrupted_bit_for_bit(teacher, tmp_path) -> None:
     """Each round another: rows that go on, others that begin, captions that change."""
-    rollouts = Rollouts(clips=CLIPS, given=1, windows=3, groups=2, switches=0.5)
+    rollouts = Rollouts(clips=CLIPS, given=1, windows=3, groups=2, switches=0.5, forks=2)
     options = {
         "buckets": (rollouts,),
         "steps": 6,
@@ -203,6 +178,14 @@ def test_resumed_in_the_middle_of_a_cycle_it_is_uninterrupted_bit_for_bit(teache
     one, two = state_of(whole, 6), state_of(again, 6)
     assert one == two
     assert {name.split("]")[0] for name in one} == {"['step'", "['learners'", "['carried'"}
+    # The forks of a row go on from one state, with noise of their own.
+    states, keys = (
+        [np.frombuffer(x, np.uint8).reshape(4, -1) for name, x in one.items() if f"['{part}']" in name]
+        for part in ("states", "keys")
+    )
+    assert len(states) == 6
+    assert all(np.array_equal(x[::2], x[1::2]) for x in states)
+    assert all((x[::2] != x[1::2]).any() for x in keys)
 
 
 def test_a_student_learns_from_its_own_videos_and_needs_no_option(teacher, tmp_path) -> None:
@@ -221,13 +204,16 @@ def test_rewards_weigh_by_their_mean_and_within_bounds() -> None:
     worth = np.exp([0.0, 1.0, 1.0, 2.0])
     np.testing.assert_allclose(weights, np.clip(worth / worth.mean(), 0.2, 5.0), rtol=1e-5)
     np.testing.assert_allclose(Reward(beta=0.01).weights(jnp.asarray([0.0] * 9 + [1.0])), [0.2] * 9 + [5.0])
+    forks = Reward(beta=0.5).weights(jnp.asarray([5.0, 5.5, -1.0, -1.0]), forks=2)
+    np.testing.assert_allclose(forks, [*(np.exp([0.0, 1.0]) / np.exp([0.0, 1.0]).mean()), 1.0, 1.0], rtol=1e-5)
     still = jnp.ones((2, 3, 2, 2, 4))
     moving = still * jnp.asarray([0.0, 0.5])[:, None, None, None, None] * jnp.arange(3.0)[None, :, None, None, None]
     np.testing.assert_allclose(MotionReward()(moving, None), [0.0, 0.5])
 
 
-def test_shipped_configurations_are_of_this_kind() -> None:
-    assert isinstance(load_config("sprites_forcing", kinds=(ForcingTraining,)).config, ForcingTraining)
+@pytest.mark.parametrize("name", ["sprites_forcing", "wan_1_3b_forcing", "wan_14b_forcing"])
+def test_shipped_configurations_are_of_this_kind(name) -> None:
+    assert isinstance(load_config(name, kinds=(ForcingTraining,)).config, ForcingTraining)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +237,7 @@ def test_what_cannot_be_is_a_sentence(teacher, tmp_path, options, sentence) -> N
         ({"given": -1}, "given of rollouts must be at least 0"),
         ({"switches": 1.5}, "switches of rollouts must be from 0 to 1"),
         ({"groups": 2}, "carry nothing"),
+        ({"forks": 3}, "4 rows cannot be forks of 3"),
     ],
 )
 def test_rollouts_that_cannot_be_are_a_sentence(options, sentence) -> None:

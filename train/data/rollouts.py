@@ -42,11 +42,16 @@ class Rollouts:
     groups: int = 1
     #: Of the rows that go on with a window, those that get another caption with it.
     switches: float = 0.0
+    #: So many rows go on from one past, with noise of their own: what a reward says of them is compared among them
+    #: alone. The first of them is the past of the next window.
+    forks: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("given", 0), ("windows", 1), ("groups", 1)):
+        for name, least in (("given", 0), ("windows", 1), ("groups", 1), ("forks", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} of rollouts must be at least {least}, not {getattr(self, name)}")
+        if self.clips.batch % self.forks:
+            raise ConfigError(f"{self.clips.batch} rows cannot be forks of {self.forks}")
         if not 0 <= self.switches <= 1:
             raise ConfigError(f"switches of rollouts must be from 0 to 1, not {self.switches}")
         if self.windows == 1 and (self.groups > 1 or self.switches):
@@ -210,3 +215,13 @@ def rows_first(states: PyTree, like: PyTree, *, rows: int, axis: int) -> PyTree:
 def rows_back(states: PyTree, like: PyTree, *, axis: int) -> PyTree:
     """`rows_first`'s inverse."""
     return jax.tree.map(lambda x, one: jnp.moveaxis(x, 0, axis) if one.ndim > 1 else x[0], states, like)
+
+
+def first_forks(rows: PyTree, *, forks: int) -> PyTree:
+    """The first of each so many rows, as often."""
+
+    def of(x: Array) -> Array:
+        first = x.reshape(-1, forks, *x.shape[1:])[:, :1]
+        return jnp.broadcast_to(first, (x.shape[0] // forks, forks, *x.shape[1:])).reshape(x.shape)
+
+    return rows if forks == 1 else jax.tree.map(of, rows)

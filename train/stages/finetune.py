@@ -157,11 +157,14 @@ class FinetuneTraining(FlowTraining):
         Raises:
             ConfigError: the configuration does not say what the model is, or the mesh does not divide.
         """
+        # As a TPU would choose: what this machine would is another thing.
+        return PlannedFinetune(self._planned("pallas", frames=frames, batch=batch), among, size=size)
+
+    def _planned(self, by: Literal["scan", "pallas"], *, frames: int | None, batch: int | None) -> Any:
+        """The same with other buckets, its blocks by an implementation where they had been left to ``"auto"``."""
         changes: dict[str, Any] = {name: x for name, x in (("frames", frames), ("batch", batch)) if x is not None}
         buckets = tuple(dataclasses.replace(bucket, **changes) for bucket in self.buckets)
-        # As a TPU would choose: what this machine would is another thing.
-        hybrid = (self.hybrid or HybridConfig()).implemented("pallas")
-        return PlannedFinetune(dataclasses.replace(self, buckets=buckets, hybrid=hybrid), among, size=size)
+        return dataclasses.replace(self, buckets=buckets, hybrid=(self.hybrid or HybridConfig()).implemented(by))
 
     def levels(
         self, sigma: Float[Array, " B"], key: Key[Array, ""], *, frames: int

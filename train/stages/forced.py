@@ -11,8 +11,9 @@ The file defines ``config``, a `train.stages.forced.ForcedTraining`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from train.engine.gradients import Mean
 from train.engine.stage import Models, Network
 from train.parallel.devices import Devices, loading
 from train.stages.aims import Aim, aim_mean, consistency_aim, consistency_grid, noised, spread, spread_levels, wide
-from train.stages.finetune import FinetuneStage, FinetuneTraining, computing, whole_model
+from train.stages.finetune import FinetuneStage, FinetuneTraining, PlannedFinetune, computing, whole_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,22 +101,18 @@ class ForcedTraining(FinetuneTraining):
     def stage(self) -> ForcedStage:
         return ForcedStage(self)
 
-    def planned(self, *_: Any, **__: Any) -> NoReturn:
-        """
-        Raises:
-            ConfigError: always; a stream's programs are not sharded.
-        """
-        raise ConfigError("there is no plan of training with a forced past: it runs on one device")
+    def planned(
+        self, among: Sequence[Any], *, size: tuple[int, int], frames: int | None = None, batch: int | None = None
+    ) -> PlannedForced:
+        # XLA cannot divide the kernels of a stream among devices.
+        return PlannedForced(self._planned("scan", frames=frames, batch=batch), among, size=size)
 
     def devices(self, *args: Any, **options: Any) -> Devices:
         """
         Raises:
-            ConfigError: as `FlowTraining.devices`, or there is a mesh.
+            ConfigError: as `FlowTraining.devices`, or the mesh cuts time.
         """
-        devices = super().devices(*args, **options)
-        if devices.mesh is not None:
-            raise ConfigError("training with a forced past runs on one device: leave the mesh as it is")
-        return devices
+        return whole_streams(super().devices(*args, **options))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -234,3 +231,23 @@ class ForcedStage(FinetuneStage):
         passes = 3 if training.aim == "flow" else 3 + 1 + (2 if training.guidance_scale > 1 else 1)
         clip = 2 * passes * forward_flops(student.config, student.hybrid, shape=self.latent_shape(data))
         return float(clip * training.buckets[data].batch * training.steps_per_round)
+
+
+class PlannedForced(PlannedFinetune, ForcedStage):
+    """The same programs, from shapes."""
+
+    training: ForcedTraining
+
+    def _guide(self) -> WanTransformer:
+        return self._transformer(self.training.hybrid)
+
+
+def whole_streams(devices: Devices) -> Devices:
+    """The same devices.
+
+    Raises:
+        ConfigError: the mesh cuts time.
+    """
+    if devices.shape.get("context", 1) > 1:
+        raise ConfigError("a stream's time cannot be cut over devices: leave the mesh's context at 1")
+    return devices

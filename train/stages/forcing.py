@@ -10,11 +10,10 @@ The file defines ``config``, a `train.stages.forcing.ForcingTraining`.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,43 +24,35 @@ from jaxtyping import Array, Float
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import BlockMixers, HybridConfig
-from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
-from rehyat_jax.models.folder import find_model, read_scheduler
+from rehyat_jax.models.folder import find_model
 from rehyat_jax.models.memory import weights_bytes
 from rehyat_jax.models.networks import open_component
-from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.forced import forced
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.memory import Need
 from rehyat_jax.sampling import FlowSchedule, Guidance, Renoise, guided_velocity, sampling_steps
 from rehyat_jax.sampling.rollout import Sampler, check_context_noise
 from rehyat_jax.sprites import world
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
-from rehyat_jax.text.tokenizer import Tokenizer
 from train.cli.command import run_training
-from train.data.clips import AnyBucket, Bucket, check_rounds, choose
-from train.data.pools import Captions, Feed, SpriteFeed
-from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
+from train.data.clips import AnyBucket, Bucket, check_rounds
+from train.data.prepared import Prepared, PreparedClips
 from train.data.rollouts import Roller, Rollouts, rows_back
-from train.engine.arithmetic import forward_flops
-from train.engine.folder import RunFolder
 from train.engine.gradients import Mean
 from train.engine.memory import backward_bytes, learner_bytes
 from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
-from train.engine.stage import Models, Network, Stage, Update
-from train.parallel.devices import Devices, first_process, loading
+from train.engine.stage import Models, Stage
+from train.parallel.devices import Devices
 from train.parallel.sharding import check_mesh
 from train.stages.aims import Aim, aim_mean, guess, noised
-from train.stages.finetune import computing, student_of, write_student
-from train.stages.flow import Show, embed, padded_captions
+from train.stages.forced import whole_streams
 from train.stages.planned import latent_shape
 from train.stages.rewards import Reward
 from train.stages.scores import score_difference, scores_aim
-from train.stages.sizes import check_sizes, whole_model
-from train.stages.videos import showing
-from train.stages.windows import OwnBatch, Windows
+from train.stages.sizes import whole_model
+from train.stages.windows import OwnBatch
 
 
 def main(argv: list[str]) -> int:
@@ -171,8 +162,29 @@ class ForcingTraining(RunConfig):
         looks = self.reward is not None and not self.reward.of_latents
         return looks or any(rollouts.windows > 1 for rollouts in self.buckets)
 
-    def stage(self) -> ForcingStage:
+    def stage(self) -> Stage:
+        from train.stages.forcing_stage import ForcingStage  # which is made of this
+
         return ForcingStage(self)
+
+    def planned(
+        self, among: Sequence[Any], *, size: tuple[int, int], frames: int | None = None, batch: int | None = None
+    ) -> Stage:
+        """The stage by shapes alone; see `FinetuneTraining.planned`.
+
+        Raises:
+            ConfigError: the configuration does not say what the models are, or the mesh does not divide.
+        """
+        from train.stages.forcing_stage import PlannedForcing
+
+        changes: dict[str, Any] = {name: x for name, x in (("frames", frames), ("batch", batch)) if x is not None}
+        buckets = tuple(
+            dataclasses.replace(rollouts, clips=dataclasses.replace(rollouts.clips, **changes))
+            for rollouts in self.buckets
+        )
+        # XLA cannot divide the kernels of a stream among devices.
+        hybrid = (self.hybrid or HybridConfig()).implemented("scan")
+        return PlannedForcing(dataclasses.replace(self, buckets=buckets, hybrid=hybrid), among, size=size)
 
     def roller(self, rollouts: Rollouts, schedule: FlowSchedule, *, shape: tuple[int, ...], chunk: int) -> Roller:
         """
@@ -205,9 +217,7 @@ class ForcingTraining(RunConfig):
             ConfigError: the mesh does not divide the devices, the model or the rows, or it cuts time.
         """
         rows = [clips.batch // self.accumulate for clips in self.clips]
-        devices = Devices.of(self.mesh, batch=math.gcd(*rows), among=among)
-        if devices.shape.get("context", 1) > 1:
-            raise ConfigError("a stream's time cannot be cut over devices: leave the mesh's context at 1")
+        devices = whole_streams(Devices.of(self.mesh, batch=math.gcd(*rows), among=among))
         if devices.mesh is not None:
             for batch, length in zip(rows, frames, strict=True):
                 check_mesh(devices.shape, student.config, hybrid=student.hybrid, batch=batch, latent_frames=length)
@@ -246,7 +256,8 @@ class ForcingTraining(RunConfig):
         difference = score_difference(video, real, fake, counted)
         aim = scores_aim(given, difference, batch.sigma, batch.weights)
         gap = jnp.mean(jnp.abs(video - real), axis=(2, 3, 4))
-        return {"loss": aim_mean(velocity, aim), "gap": Mean.of(gap, counted, weight=0.0)}
+        means = {"loss": aim_mean(velocity, aim), "gap": Mean.of(gap, counted, weight=0.0)}
+        return means if batch.rewards is None else means | {"reward": Mean.of(batch.rewards, weight=0.0)}
 
     def scores(
         self, models: Models, batch: OwnBatch, video: Float[Array, "B T h w z"]
@@ -298,198 +309,3 @@ def _noise(batch: OwnBatch, which: int) -> Float[Array, "B T h w z"]:
     """Of each row by its own key, so that neither parts nor devices change it."""
     shape = batch.video.shape[1:]
     return jax.vmap(lambda key: jax.random.normal(key, shape))(batch.keys[:, which])
-
-
-class ForcingStage(Stage):
-    """A student learns from two scores, and a critic what the student makes."""
-
-    def __init__(self, training: ForcingTraining) -> None:
-        self.training = training
-        self.steps_per_round = training.steps_per_round
-        self.validate_every = training.validation.every
-        self.updates = (
-            Update(role="critic", loss=training.critic_loss, parts=training.accumulate),
-            Update(role="student", loss=training.student_loss, every=training.every, parts=training.accumulate),
-        )
-
-    @functools.cached_property
-    def source(self) -> Path:
-        return whole_model(self.training.source)
-
-    @functools.cached_property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.training.dtype)
-
-    @functools.cached_property
-    def student(self) -> WanTransformer:
-        """Before it has learned."""
-        with loading(self.training.mesh):
-            student = student_of(load_transformer(self.source), self.training.hybrid, where=self.source)
-        check_sizes(self.training.model, student.config, where=self.source)
-        return computing(student, self.dtype)
-
-    @functools.cached_property
-    def vae(self) -> WanVAE:
-        return load_vae(self.source, dtype=self.dtype)
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.source)
-
-    @functools.cached_property
-    def schedule(self) -> FlowSchedule:
-        return read_scheduler(self.source)[0]
-
-    @functools.cached_property
-    def prepared(self) -> Mapping[Path, Prepared]:
-        return open_prepared(self.training.clips, self.source)
-
-    @functools.cached_property
-    def devices(self) -> Devices:
-        _ = self.prepared  # before weights are read
-        shapes = [self.latent_shape(number) for number in range(len(self.training.buckets))]
-        return self.training.devices(self.student, [shape[0] for shape in shapes])
-
-    @property
-    def networks(self) -> dict[str, Network]:
-        training = self.training
-        found = {
-            "student": Network(make=lambda: self.student, optimizer=training.optimizer),
-            "critic": Network(make=self._critic, optimizer=training.critic_optimizer),
-            "teacher": Network(make=self._teacher),
-        }
-        if any(isinstance(clips, Bucket) for clips in training.clips):  # captions of prepared clips are embedded
-            found["text"] = Network(make=lambda: load_text_encoder(self.source, dtype=self.dtype))
-        if training.decodes:
-            found["vae"] = Network(make=lambda: self.vae)
-        return found
-
-    def _teacher(self) -> WanTransformer:
-        return self._softmax(self.training.teacher, said=self.training.teacher_model, dtype=self.dtype)
-
-    def _critic(self) -> WanTransformer:
-        name = self.training.critic or self.training.teacher
-        return computing(self._softmax(name, said=None, dtype=jnp.dtype(jnp.float32)), self.dtype)
-
-    def _softmax(self, name: Path, *, said: WanConfig | None, dtype: jnp.dtype) -> WanTransformer:
-        folder = find_model(name)
-        with loading(self.training.mesh):
-            model = load_transformer(folder, hybrid=None, dtype=dtype)
-        check_sizes(said, model.config, where=folder)
-        ours, theirs = self.student.config, model.config
-        if (ours.in_channels, ours.text_dim) != (theirs.in_channels, theirs.text_dim):
-            raise ConfigError(f"{folder} has no score of {self.source}'s videos: latents or text are of other widths")
-        return model
-
-    def read(self, models: Models, tokens: Captions) -> Array:
-        return embed(models["text"], tokens)
-
-    def feed(self, number: int) -> Feed:
-        """Captions and true beginnings of a bucket."""
-        training, clips = self.training, self.training.buckets[number].clips
-        if isinstance(clips, PreparedClips):
-            return PreparedFeed(
-                self.prepared[clips.folder],
-                count=clips.batch,
-                seed=training.seed,
-                dtype=self.dtype,
-                place=self._place(number),
-                rows=self.devices.rows(),
-            )
-        return SpriteFeed(
-            clips,
-            count=clips.batch,
-            seed=training.seed,
-            vae=self.vae,
-            tokens=functools.partial(padded_captions, self.tokenizer, length=training.caption_tokens),
-            read=self.read,
-        )
-
-    def data(self) -> list[Windows]:
-        training = self.training
-        found = []
-        for number, rollouts in enumerate(training.buckets):
-            shape = (*self.latent_shape(number), self.student.config.in_channels)
-            roller = training.roller(rollouts, self.schedule, shape=shape, chunk=self.student.chunk_frames())
-            windows = Windows(
-                training,
-                rollouts,
-                self.feed(number),
-                roller=roller,
-                student=self.student,
-                place=self._place(number),
-            )
-            found.append(windows)
-        return found
-
-    def which(self, index: int) -> int:
-        training = self.training
-        return choose(training.clips, training.seed, index, progress=index * self.steps_per_round / training.steps)
-
-    def _place(self, number: int) -> Callable[[int], int]:
-        """Of a round of the run among those that draw from a bucket."""
-        return functools.partial(bisect.bisect_left, self._rounds[number])
-
-    @functools.cached_property
-    def _rounds(self) -> list[list[int]]:
-        rounds: list[list[int]] = [[] for _ in self.training.buckets]
-        for index in range(-(-self.training.steps // self.steps_per_round)):
-            rounds[self.which(index)].append(index)
-        return rounds
-
-    def flops(self, data: int) -> float:
-        """Of a round, the student's share of it as it is due: rollouts, the critic's steps, the replay, the scores."""
-        training, student, shape = self.training, self.student, self.latent_shape(data)
-        own = forward_flops(student.config, student.hybrid, shape=shape)
-        score = forward_flops(self._score_config, None, shape=shape)
-        guided = Guidance(scale=training.guidance_scale).evaluations
-        learned = (2 * 3 * own + (guided + 1) * score) * training.steps_per_round / training.every
-        made = own * (training.num_inference_steps + 1)
-        return (made + 3 * training.steps_per_round * score + learned) * training.clips[data].batch
-
-    @functools.cached_property
-    def _score_config(self) -> WanConfig:
-        """The teacher's sizes; the critic's, where they are others, are counted as these."""
-        return open_component(find_model(self.training.teacher), "transformer").config
-
-    def title(self, data: int) -> str:
-        clips = self.training.clips[data]
-        return f"{clips.batch} own videos of {clips.frames} frames"
-
-    def clips(self, data: int) -> int:
-        return self.training.clips[data].batch * self.steps_per_round
-
-    def tokens(self, data: int) -> int:
-        shape = zip(self.latent_shape(data), self.student.config.patch_size, strict=True)
-        return math.prod(side // patch for side, patch in shape) * self.clips(data)
-
-    def latent_shape(self, number: int) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of a bucket's windows."""
-        clips = self.training.buckets[number].clips
-        if isinstance(clips, PreparedClips):
-            frames, rows, columns = self.prepared[clips.folder].plan.latents[:3]
-            return frames, rows, columns
-        return latent_shape(self.vae_config, frames=clips.frames, height=world.HEIGHT, width=clips.width)
-
-    @property
-    def vae_config(self) -> VAEConfig:
-        return self.vae.config
-
-    @functools.cached_property
-    def show(self) -> Show | None:
-        validation = self.training.validation
-        if not validation.every:
-            return None
-        return showing(validation.prompts, folder=self.source, dtype=self.dtype, defaults=self.training.defaults)
-
-    def report(
-        self, results: Sequence[Any], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder
-    ) -> dict[str, float]:
-        if self.show is not None:
-            student = averages()["student"]
-            if first_process():
-                self.show(student, folder.videos(step))
-        return {}
-
-    def export(self, averages: Mapping[str, Any], folder: Path) -> None:
-        write_student(folder, self.source, averages["student"], defaults=self.training.defaults)

@@ -38,10 +38,11 @@ class Reward:
         """
         raise NotImplementedError
 
-    def weights(self, rewards: Float[Array, " B"]) -> Float[Array, " B"]:
-        """exp(r / β) over its mean, from 0.2 to 5."""
-        worth = jnp.exp((rewards - jnp.max(rewards)) / self.beta)
-        return jnp.clip(worth / jnp.mean(worth), LEAST, MOST)
+    def weights(self, rewards: Float[Array, " B"], *, forks: int = 1) -> Float[Array, " B"]:
+        """exp(r / β) over its mean, from 0.2 to 5; of ``forks`` neighbours of one past over these alone."""
+        groups = rewards.reshape(-1, forks if forks > 1 else len(rewards))
+        worth = jnp.exp((groups - jnp.max(groups, axis=1, keepdims=True)) / self.beta)
+        return jnp.clip(worth / jnp.mean(worth, axis=1, keepdims=True), LEAST, MOST).reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

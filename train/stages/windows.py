@@ -17,7 +17,7 @@ from rehyat_jax.sampling.text import Padded
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.clips import round_key
 from train.data.pools import Feed
-from train.data.rollouts import Roller, Rollouts, rows_back, rows_first, turn
+from train.data.rollouts import Roller, Rollouts, first_forks, rows_back, rows_first, turn
 from train.engine.stage import Data, Models
 from train.parallel.devices import Devices
 from train.stages.aims import noised, spread
@@ -43,6 +43,8 @@ class OwnBatch(NamedTuple):
     video: Float[Array, "B T h w z"]
     #: What each latent frame counts in the student's loss; 0: it was given.
     weights: Float[Array, "B T"]
+    #: Where there is one.
+    rewards: Float[Array, " B"] | None
     #: Noise levels of the critic and of the scores, and keys of their noise.
     levels: Float[Array, "B 2"]
     keys: Key[Array, "B 2"]
@@ -145,7 +147,8 @@ class Windows(Data):
             states = self._from_rows(mine.states)
             before = jax.tree.map(lambda new, old: jnp.where(begins, new, old), before, states)
             last = mine.latents
-        clips = jax.tree.map(_by_batch, clips)
+        forks = self.rollouts.forks
+        clips = jax.tree.map(_by_batch, first_forks(clips, forks=forks))
         pool, empty = self.feed.pool(clips, frozen, models), self.feed.nothing(frozen, models)
         student = models["student"]
         noise_keys = jax.random.wrap_key_data(keys, impl=RANDOM)
@@ -160,7 +163,8 @@ class Windows(Data):
         )
         if carried is not None:
             chunk = self.roller.shape[0]
-            new = Carried(clips, keys, self._by_rows(made.states), made.latents[:, -chunk:])
+            past = self._by_rows(made.states), made.latents[:, -chunk:]
+            new = Carried(clips, keys, *first_forks(past, forks=forks))
             carried = jax.tree.map(
                 lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, group, 1), carried, new
             )
@@ -171,9 +175,10 @@ class Windows(Data):
         video = made.latents
         if carried is not None:
             video = jax.lax.cond(begins, lambda: video, lambda: self._as_begun(models["vae"], last, video))
-        weights = jnp.broadcast_to(learned.astype(jnp.float32)[None], video.shape[:2])
+        weights, rewards = jnp.broadcast_to(learned.astype(jnp.float32)[None], video.shape[:2]), None
         if self.setting.reward is not None:
-            weights = weights * self._worth(models, video, self.feed.prompts(clips))[:, None]
+            rewards = self._rewards(self.setting.reward, models, video, self.feed.prompts(clips))
+            weights = weights * self.setting.reward.weights(rewards, forks=forks)[:, None]
         level = self.setting.remember
         context = ChunkNoise(noise_keys, first_frame).context((frames, *self.roller.shape[1:]))
         sigma = jnp.full(video.shape[:2], level, jnp.float32)
@@ -197,6 +202,7 @@ class Windows(Data):
                     empty=jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), empty),
                     video=video,
                     weights=weights,
+                    rewards=rewards,
                     levels=jnp.clip(levels, 0.02, 0.98),
                     keys=jax.random.split(jax.random.fold_in(noise_key, number), (rows, 2)),
                 ),
@@ -225,13 +231,13 @@ class Windows(Data):
         first = vae.normalize(vae.encode(frame).astype(jnp.float32))
         return jnp.concatenate([first, latents[:, 1:]], axis=1)
 
-    def _worth(self, models: Models, video: Float[Array, "B T h w z"], prompts: PyTree) -> Float[Array, " B"]:
-        reward = self.setting.reward
-        assert reward is not None
+    def _rewards(
+        self, reward: Reward, models: Models, video: Float[Array, "B T h w z"], prompts: PyTree
+    ) -> Float[Array, " B"]:
         if not reward.of_latents:
             vae = models["vae"]
             video = vae.decode(vae.denormalize(video), frames_per_step=self.roller.shape[0]).astype(jnp.float32)
-        return reward.weights(reward(video, prompts))
+        return reward(video, prompts)
 
 
 def _by_batch(x: Array) -> Array:

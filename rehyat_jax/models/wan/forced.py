@@ -7,7 +7,6 @@ clip, the finished chunks of the rollout, the prefix. Its result on a past that 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.mixers.base import Mixer
 from rehyat_jax.models.wan.block import TextKV
 from rehyat_jax.models.wan.transformer import WanTransformer
 
@@ -44,8 +44,8 @@ def forced(
 ) -> Forced:
     """The velocity of every noisy chunk, given ``past``'s chunks before it, and the state after all of ``past``.
 
-    A scan over chunks. In each, the noisy chunk and the past's go through the model side by side, from the one state of
-    the past before them; the state after the past's goes on.
+    One pass over the blocks, on all frames of both side by side. In a block's self-attention a scan over chunks: the
+    noisy chunk and the past's read the one state of the past before them, and the state after the past's goes on.
 
     Args:
         noisy, past: latents of the same frames, whole chunks but for a shorter last one.
@@ -55,8 +55,7 @@ def forced(
         first_frame: the first of these latent frames, counted from the video's beginning.
         text_tokens: what `read_text` was told.
         stop: gradients stop at the state after every so many chunks; 0: nowhere, 1: at each, as with a detached cache.
-        remat: keep the states between chunks alone for the backward pass, and compute each chunk again there: memory
-            then grows by the states' own size for each chunk.
+        remat: keep each block's input alone for the backward pass, and compute the block again there.
 
     Raises:
         RehyatError: the model cannot stream.
@@ -67,47 +66,49 @@ def forced(
         raise RehyatError(why or "")
     if stop < 0:
         raise ConfigError(f"stop must be a number of chunks, or 0 for no stop, not {stop}")
-    chunk = model.hybrid.chunk_frames * model.config.patch_size[0]
-    count, rest = divmod(noisy.shape[1], chunk)
-    rows = noisy.shape[0]
-    first_frame = jnp.asarray(first_frame, jnp.int32)
-    both = jax.tree.map(partial(_twice, axis=1), text)
-    latents = jnp.concatenate([noisy.astype(model.dtype), past.astype(model.dtype)])
-    levels = jnp.concatenate([times, past_times]).astype(jnp.float32)
+    dtype, patch = model.dtype, model.config.patch_size[0]
+    latents = _beside(noisy.astype(dtype), past.astype(dtype))
+    levels = _beside(times.astype(jnp.float32), past_times.astype(jnp.float32))
+    inputs = model.embed(latents, levels, first_frame=first_frame)
+    frames, height, width = inputs.grid
+    first, chunk, frame = jnp.asarray(first_frame, jnp.int32) // patch, model.mixing.chunk_frames, height * width
+    count, rest = divmod(frames, chunk)
 
-    def one(state: Any, x: tuple[Array, Array, Int[Array, ""]]) -> tuple[Any, Array]:
-        latents, levels, number = x
-        if stop:
-            stopped = jax.lax.stop_gradient(state)
-            here = number % stop == 0
-            state = jax.tree.map(lambda s, d: jnp.where(here, d, s), state, stopped)
-        velocity, after = model.stream(
-            latents,
-            levels,
-            both,
-            jax.tree.map(partial(_twice, axis=1), state),
-            first_frame=first_frame + number * chunk,
-            text_tokens=text_tokens,
-        )
-        return jax.tree.map(lambda a: a[:, rows:] if a.ndim > 1 else a, after), velocity[:rows]
+    def attend(mixer: Mixer, state: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        def one(state: Any, x: tuple[tuple[Array, Array, Array], Int[Array, ""]]) -> tuple[Any, Array]:
+            qkv, number = x
+            if stop:
+                here = number % stop == 0
+                state = jax.tree.map(lambda s: jnp.where(here, jax.lax.stop_gradient(s), s), state)
+            both = mixer.sharded(jax.tree.map(_twice, mixer.sharded(state)))
+            y, after = mixer.step(*qkv, both, frame=frame, first=first + number * chunk)
+            return jax.tree.map(lambda a: a[1::2] if a.ndim else a, after), y
 
-    step = jax.checkpoint(one) if remat else one
+        def chunks(x: Array) -> Array:
+            """A leading axis of chunks."""
+            whole = x[:, : count * chunk * frame]
+            return jnp.moveaxis(whole.reshape(x.shape[0], count, chunk * frame, *x.shape[2:]), 1, 0)
 
-    def chunks(x: Array) -> Array:
-        """A leading axis of chunks."""
-        whole = x[:, : count * chunk]
-        return jnp.moveaxis(whole.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+        parts = []
+        if count:
+            numbers = jnp.arange(count, dtype=jnp.int32)
+            state, y = jax.lax.scan(one, state, ((chunks(q), chunks(k), chunks(v)), numbers))
+            parts.append(jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *v.shape[2:]))
+        if rest:
+            end = q[:, -rest * frame :], k[:, -rest * frame :], v[:, -rest * frame :]
+            state, y = one(state, (end, jnp.asarray(count, jnp.int32)))
+            parts.append(y)
+        return jnp.concatenate(parts, axis=1), state
 
-    numbers = jnp.arange(count, dtype=jnp.int32)
-    state, velocity = jax.lax.scan(step, state, (chunks(latents), chunks(levels), numbers))
-    velocity = jnp.moveaxis(velocity, 0, 1).reshape(rows, count * chunk, *velocity.shape[3:])
-    if rest:
-        end = latents[:, count * chunk :], levels[:, count * chunk :], jnp.asarray(count, jnp.int32)
-        state, last = step(state, end)
-        velocity = jnp.concatenate([velocity, last], axis=1)
-    return Forced(velocity, state)
+    x, state = model.recur(inputs, text, state, attend, text_tokens=text_tokens, text_rows=_twice, remat=remat)
+    return Forced(model.unembed(x, inputs)[0::2], state)
 
 
-def _twice(x: Any, *, axis: int) -> Any:
-    """Two times the rows; what is no row's own (the tokens seen so far, a number a layer) as it is."""
-    return jnp.concatenate([x, x], axis=axis) if x.ndim > 1 else x
+def _beside(noisy: Any, past: Any) -> Any:
+    """Rows in turn, so that over devices a row's two are on one."""
+    return jnp.stack([noisy, past], axis=1).reshape(-1, *noisy.shape[1:])
+
+
+def _twice(x: Any) -> Any:
+    """Each row two times; what is no row's own (the tokens seen so far) as it is."""
+    return _beside(x, x) if x.ndim else x

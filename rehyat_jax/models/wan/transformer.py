@@ -309,6 +309,31 @@ class WanTransformer(nnx.Module):
         if frames > chunk and frames % chunk:
             raise RehyatError(f"{frames} frames are not a whole number of chunks of {chunk}")
         first = jnp.asarray(first_frame, jnp.int32) // self.config.patch_size[0]
+
+        def attend(mixer: Mixer, state: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            return mixer.step(q, k, v, mixer.sharded(state), frame=rows * columns, first=first)
+
+        x, states = self.recur(inputs, text, state, attend, text_tokens=text_tokens)
+        return self.unembed(x, inputs), states
+
+    def recur(
+        self,
+        inputs: Embedded,
+        text: TextKV,
+        state: Any,
+        attend: Callable[[Mixer, Any, Array, Array, Array], tuple[Array, Any]],
+        *,
+        text_tokens: int | None,
+        text_rows: Callable[[Array], Array] = lambda x: x,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B N C"], Any]:
+        """The blocks on embedded tokens, each with its mixer state: what they make of the tokens, and the states after.
+
+        Args:
+            attend: a block's self-attention, from its mixer, its state, q, k and v to v's shape and the state after.
+            text_rows: the rows of a block's text that the tokens' rows read.
+            remat: for training: keep each block's input alone and compute the block again in the backward pass.
+        """
         how = {"text_repeats": text_repeats(text.k.shape[2], text_tokens)}
         graph, layers = nnx.split(self.blocks)
 
@@ -317,18 +342,19 @@ class WanTransformer(nnx.Module):
                 (block, text), (own, state) = params
                 mixer = nnx.merge(mixer_graph, own)
 
-                def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                    y, after = mixer.step(q, k, v, mixer.sharded(state), frame=rows * columns, first=first)
+                def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                    y, after = attend(mixer, state, q, k, v)
                     return y, mixer.sharded(after)
 
-                return nnx.merge(graph, block).attending(x, text, inputs.modulation, inputs.rotary, attend, **how)
+                read = TextKV(*map(text_rows, text))
+                return nnx.merge(graph, block).attending(x, read, inputs.modulation, inputs.rotary, attention, **how)
 
-            return layer
+            return jax.checkpoint(layer) if remat else layer
 
         graphs, mixers = zip(*map(nnx.split, self._mixers()), strict=True)
         own = list(zip(mixers, self.mixing.parted(state), strict=True))
         x, states = scan_layers([step(g) for g in graphs], inputs.x, (layers, text), own, pattern=self.mixing.pattern)
-        return self.unembed(x, inputs), self.mixing.joined(states)
+        return x, self.mixing.joined(states)
 
     def why_not_stream(self) -> str | None:
         """None for a model that can stream; else one sentence that names the blocks that prevent it."""

@@ -1,0 +1,290 @@
+"""The stage of `rehyat forcing`: its networks, its rollouts at work, its result; and the same from shapes alone."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.mixers.config import Conversion
+from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
+from rehyat_jax.models.folder import find_model, read_scheduler
+from rehyat_jax.models.networks import open_component
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.sampling import FlowSchedule, Guidance
+from rehyat_jax.sprites import world
+from rehyat_jax.text.tokenizer import Tokenizer
+from train.data.clips import Bucket, choose
+from train.data.pools import Captions, Feed, SpriteFeed
+from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
+from train.engine.arithmetic import forward_flops
+from train.engine.folder import RunFolder
+from train.engine.stage import Models, Network, Stage, Update
+from train.parallel.devices import Devices, first_process, loading
+from train.stages.finetune import computing, student_of, write_student
+from train.stages.flow import Show, embed, padded_captions
+from train.stages.forcing import ForcingTraining
+from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
+from train.stages.sizes import check_sizes, whole_model
+from train.stages.videos import showing
+from train.stages.windows import Windows
+
+
+class ForcingStage(Stage):
+    """A student learns from two scores, and a critic what the student makes."""
+
+    def __init__(self, training: ForcingTraining) -> None:
+        self.training = training
+        self.steps_per_round = training.steps_per_round
+        self.validate_every = training.validation.every
+        self.updates = (
+            Update(role="critic", loss=training.critic_loss, parts=training.accumulate),
+            Update(role="student", loss=training.student_loss, every=training.every, parts=training.accumulate),
+        )
+
+    @functools.cached_property
+    def source(self) -> Path:
+        return whole_model(self.training.source)
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.training.dtype)
+
+    @functools.cached_property
+    def student(self) -> WanTransformer:
+        """Before it has learned."""
+        with loading(self.training.mesh):
+            student = student_of(load_transformer(self.source), self.training.hybrid, where=self.source)
+        check_sizes(self.training.model, student.config, where=self.source)
+        return computing(student, self.dtype)
+
+    @functools.cached_property
+    def vae(self) -> WanVAE:
+        return load_vae(self.source, dtype=self.dtype)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.source)
+
+    @functools.cached_property
+    def schedule(self) -> FlowSchedule:
+        return read_scheduler(self.source)[0]
+
+    @functools.cached_property
+    def prepared(self) -> Mapping[Path, Prepared]:
+        return open_prepared(self.training.clips, self.source)
+
+    @functools.cached_property
+    def devices(self) -> Devices:
+        _ = self.prepared  # before weights are read
+        shapes = [self.latent_shape(number) for number in range(len(self.training.buckets))]
+        return self.training.devices(self.student, [shape[0] for shape in shapes])
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        training = self.training
+        found = {
+            "student": Network(make=lambda: self.student, optimizer=training.optimizer),
+            "critic": Network(make=self._critic, optimizer=training.critic_optimizer),
+            "teacher": Network(make=self._teacher),
+        }
+        if any(isinstance(clips, Bucket) for clips in training.clips):  # captions of prepared clips are embedded
+            found["text"] = Network(make=lambda: load_text_encoder(self.source, dtype=self.dtype))
+        if training.decodes:
+            found["vae"] = Network(make=lambda: self.vae)
+        return found
+
+    def _teacher(self) -> WanTransformer:
+        return self._softmax(self.training.teacher, said=self.training.teacher_model, dtype=self.dtype)
+
+    def _critic(self) -> WanTransformer:
+        name = self.training.critic or self.training.teacher
+        return computing(self._softmax(name, said=None, dtype=jnp.dtype(jnp.float32)), self.dtype)
+
+    def _softmax(self, name: Path, *, said: WanConfig | None, dtype: jnp.dtype) -> WanTransformer:
+        folder = find_model(name)
+        with loading(self.training.mesh):
+            model = load_transformer(folder, hybrid=None, dtype=dtype)
+        check_sizes(said, model.config, where=folder)
+        ours, theirs = self.student.config, model.config
+        if (ours.in_channels, ours.text_dim) != (theirs.in_channels, theirs.text_dim):
+            raise ConfigError(f"{folder} has no score of {self.source}'s videos: latents or text are of other widths")
+        return model
+
+    def read(self, models: Models, tokens: Captions) -> Array:
+        return embed(models["text"], tokens)
+
+    def feed(self, number: int) -> Feed:
+        """Captions and true beginnings of a bucket."""
+        training, clips = self.training, self.training.buckets[number].clips
+        if isinstance(clips, PreparedClips):
+            return PreparedFeed(
+                self.prepared[clips.folder],
+                count=clips.batch,
+                seed=training.seed,
+                dtype=self.dtype,
+                place=self._place(number),
+                rows=self.devices.rows(),
+            )
+        return SpriteFeed(
+            clips,
+            count=clips.batch,
+            seed=training.seed,
+            vae=self.vae,
+            tokens=functools.partial(padded_captions, self.tokenizer, length=training.caption_tokens),
+            read=self.read,
+        )
+
+    def data(self) -> list[Windows]:
+        training = self.training
+        found = []
+        for number, rollouts in enumerate(training.buckets):
+            shape = (*self.latent_shape(number), self.student.config.in_channels)
+            roller = training.roller(rollouts, self.schedule, shape=shape, chunk=self.student.chunk_frames())
+            windows = Windows(
+                training,
+                rollouts,
+                self.feed(number),
+                roller=roller,
+                student=self.student,
+                place=self._place(number),
+            )
+            found.append(windows)
+        return found
+
+    def which(self, index: int) -> int:
+        training = self.training
+        return choose(training.clips, training.seed, index, progress=index * self.steps_per_round / training.steps)
+
+    def _place(self, number: int) -> Callable[[int], int]:
+        """Of a round of the run among those that draw from a bucket."""
+        return functools.partial(bisect.bisect_left, self._rounds[number])
+
+    @functools.cached_property
+    def _rounds(self) -> list[list[int]]:
+        rounds: list[list[int]] = [[] for _ in self.training.buckets]
+        for index in range(-(-self.training.steps // self.steps_per_round)):
+            rounds[self.which(index)].append(index)
+        return rounds
+
+    def flops(self, data: int) -> float:
+        """Of a round, the student's share of it as it is due: rollouts, the critic's steps, the replay, the scores."""
+        training, student, shape = self.training, self.student, self.latent_shape(data)
+        own = forward_flops(student.config, student.hybrid, shape=shape)
+        score = forward_flops(self._score_config, None, shape=shape)
+        guided = Guidance(scale=training.guidance_scale).evaluations
+        learned = (2 * 3 * own + (guided + 1) * score) * training.steps_per_round / training.every
+        made = own * (training.num_inference_steps + 1)
+        return (made + 3 * training.steps_per_round * score + learned) * training.clips[data].batch
+
+    @functools.cached_property
+    def _score_config(self) -> WanConfig:
+        """The teacher's sizes; the critic's, where they are others, are counted as these."""
+        return open_component(find_model(self.training.teacher), "transformer").config
+
+    def title(self, data: int) -> str:
+        clips = self.training.clips[data]
+        return f"{clips.batch} own videos of {clips.frames} frames"
+
+    def clips(self, data: int) -> int:
+        return self.training.clips[data].batch * self.steps_per_round
+
+    def tokens(self, data: int) -> int:
+        shape = zip(self.latent_shape(data), self.student.config.patch_size, strict=True)
+        return math.prod(side // patch for side, patch in shape) * self.clips(data)
+
+    def latent_shape(self, number: int) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a bucket's windows."""
+        clips = self.training.buckets[number].clips
+        if isinstance(clips, PreparedClips):
+            frames, rows, columns = self.prepared[clips.folder].plan.latents[:3]
+            return frames, rows, columns
+        return latent_shape(self.vae_config, frames=clips.frames, height=world.HEIGHT, width=clips.width)
+
+    @property
+    def vae_config(self) -> VAEConfig:
+        return self.vae.config
+
+    @functools.cached_property
+    def show(self) -> Show | None:
+        validation = self.training.validation
+        if not validation.every:
+            return None
+        return showing(validation.prompts, folder=self.source, dtype=self.dtype, defaults=self.training.defaults)
+
+    def report(
+        self, results: Sequence[Any], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder
+    ) -> dict[str, float]:
+        if self.show is not None:
+            student = averages()["student"]
+            if first_process():
+                self.show(student, folder.videos(step))
+        return {}
+
+    def export(self, averages: Mapping[str, Any], folder: Path) -> None:
+        write_student(folder, self.source, averages["student"], defaults=self.training.defaults)
+
+
+class PlannedForcing(ForcingStage):
+    """The same programs, from shapes: no weights and no data are read."""
+
+    def __init__(self, training: ForcingTraining, among: Sequence[Any], *, size: tuple[int, int]) -> None:
+        super().__init__(training)
+        self._among, self._size = among, size
+        self.prepared, self.source = {}, training.source
+        self.schedule = FlowSchedule(shift=training.shift)
+
+    @functools.cached_property
+    def student(self) -> WanTransformer:
+        return self._by_shapes(planned_model(self.training.model, self.training.source), self.training.hybrid)
+
+    @functools.cached_property
+    def vae(self) -> WanVAE:
+        return nnx.eval_shape(lambda: WanVAE(VAEConfig.wan(), dtype=self.dtype, rngs=nnx.Rngs(0)))
+
+    @functools.cached_property
+    def devices(self) -> Devices:
+        frames = [self.latent_shape(number)[0] for number in range(len(self.training.buckets))]
+        return self.training.devices(self.student, frames, among=self._among)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        return {role: network for role, network in super().networks.items() if role != "text"}
+
+    @property
+    def _score_config(self) -> WanConfig:
+        return self.training.teacher_model or planned_model(self.training.model, self.training.teacher)
+
+    def _teacher(self) -> WanTransformer:
+        return self._by_shapes(self._score_config, None, param_dtype=self.dtype)
+
+    def _critic(self) -> WanTransformer:
+        """Of the teacher's sizes, or where it is another's copy of the student's."""
+        own = self.training.critic is not None
+        return self._by_shapes(self.student.config if own else self._score_config, None)
+
+    def _by_shapes(
+        self, config: WanConfig, hybrid: Conversion | None, *, param_dtype: Any = jnp.float32
+    ) -> WanTransformer:
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype}
+        return nnx.eval_shape(lambda: WanTransformer(config, hybrid=hybrid, **kinds, rngs=nnx.Rngs(0)))
+
+    def feed(self, number: int) -> Feed:
+        shape = (*self.latent_shape(number), self.vae_config.z_dim)
+        return PlannedFeed(self.training.clips[number].batch, shape, self.student.config.text_dim, self.dtype)
+
+    def latent_shape(self, number: int) -> tuple[int, int, int]:
+        clips = self.training.buckets[number].clips
+        width, height = self._size if isinstance(clips, PreparedClips) else (clips.width, world.HEIGHT)
+        check_planned(self.vae_config, self.student.config, frames=clips.frames, size=(width, height))
+        return latent_shape(self.vae_config, frames=clips.frames, height=height, width=width)
