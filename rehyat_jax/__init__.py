@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rehyat_jax.streams.state import StreamState
     from rehyat_jax.streams.stream import Stream
     from rehyat_jax.streams.timeline import Timeline
+    from rehyat_jax.video.display import Video
     from rehyat_jax.video.formats import write_video
     from rehyat_jax.video.reading import read_video
 
@@ -39,6 +40,7 @@ _HOMES = {
     "TextToVideo": "rehyat_jax.pipeline",
     "Timeline": "rehyat_jax.streams.timeline",
     "VAEConfig": "rehyat_jax.models.wan.config",
+    "Video": "rehyat_jax.video.display",
     "WanConfig": "rehyat_jax.models.wan.config",
     "hybrid_attention": "rehyat_jax.attention.api",
     "load_text_encoder": "rehyat_jax.models.checkpoints",
@@ -59,6 +61,7 @@ __all__ = [
     "TextToVideo",
     "Timeline",
     "VAEConfig",
+    "Video",
     "WanConfig",
     "__version__",
     "hybrid_attention",

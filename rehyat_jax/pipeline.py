@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -27,8 +27,10 @@ from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults
 from rehyat_jax.models.wan.conditions import Conditioning, VideoSize, conditioning_of
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.models.whole import push_model, save_model
 from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.notebook import NotebookProgress, in_notebook
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
 from rehyat_jax.sampling.codec import Pixels, to_float, to_uint8
@@ -157,6 +159,40 @@ class TextToVideo:
             traits=traits,
         )
 
+    def __repr__(self) -> str:
+        size = self.defaults
+        return (
+            f"TextToVideo({self.text.folder.name!r}: {self.transformer!r}, {size.width}x{size.height}, "
+            f"{size.num_inference_steps} steps)"
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model in the diffusers layout, its transformer as it is now: `from_pretrained` reads it again.
+
+        Args:
+            folder: new or empty; it appears whole or not at all.
+
+        Raises:
+            CheckpointError: the folder it was read from is gone, or the new one cannot be written.
+        """
+        save_model(self.text.folder, self.transformer, folder)
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, message: str | None = None) -> str:
+        """Put what `save_pretrained` writes into a repository of the Hugging Face hub, as the user who is logged in
+        there; needs huggingface_hub (``rehyat-jax[hub]``).
+
+        Args:
+            repository: "OWNER/NAME"; made if need be.
+            private: of a repository that is made; the owner's default when not given.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: huggingface_hub is not installed, or the hub refuses.
+        """
+        return push_model(self.text.folder, self.transformer, repository, private=private, message=message)
+
     @property
     def loras(self) -> dict[str, float]:
         """The strengths of the LoRAs in the transformer's weights, by name."""
@@ -259,7 +295,8 @@ class TextToVideo:
             noise: the initial noise itself, standard normal, channels last.
             schedule, solver: others than the model's own.
             output: "uint8", or "float" for 0..1 in float32 (diffusers' ``output_type="np"``).
-            on_step: called as (phase, done, total) with the phases "text", "denoise", "decode".
+            on_step: called as (phase, done, total) with the phases "text", "denoise", "decode"; in a notebook, a bar
+                when not given.
 
         Returns:
             The video [F, H, W, 3]; for a list of prompts [B, F, H, W, 3].
@@ -394,7 +431,7 @@ class TextToVideo:
         if beginning is not None and images.first is not None:
             raise RehyatError("a stream begins with an image or goes on from a beginning, not both")
         count = len(prompt_list(prompt, negative_prompt))
-        return Stream.start(
+        stream = Stream.start(
             session,
             prompt,
             text=self.text,
@@ -404,10 +441,11 @@ class TextToVideo:
             beginning=beginning,
             condition=self._condition(conditioning, images, settings, count, session),
         )
+        stream.fps = self.fps
+        return stream
 
-    def stream(self, prompt: str | list[str], **options: Any) -> Iterator[np.ndarray]:
-        """Blocks of frames, uint8 [F, H, W, 3], for as long as one asks: `open_stream`, its arguments and errors."""
-        return self.open_stream(prompt, **options)
+    #: The same by the name that a loop reads well with: blocks of frames, for as long as one asks.
+    stream = open_stream
 
     def resume_stream(self, folder: str | os.PathLike[str]) -> Stream:
         """A stream that `Stream.save` kept, in this or another process, where it stood.
@@ -416,7 +454,9 @@ class TextToVideo:
             CheckpointError: there is none in the folder, it is damaged, or another model made it.
         """
         folder = arguments.user_path("folder", folder)
-        return Stream.resume(folder, session=self._session_of_saved, text=self.text, model=self._fingerprint)
+        stream = Stream.resume(folder, session=self._session_of_saved, text=self.text, model=self._fingerprint)
+        stream.fps = self.fps
+        return stream
 
     def session(self, settings: Settings) -> Session:
         """The networks as they are now, ready to sample with these settings."""
@@ -523,7 +563,7 @@ class TextToVideo:
             )
         noise = _noise(session.shape, count=len(prompts), seed=seed, noise=noise)
         measure: Callable[[str], AbstractContextManager[None]] = phases.measure if phases else lambda _: nullcontext()
-        on_step = on_step or (lambda phase, done, total: None)
+        on_step = on_step or (NotebookProgress() if in_notebook() else lambda phase, done, total: None)
 
         with measure("text"):
             text = session.embed(self.text, prompts, negative_prompt, on_prompt=partial(on_step, "text"))

@@ -8,6 +8,7 @@ to an optimiser, follow from its `Axes`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,3 +66,11 @@ def map_variables(function: Callable[[Any, Any], Any], tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: function(node, x), node)
 
     return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def described(module: nnx.Module, what: str) -> str:
+    """A network in one line: what it is, and how many parameters it has, in millions."""
+    count = sum(
+        math.prod(variable.shape) for variable in jax.tree.leaves(nnx.state(module)) if hasattr(variable, "shape")
+    )
+    return f"{type(module).__name__}({what}, {count / 1e6:.1f} M parameters)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -31,6 +32,7 @@ from rehyat_jax.streams.state import (
     save_stream,
 )
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
+from rehyat_jax.video.display import player
 
 #: One text, or one for each of several videos side by side.
 Prompts = str | Sequence[str]
@@ -71,6 +73,10 @@ class Stream(Iterator[np.ndarray]):
         self.prompt: Any = prompt
         self._session, self._text, self._model = session, text, model
         self.beginning: np.ndarray | None = None
+        #: Frames a second that it is shown at.
+        self.fps = 16
+        #: What was handed out last, for `_repr_html_`.
+        self._newest: np.ndarray | None = None
         self._text_kv: tuple[Array, Padded] | None = None
 
     @classmethod
@@ -190,7 +196,19 @@ class Stream(Iterator[np.ndarray]):
         after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)
         self.state = StreamState(states, decoded[-1][1], after, state.keys, state.text)
         block = np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)
-        return block[0] if isinstance(self.prompt, str) else block
+        self._newest = block[0] if isinstance(self.prompt, str) else block
+        return self._newest
+
+    def __repr__(self) -> str:
+        size, several = self.settings, "" if isinstance(self.prompt, str) else f", {len(self.prompt)} side by side"
+        return f"Stream({self.prompt!r}, {self.frames_done} frames of {size.width}x{size.height} so far{several})"
+
+    def _repr_html_(self) -> str:
+        """The newest block as a player; of several videos, side by side."""
+        if self._newest is None:
+            return html.escape(repr(self))
+        block = self._newest if self._newest.ndim == 4 else np.concatenate(list(self._newest), axis=2)
+        return player(block, fps=self.fps, title=html.escape(repr(self)))
 
     def shares(self, other: Stream) -> bool:
         """Whether `advance_together` takes both: one video each, of the same networks and settings, without

@@ -7,16 +7,14 @@ import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.streams.stream import Stream
 from rehyat_jax.text.files import numbered_lines, read_text
-
-if TYPE_CHECKING:
-    from rehyat_jax.streams.stream import Stream
 
 #: A frame's place is compared with seconds to within so much: 0.1 s is no whole number of binary fractions.
 _TIE = 1e-6
@@ -74,10 +72,11 @@ class Timeline:
         """The sentence that counts at a second of the video."""
         return [sentence for begin, sentence in self.sentences.items() if begin <= second + _TIE][-1]
 
-    def follow(self, stream: Stream, *, fps: int = 16) -> Iterator[UInt8[np.ndarray, "F H W 3"]]:
+    def follow(self, stream: Stream, *, fps: int | None = None) -> Iterator[UInt8[np.ndarray, "F H W 3"]]:
         """The stream's blocks, its sentence changed before each chunk to the one that counts there.
 
-        Seconds are those of the whole video, a beginning's frames and those made before among them.
+        Seconds are those of the whole video, a beginning's frames and those made before among them, at ``fps`` or the
+        model's own rate.
 
         Raises:
             RehyatError: the stream is one of several videos side by side, or cannot go on.
@@ -86,9 +85,9 @@ class Timeline:
             self.steer(stream, fps=fps)
             yield next(stream)
 
-    def steer(self, stream: Stream, *, fps: int = 16) -> None:
+    def steer(self, stream: Stream, *, fps: int | None = None) -> None:
         """Change the stream's sentence to the one that counts at its next frame, where that is another."""
-        sentence = self.at(stream.frames_done / fps)
+        sentence = self.at(stream.frames_done / (fps or stream.fps))
         if stream.prompt != sentence:
             stream.change_prompt(sentence)
 

@@ -49,7 +49,7 @@ class PromptEncoder:
         Raises:
             CheckpointError, ConfigError: tokenizer or encoder is missing, damaged or foreign, or they do not fit.
         """
-        self._folder, self._dtype = folder, dtype
+        self.folder, self._dtype = folder, dtype
         self._cache = None if cache is None else PromptCache(cache)
         self._warn, self._told = warn, set[str]()
         opened = open_component(folder, "text_encoder")
@@ -68,7 +68,7 @@ class PromptEncoder:
     @cached_property
     def encoder(self) -> UMT5Encoder:
         """The network, read at the first use."""
-        return load_text_encoder(self._folder, dtype=self._dtype)
+        return load_text_encoder(self.folder, dtype=self._dtype)
 
     def __call__(self, prompt: str) -> Float[Array, "1 L D"]:
         """The prompt's embedding in float32, zero beyond its last token, as ``WanPipeline`` makes it.

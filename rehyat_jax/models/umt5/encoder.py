@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rehyat_jax.adapters.linear import Linear
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.umt5.config import TextEncoderConfig
-from rehyat_jax.runtime.variables import kernel, table
+from rehyat_jax.runtime.variables import described, kernel, table
 
 
 def relative_position_buckets(length: int, *, num_buckets: int, max_distance: int) -> Int[np.ndarray, "L L"]:
@@ -190,6 +190,9 @@ class UMT5Encoder(nnx.Module):
 
         self.block = stack(rngs)
         self.final_layer_norm = T5LayerNorm(config.d_model, epsilon=config.layer_norm_epsilon, param_dtype=param_dtype)
+
+    def __repr__(self) -> str:
+        return described(self, f"{self.config.num_layers} blocks of {self.config.d_model}")
 
     def __call__(
         self,

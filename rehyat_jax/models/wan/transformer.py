@@ -26,7 +26,7 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.mixing import Mixing, scan_layers, take_parameters
 from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
-from rehyat_jax.runtime.variables import kernel
+from rehyat_jax.runtime.variables import described, kernel
 
 _xavier = nnx.initializers.xavier_uniform()
 _normal = nnx.initializers.normal(0.02)
@@ -355,6 +355,10 @@ class WanTransformer(nnx.Module):
         own = list(zip(mixers, self.mixing.parted(state), strict=True))
         x, states = scan_layers([step(g) for g in graphs], inputs.x, (layers, text), own, pattern=self.mixing.pattern)
         return x, self.mixing.joined(states)
+
+    def __repr__(self) -> str:
+        kind = "a teacher" if self.hybrid is None else "a student"
+        return described(self, f"{kind} of {self.config.num_layers} blocks of {self.config.dim}, {self.dtype}")
 
     def why_not_stream(self) -> str | None:
         """None for a model that can stream; else one sentence that names the blocks that prevent it."""

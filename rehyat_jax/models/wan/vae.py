@@ -40,6 +40,7 @@ from rehyat_jax.models.wan.vae_layers import (
     Upsample,
     run,
 )
+from rehyat_jax.runtime.variables import described
 
 
 class Moments(NamedTuple):
@@ -178,6 +179,9 @@ class WanVAE(nnx.Module):
         self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, kernel_size=POINT, **kw)
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, kernel_size=POINT, **kw)
         self.decoder = Decoder(config, **kw)
+
+    def __repr__(self) -> str:
+        return described(self, f"{self.config.z_dim} channels, {jnp.dtype(self.dtype)}")
 
     def encode(
         self, video: Float[Array, "B F H W 3"], *, frames_per_step: int | None = None
