@@ -111,6 +111,7 @@ class TextToVideo:
         cache_dir: str | os.PathLike[str] | None = None,
         repair_prompts: bool = True,
         loras: Iterable[Any] = (),
+        quantize: Literal["fp8"] | None = None,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -127,6 +128,7 @@ class TextToVideo:
             repair_prompts: have ftfy repair prompts (curly quotes, full-width letters, …), as Wan's own code does.
             loras: as `load_lora` takes them one by one: paths, pairs of a path and a strength, or texts
                 ``FILE[:strength]``.
+            quantize: "fp8": the matrices of the transformer's and the text encoder's blocks are kept so on the device.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used.
@@ -140,7 +142,7 @@ class TextToVideo:
         student = hybrid == "auto"
         schedule, solver = read_scheduler(folder, student=student)
         traits = read_traits(folder)
-        how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid}
+        how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "quantize": quantize}
         transformer: Any
         if traits.boundary_ratio is None:
             transformer, weights = open_transformer(folder, loras=loras, **how)
@@ -152,7 +154,9 @@ class TextToVideo:
             transformer=transformer,
             weights=weights,
             vae=load_vae(folder),
-            text=PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair_prompts),
+            text=PromptEncoder(
+                folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair_prompts, quantize=quantize
+            ),
             schedule=schedule,
             solver=solver,
             defaults=read_defaults(folder, student=student),

@@ -12,6 +12,12 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from rehyat_jax.runtime.mesh import Dimension
+from rehyat_jax.runtime.variables import AdapterParam, ScaleParam, axes_of, kernel, sharded
+
+#: Three bits behind the point; the largest is 448.
+FP8 = jnp.float8_e4m3fn
+
 
 class Linear(nnx.Module):
     """``x @ kernel + bias`` over the last axis; paths, numbers and first values are ``nnx.Linear``'s.
@@ -36,6 +42,10 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.dtype = jnp.dtype(dtype)
+        #: Beside the kernel, where adapters are trained (`rehyat_jax.adapters.training`).
+        self.adapter: LowRank | None = nnx.data(None)
+        #: [*layers, out], where the kernel is kept in fp8 (`keep_in_fp8`).
+        self.scale: ScaleParam | None = nnx.data(None)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata)
         self.bias: nnx.Param[Array] | None = nnx.data(None)
         if use_bias:
@@ -44,8 +54,55 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        kernel, along = self.kernel[...].astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ()))
+        if self.scale is None:
+            y = jax.lax.dot_general(x.astype(self.dtype), kernel, along)
+        else:
+            y = jax.lax.dot_general(x.astype(self.dtype), kernel, along, preferred_element_type=jnp.float32)
+            y = (y * self.scale[...].reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
         if self.bias is not None:
             y += self.bias[...].astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+        return y if self.adapter is None else y + self.adapter(x.astype(self.dtype))
+
+
+def linear_layers(module: Any) -> dict[str, Linear]:
+    """Of a network, by dotted path."""
+    found = nnx.iter_graph(module)
+    return {".".join(map(str, path)): node for path, node in found if isinstance(node, Linear)}
+
+
+def keep_in_fp8(module: Any) -> None:
+    """Make of a module of shapes alone one whose blocks' kernels are in fp8, with a scale for each output."""
+    for layer in linear_layers(module).values():
+        *stack, inputs, outputs = layer.kernel.get_value().shape
+        if stack:  # of the blocks, which are nearly all of it
+            axes = axes_of(layer.kernel)
+            layer.kernel.set_value(jax.ShapeDtypeStruct((*stack, inputs, outputs), FP8))
+            scale = jax.ShapeDtypeStruct((*stack, outputs), jnp.float32)
+            layer.scale = ScaleParam(scale, **sharded(None if axes is None else axes.dimensions[-1]))
+
+
+class LowRank(nnx.Module):
+    """``x @ down @ up · scale``: LoRA (arXiv:2106.09685).
+
+    Args:
+        down, up: [*layers, in, r] and [*layers, r, out].
+        dimensions: of the kernel beside it.
+    """
+
+    def __init__(
+        self,
+        down: Float[Array | jax.ShapeDtypeStruct, "*layers I r"],
+        up: Float[Array | jax.ShapeDtypeStruct, "*layers r O"],
+        *,
+        scale: float,
+        dimensions: tuple[Dimension | None, ...],
+    ) -> None:
+        self.down = AdapterParam(down, **kernel(dimensions[0], None))
+        self.up = AdapterParam(up, **kernel(None, dimensions[1]))
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        for matrix in (self.down, self.up):
+            x = jax.lax.dot_general(x, matrix[...].astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+        return x * jnp.asarray(self.scale, x.dtype)

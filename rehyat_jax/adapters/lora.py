@@ -146,8 +146,11 @@ class LoraFile:
         return next((self.header[key] for key in _TRIGGERS if self.header.get(key)), None)
 
 
-def open_lora(path: str | os.PathLike[str]) -> LoraFile:
+def open_lora(path: str | os.PathLike[str], *, beside: str = "") -> LoraFile:
     """A LoRA of any dialect: a file, or a folder of PEFT's or of one file.
+
+    Args:
+        beside: what the names of tensors begin with that are something else's.
 
     Raises:
         CheckpointError: missing, damaged, or no LoRA; another kind of adapter (LoHa, LoKr, DoRA, …), by name.
@@ -156,6 +159,7 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
     tensors = open_tensors(file)
     # A training program's file has much beside its generator's LoRA.
     inside = [name for name in tensors.infos if name.startswith("generator_lora.")] or list(tensors.infos)
+    inside = [name for name in inside if not (beside and name.startswith(beside))]
     for what, pattern in OTHERS.items():
         if found := next((name for name in inside if pattern.search(name)), None):
             raise CheckpointError(f"{file} is {what} (tensor {found!r}), which is not supported: only LoRA is")
@@ -249,7 +253,7 @@ def _check_part(file: Path, tensors: TensorSource, module: str, names: Mapping[K
     """
     for one, other in (("down", "up"), ("up", "down"), ("alpha", "down")):
         if one in names and other not in names:
-            raise CheckpointError(f"{file} has {names[one]!r} and nothing that it goes with")  # type: ignore[index]
+            raise CheckpointError(f"{file} is no whole LoRA: {names[one]!r} has nothing that it goes with")  # type: ignore[index]
     for name in names.values():
         if not tensors.infos[name].readable:
             raise CheckpointError(f"{file}: tensor {name!r} is of type {tensors.infos[name].kind}, which is not read")

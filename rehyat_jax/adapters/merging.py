@@ -90,14 +90,17 @@ def with_loras(plan: LoadPlan, loras: Sequence[Lora]) -> LoadPlan:
     Raises:
         CheckpointError: as `open_lora`; a tensor of a LoRA has no place in the network, or is of another shape.
     """
-    if not loras:
-        return plan
-    slots, table = list(plan.slots), table_of(plan.slots)
     for lora in loras:
-        file = open_lora(lora.file)
-        for slot, change in _landed(file, plan, table, strength=lora.strength):
-            if lora.strength:
-                slots[slot] = dataclasses.replace(slots[slot], changes=(*slots[slot].changes, change))
+        plan = with_lora(plan, open_lora(lora.file), strength=lora.strength)
+    return plan
+
+
+def with_lora(plan: LoadPlan, file: LoraFile, *, strength: float = 1.0) -> LoadPlan:
+    """As `with_loras`, of one that is open."""
+    slots = list(plan.slots)
+    for slot, change in _landed(file, plan, table_of(plan.slots), strength=strength):
+        if strength:
+            slots[slot] = dataclasses.replace(slots[slot], changes=(*slots[slot].changes, change))
     return dataclasses.replace(plan, slots=tuple(slots))
 
 

@@ -11,6 +11,7 @@ import tyro
 
 from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.progress import ProgressDisplay
+from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.files import check_writable, real_path, remove_leftovers
 from rehyat_jax.runtime.outputs import check_ours, locked
 
@@ -23,7 +24,7 @@ class Convert:
     """A checkpoint's folder, a component's folder, or a file."""
 
     destination: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DST")]]
-    """The folder to make; it must be new or empty."""
+    """The folder to make; it must be new or empty. With --only-conversion the file to make."""
 
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, tyro.conf.arg(metavar="float32|bfloat16|float16")
@@ -37,17 +38,34 @@ class Convert:
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:STRENGTH]")] = ()
     """A LoRA file or folder of any dialect, merged into the transformer's weights for good. Again for another."""
 
+    quantize: Annotated[Literal["fp8"] | None, tyro.conf.arg(metavar="fp8")] = None
+    """Write the matrices of the transformer's and the text encoder's blocks in fp8, with a scale for each row."""
+
+    conversion: Annotated[Path | None, tyro.conf.arg(name="with", metavar="FILE")] = None
+    """A conversion in one small file, of which SRC is the base: the result is the student."""
+
+    only_conversion: Annotated[str | None, tyro.conf.arg(metavar="BASE")] = None
+    """Write what SRC, a student, has beyond its base: one small .safetensors file, which --with puts over BASE again. A
+    student that was finetuned as a whole is refused; a finetuning of adapters (--lora.rank) writes such a file."""
+
 
 def main(argv: list[str]) -> None:
     options = parse_options(Convert, argv, command="convert")
     destination = real_path(options.destination.expanduser())
     record = destination.parent / f"{destination.name}.json"
     check_writable(record)
-    from rehyat_jax.models.checkpoints import convert
+    from rehyat_jax.models.checkpoints import convert, save_conversion
     from rehyat_jax.models.folder import find_checkpoint, find_model
     from rehyat_jax.runtime.record import Phases, write_record
 
     phases = Phases()
+    alone = options.only_conversion
+    if alone is not None:
+        if destination.suffix != ".safetensors" or destination.exists():
+            what = "exists" if destination.exists() else "does not end in .safetensors"
+            raise RehyatError(f"{options.destination} {what}: --only-conversion makes a new .safetensors file")
+        if options.lora or options.conversion or options.teacher or options.dtype or options.quantize:
+            raise RehyatError("--only-conversion is alone: it takes no other option")
     with (
         locked(destination, command="rehyat convert"),
         ProgressDisplay() as display,
@@ -55,14 +73,19 @@ def main(argv: list[str]) -> None:
     ):
         check_ours(destination, beside=(record,))
         remove_leftovers(destination)
-        convert(
-            find_checkpoint(options.source),
-            destination,
-            dtype=options.dtype,
-            teacher=None if options.teacher is None else find_model(options.teacher),
-            loras=options.lora,
-            progress=lambda done, total: display("MB", math.ceil(done / 1e6), math.ceil(total / 1e6)),
-        )
+        if alone is not None:
+            save_conversion(find_checkpoint(options.source), destination, base=find_checkpoint(alone))
+        else:
+            convert(
+                find_checkpoint(options.source),
+                destination,
+                dtype=options.dtype,
+                teacher=None if options.teacher is None else find_model(options.teacher),
+                loras=options.lora,
+                conversion=options.conversion,
+                quantize=options.quantize,
+                progress=lambda done, total: display("MB", math.ceil(done / 1e6), math.ceil(total / 1e6)),
+            )
     write_record(
         record,
         command="rehyat convert",

@@ -132,6 +132,10 @@ class Generate:
     dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="float32|bfloat16")] = "float32"
     """Number format of the transformer and the text encoder; the autoencoder stays in float32."""
 
+    quantize: Annotated[Literal["fp8"] | None, tyro.conf.arg(metavar="fp8")] = None
+    """Keep the matrices of the transformer's and the text encoder's blocks in fp8 on the device: half of what bfloat16
+    takes."""
+
     repair_prompts: bool = True
     """Repair the prompts' text (curly quotes, full-width letters, mistaken encodings), as Wan's own code does."""
 
@@ -145,7 +149,7 @@ class Generate:
 #: What the record has of the options beside the settings.
 _ASKED = (
     *("prompt", "timeline", "beginning", "image", "last_image"),
-    *("model", "lora", "hybrid", "seed", "dtype", "out"),
+    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "out"),
 )
 
 
@@ -190,6 +194,7 @@ def _run(options: Generate) -> None:
                 cache_dir=options.cache_dir,
                 repair_prompts=options.repair_prompts,
                 loras=options.lora,
+                quantize=options.quantize,
             )
         if options.hybrid is not None:
             _note(
@@ -352,7 +357,13 @@ def _check_room(
         sized = dataclasses.replace(shape, height=height, width=width)
         past = defaults.remember if remember is None else remember
         return video_need(
-            folder, sized, dtype=options.dtype, hybrid=converted, streams=options.sweep != "per-step", remember=past
+            folder,
+            sized,
+            dtype=options.dtype,
+            hybrid=converted,
+            streams=options.sweep != "per-step",
+            remember=past,
+            fp8=options.quantize is not None,
         )
 
     check_memory(

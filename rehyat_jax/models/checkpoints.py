@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rehyat_jax.adapters.inspect import LoraInfo, describe_lora, holds_lora
+from rehyat_jax.adapters.linear import keep_in_fp8, linear_layers
 from rehyat_jax.adapters.lora import loras_of
-from rehyat_jax.adapters.merging import Merged, with_loras
+from rehyat_jax.adapters.merging import Merged, with_lora, with_loras
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.folder import (
@@ -34,10 +36,11 @@ from rehyat_jax.models.folder import (
 from rehyat_jax.models.networks import components_in, make_plan, open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.umt5.rows import carried_tokenizer
+from rehyat_jax.models.wan.conversion_file import open_conversion, write_parts
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.runtime.arguments import user_path
+from rehyat_jax.runtime.arguments import choice, user_path
 from rehyat_jax.sampling.experts import Expert, Experts
 from rehyat_jax.sampling.schedule import FlowSchedule
 from rehyat_jax.sampling.scheduler_config import scheduler_to_config
@@ -45,9 +48,9 @@ from rehyat_jax.weights.convert import Progress, attached_to, convert_weights
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.inspect import CheckpointInfo, describe_weights
 from rehyat_jax.weights.load import filled, known_dtype
-from rehyat_jax.weights.plan import parameters
-from rehyat_jax.weights.registry import WRITTEN, component
-from rehyat_jax.weights.save import of_module, write_network
+from rehyat_jax.weights.plan import LoadPlan, check_same, parameters
+from rehyat_jax.weights.registry import WRITTEN, Attached, component
+from rehyat_jax.weights.save import of_module, of_plan, write_network
 from rehyat_jax.weights.writing import MAX_SHARD_BYTES, whole_folder, write_json
 
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "load_vae",
+    "save_conversion",
     "save_text_encoder",
     "save_transformer",
     "save_vae",
@@ -79,6 +83,7 @@ def load_transformer(
     dtype: Any = jnp.float32,
     hybrid: Conversion | Literal["auto"] | None = "auto",
     loras: Iterable[Any] = (),
+    quantize: Literal["fp8"] | None = None,
 ) -> WanTransformer:
     """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
 
@@ -93,12 +98,14 @@ def load_transformer(
             conversion begins.
         loras: LoRA files or folders of any dialect, merged into the weights in this order: each a path, a path and a
             strength, or a text ``FILE[:strength]``.
+        quantize: "fp8": the blocks' matrices are kept in fp8 on the device, with a scale for each output: half of what
+            bfloat16 takes. A file in fp8 is kept as it is; other weights, and those with a LoRA, are rounded.
 
     Raises:
         CheckpointError: missing, truncated, foreign, incomplete, misshapen or not finite, in either part.
         ConfigError: a configuration is impossible or another architecture's, or ``hybrid`` names a block too many.
     """
-    return open_transformer(path, dtype=dtype, hybrid=hybrid, loras=loras)[0]
+    return open_transformer(path, dtype=dtype, hybrid=hybrid, loras=loras, quantize=quantize)[0]
 
 
 def open_transformer(
@@ -108,6 +115,7 @@ def open_transformer(
     dtype: Any = jnp.float32,
     hybrid: Conversion | Literal["auto"] | None = "auto",
     loras: Iterable[Any] = (),
+    quantize: Literal["fp8"] | None = None,
 ) -> tuple[WanTransformer, Merged]:
     """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs; ``name`` is which of
     two experts."""
@@ -115,6 +123,8 @@ def open_transformer(
     plan = make_plan(find_checkpoint(path), name, dtype=dtype)
     student = attached_to(name, plan, dtype=dtype) if hybrid == "auto" else None
     base = (student and student.instead) or plan
+    if checked_quantize(quantize) is not None:
+        keep_in_fp8(base.abstract)
     merged = Merged(base=dataclasses.replace(base, abstract=None), dtype=dtype, loras=loras_of(loras))
     module = cast(WanTransformer, filled(with_loras(base, merged.loras), dtype=dtype))
     if isinstance(hybrid, Conversion):
@@ -126,7 +136,12 @@ def open_transformer(
 
 
 def open_experts(
-    path: str | os.PathLike[str], *, boundary_ratio: float, dtype: Any, hybrid: Conversion | Literal["auto"] | None
+    path: str | os.PathLike[str],
+    *,
+    boundary_ratio: float,
+    dtype: Any,
+    hybrid: Conversion | Literal["auto"] | None,
+    quantize: Literal["fp8"] | None = None,
 ) -> Experts:
     """Two transformers by noise level, each read when a step first asks for it. Arguments as `open_transformer`.
 
@@ -142,11 +157,21 @@ def open_experts(
 
     def member(name: Literal["transformer", "transformer_2"], least: float) -> Expert:
         return Expert(
-            name=name, least=least, load=lambda: open_transformer(folder, name, dtype=dtype, hybrid=hybrid)[0]
+            name=name,
+            least=least,
+            load=lambda: open_transformer(folder, name, dtype=dtype, hybrid=hybrid, quantize=quantize)[0],
         )
 
     members = member(names[0], 1000 * boundary_ratio), member(names[1], 0.0)
     return Experts(*members, config=high, dtype=jnp.dtype(dtype))
+
+
+def checked_quantize(quantize: Any) -> str | None:
+    """
+    Raises:
+        RehyatError: it is neither "fp8" nor None.
+    """
+    return None if quantize is None else choice("quantize", quantize, ("fp8",))
 
 
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
@@ -156,10 +181,15 @@ def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVA
     return cast(WanVAE, filled(make_plan(find_checkpoint(path), "vae", dtype=dtype), dtype=dtype))
 
 
-def load_text_encoder(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> UMT5Encoder:
+def load_text_encoder(
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, quantize: Literal["fp8"] | None = None
+) -> UMT5Encoder:
     """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
     dtype = known_dtype(dtype)
-    return cast(UMT5Encoder, filled(make_plan(find_checkpoint(path), "text_encoder", dtype=dtype), dtype=dtype))
+    plan = make_plan(find_checkpoint(path), "text_encoder", dtype=dtype)
+    if checked_quantize(quantize) is not None:
+        keep_in_fp8(plan.abstract)
+    return cast(UMT5Encoder, filled(plan, dtype=dtype))
 
 
 def save_transformer(
@@ -177,6 +207,10 @@ def save_transformer(
     Raises:
         CheckpointError: the folder is not empty or cannot be written, or a parameter is not finite.
     """
+    if any(layer.scale is not None for layer in linear_layers(module).values()):
+        raise CheckpointError(
+            "this transformer is kept in fp8: convert its checkpoint with quantize in place of saving it"
+        )
     with whole_folder(user_path("folder", folder)) as partial:
         _write(module.with_hybrid(None), partial, "transformer", dtype, max_shard_bytes)
         if module.hybrid is not None:
@@ -195,8 +229,14 @@ def save_text_encoder(
     module: UMT5Encoder, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write ``config.json`` and ``model.safetensors``, the embedding as ``shared.weight``; see `save_transformer`."""
+    _check_not_in_fp8(module)
     with whole_folder(user_path("folder", folder)) as partial:
         _write(module, partial, "text_encoder", dtype, max_shard_bytes)
+
+
+def _check_not_in_fp8(module: Any) -> None:
+    if any(layer.scale is not None for layer in linear_layers(module).values()):
+        raise CheckpointError("this network is kept in fp8: convert its checkpoint with quantize in place of saving it")
 
 
 def _write(module: Any, folder: Path, name: str, dtype: Any, max_shard_bytes: int) -> None:
@@ -213,6 +253,8 @@ def convert(
     dtype: Any = None,
     teacher: str | os.PathLike[str] | None = None,
     loras: Iterable[Any] = (),
+    conversion: str | os.PathLike[str] | None = None,
+    quantize: Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -229,6 +271,9 @@ def convert(
         teacher: a checkpoint whose transformer is kept beside a student's: ``dst`` is then the teacher for diffusers
             and for ``hybrid=None``, and the student, finetuned weights and all, is in its ``rehyat/`` part.
         loras: merged into the transformer's weights (a student's own), as `load_transformer` takes them.
+        conversion: a file of `save_conversion`'s, over ``src`` as its base: ``dst`` is then the student.
+        quantize: "fp8": the matrices of the transformer's and the text encoder's blocks in fp8, each with
+            ``weight_scale``, a number for each row.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
@@ -236,16 +281,50 @@ def convert(
         ConfigError: a configuration is impossible or another architecture's.
     """
     chosen = loras_of(loras)
+    file = None if conversion is None else user_path("conversion", conversion)
+
+    def changed(plan: LoadPlan) -> LoadPlan:
+        if file is not None and (lora := open_conversion(file, plan, dtype=np.float32)[1]) is not None:
+            plan = with_lora(plan, lora)
+        return with_loras(plan, chosen)
+
+    def part(plan: LoadPlan) -> Attached:
+        assert file is not None
+        return open_conversion(file, plan, dtype=np.float32 if dtype is None else dtype)[0]
+
     convert_weights(
         user_path("src", src),
         user_path("dst", dst),
         write_rest=functools.partial(_copy_the_rest, teacher=None if teacher is None else Path(teacher)),
         dtype=dtype,
         around=None if teacher is None else user_path("teacher", teacher),
-        changed={"transformer": lambda plan: with_loras(plan, chosen)} if chosen else {},
+        changed={"transformer": changed} if chosen or file is not None else {},
+        fp8=checked_quantize(quantize) is not None,
+        parts={} if file is None else {"transformer": part},
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
+
+
+def save_conversion(src: str | os.PathLike[str], file: str | os.PathLike[str], *, base: str | os.PathLike[str]) -> None:
+    """A student's own part as one small file, from which `convert` makes the student of its base again.
+
+    Args:
+        src: a student whose softmax weights are those of its base: distilled, not finetuned as a whole. (A finetuning
+            of adapters writes such a file itself, with its LoRA.)
+        file: to write.
+        base: what it was converted from.
+
+    Raises:
+        CheckpointError: there is no student, or a weight of it is not its base's; the file cannot be written.
+    """
+    plan = make_plan(find_checkpoint(src), "transformer")
+    student = attached_to("transformer", plan, dtype=None)
+    if student is None:
+        raise CheckpointError(f"{src} is no student: it has no conversion to be kept")
+    check_same(student.instead or plan, make_plan(find_checkpoint(base), "transformer"))
+    own = of_plan(student.plan, dialect=student.plan.dialect, dtype=None, passing=lambda blocks: blocks)
+    write_parts(user_path("file", file), student.plan.config, own)
 
 
 def describe(path: str | os.PathLike[str]) -> CheckpointInfo | LoraInfo:

@@ -27,6 +27,14 @@ class GateParam(MixerParam):
     """A number for every head that starts at 0, where it changes nothing, and has far to go from there."""
 
 
+class AdapterParam(nnx.Param):
+    """Of a low-rank adapter beside a frozen kernel: what a training of adapters learns."""
+
+
+class ScaleParam(nnx.Param):
+    """What the outputs of a kernel in fp8 are multiplied by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """The axes of a parameter of one layer; an array of several layers has theirs before these."""

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,7 @@ class PromptEncoder:
         cache: Path | None = None,
         repair: bool = True,
         warn: bool = True,
+        quantize: Literal["fp8"] | None = None,
     ) -> None:
         """Open a checkpoint's text part: sizes and headers are checked, the weights not yet read.
 
@@ -44,12 +46,13 @@ class PromptEncoder:
             dtype: of the encoder's weights and computation.
             cache: a folder for embeddings; ``None``: made each time.
             warn: tell of a prompt that is cut when it is first met; False where the caller counts them.
+            quantize: as `load_text_encoder` takes it.
             repair: have ftfy repair prompts, as :func:`~rehyat_jax.text.tokenizer.clean_prompt` says.
 
         Raises:
             CheckpointError, ConfigError: tokenizer or encoder is missing, damaged or foreign, or they do not fit.
         """
-        self.folder, self._dtype = folder, dtype
+        self.folder, self._dtype, self._quantize = folder, dtype, quantize
         self._cache = None if cache is None else PromptCache(cache)
         self._warn, self._told = warn, set[str]()
         opened = open_component(folder, "text_encoder")
@@ -68,7 +71,7 @@ class PromptEncoder:
     @cached_property
     def encoder(self) -> UMT5Encoder:
         """The network, read at the first use."""
-        return load_text_encoder(self.folder, dtype=self._dtype)
+        return load_text_encoder(self.folder, dtype=self._dtype, quantize=self._quantize)
 
     def __call__(self, prompt: str) -> Float[Array, "1 L D"]:
         """The prompt's embedding in float32, zero beyond its last token, as ``WanPipeline`` makes it.
@@ -113,7 +116,8 @@ class PromptEncoder:
     @cached_property
     def _identity(self) -> str:
         """What an embedding depends on beside the tokens: the encoder's files (their content), sizes and dtype."""
-        digest = hashlib.sha256(f"{self._config} {jnp.dtype(self._dtype).name}".encode())
+        kept = jnp.dtype(self._dtype).name + (f" {self._quantize}" if self._quantize else "")
+        digest = hashlib.sha256(f"{self._config} {kept}".encode())
         for path in self._files:
             digest.update(sample_digest(path))
         return digest.hexdigest()

@@ -32,6 +32,8 @@ def convert_weights(
     dtype: Any = None,
     around: Path | None = None,
     changed: Mapping[str, Callable[[LoadPlan], LoadPlan]] = MappingProxyType({}),
+    parts: Mapping[str, Callable[[LoadPlan], Attached]] = MappingProxyType({}),
+    fp8: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -44,6 +46,8 @@ def convert_weights(
         around: a checkpoint whose weights stand in the place of those of the network that has a part of its own; its
             weights go into that part.
         changed: by network, what is made of the plan of its weights: of its part's, where that has weights of its own.
+        parts: by network, a part of its own that it gets, from the plan of its weights.
+        fp8: blocks' matrices are written in fp8, with their scales.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
@@ -56,6 +60,11 @@ def convert_weights(
     if whole and (missing := [name for name, each in REGISTRY.items() if name not in plans and not each.optional]):
         raise CheckpointError(f"{src} has no {' and no '.join(missing)}: name one network to convert it alone")
     attached = {name: part for name, plan in plans.items() if (part := attached_to(name, plan, dtype=dtype))}
+    for name in parts:
+        if name in attached or name not in plans:
+            what = "is converted already" if name in attached else f"has no {component(name).title}"
+            raise CheckpointError(f"{src} {what}: a conversion is for a base")
+        attached[name] = parts[name](plans[name])
     for name, change in changed.items():
         if name not in plans:
             raise CheckpointError(f"{src} has no {component(name).title}, whose weights are to be changed")
@@ -78,7 +87,7 @@ def convert_weights(
         writes: list[Callable[[], None]] = []
 
         def later(plan: LoadPlan, folder: Path, *, dialect: str = WRITTEN, most: int | None = max_shard_bytes) -> None:
-            tensors = of_plan(plan, dialect=dialect, dtype=dtype, passing=counter.passing)
+            tensors = of_plan(plan, dialect=dialect, dtype=dtype, passing=counter.passing, fp8=fp8)
             counter.total += sum(tensor.nbytes for tensor in tensors)
             writes.append(lambda: write_network(folder, plan.config, tensors, stem=plan.stem, max_shard_bytes=most))
 

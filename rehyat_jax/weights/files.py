@@ -40,6 +40,9 @@ _OTHERS = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+#: In which matrices are kept, and its largest number.
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FP8_LARGEST = 448.0
 #: Every kind that is known by its size.
 KINDS = DTYPES | _OTHERS
 READABLE = f"only {', '.join(DTYPES)} are read"
@@ -55,6 +58,8 @@ class TensorInfo:
     #: safetensors' name of its number type; of a type that safetensors lacks, the file's own name.
     kind: str
     shape: tuple[int, ...]
+    #: The file's own name for it, where the numbers are read as wider ones than they are kept as.
+    stored: str | None = None
 
     @property
     def dtype(self) -> np.dtype:

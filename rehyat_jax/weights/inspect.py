@@ -92,7 +92,7 @@ def _describe(name: str, plan: LoadPlan) -> ComponentInfo:
     stored = [plan.tensors.infos[source] for slot in plan.slots for source in slot.sources]
     counts: Counter[str] = Counter()
     for info in infos:
-        counts[info.dtype.name] += info.size
+        counts[info.stored or info.dtype.name] += info.size
     return ComponentInfo(
         name=name,
         dialect=plan.dialect,

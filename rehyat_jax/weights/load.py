@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ from flax import nnx
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.runtime.arguments import float_dtype
 from rehyat_jax.weights.copying import fill
+from rehyat_jax.weights.files import FP8
 from rehyat_jax.weights.plan import LoadPlan, Slot, parameters
 from rehyat_jax.weights.registry import narrow
-from rehyat_jax.weights.rows import torch_view
+from rehyat_jax.weights.rows import scale_of, torch_view
 
 #: XLA takes over a host buffer without copying it when it begins on such a boundary.
 _ALIGNMENT = 64
@@ -39,10 +40,10 @@ def filled(plan: LoadPlan, *, dtype: Any) -> nnx.Module:
     """
     by_path, module = _by_path(plan), plan.abstract
     state = nnx.state(module)
-    for ours, variable in parameters(state).items():
-        array = _read(plan, by_path[ours], variable.get_value().shape, dtype)
+    variables = parameters(state)
+    for ours, slots in by_path.items():
         # The array is ours alone and never written again: the backend may keep it as it is.
-        variable.set_value(jax.device_put(array, may_alias=True).block_until_ready())
+        _fill(plan, slots, variables, ours, dtype, lambda array, _: jax.device_put(array, may_alias=True))
     nnx.update(module, state)
     return module
 
@@ -56,12 +57,40 @@ def refilled(module: nnx.Module, plan: LoadPlan, paths: Set[str], *, dtype: Any)
     by_path = _by_path(plan)
     graph, state = nnx.split(module)
     state = jax.tree.map(lambda x: x, state)  # variables of its own
-    for ours, variable in parameters(state).items():
-        if ours in paths:
-            now = variable.get_value()
-            array = _read(plan, by_path[ours], now.shape, dtype)
-            variable.set_value(jax.device_put(array, now.sharding, may_alias=True).block_until_ready())
+    variables = parameters(state)
+    for ours in paths:
+        _fill(
+            plan, by_path[ours], variables, ours, dtype, lambda x, now: jax.device_put(x, now.sharding, may_alias=True)
+        )
     return nnx.merge(graph, state)
+
+
+#: An array to its devices, where another is now.
+_Put = Callable[[np.ndarray, Any], jax.Array]
+
+
+def _fill(
+    plan: LoadPlan, slots: list[Slot], variables: Mapping[str, nnx.Variable], ours: str, dtype: Any, put: _Put
+) -> None:
+    """A parameter, and its scales where it is kept in fp8."""
+    now = variables[ours].get_value()
+    if now.dtype != FP8:
+        variables[ours].set_value(put(_read(plan, slots, now.shape, dtype), now).block_until_ready())
+        return
+    scales = variables[scale_of(ours)]
+    for variable, array in zip((variables[ours], scales), _read_fp8(plan, slots, now.shape), strict=True):
+        variable.set_value(put(array, variable.get_value()).block_until_ready())
+
+
+def _read_fp8(plan: LoadPlan, slots: list[Slot], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Stacked kernels, and the scales of their outputs."""
+    kernels, scales = _aligned(shape, FP8), _aligned((shape[0], shape[-1]), np.dtype(np.float32))
+    for slot in slots:
+        start, rows = 0, torch_view(kernels[slot.place], slot.row.layout)
+        for block, of_rows in plan.read_fp8(slot):
+            rows[start : start + len(block)], scales[slot.place, start : start + len(block)] = block, of_rows
+            start += len(block)
+    return kernels, scales
 
 
 def _by_path(plan: LoadPlan) -> dict[str, list[Slot]]:

@@ -10,12 +10,14 @@ import numpy as np
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.weights.files import TensorSource, read_json
+from rehyat_jax.weights.gguf_file import GGUFFile
 from rehyat_jax.weights.safetensors_file import SafetensorsFile
+from rehyat_jax.weights.scaled import widened
 from rehyat_jax.weights.torch_file import TorchFile
 
 #: Endings of files of tensors, the better formats first.
-ENDINGS = ("safetensors", "sft", "pth", "pt", "bin", "ckpt")
-_SAFETENSORS = ENDINGS[:2]
+ENDINGS = ("safetensors", "sft", "pth", "pt", "bin", "ckpt", "gguf")
+_SAFETENSORS, _TORCH = ENDINGS[:2], ENDINGS[2:6]
 #: ``model.safetensors.index.json``, ``model.bin.index.json``, and of a variant ``model.safetensors.index.fp16.json``.
 _INDEX = re.compile(rf"(?P<stem>.+)\.(?P<ending>{'|'.join(ENDINGS)})\.index(\.[\w-]+)?\.json")
 #: ``model-00001-of-00007.safetensors``, with a variant's name before or after the numbers.
@@ -25,7 +27,6 @@ _NO_WEIGHTS = {
     b"version https://git-lfs": "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`",
     b"<!doctype html": "is a web page, not the file itself: download it again",
     b"<html": "is a web page, not the file itself: download it again",
-    b"GGUF": "is a GGUF file, which is not supported",
     b"PAR1": "is a parquet file of data, not of weights",
     b"\x1f\x8b": "is compressed (gzip): unpack it first",
 }
@@ -34,9 +35,15 @@ _NO_WEIGHTS = {
 def open_tensors(path: Path) -> TensorSource:
     """The tensors of a file, or of all the shards that an index names or that are numbered as it is.
 
+    Weights that are kept in fewer bits are read as the numbers that they stand for.
+
     Raises:
         CheckpointError: the file is missing, damaged, foreign, or needs torch, which is not installed.
     """
+    return widened(_opened(path), path)
+
+
+def _opened(path: Path) -> TensorSource:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     if is_index(path):
@@ -88,14 +95,16 @@ def _open_file(path: Path) -> TensorSource:
     for mark, what in _NO_WEIGHTS.items():
         if start.lower().startswith(mark.lower()):
             raise CheckpointError(f"{path} {what}")
+    if start.startswith(b"GGUF"):
+        return GGUFFile(path)
     if start.startswith(b"PK\x03\x04") or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return TorchFile(path)
     ending = path.suffix.removeprefix(".")
     if ending in _SAFETENSORS or start[8:9] == b"{":
         return SafetensorsFile(path)
-    if ending in ENDINGS:
+    if ending in _TORCH:
         return TorchFile(path)
-    raise CheckpointError(f"{path} is neither a .safetensors nor a .pth file")
+    raise CheckpointError(f"{path} is neither a .safetensors, a .pth nor a .gguf file")
 
 
 class ShardedTensors(TensorSource):
@@ -104,6 +113,7 @@ class ShardedTensors(TensorSource):
     def __init__(self, shards: Mapping[str, TensorSource], owners: Mapping[str, str], files: tuple[Path, ...]) -> None:
         self._shards = {name: shards[file] for name, file in owners.items()}
         self.infos = {name: shard.infos[name] for name, shard in self._shards.items()}
+        self.metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
         self.files = files
 
     def pieces(self, name: str, *, rows: int | None = None) -> Iterator[np.ndarray]:
@@ -150,7 +160,7 @@ def _like(index: Path) -> tuple[str, ...]:
     """Endings that the shards of an index may have: its own format's."""
     match = _INDEX.fullmatch(index.name)
     assert match is not None
-    return _SAFETENSORS if match["ending"] in _SAFETENSORS else ENDINGS[2:]
+    return _SAFETENSORS if match["ending"] in _SAFETENSORS else _TORCH
 
 
 def _numbered(path: Path, match: re.Match[str]) -> TensorSource:

@@ -7,7 +7,6 @@ the tensors of a file.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,17 +16,12 @@ from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.weights.copying import blocks, largest
-from rehyat_jax.weights.files import READABLE, TensorInfo, TensorSource
+from rehyat_jax.weights.files import FP8, FP8_LARGEST, READABLE, TensorInfo, TensorSource
 from rehyat_jax.weights.layout import Location, locate
 from rehyat_jax.weights.opening import open_tensors
 from rehyat_jax.weights.registry import REGISTRY, Component, Shapes, beside, generic, holdings
 from rehyat_jax.weights.rows import Row, torch_shape
-
-#: Numbers that mean nothing without their scales, of whatever network.
-_SCALED = (
-    "an fp8 or int8 file with scales",
-    re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"),
-)
+from rehyat_jax.weights.scaled import ScaledTensors
 
 
 @runtime_checkable
@@ -96,6 +90,28 @@ class LoadPlan:
             yield block
         if not found:
             raise CheckpointError(f"{self.weights}: the embedding {source!r} is all zeros")
+
+    def read_fp8(self, slot: Slot) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A matrix's rows in fp8, and what each is to be multiplied by: as the file has them where it has such; else
+        each row's largest number is fp8's.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        (source,) = slot.sources
+        kept = (
+            self.tensors.rows_in_fp8(source) if isinstance(self.tensors, ScaledTensors) and not slot.changes else None
+        )
+        if kept is not None:
+            for rows, scales in kept:
+                if (np.bitwise_and(rows.view(np.uint8), 0x7F) == 0x7F).any():
+                    raise CheckpointError(f"{self.weights}: tensor {source!r} holds NaN")
+                yield rows, scales
+            return
+        for block in self.read(slot, np.dtype(np.float32)):
+            top = np.abs(block).max(axis=1)
+            scales = np.where(top > 0, top / FP8_LARGEST, 1).astype(np.float32)
+            yield (block / scales[:, None]).astype(FP8), scales
 
     def _changed(self, slot: Slot, source: str, dtype: np.dtype) -> Iterator[np.ndarray]:
         """A tensor with its changes: added in float32, and cast once."""
@@ -205,7 +221,7 @@ def _any_readable(tensors: TensorSource) -> bool:
 
 def _refuse_foreign(weights: Path, names: Iterable[str], components: Iterable[Component]) -> None:
     for component in components:
-        for what, pattern in (*component.foreign.items(), _SCALED):
+        for what, pattern in component.foreign.items():
             if found := next((name for name in names if pattern.search(name)), None):
                 raise CheckpointError(f"{weights} is {what} (tensor {found!r}), which is not supported")
 
@@ -295,6 +311,27 @@ def pair_tensors(
         if unread := next((raw for raw in slot.sources if not tensors.infos[raw].readable), None):
             raise CheckpointError(f"{where}: tensor {unread!r} is of type {tensors.infos[unread].kind}; {READABLE}")
     return tuple(slots)
+
+
+def check_same(one: LoadPlan, other: LoadPlan) -> None:
+    """
+    Raises:
+        CheckpointError: a weight of one checkpoint is another in the other, or of another size: bit for bit, in the
+            narrower of their types.
+    """
+    if one.config != other.config:
+        raise CheckpointError(f"{one.weights} and {other.weights} are of different sizes")
+    differ = []
+    for ours, theirs in zip(one.slots, other.slots, strict=True):
+        kind = min(one.info(ours).dtype, other.info(theirs).dtype, key=lambda dtype: dtype.itemsize)
+        a, b = (np.concatenate([b.copy() for b in p.read(s, kind)]) for p, s in ((one, ours), (other, theirs)))
+        if not np.array_equal(a, b):
+            differ.append(ours.sources[0])
+    if differ:
+        raise CheckpointError(
+            f"{one.weights} and {other.weights} differ in {listed(differ)}: a model that was finetuned as a whole is "
+            "no small change of its base"
+        )
 
 
 def unfilled(component: Component, config: Any) -> tuple[Slot, ...]:

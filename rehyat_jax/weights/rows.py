@@ -75,6 +75,11 @@ def rows_of_linear(
     return weight, Row(f"{ours}.bias", {key: f"{name}.bias" for key, name in names.items()}, float32=float32)
 
 
+def scale_of(kernel: str) -> str:
+    """Our path of the scales of a kernel that is kept in fp8."""
+    return f"{kernel.rpartition('.')[0]}.scale"
+
+
 def torch_view(array: np.ndarray, layout: Layout) -> np.ndarray:
     """Our array (one layer of it) seen in the file's shape, without a copy: write through it to load, read to save."""
     match layout:

@@ -75,6 +75,7 @@ class TorchFile(TensorSource):
             raise CheckpointError(f"{path} is truncated, or {_NOT_PLAIN}{_named(error)}") from error
         self._tensors = dict(_flatten(content, torch.Tensor))
         names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+        names |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8"}
         self.infos = {}
         for name, tensor in self._tensors.items():
             kind = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
@@ -84,7 +85,8 @@ class TorchFile(TensorSource):
     def pieces(self, name: str, *, rows: int | None = None) -> Iterator[np.ndarray]:
         tensor, info = self._tensors[name].detach(), self.infos[name]
         if tensor.device.type != "meta":
-            whole = tensor.view(self._torch.int16) if info.dtype.itemsize == 2 else tensor
+            bits = {1: self._torch.uint8, 2: self._torch.int16}.get(info.dtype.itemsize)
+            whole = tensor if bits is None else tensor.view(bits)
             yield whole.contiguous().numpy().view(info.dtype).reshape(info.shape or (1,))
             return
         begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)

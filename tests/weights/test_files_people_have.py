@@ -368,7 +368,7 @@ def test_weights_that_want_a_lora_are_not_run_without_it(name, transformer, tmp_
             ask(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("name", ["scaled_fp8", "blocks.0.self_attn.q.scale_weight", "blocks.0.ffn.0.weight_scale"])
+@pytest.mark.parametrize("name", ["scaled_fp8", "blocks.0.self_attn.q.scale_weight", "blocks.1.ffn.0.weight_scale"])
 def test_fp8_with_scales_is_never_read_without_them(name, transformer, tmp_path):
     tensors = {k: v.to(torch.float8_e4m3fn) if k == "blocks.0.ffn.0.weight" else v for k, v in transformer.items()}
     save_file(tensors | {name: torch.ones(1)}, tmp_path / "x.safetensors")
@@ -377,7 +377,7 @@ def test_fp8_with_scales_is_never_read_without_them(name, transformer, tmp_path)
             ask(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [torch.int8, torch.float64], ids=str)
 def test_a_type_that_is_not_read_is_named_by_load_and_by_info(kind, transformer, tmp_path):
     save_file(
         transformer | {"blocks.0.ffn.0.weight": transformer["blocks.0.ffn.0.weight"].to(kind)}, tmp_path / "x.sft"

@@ -23,6 +23,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from rehyat_jax.adapters.training import Form, LoraConfig, header_of, lora_tensors, with_adapters
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import BlockMixers, Conversion, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_transformer
@@ -30,16 +31,18 @@ from rehyat_jax.models.folder import DEFAULTS_FILE, find_model
 from rehyat_jax.models.memory import weights_bytes
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.conversion_file import write_conversion
+from rehyat_jax.models.wan.rows import TRANSFORMER
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.memory import Need
-from rehyat_jax.runtime.variables import GateParam, MixerParam
+from rehyat_jax.runtime.variables import AdapterParam, GateParam, MixerParam
 from rehyat_jax.sampling.rollout import check_context_noise
 from rehyat_jax.sprites import world
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
 from rehyat_jax.weights.files import read_json
-from rehyat_jax.weights.writing import whole_folder, write_json
+from rehyat_jax.weights.writing import whole_folder, write_file, write_json
 from train.cli.command import run_training
 from train.data.clips import Bucket
 from train.data.pools import Captions, Feed
@@ -104,6 +107,9 @@ class FinetuneTraining(FlowTraining):
     #: How blocks are converted; none: as the source's are. A student keeps its feature maps, and what it lacks of
     #: this (decay, length) starts as if it were not there.
     hybrid: tyro.conf.AvoidSubcommands[HybridConfig | BlockMixers | None] = None
+    #: Learn adapters of this rank alone, and what the conversion adds; the base is frozen. Beside the model, which has
+    #: them folded in, the result has them as LoRA files, and with the conversion as one small file over the base.
+    lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None
     history: History = History()
     #: What the student's streams do unless a user says otherwise: see ``rehyat generate --remember``.
     remember: Literal["steps"] | float = "steps"
@@ -192,10 +198,12 @@ class FinetuneTraining(FlowTraining):
     def student(self, source: Path) -> WanTransformer:
         """The student before it has learned."""
         model = load_transformer(source, hybrid=None if self.anew else "auto")
+        if self.lora is not None and self.hybrid is None:
+            return model  # a LoRA may be of a softmax model too
         return student_of(model, self.hybrid, where=source)
 
     def write(self, folder: Path, source: Path, student: WanTransformer) -> None:
-        """The finished model's folder, whole or not there."""
+        """The finished model's folder, whole or not there; with adapters their files in it."""
         write_student(folder, source, student, defaults=self.defaults)
 
     def loss(self, models: Models, batch: Batch, *, longest: int) -> dict[str, Mean]:
@@ -214,7 +222,7 @@ class FinetuneTraining(FlowTraining):
         parameters = weights_bytes(source, "transformer", dtype=jnp.float32) // 4
         devices = 1 if self.mesh.single else jax.device_count()
         parts = {
-            "the student and its optimiser": learner_bytes(parameters, self.optimizer) // devices,
+            "the student and its optimiser": self._learner_bytes(model, parameters) // devices,
             "the VAE": weights_bytes(source, "vae", dtype=self.dtype),
         }
         if self.teacher is not None:
@@ -231,6 +239,13 @@ class FinetuneTraining(FlowTraining):
             clips = -(-bucket.batch // (self.accumulate * devices))
             passes.append(backward_bytes(model, tokens=tokens, clips=clips, dtype=self.dtype, remat=self.remat))
         return Need(device=parts | {"a step's clips": max(passes)})
+
+    def _learner_bytes(self, model: WanConfig, parameters: int) -> int:
+        if self.lora is None:
+            return learner_bytes(parameters, self.optimizer)
+        # Eight square layers and two of the feed-forward a block, each a pair; and the frozen base in float32.
+        wide = model.num_layers * (8 * 2 * model.dim + 2 * (model.dim + model.ffn_dim)) * self.lora.rank
+        return 4 * parameters + learner_bytes(wide, self.optimizer)
 
     @property
     def shares(self) -> Shares:
@@ -287,7 +302,10 @@ class FinetuneStage(FlowStage):
         training = self.training
         found = {
             "student": Network(
-                make=lambda: computing(self.student, self.dtype), optimizer=training.optimizer, shares=training.shares
+                make=self._learner,
+                optimizer=training.optimizer,
+                trainable=nnx.Param if training.lora is None else (AdapterParam, MixerParam),
+                shares=training.shares,
             )
         }
         if any(isinstance(bucket, Bucket) for bucket in training.buckets):  # captions of prepared clips are embedded
@@ -295,6 +313,10 @@ class FinetuneStage(FlowStage):
         if training.teacher is not None:
             found["teacher"] = Network(make=self._teacher)
         return found
+
+    def _learner(self) -> WanTransformer:
+        model, lora = computing(self.student, self.dtype), self.training.lora
+        return model if lora is None else with_adapters(model, lora, within=model.blocks, rngs=nnx.Rngs(0))
 
     def _teacher(self) -> WanTransformer:
         with loading(self.training.mesh):
@@ -367,6 +389,10 @@ class PlannedFinetune(FinetuneStage):
     def networks(self) -> dict[str, Network]:
         return {role: network for role, network in super().networks.items() if role != "text"}
 
+    def _learner(self) -> WanTransformer:
+        model, lora = computing(self.student, self.dtype), self.training.lora
+        return model if lora is None else with_adapters(model, lora, within=model.blocks, rngs=nnx.Rngs(0))
+
     def _teacher(self) -> WanTransformer:
         return self._transformer(None)
 
@@ -391,6 +417,25 @@ def _causal_chunks(hybrid: Conversion | None) -> bool:
     """Whether the converted blocks have chunks of one length, which see no later ones."""
     mixers = () if hybrid is None else hybrid.distinct()
     return len({mixer.chunk_frames for mixer in mixers}) == 1 and not any(mixer.why_not_stream() for mixer in mixers)
+
+
+def write_adapters(folder: Path, student: WanTransformer, config: LoraConfig, *, base: str) -> None:
+    """A student's adapters in ComfyUI's and in diffusers' form, and with what its conversion adds as one file."""
+    form: Form
+    for form in ("comfyui", "diffusers"):
+        tensors = lora_tensors(student, TRANSFORMER, form=form, dtype=jnp.bfloat16)
+        header = header_of(config, base=base, form=form)
+        write_file(folder / f"lora_{form}.safetensors", tensors, metadata=header)
+    if student.hybrid is not None:
+        write_conversion(
+            folder / "conversion.safetensors",
+            student.config,
+            student.hybrid,
+            student.hybrid_blocks,
+            lora=lora_tensors(student, TRANSFORMER, form="comfyui", dtype=jnp.bfloat16),
+            header=header_of(config, base=base, form="comfyui"),
+            dtype=jnp.bfloat16,
+        )
 
 
 def student_of(model: WanTransformer, hybrid: Conversion | None, *, where: Path) -> WanTransformer:

@@ -106,7 +106,11 @@ WAN_TRANSFORMER = Component(
     },
     released_in="high_noise_model",
     attachment=STUDENT,
-    published={"Wan2.1 1.3B": WanConfig.t2v_1_3b, "Wan2.1 14B": WanConfig.t2v_14b},
+    published={
+        "Wan2.1 1.3B": WanConfig.t2v_1_3b,
+        "Wan2.2 5B": WanConfig.ti2v_5b,
+        "Wan2.1 14B": WanConfig.t2v_14b,
+    },
 )
 #: Wan2.2's A14B has two: the first for high noise levels, this one for low ones.
 WAN_LOW_NOISE = dataclasses.replace(

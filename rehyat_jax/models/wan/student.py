@@ -24,7 +24,7 @@ from rehyat_jax.mixers.base import Mixer, MixerConfig
 from rehyat_jax.mixers.config import Conversion, read_conversion
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing, listed
-from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.files import TensorSource, read_json
 from rehyat_jax.weights.opening import open_tensors
 from rehyat_jax.weights.plan import LoadPlan, make_plan, pair_tensors, parameters
 from rehyat_jax.weights.registry import Attached, component
@@ -66,6 +66,49 @@ def write_student(
     write_network(folder / STUDENT.folder, hybrid, tensors, stem=STEM, max_shard_bytes=None)
 
 
+def part_plan(
+    config: WanConfig,
+    hybrid: Conversion,
+    *,
+    tensors: TensorSource,
+    names: Mapping[str, str],
+    where: Path,
+    dtype: Any,
+    user: str,
+) -> LoadPlan:
+    """Pair a student's tensors with the parameters of the converted blocks, or fail.
+
+    Args:
+        names: the file's by clean name, of all that must find a place.
+        where, user: the file and what has use for its tensors, for messages.
+
+    Raises:
+        CheckpointError: tensors are missing, unused or misshapen.
+    """
+    abstract = _abstract(config, hybrid, dtype)
+    slots = pair_tensors(
+        student_rows(config, hybrid),
+        abstract,
+        dialect=DIALECT,
+        names=names,
+        tensors=tensors,
+        where=where,
+        user=user,
+    )
+    return LoadPlan(
+        component=component("transformer"),
+        title="converted blocks",
+        stem=STEM,
+        dialect=DIALECT,
+        config=hybrid,
+        weights=where,
+        tensors=tensors,
+        slots=slots,
+        beside=(),
+        abstract=abstract,
+    )
+
+
 class StudentPart:
     """How a student's part is found, checked and described."""
 
@@ -82,27 +125,15 @@ class StudentPart:
         """
         hybrid = read_conversion(read_json(folder / "config.json"))
         weights = folder / f"{STEM}.safetensors"
-        tensors, abstract = open_tensors(weights), _abstract(config, hybrid, dtype)
-        slots = pair_tensors(
-            student_rows(config, hybrid),
-            abstract,
-            dialect=DIALECT,
+        tensors = open_tensors(weights)
+        plan = part_plan(
+            config,
+            hybrid,
+            tensors=tensors,
             names={name: name for name in tensors.infos},
-            tensors=tensors,
             where=weights,
+            dtype=dtype,
             user=f"its {folder / 'config.json'}",
-        )
-        plan = LoadPlan(
-            component=component("transformer"),
-            title="converted blocks",
-            stem=STEM,
-            dialect=DIALECT,
-            config=hybrid,
-            weights=weights,
-            tensors=tensors,
-            slots=slots,
-            beside=(),
-            abstract=abstract,
         )
         own = folder / self.instead
         instead = make_plan(own, "transformer", dtype=dtype) if own.exists() else None

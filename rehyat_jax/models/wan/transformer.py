@@ -146,7 +146,7 @@ class WanTransformer(nnx.Module):
         # Last, so that a student's other parameters are the teacher's of the same seed.
         self.hybrid = hybrid
         self.mixing = Mixing.of(hybrid, config.num_layers)
-        self.hybrid_blocks = self.mixing.make(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.hybrid_blocks = nnx.data(self.mixing.make(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
 
     @property
     def converted(self) -> tuple[bool, ...]:
@@ -171,16 +171,19 @@ class WanTransformer(nnx.Module):
             ConfigError: ``hybrid`` is not of a model of this depth, or the parameters do not fit it.
         """
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        student = nnx.eval_shape(lambda: WanTransformer(self.config, hybrid=hybrid, **kinds, rngs=nnx.Rngs(0)))
-        if hybrid is not None and rngs is not None:
-            student.hybrid_blocks = student.mixing.make(self.config, **kinds, rngs=rngs)
-        elif hybrid is not None:
-            if blocks is None and student.mixing.pattern != self.mixing.pattern:
+        mixing = Mixing.of(hybrid, self.config.num_layers)
+        if rngs is not None:
+            made = mixing.make(self.config, **kinds, rngs=rngs)
+        else:
+            made = nnx.eval_shape(lambda: mixing.make(self.config, **kinds, rngs=nnx.Rngs(0)))
+            if hybrid is not None and blocks is None and mixing.pattern != self.mixing.pattern:
                 raise ConfigError("other blocks than this model's are to be hybrids: initialise them anew, with rngs")
-            take_parameters(student.hybrid_blocks, self.hybrid_blocks if blocks is None else blocks)
-        teacher = nnx.state(self)
-        teacher.pop("hybrid_blocks", None)
-        nnx.update(student, teacher)
+            if hybrid is not None:
+                take_parameters(made, self.hybrid_blocks if blocks is None else blocks)
+        graph, state = nnx.split(self)
+        # Whatever the teacher's kernels are kept as, and in variables of its own.
+        student = nnx.merge(graph, jax.tree.map(lambda x: x, state))
+        student.hybrid, student.mixing, student.hybrid_blocks = hybrid, mixing, nnx.data(made)
         return student
 
     def __call__(
