@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ class Serve:
     """Port; 0: any that is free."""
 
     token: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """What clients must show: Authorization: Bearer TEXT, or ?token=TEXT."""
+    """What clients must show: Authorization: Bearer TEXT, or ?token=TEXT. Else $REHYAT_TOKEN, which no list of
+    processes shows."""
 
     names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST")] = ()
     """Further names under which the server may be reached."""
@@ -115,7 +117,11 @@ def main(argv: list[str]) -> None:
     if steps == "auto":
         steps = _measured(pipe)
     batch = options.batch or (1 if platform() == "cpu" else 8)
-    token = options.token or (None if options.host in _LOCAL else secrets.token_urlsafe(16))
+    token = (
+        options.token
+        or os.environ.get("REHYAT_TOKEN")
+        or (None if options.host in _LOCAL else secrets.token_urlsafe(16))
+    )
     access = Access(hosts=(*Access().hosts, *_named(options.host), *options.names), token=token)
     words = _words(pipe)
     about = About(

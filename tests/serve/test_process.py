@@ -1,0 +1,86 @@
+"""``rehyat serve`` as a process of its own: it drains and saves on SIGTERM, and goes on after SIGKILL, bit for bit."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+from websockets.sync.client import connect
+
+from rehyat_jax import TextToVideo
+from rehyat_jax.video.growing import GrowingVideo
+
+PROMPT = "a koala moving right quickly on a red background"
+HOW = {"seed": 3, "num_inference_steps": 1, "guidance_scale": 1}
+#: Enough for several saved states on a slow machine.
+BEFORE, AFTER = 3, 3
+
+
+@contextmanager
+def serving(folder):
+    """The process and its address."""
+    command = [sys.executable, "-m", "rehyat_jax", "serve", "--port", "0", "--folder", str(folder), "--ahead", "60"]
+    with subprocess.Popen([*command, "--log", "json"], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stderr:
+                if found := re.search(r"http://[^/]+", line):
+                    yield process, found[0]
+                    break
+                json.loads(line)  # a log is an object a line
+        finally:
+            process.kill()
+
+
+def told(address: str, path: str = "") -> dict:
+    with urllib.request.urlopen(f"{address}/v1/streams{path}") as answer:
+        return json.load(answer)
+
+
+def watch(address: str, name: str | None, chunks: int) -> str:
+    """Watch a stream, a new one if it has no name, until it has so many chunks; its name."""
+    with connect(address.replace("http", "ws") + "/v1/realtime/video", max_size=None) as socket:
+        message = {"type": "session.join", "id": name} if name else {"type": "session.start", "prompt": PROMPT, **HOW}
+        socket.send(json.dumps(message))
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            heard = socket.recv(timeout=300)
+            if isinstance(heard, str):
+                content = json.loads(heard)
+                assert content["type"] != "error", content
+                name = content.get("id", name)
+                if content["type"] == "video.chunk_metadata" and content["generation_chunk_index"] >= chunks - 1:
+                    return name
+    raise AssertionError("the stream did not grow")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_ends_goes_on_bit_for_bit(tmp_path, how):
+    kept, reference = tmp_path / "kept", tmp_path / "whole.mp4"
+    with serving(kept) as (process, address):
+        name = watch(address, None, BEFORE)
+        time.sleep(1)  # into a chunk, or a state that is being saved
+        process.send_signal(how)
+        process.wait(60)
+        assert process.returncode == (143 if how == signal.SIGTERM else -signal.SIGKILL)
+    with serving(kept) as (process, address):
+        there = told(address)["data"]
+        assert [stream["id"] for stream in there] == [name]
+        made = len(there[0]["chunks"])
+        assert made >= (BEFORE if how == signal.SIGTERM else 1)
+        watch(address, name, made + AFTER)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    chunks = json.loads((kept / f"{name}.json").read_text())["chunks"]
+    assert len(chunks) >= made + AFTER
+    stream = TextToVideo.from_pretrained("mini-sprites").open_stream(PROMPT, **HOW)
+    with GrowingVideo(reference) as video:
+        for _ in chunks:
+            video.begin_chapter(PROMPT)
+            video.append(next(stream))
+    assert (kept / f"{name}.mp4").read_bytes()[: reference.stat().st_size] == reference.read_bytes()
