@@ -57,6 +57,8 @@ def locate(path: Path, name: str) -> Location:
         return locate(path / name, name)
     if wanted.released_in is not None and (path / wanted.released_in).is_dir():
         return locate(path / wanted.released_in, name)
+    if (kept := _kept_in(path, wanted)) is not None:
+        return locate(kept, name)
     config = _config(path)
     if config is not None and described(config) is None:
         raise CheckpointError(f"{path} holds a {_called(config)}, not a {wanted.title}")
@@ -86,7 +88,14 @@ def components_in(path: Path) -> tuple[str, ...]:
         return tuple(name for name in REGISTRY if (path / name).is_dir())
     owners = set().union(*_sets(path, _config(path)).values())
     owners |= {each.name for each in REGISTRY.values() if each.released_in and (path / each.released_in).is_dir()}
+    owners |= {each.name for each in REGISTRY.values() if _kept_in(path, each) is not None}
     return tuple(name for name in REGISTRY if name in owners)
+
+
+def _kept_in(path: Path, wanted: Component) -> Path | None:
+    """Where ComfyUI keeps a network below a folder that has no weights of its own; None where it does not."""
+    folders = [path / name for name in wanted.kept_in if (path / name).is_dir()]
+    return folders[0] if folders and not weights_in(path) else None
 
 
 def _there(path: Path) -> bool:

@@ -111,6 +111,8 @@ class Component:
     kin: str = ""
     #: Of its folder in the release's layout, where that has one for it.
     released_in: str | None = None
+    #: Folders of ComfyUI's ``models`` that hold it, in a folder without weights of its own.
+    kept_in: tuple[str, ...] = ()
     #: Whether whole checkpoints may be without it.
     optional: bool = False
     title: str

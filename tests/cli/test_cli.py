@@ -427,3 +427,19 @@ def test_a_full_disk_under_the_cache_is_said_once(rehyat, command):
     command(warn_of_the_cache)
     code, _, error = rehyat("dance")
     assert (code, error.count("compiled programs are not kept"), error.count("\n")) == (0, 1, 1)
+
+
+def test_paths_of_the_folder_that_one_stands_in_have_a_name(rehyat, tmp_path, monkeypatch):
+    """``.`` has none of its own: the record would stand beside it under the folder's."""
+    (tmp_path / "clips").mkdir()
+    monkeypatch.chdir(tmp_path / "clips")
+    assert_sentence(rehyat("prepare", tmp_path / "no-videos", "."), "no-videos")
+    assert_sentence(rehyat("prepare", tmp_path / "no-videos", "/"), "name a folder in it")
+    assert os.listdir(tmp_path) == ["clips"]
+
+
+@pytest.mark.parametrize("command", ["generate", "prepare"])
+def test_a_misspelt_option_is_suggested(rehyat, command):
+    code, _, error = rehyat(command, "a", "b", "--repair-prompt")
+    assert code == 2
+    assert "--repair-prompts" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from pathlib import Path
@@ -65,6 +66,9 @@ class Prepare:
     caption_column: str = "caption"
     """What the list calls a caption."""
 
+    repair_prompts: bool = True
+    """Repair the captions' text (curly quotes, full-width letters, mistaken encodings), as Wan's own code does."""
+
     most_unusable: int | None = None
     """More videos than so many that cannot be used end the run; half of all when not given."""
 
@@ -94,7 +98,11 @@ def main(argv: list[str]) -> None:
     size = "--size must be a width and a height as 832x480"
     width, height = (None, None) if options.size is None else _numbers(options.size, "[xX×*]", size)
     suffix = "" if parts == 1 else f"-{part}of{parts}"
-    record = options.destination.with_name(f"{options.destination.name}{suffix}.json")
+    # By its own name: "." and ".." have none.
+    destination = Path(os.path.abspath(options.destination.expanduser()))
+    if not destination.name:
+        raise ConfigError(f"cannot prepare videos in {options.destination}: name a folder in it")
+    record = destination.with_name(f"{destination.name}{suffix}.json")
     check_writable(record)
 
     from rehyat_jax.cli.progress import ProgressDisplay
@@ -106,9 +114,9 @@ def main(argv: list[str]) -> None:
 
     keep_compiled(cache_folder())
     phases = Phases()
-    own = options.destination.with_name(f"{options.destination.name}{suffix}")
+    own = destination.with_name(f"{destination.name}{suffix}")
     with locked(own, command="rehyat prepare"):
-        check_ours(options.destination, beside=[record])
+        check_ours(destination, beside=[record])
         remove_leftovers(record)
         with phases.measure("find"):
             found = find_footage(
@@ -129,6 +137,7 @@ def main(argv: list[str]) -> None:
                 dtype=options.dtype,
                 videos_per_shard=options.videos_per_shard,
                 most_unusable=options.most_unusable,
+                repair_prompts=options.repair_prompts,
             )
         check_memory(
             memory_need(encoding),

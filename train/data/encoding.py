@@ -100,12 +100,14 @@ def plan_encoding(
     dtype: str,
     videos_per_shard: int,
     most_unusable: int | None = None,
+    repair_prompts: bool = True,
 ) -> Encoding:
     """Check all that can be checked of the settings and the model.
 
     Args:
         frames, height, width: of a clip; None: the model's defaults.
         most_unusable: None: half of the videos.
+        repair_prompts: have ftfy repair captions, as `TextToVideo.from_pretrained` has prompts.
 
     Raises:
         CheckpointError, ConfigError: no such model or size; too many videos cannot be used.
@@ -136,6 +138,7 @@ def plan_encoding(
             latents=(*shape, vae.z_dim),
             text=PromptEncoder(folder, dtype=jnp.dtype(dtype)).text_dim,
             dtype=dtype,
+            repair_prompts=repair_prompts,
         ),
         found=found,
         model=folder,
@@ -459,7 +462,9 @@ class _TextEncoder:
 
     def __init__(self, encoding: Encoding) -> None:
         self._dtype = jnp.dtype(encoding.plan.dtype)
-        self._prompts = PromptEncoder(encoding.model, dtype=self._dtype, warn=False)
+        self._prompts = PromptEncoder(
+            encoding.model, dtype=self._dtype, warn=False, repair=encoding.plan.repair_prompts
+        )
 
     def __call__(self, caption: str) -> tuple[Float[np.ndarray, "L D"], bool]:
         """The caption's embedding, its tokens alone, and whether all of the caption is in it."""

@@ -58,6 +58,8 @@ class EncodePlan:
     #: Width of an embedding.
     text: int
     dtype: str
+    #: Whether captions were repaired; all were before there was a choice.
+    repair_prompts: bool = True
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> EncodePlan:

@@ -82,6 +82,8 @@ class DistillTraining(RunConfig):
     sources: tuple[Source, ...] = (Source(frames=65, batch=32),)
     #: Of the teacher's sampling; at a guidance of 1 or less there is no branch of the empty prompt.
     num_inference_steps: int = 20
+    #: Have ftfy repair prompts, as Wan's own code does.
+    repair_prompts: bool = True
     guidance_scale: float = 4.0
     #: Flow shifts that the trajectories take in turn, for a wider mix of noise levels; none: the model's own.
     shifts: tuple[float, ...] = ()
@@ -401,7 +403,8 @@ class DistillStage(Stage):
     @functools.cached_property
     def embed(self) -> Embed:
         """Prompts, embedded by the teacher's text encoder."""
-        return _embeddings(self.folder, self.training.sources, self.dtype)
+        repair = self.training.repair_prompts
+        return _embeddings(self.folder, self.training.sources, self.dtype, repair=repair)
 
     def inputs(self) -> list[Inputs]:
         """Each source at work."""
@@ -559,13 +562,13 @@ def _key(seed: int, *numbers: int) -> Key[Array, ""]:
     return functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
 
 
-def _embeddings(folder: Path, sources: tuple[Source, ...], dtype: jnp.dtype) -> Embed:
+def _embeddings(folder: Path, sources: tuple[Source, ...], dtype: jnp.dtype, *, repair: bool) -> Embed:
     """A teacher's prompt embeddings. Those of a file are kept on disk, for they come again and again."""
     if all(source.of_sprites for source in sources):
-        encoder, tokenizer = load_text_encoder(folder, dtype=dtype), Tokenizer.from_folder(folder)
+        encoder, tokenizer = load_text_encoder(folder, dtype=dtype), Tokenizer.from_folder(folder, repair=repair)
         return lambda texts: embed_prompts(encoder, tokenizer, texts).astype(dtype)
     cache = cache_folder()
-    kept = PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts")
+    kept = PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair)
     kept.tell_cut([line for source in sources if source.samples and not source.of_sprites for line in source.lines()])
     return lambda texts: jnp.concatenate([kept(text) for text in texts]).astype(dtype)
 

@@ -84,6 +84,7 @@ TEXT_ENCODER = Component(
     least_tensors=lambda config: config.num_layers,
     stem="model",
     released_as=re.compile(r"models_t5|umt5", re.IGNORECASE),
+    kept_in=("text_encoders", "clip"),
     # A whole UMT5 has a decoder, and an output layer or its own copy of the embedding.
     unneeded=re.compile(r"(decoder|lm_head)\."),
 )

@@ -105,6 +105,7 @@ WAN_TRANSFORMER = Component(
         "a VACE model": re.compile(r"(^|\.)vace_"),
     },
     released_in="high_noise_model",
+    kept_in=("diffusion_models", "unet"),
     attachment=STUDENT,
     published={
         "Wan2.1 1.3B": WanConfig.t2v_1_3b,
@@ -119,5 +120,6 @@ WAN_LOW_NOISE = dataclasses.replace(
     title="Wan low-noise transformer",
     kin="transformer",
     released_in="low_noise_model",
+    kept_in=(),
     optional=True,
 )
