@@ -35,6 +35,19 @@ def test_buckets_are_drawn_by_their_shares():
         assert abs(counts[bucket] / 4000 - share) <= 5 * math.sqrt(share * (1 - share) / 4000)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_short_runs_meet_every_bucket_by_its_share(seed):
+    """An interval met by multiples of the golden section: n·share to within 2 for n up to 100 (Kesten's bound is
+    logarithmic in n)."""
+    shares = (0.3, 0.35, 0.2, 0.15)
+    buckets = tuple(Bucket(kind="plain", frames=5, batch=1, share=share) for share in shares)
+    drawn = [choose(buckets, seed, index) for index in range(300)]
+    for begin in range(0, 200, 7):
+        for length in (10, 18, 40, 100):
+            counts = Counter(drawn[begin : begin + length])
+            assert all(abs(counts[number] - share * length) <= 2 for number, share in enumerate(shares))
+
+
 def test_a_bucket_is_drawn_during_its_part_of_the_run():
     first, always = Bucket(kind="plain", frames=5, batch=1, during=(0.0, 0.4)), Bucket(kind="plain", frames=9, batch=1)
     drawn = [choose((first, always), 7, index, progress=index / 1000) for index in range(1000)]

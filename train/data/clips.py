@@ -120,10 +120,20 @@ def _shares(buckets: Sequence[AnyBucket], progress: float) -> list[float]:
     return [b.share if b.during[0] <= progress < b.during[1] else 0.0 for b in buckets]
 
 
+#: The fractional part of the golden section: multiples of it, modulo 1, fill 0…1 evenly, however many there are.
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
 def choose(buckets: Sequence[AnyBucket], seed: int, index: int, *, progress: float = 0.0) -> int:
-    """Which bucket round ``index`` draws from, ``progress`` (0 to 1, 1 aside) through the run."""
-    share = np.array(_shares(buckets, progress))
-    return int(np.random.default_rng((seed, index)).choice(len(buckets), p=share / share.sum()))
+    """Which bucket round ``index`` draws from, ``progress`` (0 to 1, 1 aside) through the run.
+
+    Rounds go over the shares by the golden section, from a place that the seed draws: any run of them has each bucket
+    by its share to about one round. Drawn at random, a short run may hardly meet a bucket: of 18 rounds, 2 where 5.4
+    were asked for were seen, and a student that had forgotten how fast things move.
+    """
+    ends = np.cumsum(_shares(buckets, progress))
+    place = (np.random.default_rng(seed).random() + index * _GOLDEN) % 1.0
+    return int(np.searchsorted(ends, place * ends[-1], side="right"))
 
 
 def round_key(seed: int, index: int) -> Key[Array, ""]:
