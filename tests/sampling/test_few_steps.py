@@ -15,8 +15,8 @@ from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import HybridConfig, TextToVideo, load_transformer
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.models.checkpoints import save_transformer
-from rehyat_jax.models.folder import DEFAULTS_FILE
+from rehyat_jax.models.checkpoints import convert, describe, save_transformer
+from rehyat_jax.models.folder import DEFAULTS_FILE, read_defaults
 from rehyat_jax.runtime.variables import MixerParam
 from rehyat_jax.sampling import FlowSchedule, Renoise, UniPC, sampling_steps
 from rehyat_jax.sampling.noise import ChunkNoise, video_keys
@@ -129,6 +129,22 @@ def test_a_stream_is_kept_and_gone_on_with(pipe, tmp_path) -> None:
     next(stream)
     stream.save(tmp_path)
     np.testing.assert_array_equal(next(stream), next(pipe.resume_stream(tmp_path)))
+
+
+def test_a_student_beside_its_teacher_keeps_its_defaults_and_the_teacher_its_own(folder, tmp_path) -> None:
+    teacher, both = tmp_path / "teacher", tmp_path / "both"
+    save_tiny_checkpoint(teacher)
+    theirs = {"height": 32, "width": 48, "num_inference_steps": 30, "guidance_scale": 5.0}
+    (teacher / DEFAULTS_FILE).write_text(json.dumps(theirs), encoding="utf-8")
+    convert(folder, both, teacher=teacher)
+    for again in (both, tmp_path / "again"):
+        if again != both:
+            convert(both, again)
+        student, alone = read_defaults(again), read_defaults(again, student=False)
+        assert (student.num_inference_steps, student.guidance_scale, student.solver) == (1, 1.0, "Renoise")
+        assert (alone.num_inference_steps, alone.guidance_scale, alone.solver) == (30, 5.0, None)
+    assert "rehyat/rehyat_defaults.json" in str(describe(both))
+    assert TextToVideo.from_pretrained(both, hybrid=None).settings().solver == UniPC()
 
 
 def test_what_cannot_be_is_a_sentence(pipe, folder, tmp_path) -> None:
