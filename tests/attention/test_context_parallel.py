@@ -14,9 +14,6 @@ from rehyat_jax.attention.sharded import hybrid_over_devices, softmax_over_devic
 from rehyat_jax.attention.softmax import softmax_attention
 from train.parallel.sharding import MeshConfig
 
-#: Compiled for values, not for speed.
-QUICKLY = {"xla_backend_optimization_level": 0}
-
 CHUNK = 3
 #: Devices along time; overlap in tokens, up to more than two devices have; stabiliser; decay.
 CASES = [
@@ -54,7 +51,7 @@ def _with_gradient(function, arrays, mesh=None):
 
     def run():
         gradient = jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True)
-        return jax.device_get(jax.jit(gradient, compiler_options=QUICKLY)(*arrays))
+        return jax.device_get(jax.jit(gradient)(*arrays))
 
     if mesh is None:
         return run()
@@ -130,9 +127,7 @@ def traffic():
 
     tokens = NamedSharding(mesh, spec(None, "time", None, None))
     with jax.set_mesh(mesh):
-        gradient = jax.jit(
-            jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)), in_shardings=(tokens,) * 5, compiler_options=QUICKLY
-        )
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)), in_shardings=(tokens,) * 5)
         return [list(x) for x in collectives(gradient.lower(*arrays).compile().as_text())]
 
 

@@ -56,11 +56,6 @@ def inputs(
     )
 
 
-def quickly_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For values, not speed: half the time of a test goes into compiling."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def equation(data: Inputs, chunk, overlap, causal, stabilizer, decay, *, printed_update=False) -> np.ndarray:
     """method.md §1, one query at a time; with ``decay`` each step of the recurrence of §2 in which a token has been in
     the state. ``printed_update``: the recurrence of the papers, which adds the whole softmax set to the state."""
@@ -145,7 +140,7 @@ def everything(cut: Cut) -> Callable[..., dict[tuple[str, str, str], Any]]:
             results[stabilizer, implementation, "cut"] = cut_calls(arrays, None, calls=cut.calls, **options)
         return results
 
-    return quickly_compiled(run)
+    return jax.jit(run)
 
 
 @settings(max_examples=examples(200), deadline=None, derandomize=True, database=None)
@@ -188,7 +183,7 @@ def test_one_chunk_is_softmax():
             for stabilizer, causal, name in itertools.product(STABILIZERS, (True, False), ("reference", "scan"))
         ]
 
-    for ours in quickly_compiled(every_way)(*arrays):
+    for ours in jax.jit(every_way)(*arrays):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
@@ -257,9 +252,9 @@ def test_gradients(overlap, causal, x64):
 
     for stabilizer in STABILIZERS:
         expected, got = (
-            quickly_compiled(
-                jax.grad(functools.partial(loss, stabilizer=stabilizer, implementation=name), argnums=(0, 1, 2))
-            )(arrays, jnp.asarray(data.decay), floats)
+            jax.jit(jax.grad(functools.partial(loss, stabilizer=stabilizer, implementation=name), argnums=(0, 1, 2)))(
+                arrays, jnp.asarray(data.decay), floats
+            )
             for name in ("reference", "scan")
         )
         for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
@@ -287,7 +282,7 @@ def test_stabilizer_has_no_gradient(x64):
 
     expected = (fixed(q + 1e-6 * direction) - fixed(q - 1e-6 * direction)) / 2e-6
     for implementation in ("reference", "scan"):
-        gradient = quickly_compiled(
+        gradient = jax.jit(
             jax.grad(
                 lambda q, name=implementation: hybrid_attention(
                     q, *data.jax()[1:], chunk=chunk, overlap=overlap, implementation=name
@@ -303,7 +298,7 @@ def test_extreme_scores_stay_finite(stabilizer):
     vanishing weights, and a past beside weights that would overflow."""
     q, k, v, phi_q, phi_k = inputs(8, head_dim=4).jax(jnp.float32)
     for implementation in ("reference", "scan"):
-        both = quickly_compiled(
+        both = jax.jit(
             jax.value_and_grad(
                 lambda *x, name=implementation: hybrid_attention(
                     *x, chunk=2, overlap=1, stabilizer=stabilizer, implementation=name
@@ -385,13 +380,12 @@ def test_sharded_over_batch_and_heads():
         def both(*arrays):
             return run(*arrays), jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*arrays)
 
-        quickly = {"xla_backend_optimization_level": 0}
-        expected = jax.jit(both, compiler_options=quickly)(*arrays)
+        expected = jax.jit(both)(*arrays)
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(kind, kind))
             with jax.set_mesh(mesh):
                 spread = [jax.device_put(a, NamedSharding(mesh, P("data", None, "heads", None))) for a in arrays]
-                got = jax.jit(both, compiler_options=quickly)(*spread)
+                got = jax.jit(both)(*spread)
             assert got[0].sharding.spec[:3] == ("data", None, "heads"), got[0].sharding
             for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
                 np.testing.assert_allclose(x, y, atol=2e-6)

@@ -85,7 +85,6 @@ def tiny_study(folder, *more):
     return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.full
 def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys):
     """From the teacher to its figures; a run again does what is missing, and another seed compiles nothing new."""

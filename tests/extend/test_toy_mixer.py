@@ -23,8 +23,6 @@ from rehyat_jax.models.checkpoints import describe, load_transformer
 from rehyat_jax.models.wan.transformer import WanTransformer
 from train.engine.arithmetic import forward_flops
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PAGE = (Path(__file__).parents[2] / "docs" / "extend" / "mixer.md").read_text(encoding="utf-8")
 MIXER, DISTILL, FINETUNE, STREAM = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 (COMMANDS,) = re.findall(r"^```console\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

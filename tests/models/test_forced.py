@@ -1,5 +1,7 @@
 """Teacher forcing in one pass: against the calls that it stands for, and its gradients against finite differences."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,6 @@ TINY = WanConfig(
 )
 #: Two and a half chunks of two frames.
 SHAPE = (2, 5, 4, 4, 4)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,12 @@ def inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     noisy, past = jax.random.normal(keys[0], SHAPE), jax.random.normal(keys[1], SHAPE)
     times = jax.random.uniform(keys[2], SHAPE[:2], maxval=1000.0)
     return noisy, times, past, times / 20, jax.random.normal(keys[3], (2, 3, 19))
+
+
+def compiled(call: Callable[[WanTransformer], jax.Array], model: WanTransformer) -> jax.Array:
+    """As one program: operation by operation, each would be compiled by itself."""
+    graph, weights = nnx.split(model)
+    return jax.jit(lambda weights: call(nnx.merge(graph, weights)))(weights)
 
 
 def velocity_of(model: WanTransformer, stop: int = 0, remat: bool = True) -> jax.Array:
@@ -81,41 +88,50 @@ def largest(found: jax.Array, expected: jax.Array) -> float:
 
 def test_it_is_two_calls_a_chunk(model: WanTransformer) -> None:
     # The same products in batches of another size.
-    assert largest(velocity_of(model), by_two_calls(model, detached=False)) < 1e-5
+    two_calls = compiled(lambda m: by_two_calls(m, detached=False), model)
+    assert largest(compiled(velocity_of, model), two_calls) < 1e-5
 
 
 def test_with_itself_as_its_past_it_is_the_whole_call(model: WanTransformer) -> None:
     noisy, times, _, _, text = inputs()
-    found = forced(
-        model,
-        noisy,
-        times,
-        model.read_text(text),
-        model.init_stream(2, 4, 4),
-        past=noisy,
-        past_times=times,
-    )
-    assert largest(found.velocity, model(noisy, times, text)) < 1e-5
+
+    def both(model: WanTransformer) -> tuple[jax.Array, jax.Array]:
+        found = forced(
+            model,
+            noisy,
+            times,
+            model.read_text(text),
+            model.init_stream(2, 4, 4),
+            past=noisy,
+            past_times=times,
+        )
+        return found.velocity, model(noisy, times, text)
+
+    assert largest(*compiled(both, model)) < 1e-5
 
 
 def test_it_goes_on_from_a_state(model: WanTransformer) -> None:
     noisy, times, past, past_times, text = inputs()
-    read, whole = model.read_text(text), velocity_of(model)
-    state, parts = model.init_stream(2, 4, 4), []
-    for frames in (slice(0, 2), slice(2, 5)):
-        found = forced(
-            model,
-            noisy[:, frames],
-            times[:, frames],
-            read,
-            state,
-            past=past[:, frames],
-            past_times=past_times[:, frames],
-            first_frame=frames.start,
-        )
-        state = found.state
-        parts.append(found.velocity)
-    assert largest(jnp.concatenate(parts, axis=1), whole) < 1e-5
+
+    def both(model: WanTransformer) -> tuple[jax.Array, jax.Array]:
+        read, whole = model.read_text(text), velocity_of(model)
+        state, parts = model.init_stream(2, 4, 4), []
+        for frames in (slice(0, 2), slice(2, 5)):
+            found = forced(
+                model,
+                noisy[:, frames],
+                times[:, frames],
+                read,
+                state,
+                past=past[:, frames],
+                past_times=past_times[:, frames],
+                first_frame=frames.start,
+            )
+            state = found.state
+            parts.append(found.velocity)
+        return jnp.concatenate(parts, axis=1), whole
+
+    assert largest(*compiled(both, model)) < 1e-5
 
 
 def losses(model: WanTransformer, velocity) -> tuple:
@@ -128,9 +144,18 @@ def norm(tree) -> float:
     return float(jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))
 
 
-def test_the_gradient_through_the_state_is_that_of_finite_differences(model: WanTransformer) -> None:
-    params, loss = losses(model, lambda m: velocity_of(m))
-    gradient = jax.jit(jax.grad(loss))(params)["hybrid_blocks"]["phi_k"]
+@pytest.fixture(scope="module")
+def through(model: WanTransformer) -> nnx.State:
+    """The gradient through the state, what is between computed again."""
+    params, loss = losses(model, velocity_of)
+    return jax.jit(jax.grad(loss))(params)
+
+
+def test_the_gradient_through_the_state_is_that_of_finite_differences(
+    model: WanTransformer, through: nnx.State
+) -> None:
+    params, loss = losses(model, velocity_of)
+    gradient = through["hybrid_blocks"]["phi_k"]
     assert norm(gradient) > 1e-4
     # Along the gradient of φ_k, which reaches this loss through the state alone.
     unit = jax.tree.map(lambda g: g / norm(gradient), gradient)
@@ -159,11 +184,10 @@ def test_stopped_at_each_chunk_it_is_detached_and_the_keys_features_learn_nothin
     assert norm(stopped["hybrid_blocks"]["phi_k"]) == 0
 
 
-def test_what_is_computed_again_is_the_same(model: WanTransformer) -> None:
-    params, loss = losses(model, lambda m: velocity_of(m))
-    _, kept = losses(model, lambda m: velocity_of(m, remat=False))
-    again, once = jax.jit(jax.grad(loss))(params), jax.jit(jax.grad(kept))(params)
-    assert norm(jax.tree.map(lambda a, b: a - b, again, once)) < 1e-5 * norm(once)
+def test_what_is_computed_again_is_the_same(model: WanTransformer, through: nnx.State) -> None:
+    params, kept = losses(model, lambda m: velocity_of(m, remat=False))
+    once = jax.jit(jax.grad(kept))(params)
+    assert norm(jax.tree.map(lambda a, b: a - b, through, once)) < 1e-5 * norm(once)
 
 
 def test_what_cannot_be_is_a_sentence(model: WanTransformer) -> None:

@@ -13,7 +13,21 @@ import pytest
 import torch
 from flax import nnx
 from shared import tiers
-from shared.wan import Case, abstract, by_diffusers, by_us, inputs, ported, quickly_compiled, reference, relative, scans
+from shared.wan import STUDENT as TINY
+from shared.wan import STUDENT_CASE as CASE
+from shared.wan import (
+    Case,
+    abstract,
+    by_diffusers,
+    by_us,
+    compiled_for_speed,
+    inputs,
+    ported,
+    reference,
+    relative,
+    scans,
+    streamed,
+)
 
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.errors import ConfigError, RehyatError
@@ -22,18 +36,6 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.variables import MixerParam
 
-TINY = WanConfig(
-    num_layers=3,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    ffn_dim=37,
-    in_channels=4,
-    out_channels=4,
-    text_dim=19,
-    freq_dim=34,
-)
-#: Seven latent frames of 2 × 3 tokens: no multiple of a chunk of three or two.
-CASE = Case(TINY, (7, 4, 6), 5, (500.0, 31.5))
 FRAME = 6
 
 
@@ -194,25 +196,6 @@ def test_a_chunk_of_the_whole_video_is_the_teacher(options, chunk, tmp_path):
     assert relative(by_us(model, *inputs(CASE)), by_us(teacher, *inputs(CASE))) < 1e-6
 
 
-def streamed(
-    model: WanTransformer, latents: np.ndarray, times: np.ndarray, text: np.ndarray, pieces: list[int], **tokens: int
-):
-    """Velocities of consecutive pieces, and how many programs that took."""
-    graph, weights = nnx.split(model)
-    read = quickly_compiled(lambda w, text: nnx.merge(graph, w).read_text(text, **tokens))(weights, text)
-
-    @quickly_compiled
-    def piece(weights, latents, state, first_frame):
-        return nnx.merge(graph, weights).stream(latents, times, read, state, first_frame=first_frame, **tokens)
-
-    state, out, first = model.init_stream(latents.shape[0], *latents.shape[2:4]), [], 0
-    for frames in pieces:
-        velocity, state = piece(weights, latents[:, first : first + frames], state, first)
-        out.append(np.asarray(velocity.astype(jnp.float32)))
-        first += frames
-    return np.concatenate(out, axis=1), piece._cache_size()
-
-
 STREAMS = {
     "published": HybridConfig(),
     "several_chunks": HybridConfig(),
@@ -273,9 +256,7 @@ def test_positions_far_into_a_stream(tmp_path):
     latents, times, text = map(jnp.asarray, inputs(CASE))
     state, read = model.init_stream(2, 4, 6), model.read_text(text)
     graph, weights = nnx.split(model)
-    call = quickly_compiled(
-        lambda w, first: nnx.merge(graph, w).stream(latents, times, read, state, first_frame=first)[0]
-    )
+    call = jax.jit(lambda w, first: nnx.merge(graph, w).stream(latents, times, read, state, first_frame=first)[0])
     near = np.asarray(call(weights, 0))
     for first in (5000, 10_000_000):
         assert relative(np.asarray(call(weights, first)), near) < 1e-4
@@ -335,7 +316,7 @@ def test_gradients_reach_what_is_asked_for_alone_and_rematerialised_are_the_same
     def gradient(wanted: nnx.filterlib.Filter, **how: bool) -> dict:
         graph, own, rest = nnx.split(model, wanted, ...)
 
-        @quickly_compiled
+        @jax.jit
         @jax.grad
         def slope(own: nnx.State, rest: nnx.State) -> jax.Array:
             return jnp.sum(jnp.square(nnx.merge(graph, own, rest)(*arguments, **how)))
@@ -383,7 +364,8 @@ def test_the_pasts_weight_falls_by_a_power_of_its_length_that_starts_at_zero(tmp
     plain, normed = (
         teacher.with_hybrid(HybridConfig(length_norm=norm, **options), rngs=nnx.Rngs(0)) for norm in (False, True)
     )
-    np.testing.assert_array_equal(by_us(normed, *inputs(CASE)), by_us(plain, *inputs(CASE)))
+    with_it, without = (by_us(model, *inputs(CASE), program=compiled_for_speed) for model in (normed, plain))
+    np.testing.assert_array_equal(with_it, without)
     graph, params = nnx.split(normed.hybrid_blocks)
 
     def weight(power: jax.Array) -> jax.Array:

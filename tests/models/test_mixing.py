@@ -1,6 +1,7 @@
 """Mixers that differ from block to block: each block against its own mixer, and what one model of them is."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from shared.wan import by_us, inputs, relative
-from test_hybrid_dit import CASE, TINY, streamed
+from shared.training import random_module
+from shared.wan import STUDENT_CASE as CASE
+from shared.wan import TINY, by_us, inputs, relative, streamed
 
 from rehyat_jax.attention.sharded import softmax_over_devices
 from rehyat_jax.errors import ConfigError, RehyatError
@@ -28,18 +30,16 @@ MIXED = BlockMixers((Hybrid(chunk_frames=2, degree=3), Softmax(), Window(sink_fr
 STREAMING = BlockMixers((Hybrid(), Window(sink_frames=1), Linear(decay=True), Hybrid()))
 
 
+@functools.cache
 def _model(hybrid) -> WanTransformer:
-    """Random numbers everywhere: the same teacher for every ``hybrid``, and mixers whose past counts."""
-    model = WanTransformer(FOUR, hybrid=hybrid, rngs=nnx.Rngs(0))
+    """Random numbers everywhere, and mixers whose past counts."""
+    model = random_module(lambda: WanTransformer(FOUR, hybrid=hybrid, rngs=nnx.Rngs(0)), 0)
     rng = np.random.default_rng(0)
-    for wanted, size in ((nnx.Not(MixerParam), 0.1), (MixerParam, 0.3)):
-        nnx.update(
-            model,
-            jax.tree.map(
-                lambda p, size=size: p + jnp.asarray(np.abs(rng.normal(size=p.shape)) * size, p.dtype),
-                nnx.state(model, wanted),
-            ),
-        )
+
+    def heard(p: jax.Array) -> jax.Array:
+        return jnp.asarray(np.asarray(p) + 0.3 * np.abs(rng.normal(size=p.shape)), p.dtype)
+
+    nnx.update(model, jax.tree.map(heard, nnx.state(model, MixerParam)))
     return model
 
 
@@ -60,20 +60,24 @@ def _mixers(model: WanTransformer) -> list:
 def test_every_block_attends_by_its_own_mixer_with_its_own_parameters(hybrid):
     """Against a walk through the blocks one by one, each with the module of its number: float32, 1e-5 relative."""
     model = _model(hybrid)
-    latents, times, text = map(jnp.asarray, inputs(CASE))
-    given, embedded = model.embed(latents, times), model.embed_text(text)
-    graph, layers = nnx.split(model.blocks)
-    x = given.x
-    for block, mixer in enumerate(_mixers(model)):
-        layer = nnx.merge(graph, jax.tree.map(lambda p, block=block: p[block], layers))
-        x, _ = layer.attending(
-            x,
-            embedded,
-            given.modulation,
-            given.rotary,
-            lambda q, k, v, mixer=mixer: (mixer(q, k, v, frame=6), None),
-        )
-    walked = np.asarray(model.unembed(x, given))
+
+    @jax.jit
+    def walk(latents, times, text):
+        given, embedded = model.embed(latents, times), model.embed_text(text)
+        graph, layers = nnx.split(model.blocks)
+        x = given.x
+        for block, mixer in enumerate(_mixers(model)):
+            layer = nnx.merge(graph, jax.tree.map(lambda p, block=block: p[block], layers))
+            x, _ = layer.attending(
+                x,
+                embedded,
+                given.modulation,
+                given.rotary,
+                lambda q, k, v, mixer=mixer: (mixer(q, k, v, frame=6), None),
+            )
+        return model.unembed(x, given)
+
+    walked = np.asarray(walk(*map(jnp.asarray, inputs(CASE))))
     assert relative(by_us(model, *inputs(CASE)), walked) < 1e-5
     assert relative(by_us(model.with_hybrid(None), *inputs(CASE)), walked) > 1e-3
 

@@ -15,7 +15,6 @@ from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.models.wan.vae_rows import vae_rows
 
 # Sizes at which compiling takes far longer than computing.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def config(base_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample, **more):

@@ -70,7 +70,7 @@ def test_fresh_noise_is_a_frames_own_and_a_steps_own() -> None:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory, quick_compilation) -> Path:
+def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 

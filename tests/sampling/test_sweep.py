@@ -37,9 +37,6 @@ SCHEDULE = FlowSchedule(grid="diffusers", shift=3.0)
 STEPS = sampling_steps(SCHEDULE, UniPC(), num_steps=20)
 GUIDED = Guidance(scale=4.0, forward="two")
 
-#: ``jax.jit`` for values, not speed: most of the time of these tests goes into compiling.
-quickly_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def random_model(hybrid: HybridConfig | None, config: WanConfig = TINY) -> WanTransformer:
     """No parameter where training starts, so that velocities are of order one and what lies in the states counts."""
@@ -62,7 +59,7 @@ def per_step(model, shape, *, steps=STEPS, guidance=GUIDED, batch=1) -> jax.Arra
     text = random_text(guidance.evaluations, batch).values
     graph, weights = nnx.split(model)
 
-    @quickly_compiled
+    @jax.jit
     def advance(weights, state, row):
         velocity = guided_velocity(nnx.merge(graph, weights), text, guidance=guidance)
         return sampling_step(velocity, state, step=row, solver=UniPC())
@@ -80,15 +77,15 @@ def per_chunk(
     keys, chunk, size = video_keys(3, count=batch), model.chunk_frames(), {"height": shape[1], "width": shape[2]}
     states = init_states(model, sampler, num_steps=len(steps.timestep), batch=batch, **size)
     text = random_text(guidance.evaluations, batch)
-    text_kv = quickly_compiled(lambda w: precompute_text_kv(nnx.merge(graph, w), text))(weights)
+    text_kv = jax.jit(lambda w: precompute_text_kv(nnx.merge(graph, w), text))(weights)
 
-    @functools.partial(quickly_compiled, static_argnames="frames")
+    @functools.partial(jax.jit, static_argnames="frames")
     def made(weights, states, first, frames):
         model, noise = nnx.merge(graph, weights), ChunkNoise(keys, first)
         how = {"shape": (frames, *shape[1:]), "first_frame": first, "steps": steps, "sampler": sampler}
         return rollout.denoise_chunk(model, states, noise, text_kv, **how)
 
-    @quickly_compiled
+    @jax.jit
     def committed(weights, states, latents, first):
         model, noise = nnx.merge(graph, weights), ChunkNoise(keys, first)
         how = {"first_frame": first, "steps": steps, "context_noise": context_noise}
@@ -139,7 +136,7 @@ def test_a_finished_chunk_is_committed_at_its_own_level(level, decay):
     made, after = per_chunk(model, (7, *size), steps=steps, context_noise=level)
     assert {x.shape[:3] for x in jax.tree.leaves(after)} == {(1, 2, TINY.num_layers)}
 
-    call = quickly_compiled(lambda x, t, row: model(x, t, row))
+    call = jax.jit(lambda x, t, row: model(x, t, row))
     seen = jnp.zeros((1, 0, *size))
     for first, frames in ((0, 3), (3, 3), (6, 1)):
         state = UniPC().init(frame_noise(keys, (frames, *size), first_frame=first))
@@ -166,7 +163,7 @@ def test_a_prefix_is_committed_as_if_it_had_been_made(context_noise):
     noises, context = frame_noise(keys, (6, *size)), ChunkNoise(keys).context((6, *size))
     made, _ = per_chunk(model, (9, *size), steps=steps, context_noise=context_noise, prefix=prefix)
 
-    call = quickly_compiled(lambda x, t, row: model(x, t, row))
+    call = jax.jit(lambda x, t, row: model(x, t, row))
     state = UniPC().init(frame_noise(keys, (3, *size), first_frame=6))
     for i in range(5):
         row = steps.at(i)
@@ -210,7 +207,7 @@ def test_softmax_sees_differences_of_positions_alone_however_late():
     keys, sampler = video_keys(0, count=1), Sampler(solver=UniPC(), guidance=Guidance(scale=1.0))
     steps = sampling_steps(SCHEDULE, UniPC(), num_steps=3)
 
-    @quickly_compiled
+    @jax.jit
     def two_chunks(first_frame):
         states = init_states(model, sampler, num_steps=3, batch=1, height=4, width=6)
         made, text_kv = [], precompute_text_kv(model, random_text(1, 1))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from shared import tiers
+from shared.programs import FOR_VALUES
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -19,11 +20,15 @@ def environment(devices: int) -> dict[str, str]:
         **os.environ,
         # A collective holds a thread until the last device has arrived; fewer threads than that wait for ever.
         "NPROC": "64",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+        "XLA_FLAGS": " ".join(
+            (
+                *FOR_VALUES,
+                f"--xla_force_host_platform_device_count={devices}",
+                "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+            )
+        ),
         "JAX_PLATFORMS": "cpu",
         "REHYAT_TEST_TIER": tiers.tier,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled for values, not speed
         "PYTHONPATH": os.pathsep.join(map(str, [folder.parent, folder, *filter(Path.is_dir, folder.iterdir())])),
     }
 

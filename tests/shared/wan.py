@@ -1,7 +1,6 @@
 """diffusers' Wan transformer with random weights, ours with the same, and the same call of both."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from flax import nnx
+from shared.programs import FOR_SPEED
 
 from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.wan.config import WanConfig
@@ -35,6 +35,12 @@ class Case:
     text: int
     #: One a sample.
     times: tuple[float, ...]
+
+
+#: Of three blocks, to be converted: some of them and all.
+STUDENT = dataclasses.replace(TINY, num_layers=3)
+#: Seven latent frames of 2 × 3 tokens: no multiple of a chunk of three or two.
+STUDENT_CASE = Case(STUDENT, (7, 4, 6), 5, (500.0, 31.5))
 
 
 def reference(config: WanConfig, seed: int) -> WanTransformer3DModel:
@@ -87,21 +93,39 @@ def by_diffusers(model: WanTransformer3DModel, latents: np.ndarray, times: np.nd
     return out.float().permute(0, 2, 3, 4, 1).numpy()
 
 
-#: ``jax.jit`` for values, not speed: half the time of such a test goes into compiling.
-quickly_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(quickly_compiled, static_argnums=0)
-def compiled(
-    graph: nnx.GraphDef, weights: nnx.State, latents: jax.Array, times: jax.Array, text: jax.Array
-) -> jax.Array:
+def _call(graph: nnx.GraphDef, weights: nnx.State, latents: jax.Array, times: jax.Array, text: jax.Array) -> jax.Array:
     return nnx.merge(graph, weights)(latents, times, text)
 
 
-def by_us(model: WanTransformer, latents: np.ndarray, times: np.ndarray, text: np.ndarray) -> np.ndarray:
-    out = compiled(*nnx.split(model), latents, times, text)
+compiled = jax.jit(_call, static_argnums=0)
+compiled_for_speed = jax.jit(_call, static_argnums=0, compiler_options=FOR_SPEED)
+
+
+def by_us(
+    model: WanTransformer, latents: np.ndarray, times: np.ndarray, text: np.ndarray, *, program=compiled
+) -> np.ndarray:
+    out = program(*nnx.split(model), latents, times, text)
     assert out.dtype == model.dtype
     return np.asarray(out.astype(jnp.float32))
+
+
+def streamed(
+    model: WanTransformer, latents: np.ndarray, times: np.ndarray, text: np.ndarray, pieces: list[int], **tokens: int
+):
+    """Velocities of consecutive pieces, and how many programs that took."""
+    graph, weights = nnx.split(model)
+    read = jax.jit(lambda w, text: nnx.merge(graph, w).read_text(text, **tokens))(weights, text)
+
+    @jax.jit
+    def piece(weights, latents, state, first_frame):
+        return nnx.merge(graph, weights).stream(latents, times, read, state, first_frame=first_frame, **tokens)
+
+    state, out, first = model.init_stream(latents.shape[0], *latents.shape[2:4]), [], 0
+    for frames in pieces:
+        velocity, state = piece(weights, latents[:, first : first + frames], state, first)
+        out.append(np.asarray(velocity.astype(jnp.float32)))
+        first += frames
+    return np.concatenate(out, axis=1), piece._cache_size()
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -31,7 +31,7 @@ QUICK = ["--clips", "2", "--frames", "13", "--long", "21", "--waits", "0", "--st
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory, quick_compilation):
+def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield

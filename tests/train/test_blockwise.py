@@ -1,7 +1,6 @@
 """One pass over a teacher's blocks: gradients against the naive loss, weights against the operator."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -23,9 +22,6 @@ from train.engine.optimizer import OptimizerConfig
 from train.stages.attention_loss import health, score_loss
 from train.stages.blockwise import Seen, draw_order, learn, measure, observe
 
-#: For values, not speed.
-QUICKLY = {"xla_backend_optimization_level": 0}
-quick = functools.partial(jax.jit, compiler_options=QUICKLY)
 WAN = WanConfig(
     num_layers=3,
     num_attention_heads=2,
@@ -75,7 +71,7 @@ def test_weights_are_those_of_the_operator(hybrid):
     """Applied to v and divided by their sum they are the block's output: float32 sums of 15 tokens."""
     attention, seen, frame = _attention(hybrid), _seen(5, 3), 3
     queries = jnp.array([0, 4, 8, 14])
-    found, whole = quick(
+    found, whole = jax.jit(
         lambda seen: (
             attention.weights(seen.q, seen.k, queries=queries, frame=frame),
             attention(seen.q, seen.k, seen.v, frame=frame),
@@ -143,7 +139,7 @@ def _pass(teacher, points, converted, *, optimizer=PLAIN, loss="l1", passes=1, p
     numbers = tuple(i for i, here in enumerate(converted) if here)
     mixing = Mixing.of(dataclasses.replace(HYBRID, blocks=numbers), len(converted))
 
-    @quick
+    @jax.jit
     def run(blocks, order):
         def visit(block, seen, frame):
             return learn(
@@ -196,7 +192,7 @@ def test_gradients_are_those_of_the_naive_loss(teacher, points, passed):
         return total, teacher.unembed(x, inputs)
 
     states = [nnx.state(block) for block in blocks]
-    (value, answer), expected = quick(jax.value_and_grad(naive, has_aux=True))(states)
+    (value, answer), expected = jax.jit(jax.value_and_grad(naive, has_aux=True))(states)
     velocity, (after, losses) = passed(_stacked(blocks))
     np.testing.assert_allclose(losses.sum(), value, rtol=1e-5)
     # The pass goes on with the teacher's own output.
@@ -240,7 +236,7 @@ def test_several_updates_of_parts_lower_the_loss(loss):
     # Every pass takes every row once.
     np.testing.assert_array_equal(np.sort(np.asarray(order.rows).reshape(8, 4)), np.tile(np.arange(4), (8, 1)))
 
-    @quick
+    @jax.jit
     def run(block, order):
         return learn(block, seen, order, jnp.float32(1e-2), graph=graph, frame=3, loss=loss, optimizer=optimizer)
 
@@ -258,9 +254,11 @@ def test_a_chunk_of_the_whole_video_is_the_teacher(teacher, points):
     def visit(params, seen, frame):
         return measure(params, seen, graph=nnx.graphdef(blocks[0]), frame=frame)
 
-    velocity, (figures,) = quick(lambda own: observe(teacher, points, [visit], [own], text_tokens=40))(_stacked(blocks))
+    velocity, (figures,) = jax.jit(lambda own: observe(teacher, points, [visit], [own], text_tokens=40))(
+        _stacked(blocks)
+    )
     padded = jnp.pad(points.text, ((0, 0), (0, 35), (0, 0)))
-    np.testing.assert_allclose(velocity, quick(teacher)(points.latents, points.timesteps, padded), atol=1e-5)
+    np.testing.assert_allclose(velocity, jax.jit(teacher)(points.latents, points.timesteps, padded), atol=1e-5)
     assert figures.error.shape == (3,)
     assert figures.error.max() < 1e-5
     np.testing.assert_array_equal(figures.share, 0)

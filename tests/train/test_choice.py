@@ -17,8 +17,6 @@ from rehyat_jax.models.checkpoints import load_transformer
 from train.data.clips import Bucket
 from train.stages.choice import Choice, Chosen, choose, mixer_milliseconds
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CANDIDATES = (Hybrid(chunk_frames=1, degree=1), Hybrid(chunk_frames=2, overlap_frames=0), Window(chunk_frames=1))
 #: Of softmax and the candidates. 5.5 are for a window (1) and the second hybrid (4.5), or two that are cheaper.
 TIMES = dict(zip((Softmax(), *CANDIDATES), (8.0, 6.0, 4.5, 1.0), strict=True))

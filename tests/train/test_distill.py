@@ -23,16 +23,12 @@ from train.data.sources import Source
 from train.engine.checkpoint import Checkpoints
 from train.stages.distill import DistillTraining, main
 
-#: For values, not speed.
-QUICKLY = {"xla_backend_optimization_level": 0}
-
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly(tmp_path_factory):
-    """Programs compiled once, and for values."""
+def cache(tmp_path_factory):
+    """Programs compiled once, in whichever process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(train.engine.engine, "compile_all", lambda makers: [make().compile(QUICKLY) for make in makers])
         keep_compiled(cache_folder())
         yield
 

@@ -31,7 +31,7 @@ from train.stages.flow import Batch, Validation
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory, quick_compilation):
+def cache(tmp_path_factory):
     """Programs compiled once, in whichever process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))

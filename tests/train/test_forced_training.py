@@ -20,7 +20,6 @@ from train.engine.optimizer import OptimizerConfig
 from train.stages.forced import ForcedTraining, Past
 
 HYBRID = HybridConfig(chunk_frames=2, overlap_frames=1, length_norm=True)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def training(model: Path, out: Path, **options) -> ForcedTraining:

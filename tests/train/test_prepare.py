@@ -38,7 +38,7 @@ CAPTIONS = ("a lemon moving down", "a mushroom on a blue background", "a koala",
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory, quick_compilation):
+def cache(tmp_path_factory):
     """Programs compiled once, in whichever process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))

@@ -83,7 +83,7 @@ config = Toy(out=Path("unused"), steps=32)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory, quick_compilation):
+def cache(tmp_path_factory):
     """Programs compiled once, and kept for the next run in this or another process."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:

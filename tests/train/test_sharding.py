@@ -22,7 +22,6 @@ from train.engine.optimizer import OptimizerConfig
 from train.parallel.sharding import MeshConfig, check_mesh, on_mesh, parameter_specs
 from train.stages.flow import flow_loss
 
-QUICKLY = {"xla_backend_optimization_level": 0}
 WAN = WanConfig(
     num_layers=2,
     num_attention_heads=4,
@@ -108,7 +107,6 @@ def _lower(sizes, blocks, frames):
             _step(_model(blocks)[0]),
             in_shardings=(cut, *on_mesh(mesh, [spec("batch", *[None] * (x.ndim - 1)) for x in batch])),
             out_shardings=(None, cut),
-            compiler_options=QUICKLY,
         ).lower(params, *batch)
 
 

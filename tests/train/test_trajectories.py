@@ -1,6 +1,5 @@
 """Distillation's inputs: trajectories against `per_step`, prompts held out, clips at every level of noise."""
 
-import functools
 from pathlib import Path
 
 import jax
@@ -15,10 +14,6 @@ from rehyat_jax.sampling.rollout import per_step
 from rehyat_jax.sprites.captions import parse
 from train.data.sources import NoisyClips, Source
 from train.data.trajectories import Sampling
-
-#: For values, not speed.
-QUICKLY = {"xla_backend_optimization_level": 0}
-quick = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 # Trajectories --------------------------------------------------------------------------------------------------------
 
@@ -63,7 +58,7 @@ def test_trajectories_are_those_of_sampling():
     def model(latents, t, text):
         return jnp.tanh(latents * text.mean((1, 2))[:, None, None, None, None] + t[:, None, None, None, None] / 1000)
 
-    @quick
+    @jax.jit
     def turn_of(rollouts, turn):
         rollouts = sampling.restart(rollouts, turn, key)
         points = sampling.points(rollouts, sampling.table.at(turn.places), negative)
@@ -138,7 +133,7 @@ def test_clips_come_at_every_level_of_noise(folder):
         embed=lambda texts: jnp.asarray([[[len(text)]] for text in texts], jnp.float32),
     )
     turn = clips.turn(3)
-    _, points = quick(clips.points)(None, turn, clips.frozen)
+    _, points = jax.jit(clips.points)(None, turn, clips.frozen)
     assert points.latents.shape == (8, *source.latent_shape(vae.config, load_transformer(folder).config))
     sigma = np.asarray(points.timesteps) / 1000
     shift = np.tile([3.0, 1.0], 4)
@@ -146,7 +141,7 @@ def test_clips_come_at_every_level_of_noise(folder):
     assert np.all((even * 8 >= np.arange(8)) & (even * 8 < np.arange(8) + 1))
     # Nearly a clip at low noise, nearly noise (of variance 1) at high.
     scenes, key, _ = turn
-    clean = quick(lambda scenes: vae.normalize(vae.encode(clips._bucket.render(scenes))))(scenes)
+    clean = jax.jit(lambda scenes: vae.normalize(vae.encode(clips._bucket.render(scenes))))(scenes)
     assert float(jnp.abs(points.latents[0] - clean[0]).mean()) < 0.4
     noise = jax.random.normal(jax.random.split(key)[1], clean.shape)
     np.testing.assert_allclose(
