@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 from rehyat_jax.mixers.config import Conversion, read_conversion
@@ -23,6 +22,7 @@ from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.runtime.memory import Need, Room
 from rehyat_jax.runtime.platform import platform
+from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.sampling.rollout import ContextNoise
 from rehyat_jax.weights.files import read_json
 
@@ -81,7 +81,7 @@ def mixer_cache_bytes(
     kinds: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
     total = 0
     for mixer in mixing.converted_groups:
-        module = nnx.eval_shape(lambda mixer=mixer: mixer.make(**shape, **kinds, rngs=nnx.Rngs(0)))
+        module: Any = abstract_module(mixer.make, **shape, **kinds)
         state = jax.eval_shape(lambda m=module: m.init_state(batch=batch, frame=frame_tokens, dtype=kinds["dtype"]))
         total += len(mixing.blocks(mixer)) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     return levels * total

@@ -8,8 +8,9 @@ to an optimiser, follow from its `Axes`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -82,3 +83,17 @@ def described(module: nnx.Module, what: str) -> str:
         math.prod(variable.shape) for variable in jax.tree.leaves(nnx.state(module)) if hasattr(variable, "shape")
     )
     return f"{type(module).__name__}({what}, {count / 1e6:.1f} M parameters)"
+
+
+def abstract_module(make: Callable[..., nnx.Module], *arguments: Hashable, **options: Hashable) -> Any:
+    """A module without memory, shapes only, as ``nnx.eval_shape`` of ``make(*arguments, **options, rngs=…)`` gives it.
+
+    Tracing a constructor takes tenths of a second, and a process asks for the same few modules again and again: the
+    trace is kept, and each caller has a copy of its own.
+    """
+    return nnx.clone(_traced(make, arguments, tuple(options.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(make: Callable[..., nnx.Module], arguments: tuple[Hashable, ...], options: tuple[Any, ...]) -> Any:
+    return nnx.eval_shape(lambda: make(*arguments, **dict(options), rngs=nnx.Rngs(0)))

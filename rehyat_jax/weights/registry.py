@@ -6,15 +6,16 @@ Families (``models/wan``, ``models/umt5``) register theirs when they are importe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
+from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.weights.files import TensorInfo
 from rehyat_jax.weights.rows import Row, renamed
 
@@ -101,7 +102,7 @@ class Attachment(Protocol):
         """What `rehyat info` prints of it; ``others`` has the configurations of the checkpoint's other networks."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Component:
     """One network of a checkpoint."""
 
@@ -166,7 +167,7 @@ class Component:
     def abstract(self, config: Any, dtype: Any) -> Any:
         """The module without memory: shapes only."""
         kinds = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
-        return nnx.eval_shape(lambda: self.module(config, **kinds, rngs=nnx.Rngs(0)))
+        return abstract_module(self.module, config, **kinds)
 
     def with_dialect(self, dialect: Dialect) -> Component:
         """The same network, whose files may be in one more dialect."""
@@ -231,7 +232,7 @@ def holdings(names: Iterable[str]) -> dict[str, Holding]:
     clean = {name: unwrapped(name) for name in names}
     found: dict[tuple[str, str], dict[str, int]] = {}
     marked: set[tuple[str, str, str]] = set()
-    index = _index()
+    index = _index(tuple(kinds()))
     marks = {(each.name, dialect.name): dialect for each in kinds() for dialect in each.dialects}
     for short in clean.values():
         parts, without_numbers = short.split("."), generic(short).split(".")
@@ -268,10 +269,12 @@ def generic(name: str) -> str:
     return ".".join("{}" if _NUMBER.fullmatch(part) else part for part in name.split("."))
 
 
-def _index() -> dict[str, list[tuple[str, str]]]:
-    """Networks and dialects by each name that they know, numbers replaced by ``{}``."""
+@functools.lru_cache(maxsize=2)
+def _index(components: tuple[Component, ...]) -> dict[str, list[tuple[str, str]]]:
+    """Networks and dialects by each name that they know, numbers replaced by ``{}``. Kept: every folder that is opened
+    asks for it, and some thousand rows are behind it."""
     index: dict[str, list[tuple[str, str]]] = {}
-    for each in kinds():
+    for each in components:
         for row in each.all_rows():
             for dialect in row.names:
                 for spelling in row.spellings(dialect):

@@ -1,5 +1,6 @@
 """``rehyat generate --sweep per-chunk``: what it makes; that it cannot be ended so that frames are lost or doubled."""
 
+import functools
 import json
 import os
 import shutil
@@ -80,12 +81,15 @@ def short(checkpoint, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def stopped(rehyat, tmp_path, monkeypatch):
-    """A run of SHORT frames that was killed after so many chunks, before the state of the last one was saved."""
+@pytest.fixture(scope="module")
+def killed(checkpoint, tmp_path_factory):
+    """A folder of a run of SHORT frames that was killed after so many chunks, before the state of the last one was
+    saved."""
 
-    def stop(chunks: int) -> Path:
-        append, made = GrowingVideo.append, []
+    @functools.cache
+    def kill(chunks: int) -> Path:
+        folder, append, made = tmp_path_factory.mktemp("killed"), GrowingVideo.append, []
+        argv = ["generate", "a cat", "--model", checkpoint, *SMALL, "--out", folder / "a.mp4", "--sweep", "per-chunk"]
 
         def last(self, block):
             append(self, block)
@@ -93,11 +97,23 @@ def stopped(rehyat, tmp_path, monkeypatch):
             if len(made) == chunks:
                 raise Killed
 
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GrowingVideo, "append", last)
             patch.setattr("rehyat_jax.cli.generate_stream._PATIENCE", 0)
             with pytest.raises(Killed):
-                rehyat(tmp_path / "a.mp4", "--sweep", "per-chunk", "--frames", SHORT)
+                cli.main([str(argument) for argument in (*argv, "--frames", SHORT)])
+        return folder
+
+    return kill
+
+
+@pytest.fixture
+def stopped(killed, capsys, tmp_path):
+    """Such a run's video, in a folder of its own."""
+
+    def stop(chunks: int) -> Path:
+        shutil.copytree(killed(chunks), tmp_path, dirs_exist_ok=True)
+        capsys.readouterr()
         return tmp_path / "a.mp4"
 
     return stop

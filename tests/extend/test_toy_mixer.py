@@ -67,6 +67,7 @@ def test_a_whole_video_and_its_chunks_agree_in_a_model(toy):
     assert fewer == 2 * (4 * 10**2 - 4 * 10) * WAN.dim
 
 
+@pytest.mark.full
 def test_followed_literally_the_page_distils_finetunes_streams_saves_and_loads(place, toy, capsys):
     for line in COMMANDS.splitlines():
         program, *arguments = shlex.split(line)

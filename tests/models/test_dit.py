@@ -129,6 +129,7 @@ def test_gradients_agree_with_diffusers(tmp_path):
     assert max(errors.values()) < 1e-4, errors
 
 
+@pytest.mark.full
 def test_one_block_of_wan_1_3b(tmp_path):
     """Width 1536, 12 heads of 128, feed-forward 8960, 512 text tokens: 2e-4 relative on what the block adds."""
     config = WanConfig(num_layers=1, text_dim=8, freq_dim=8)
@@ -146,7 +147,7 @@ def test_one_block_of_wan_1_3b(tmp_path):
     assert relative(ours - x, theirs - x) < 2e-4
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", tiers.breadth(["bfloat16", "float16"]))
 def test_half_precision_is_as_near_to_float32_as_diffusers_is(dtype, tmp_path):
     """bf16 keeps 8 bits, each rounding an rms of 2^-9/√3 relative; some thirty in a row make 0.6 %, and 3 % is five
     times that (float16: three bits more, an eighth). Nor may it be worse than diffusers' own half precision by more

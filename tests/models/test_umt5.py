@@ -10,7 +10,8 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from shared.umt5 import ported, reference
+from shared import tiers
+from shared.umt5 import by_us, ported, reference
 from transformers import UMT5Config, UMT5EncoderModel
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
@@ -52,7 +53,7 @@ def batch(config: TextEncoderConfig, *, length: int, real: list[int], seed: int)
     return ids, np.arange(length)[None] < np.asarray(real)[:, None]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiers.breadth(CONFIGS))
 def test_agrees_with_transformers(name):
     """1e-4 on activations of order one (the last norm makes them so), in float32, at every real position."""
     config = CONFIGS[name]
@@ -61,7 +62,7 @@ def test_agrees_with_transformers(name):
     with torch.no_grad():
         out = model(torch.tensor(ids.astype(np.int64)), torch.tensor(mask.astype(np.int64)))
     theirs = out.last_hidden_state.numpy()
-    ours = np.asarray(ported(model, config)(ids, mask.astype(np.int32)))
+    ours = by_us(ported(model, config), ids, mask.astype(np.int32))
     assert 0.3 < theirs[mask].std() < 3
     np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-4, rtol=0)
 
@@ -98,7 +99,7 @@ def test_bf16_stays_near_float32():
     config = CONFIGS["as_t5"]
     model = reference(config, seed=5)
     ids, mask = batch(config, length=40, real=[40, 11], seed=3)
-    exact = np.asarray(ported(model, config)(ids, mask))
+    exact = by_us(ported(model, config), ids, mask)
     rounded = ported(model, config, dtype=jnp.bfloat16)(ids, mask)
     assert rounded.dtype == jnp.bfloat16
     error = np.asarray(rounded.astype(jnp.float32))[mask] - exact[mask]
@@ -147,6 +148,7 @@ def test_layers_start_different_and_from_the_seed():
     assert jnp.abs(kernel - other.block.self_attention.q.kernel[...]).max() > 1e-3
 
 
+@pytest.mark.full
 def test_learns_from_scratch_with_adam():
     """Position 1 must report the token two places on: from chance (ln 8 = 2.08) to below 0.1 in 150 steps of Adam."""
     encoder = UMT5Encoder(dataclasses.replace(TINY, d_model=32, d_kv=16, vocab_size=8), rngs=nnx.Rngs(0))
@@ -172,7 +174,7 @@ def test_learns_from_scratch_with_adam():
     assert losses[-10:].mean() < 0.1
 
 
-@pytest.mark.parametrize("scale", [1.0, 3000.0, 1e5])
+@pytest.mark.parametrize("scale", tiers.breadth([3000.0, 1.0, 1e5]))
 def test_float16_is_that_of_transformers_and_never_overflows(tmp_path, scale):
     """Loaded from one folder by both, where the feed-forward's sums are up to 4e5, beyond float16's 65504: 2e-2 on
     activations of order one (float16 keeps 11 bits, over three layers)."""

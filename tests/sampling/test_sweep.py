@@ -115,7 +115,6 @@ def difference(a: jax.Array, b: jax.Array) -> float:
             (HybridConfig(chunk_frames=2, overlap_frames=1, kind="window", sink_frames=1), 1),
             (HybridConfig(chunk_frames=3, overlap_frames=0, kind="linear"), 1),
         ],
-        test=2,
     ),
 )
 def test_the_two_sweeps_are_one_function(hybrid, batch):
@@ -152,7 +151,7 @@ def test_a_finished_chunk_is_committed_at_its_own_level(level, decay):
     assert difference(made, per_step(model, (7, *size), steps=steps)) > 0.01
 
 
-@pytest.mark.parametrize("context_noise", ["steps", 0.0, tiers.full(0.1)])
+@pytest.mark.parametrize("context_noise", tiers.breadth(["steps", 0.0, 0.1]))
 def test_a_prefix_is_committed_as_if_it_had_been_made(context_noise):
     """Two given chunks, then one that is made: against calls on the whole video, the given frames at the level and time
     that the newest chunk has, or at those of what is finished; the solver by hand."""
@@ -254,7 +253,7 @@ def test_text_keys_and_values_are_computed_once_for_all_chunks_and_steps():
     assert products(program, of_features) == products(program, of_width) == 0
 
 
-@pytest.mark.parametrize("remember", ["steps", 0.0])
+@pytest.mark.parametrize("remember", tiers.breadth([0.0, "steps"]))
 def test_memory_does_not_grow_with_the_length(remember):
     """By XLA's account, 9 latent frames and 999 need the same beside the weights and the latents they result in."""
     options = stream_memory.Options(model="tiny", width=48, height=32, lengths=(9, 999), remember=remember)

@@ -2,11 +2,13 @@
 
 - ``check``: what is known by ``tests/durations.json`` to cost at most ``CHECK_SECONDS``: nothing that compiles much.
 - ``test`` (pytest's default here): every claim once, at a small size: all but ``full``.
-- ``rest``: what ``make test-all`` adds: ``full`` tests and parameters, and hypothesis at its full strength.
+- ``rest``: what ``make test-all`` adds: ``full`` tests and parameters, ``wider`` ones with all their cases, and
+  hypothesis at its full strength.
 - ``all``: both.
 
 A test or a whole file joins the last by ``@pytest.mark.full``, some of its parameters by ``full(...)`` or
-``breadth(...)``; a property has its number of examples by ``examples(...)``.
+``breadth(...)``; a property has its number of examples by ``examples(...)``. ``@pytest.mark.wider`` is of a test that
+runs in both, in ``test`` with the first of its cases (``chosen``).
 """
 
 import json
@@ -60,7 +62,8 @@ def runs(item: pytest.Item, costs: "Costs") -> bool:
         case "test":
             return not marked
         case "rest":
-            return marked or getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+            wider = item.get_closest_marker("wider") is not None
+            return marked or wider or getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
         case _:
             return True
 

@@ -1,6 +1,10 @@
 """A tiny model of random numbers, a teacher folder of it, and a finetuning of that: what tests of training share."""
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -60,7 +64,15 @@ def random_module(make, seed: int):
 
 
 def write_teacher(folder: Path) -> Path:
-    """A whole model of random numbers; its VAE halves sides and time once."""
+    """A whole model of random numbers; its VAE halves sides and time once. Made once in a process, and copied."""
+    shutil.copytree(_written_teacher(), folder, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _written_teacher() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     build_sprite_tokenizer(folder / "tokenizer", list(NAMES))
     vocabulary = Tokenizer.from_folder(folder / "tokenizer").vocab_size
     text = TextEncoderConfig(vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)

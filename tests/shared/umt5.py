@@ -32,15 +32,20 @@ def ported(model: UMT5EncoderModel, config: TextEncoderConfig, **options) -> UMT
         layers = [theirs[f"encoder.block.{i}.layer.{name}.weight"] for i in range(config.num_layers)]
         return jnp.asarray(np.stack([layer.T if transpose else layer for layer in layers]))
 
-    encoder = UMT5Encoder(config, rngs=nnx.Rngs(0), **options)
+    encoder = nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0), **options))
     block = encoder.block
-    encoder.shared.embedding[...] = jnp.asarray(theirs["shared.weight"])
-    encoder.final_layer_norm.scale[...] = jnp.asarray(theirs["encoder.final_layer_norm.weight"])
-    block.self_attention_norm.scale[...] = stacked("0.layer_norm")
-    block.ffn_norm.scale[...] = stacked("1.layer_norm")
-    block.self_attention.relative_attention_bias.embedding[...] = stacked("0.SelfAttention.relative_attention_bias")
+    encoder.shared.embedding.set_value(jnp.asarray(theirs["shared.weight"]))
+    encoder.final_layer_norm.scale.set_value(jnp.asarray(theirs["encoder.final_layer_norm.weight"]))
+    block.self_attention_norm.scale.set_value(stacked("0.layer_norm"))
+    block.ffn_norm.scale.set_value(stacked("1.layer_norm"))
+    block.self_attention.relative_attention_bias.embedding.set_value(stacked("0.SelfAttention.relative_attention_bias"))
     for name in "qkvo":
-        getattr(block.self_attention, name).kernel[...] = stacked(f"0.SelfAttention.{name}", transpose=True)
+        getattr(block.self_attention, name).kernel.set_value(stacked(f"0.SelfAttention.{name}", transpose=True))
     for name in ("wi_0", "wi_1", "wo"):
-        getattr(block.ffn, name).kernel[...] = stacked(f"1.DenseReluDense.{name}", transpose=True)
+        getattr(block.ffn, name).kernel.set_value(stacked(f"1.DenseReluDense.{name}", transpose=True))
     return encoder
+
+
+def by_us(encoder: UMT5Encoder, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    graph, weights = nnx.split(encoder)
+    return np.asarray(jax.jit(lambda weights: nnx.merge(graph, weights)(ids, mask))(weights))

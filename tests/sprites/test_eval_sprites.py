@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
+from shared import tiers
 from shared.checkpoint import save_tiny_checkpoint
 
 from rehyat_jax import cli
@@ -115,12 +116,13 @@ def test_what_was_measured_before_an_end_is_kept(rehyat, teacher, monkeypatch):
     assert found == {"training length"}
 
 
-def test_a_softmax_model_has_no_streams_and_is_told_so(rehyat, teacher):
-    code, output, error = rehyat("sprites", "--model", teacher, *QUICK, "--out", "a/b.json")
+@pytest.mark.parametrize("options", [["--occlusions", "0"], tiers.full([])], ids=str)
+def test_a_softmax_model_has_no_streams_and_is_told_so(rehyat, teacher, options):
+    code, output, error = rehyat("sprites", "--model", teacher, *QUICK, *options, "--out", "a/b.json")
     assert code == 0, error
     assert "blocks 0-1 of 2 attend to the whole video by softmax; the figures of streams are left out" in error
     found = {(m["subject"], m["source"]) for m in json.loads(Path("a/b.json").read_text())["measurements"]}
-    assert ("hidden wait 0", "per step") in found
+    assert ("training length" if options else "hidden wait 0", "per step") in found
     assert not any("long" in subject or "streamed" in source for subject, source in found)
     assert "streamed" not in output
 
@@ -182,24 +184,24 @@ def test_a_mistake_exits_with_2_and_makes_no_file(rehyat, teacher, tmp_path, opt
     assert os.listdir(tmp_path) == []
 
 
-def test_clips_are_the_streams_and_the_whole_videos_of_their_seeds(student):
+@pytest.mark.parametrize("frames", tiers.breadth([13, 17]))
+def test_clips_are_the_streams_and_the_whole_videos_of_their_seeds(student, frames):
     """Five latent frames and two: a last chunk that is cut, and groups of clips. One level of 255 is rounding."""
     pipe = TextToVideo.from_pretrained(student)
     texts = captions(unseen_scenes(4, seed=0))
     steps: list[tuple[int, int]] = []
-    for frames in (13, 17):
-        settings = pipe.settings(num_frames=frames, height=16, width=32, num_inference_steps=2, guidance_scale=2.0)
-        how = {"seed": 5, "batch": 2, "progress": lambda *done: steps.append(done)}
-        streamed = generated(pipe, texts, settings, sweep="per-chunk", **how)
-        assert streamed.shape == (4, frames, 16, 32, 3)
-        assert steps[-1] == ((frames // 4 + 2) // 2 * 2,) * 2
-        one = pipe.open_stream(texts[3], height=16, width=32, num_inference_steps=2, guidance_scale=2.0, seed=8)
-        want = np.concatenate([next(one) for _ in range(3)])[:frames]
-        assert np.abs(streamed[3].astype(int) - want).max() <= 1
-        if frames == 13:
-            whole = generated(pipe, texts, settings, sweep="per-step", **how)
-            assert steps[-1] == (4, 4)
-            assert np.abs(streamed.astype(int) - whole).max() <= 1
+    settings = pipe.settings(num_frames=frames, height=16, width=32, num_inference_steps=2, guidance_scale=2.0)
+    how = {"seed": 5, "batch": 2, "progress": lambda *done: steps.append(done)}
+    streamed = generated(pipe, texts, settings, sweep="per-chunk", **how)
+    assert streamed.shape == (4, frames, 16, 32, 3)
+    assert steps[-1] == ((frames // 4 + 2) // 2 * 2,) * 2
+    one = pipe.open_stream(texts[3], height=16, width=32, num_inference_steps=2, guidance_scale=2.0, seed=8)
+    want = np.concatenate([next(one) for _ in range(3)])[:frames]
+    assert np.abs(streamed[3].astype(int) - want).max() <= 1
+    if frames == 13:
+        whole = generated(pipe, texts, settings, sweep="per-step", **how)
+        assert steps[-1] == (4, 4)
+        assert np.abs(streamed.astype(int) - whole).max() <= 1
 
 
 @pytest.mark.full
@@ -240,6 +242,7 @@ def test_no_prompt_is_one_of_training():
     assert set(np.asarray(occlusion_scenes(5, wait=16, seed=3).waits)) == {16}
 
 
+@pytest.mark.full
 def test_swapped_occlusions_come_out_and_are_not_recalled():
     """Wait 0, where the change has the fewest frames to hide in; two clips, as the run above had compiled."""
     scenes = occlusion_scenes(2, wait=0, seed=0)

@@ -152,6 +152,7 @@ def test_samples_are_well_formed():
     assert abs(reserved[~one].mean() - 1 / 32) < 0.009
 
 
+@pytest.mark.wider
 def test_occlusion_timeline():
     scenes = sample_occlusions(jax.random.key(0), 400, waits=(0, 48))
     assert set(np.asarray(scenes.waits)) == set(range(49))
@@ -219,6 +220,7 @@ def test_parse_refuses_what_is_no_caption(text):
 # --- the verifier ---
 
 
+@pytest.mark.wider
 def test_every_sprite_is_told_apart_on_every_ground():
     """All 512 pairs, or every sprite on some ground, between pixels, under noise of 0.1 (colours in 0..1)."""
     pairs = jnp.asarray(chosen(sorted(range(512), key=lambda pair: (pair % 8 - pair // 8) % 8), test=64))
@@ -254,6 +256,7 @@ def test_blank_frames_hold_nothing():
 # --- the report ---
 
 
+@pytest.mark.wider
 def test_true_clips_pass(true_report):
     assert true_report.recall >= 0.99
     assert true_report.directions == 1
@@ -267,6 +270,7 @@ def test_true_clips_pass(true_report):
     assert len(true_report.recall_by_chunk) == 3  # frames 0-8, 9-20, 21-32
 
 
+@pytest.mark.wider
 def test_controls_fail_where_they_should(true_report, clips, scenes):
     still = report(frozen(clips), scenes)
     assert still.recall >= 0.95
@@ -283,6 +287,7 @@ def test_controls_fail_where_they_should(true_report, clips, scenes):
     assert printed.row_count == len(dataclasses.fields(true_report))
 
 
+@pytest.mark.wider
 def test_the_wrong_caption_is_noticed(clips, scenes):
     other = scenes._replace(
         directions=(scenes.directions + 2) % 8, speeds=1 - scenes.speeds, grounds=(scenes.grounds + 1) % 8

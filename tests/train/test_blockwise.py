@@ -246,6 +246,7 @@ def test_several_updates_of_parts_lower_the_loss(loss):
     assert last < 0.9 * first
 
 
+@pytest.mark.full
 def test_a_chunk_of_the_whole_video_is_the_teacher(teacher, points):
     """On texts of 5 tokens and 35 of zeros."""
     hybrid = HybridConfig(chunk_frames=4)

@@ -89,6 +89,7 @@ def test_accumulated_parts_are_the_batch(parts):
     assert _apart(parts, Devices(None)) <= 2e-6
 
 
+@pytest.mark.full
 def test_parts_on_meshes_are_the_batch():
     assert np.max(on_devices("test_means_in_parts", "measure", devices=4)) <= 2e-6
 

@@ -28,6 +28,7 @@ from train.data.clips import Bucket
 from train.data.footage import find_footage
 from train.data.frames import clips
 from train.data.prepared import Prepared, PreparedClips
+from train.data.records import shards_of
 from train.data.sources import PreparedInputs, Source, prepared_sources
 from train.data.trajectories import Sampling
 from train.engine.optimizer import OptimizerConfig
@@ -133,6 +134,9 @@ def test_records_are_what_the_models_own_networks_make(data, model):
         np.testing.assert_allclose(record["latents"], expected, atol=1e-4)
         text = embed_prompts(encoder, tokenizer, CAPTIONS[number], max_length=7)[0]
         np.testing.assert_allclose(record["text"], text, atol=1e-5)
+    # One for </s>, in every shard of captions; the longest is what all are padded to.
+    texts = [held.tokens for shard in shards_of(data, "texts") for held in shard.held.values()]
+    assert (min(texts), max(texts)) == (1, 7)
     assert prepared.empty_text().shape == (1, 7, 16)
     assert not prepared.empty_text()[0, 1:].any()
     record = json.loads(data.with_name("clips.json").read_text())

@@ -408,7 +408,8 @@ def test_training_reads_the_same_clips_whatever_the_shards(prepare, source, tmp_
         np.testing.assert_array_equal(left["text"], right["text"])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kills", [50])
 def test_killed_at_random_moments_a_piece_in_progress_is_all_that_is_lost(prepare, source, model, tmp_path, kills):
     for number in range(4, 12):
         _video(source / f"{number}.mp4", f"a lemon {number}", seed=number)

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from flax import nnx
 from safetensors.torch import load_file, save_file
+from shared import tiers
 from shared.checkpoint import tiny_tokenizer
 from transformers import UMT5EncoderModel
 
@@ -135,7 +136,7 @@ def test_every_dialect_comes_out_byte_equal(component, form, models, tmp_path):
     assert_same_bytes(read_folder(tmp_path / "out"), tensors_of(models[component]))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", tiers.breadth(["bfloat16", "float16"]))
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_half_precision_comes_out_byte_equal(component, dtype, models, tmp_path):
     """Stored narrow, loaded narrow, saved narrow; and stored narrow, loaded wide, saved narrow again."""
@@ -161,7 +162,7 @@ def test_bfloat16_is_what_the_real_client_loads(component, models, tmp_path):
     assert_same_bytes(read_folder(tmp_path / "out"), tensors_of(theirs))
 
 
-@pytest.mark.parametrize("shard", [10**9, 30_000])
+@pytest.mark.parametrize("shard", tiers.breadth([30_000, 10**9]))
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_real_client_opens_what_is_saved(component, shard, models, tmp_path):
     models[component].save_pretrained(tmp_path / "in")
@@ -240,7 +241,7 @@ def test_the_whole_folder_of_the_real_pipeline_and_the_hub_cache_of_links(models
     assert_same_bytes(read_folder(tmp_path / "out"), tensors_of(models["transformer"]))
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("dtype", tiers.breadth(["bfloat16", None]))
 def test_the_release_converted_is_opened_by_the_real_pipeline(dtype, models, tmp_path):
     seen = []
     convert(write_release(tmp_path / "in", models), tmp_path / "out", dtype=dtype, progress=lambda *at: seen.append(at))
@@ -301,7 +302,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", tiers.breadth(["bfloat16", "float32"]))
 def test_peak_memory_is_the_model_and_one_tensor(dtype, models, tmp_path):
     """A model of some 300 MB (float32): resident memory at its peak, mapped pages of the file and all."""
     models["transformer"].save_pretrained(tmp_path / "small")

@@ -127,7 +127,7 @@ def write_shard(
     a key that ``records`` takes back, by None, are left out of the description.
 
     Args:
-        tokens: of keys that are captions.
+        tokens: of keys that are captions; read as the records come, by which it may be filled.
 
     Raises:
         RehyatError: it cannot be written.
@@ -137,7 +137,7 @@ def write_shard(
         remove_leftovers(path)
         with whole_file(path) as partial:
             try:
-                held = _write_records(partial, records, tokens or {})
+                held = _write_records(partial, records, {} if tokens is None else tokens)
             except (RuntimeError, ValueError) as error:  # of pybind11, for Riegeli's failures
                 raise RehyatError(f"cannot write {path}: {str(error).splitlines()[0][:200]}") from error
             with partial.open("rb") as file:

@@ -24,6 +24,7 @@ from rehyat_jax.mixers.base import Mixer, MixerConfig
 from rehyat_jax.mixers.config import Conversion, read_conversion
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing, listed
+from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.weights.files import TensorSource, read_json
 from rehyat_jax.weights.opening import open_tensors
 from rehyat_jax.weights.plan import LoadPlan, make_plan, pair_tensors, parameters
@@ -227,7 +228,7 @@ class StudentInfo:
 def _abstract(config: WanConfig, hybrid: Conversion, dtype: Any) -> Any:
     """The converted blocks' mixers without memory: shapes only."""
     kinds = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
-    return nnx.eval_shape(lambda: Mixing.of(hybrid, config.num_layers).make(config, **kinds, rngs=nnx.Rngs(0)))
+    return abstract_module(Mixing.of(hybrid, config.num_layers).make, config, **kinds)
 
 
 def _state(mixer: MixerConfig, module: Mixer) -> dict[str, int]:
