@@ -53,6 +53,17 @@ def imports_of(file: Path) -> set[str]:
     return found
 
 
+#: What a room of `train` may import of it, beside itself, in order; each may import `rehyat_jax`, and `configs` all of
+#: these.
+TRAIN_MAY_IMPORT = {
+    "parallel": set(),
+    "data": {"parallel"},
+    "engine": {"data", "parallel"},
+    "stages": {"data", "engine", "parallel"},
+    "cli": {"data", "engine", "parallel", "stages"},
+}
+
+
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_only_what_its_arrows_say(room):
     for file in files_of(room):
@@ -69,6 +80,34 @@ def test_every_room_is_listed_and_arrows_point_one_way():
     for room, imported in MAY_IMPORT.items():
         assert imported <= before, room
         before.add(room)
+
+
+@pytest.mark.parametrize("room", TRAIN_MAY_IMPORT)
+def test_a_room_of_training_imports_only_what_its_arrows_say(room):
+    for file in (ROOT.parent / "train" / room).rglob("*.py"):
+        names = imports_of(file)
+        rooms = {name.split(".")[1] for name in names if name.startswith("train.")}
+        assert rooms <= TRAIN_MAY_IMPORT[room] | {room}, file
+        # Commands share the program's own reading of arguments; nothing else knows a command.
+        assert room == "cli" or not any(name.startswith("rehyat_jax.cli") for name in names), file
+        assert not {name.split(".")[0] for name in names} & (OURS - {"train"}), file
+
+
+def test_every_room_of_training_is_listed_and_arrows_point_one_way():
+    rooms = {path.name for path in (ROOT.parent / "train").iterdir() if list(path.glob("*.py"))}
+    assert rooms == TRAIN_MAY_IMPORT.keys()
+    before: set[str] = set()
+    for room, imported in TRAIN_MAY_IMPORT.items():
+        assert imported <= before, room
+        before.add(room)
+
+
+def test_configurations_import_what_they_configure():
+    for file in (ROOT.parent / "configs").rglob("*.py"):
+        names = imports_of(file)
+        ours = {name.split(".")[0] for name in names} & ({"rehyat_jax"} | OURS)
+        assert ours <= {"rehyat_jax", "train"}, file
+        assert not any(name.startswith(("train.cli", "rehyat_jax.cli")) for name in names), file
 
 
 def test_kernels_take_arrays_and_know_nothing_of_the_package():

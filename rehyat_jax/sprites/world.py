@@ -111,13 +111,6 @@ def is_reserved(scenes: Scenes) -> Bool[Array, " B"]:
     return _caption_code(scenes) == _reserved_code(scenes)
 
 
-def is_held_out(scenes: Scenes) -> Bool[Array, " B"]:
-    """Whether at least one drawn object moves in a direction that training never shows for it: (7·i + 3·d) mod 10 =
-    0."""
-    pairs = jnp.asarray(HELD_OUT)[scenes.objects, scenes.directions]
-    return jnp.any(pairs & _drawn(scenes), axis=-1)
-
-
 def sample_scenes(
     key: Key[Array, ""],
     batch: int,
@@ -167,12 +160,11 @@ def sample_scenes(
     scenes = Scenes(count, objects, directions, speeds, starts, grounds)
     scenes = _blank(scenes)
     # Exactly one code is reserved per choice of objects and directions, so one step to the side always leaves it.
-    reserved = _reserved_code(scenes)
     if split == "train":
         code = _caption_code(scenes)
-        scenes = _with_code(scenes, jnp.where(code == reserved, (code + 1) % _codes(scenes), code))
+        scenes = _with_code(scenes, jnp.where(is_reserved(scenes), (code + 1) % _codes(scenes), code))
     elif split == "unseen":
-        scenes = _with_code(scenes, reserved)
+        scenes = _with_code(scenes, _reserved_code(scenes))
     return scenes
 
 

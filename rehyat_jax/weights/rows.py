@@ -118,8 +118,3 @@ def renamed(name: str, rows: Iterable[Row], source: str, target: str) -> tuple[s
             if match := _pattern(spelling).fullmatch(name):
                 return row.spellings(target, int(match[1]) if row.stacked else None)
     return ()
-
-
-def translate(name: str, rows: Iterable[Row], source: str, target: str) -> str | None:
-    """``name`` of one dialect as another writes it; None when no row knows it."""
-    return next(iter(renamed(name, rows, source, target)), None)

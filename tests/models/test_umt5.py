@@ -85,12 +85,12 @@ def test_too_few_buckets_are_refused():
 
 def test_padding_does_not_reach_real_positions():
     """Other ids under the padding, and other lengths of it, leave real positions as they were: 1e-5, float32 sums."""
-    encoder = UMT5Encoder(TINY, rngs=nnx.Rngs(3))
+    encoder = ported(reference(TINY, seed=3), TINY)
     ids, mask = batch(TINY, length=64, real=[20, 33], seed=2)
-    short = encoder(ids, mask)
+    short = by_us(encoder, ids, mask)
     longer = np.full((2, 200), 7, np.int32)
     longer[:, :64] = np.where(mask, ids, 9)
-    long = encoder(longer, np.pad(mask, ((0, 0), (0, 136))))
+    long = by_us(encoder, longer, np.pad(mask, ((0, 0), (0, 136))))
     np.testing.assert_allclose(long[:, :64][mask], short[mask], atol=1e-5, rtol=0)
 
 
@@ -106,10 +106,14 @@ def test_bf16_stays_near_float32():
     assert np.sqrt(np.mean(error**2)) < 0.05
 
 
+def program_of(config: TextEncoderConfig, ids: np.ndarray, mask: np.ndarray, **kinds):
+    graph, weights = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config, **kinds, rngs=nnx.Rngs(0))))
+    return jax.make_jaxpr(lambda weights: nnx.merge(graph, weights)(ids, mask))(weights)
+
+
 def test_norms_biases_and_softmax_are_float32_under_bf16():
-    encoder = UMT5Encoder(TINY, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     ids, mask = batch(TINY, length=8, real=[8], seed=0)
-    program = str(jax.make_jaxpr(lambda: encoder(ids, mask))())
+    program = str(program_of(TINY, ids, mask, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
     for operation in ("rsqrt", "exp"):
         lines = [line for line in program.splitlines() if f"= {operation}" in line]
         assert lines
@@ -134,8 +138,7 @@ def test_one_compilation_serves_all_layers():
     ids, mask = batch(TINY, length=8, real=[8], seed=0)
 
     def size(layers: int) -> int:
-        encoder = UMT5Encoder(dataclasses.replace(TINY, num_layers=layers), rngs=nnx.Rngs(0))
-        return len(str(jax.make_jaxpr(lambda: encoder(ids, mask))()).splitlines())
+        return len(str(program_of(dataclasses.replace(TINY, num_layers=layers), ids, mask)).splitlines())
 
     assert size(12) == size(2)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from rehyat_jax.models.wan.rows import TRANSFORMER
-from rehyat_jax.weights.rows import translate
+from rehyat_jax.weights.rows import renamed
 
 #: Where trainers put adapters, by the original's names.
 PLACES = tuple(f"{attention}.{letter}" for attention in ("self_attn", "cross_attn") for letter in "qkvo") + (
@@ -28,7 +28,7 @@ class Pair:
 
 def diffusers_name(module: str) -> str:
     """Of a module by the original's name."""
-    name = translate(f"{module}.weight", TRANSFORMER, "original", "diffusers")
+    name = renamed(f"{module}.weight", TRANSFORMER, "original", "diffusers")[0]
     assert name is not None, module
     return name.removesuffix(".weight")
 

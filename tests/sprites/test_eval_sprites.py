@@ -12,6 +12,7 @@ from flax import nnx
 from rich.console import Console
 from shared import tiers
 from shared.checkpoint import save_tiny_checkpoint
+from shared.sprites import is_held_out
 
 from rehyat_jax import cli
 from rehyat_jax.errors import RehyatError
@@ -235,7 +236,7 @@ def test_clips_go_on_from_true_ones_with_or_without_what_they_remember(student):
 
 def test_no_prompt_is_one_of_training():
     scenes = unseen_scenes(41, seed=3)
-    held_out = np.asarray(world.is_held_out(scenes))
+    held_out = is_held_out(scenes)
     assert held_out[:20].all()
     assert not held_out[20:].any()
     assert np.asarray(world.is_reserved(scenes))[20:].all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.sprites import is_held_out
 from shared.tiers import breadth, chosen, examples
 
 from rehyat_jax.errors import RehyatError
@@ -111,11 +112,11 @@ def test_splits():
     # i ranges over 64 numbers; (7i + 3d) mod 10 = 0 exactly when d = i mod 10, which 52 of them allow for a d below 8.
     assert world.HELD_OUT.sum() == 52
     train, heldout, unseen = (sample(split, 20_000) for split in ("train", "heldout", "unseen"))
-    assert not world.is_held_out(train).any()
+    assert not is_held_out(train).any()
     assert not world.is_reserved(train).any()
-    assert world.is_held_out(heldout).all()
+    assert is_held_out(heldout).all()
     assert world.is_reserved(unseen).all()
-    assert not world.is_held_out(unseen).any()
+    assert not is_held_out(unseen).any()
     assert not set(captions(train)) & set(captions(unseen))
     # Training shows every pair that it may.
     shown = np.zeros((64, 8), bool)
@@ -131,7 +132,7 @@ def test_splits():
 def test_a_share_of_scenes_has_two_objects(pairs):
     scenes = sample_scenes(jax.random.key(1), 20_000, pairs=pairs)
     assert np.mean(np.asarray(scenes.counts) == 2) == pytest.approx(pairs, abs=0.015)  # four standard deviations
-    assert not world.is_held_out(scenes).any()
+    assert not is_held_out(scenes).any()
     assert not world.is_reserved(scenes).any()
 
 

@@ -19,9 +19,10 @@ from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from train.cli.config_files import load_config
+from train.cli.distill import main
 from train.data.sources import Source
 from train.engine.checkpoint import Checkpoints
-from train.stages.distill import DistillTraining, main
+from train.stages.distill import DistillTraining
 
 
 @pytest.fixture(scope="module", autouse=True)

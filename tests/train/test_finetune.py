@@ -23,10 +23,11 @@ from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.video.io import read_video
 from train.cli.config_files import load_config
+from train.cli.finetune import main
 from train.data.clips import Bucket
 from train.engine.gradients import gradients_of
 from train.engine.stage import Models
-from train.stages.finetune import FinetuneTraining, History, main, student_of
+from train.stages.finetune import FinetuneTraining, History, student_of
 from train.stages.flow import Batch, Validation
 
 

@@ -16,10 +16,11 @@ import pytest
 from shared.training import problem
 
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError, RehyatWarning
+from rehyat_jax.mixers import BlockMixers, Hybrid, Window
 from train.engine import checkpoint
 from train.engine.checkpoint import Checkpoints
 from train.engine.folder import RunFolder
-from train.engine.identity import compare, differences, identity_of, keep, may_change
+from train.engine.identity import compare, differences, identity_of, keep, may_change, settings_of
 from train.engine.metrics import Metrics
 from train.engine.optimizer import OptimizerConfig
 
@@ -256,3 +257,15 @@ def test_what_changed_is_said_by_a_library_call_too(toy, tmp_path):
     config.run()
     with pytest.warns(RehyatWarning, match="steps was 5 and is 10, from step 5 on"):
         dataclasses.replace(config, steps=10).run(change=True)
+
+
+def test_mixers_of_equal_fields_are_told_apart_by_their_names():
+    """Both have a chunk and no more that differs: in a run's identity, and in its record."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Run:
+        hybrid: BlockMixers
+
+    one, other = (Run(BlockMixers((mixer(chunk_frames=2),))) for mixer in (Hybrid, Window))
+    assert "hybrid.blocks.0.mixer" in differences(identity_of(one), identity_of(other))
+    assert [settings_of(run)["hybrid"]["blocks"][0]["mixer"] for run in (one, other)] == ["hybrid", "window"]

@@ -35,6 +35,23 @@ def test_the_current_folder_is_refused_before_the_first_byte(name, source, tmp_p
     assert not list((tmp_path / "here").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("file", "exists and is not empty"),
+        ("full", "exists and is not empty"),
+        ("file/a", "a part of the path is a file"),
+        ("x" * 300, "the name is too long"),
+    ],
+)
+def test_what_no_folder_can_replace_is_refused_before_the_first_byte(name, words, source, tmp_path):
+    (tmp_path / "full").mkdir()
+    for file in ("file", "full/a"):
+        (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=words):
+        convert(source, tmp_path / name, progress=nothing_is_written)
+
+
 def test_a_mount_is_refused_before_the_first_byte(source):
     mount = next(path for path in ("/proc/sys/fs/binfmt_misc", "/dev/shm", "/proc") if os.path.ismount(path))
     with pytest.raises(CheckpointError, match=r"root of a disk|not empty"):

@@ -20,7 +20,7 @@ from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.rows import TRANSFORMER
 from rehyat_jax.weights.plan import parameters
 from rehyat_jax.weights.registry import REGISTRY, holdings, kinds
-from rehyat_jax.weights.rows import torch_shape, translate
+from rehyat_jax.weights.rows import renamed, torch_shape
 
 assert checkpoints  # registers the networks
 DIALECTS = ("diffusers", "original")
@@ -160,8 +160,10 @@ def test_umt5_original_names_are_the_published_ones():
 
 def test_gate_is_the_activated_half_in_both_dialects():
     """transformers: gelu(wi_0 x) * wi_1 x; official: fc1 x * gelu(gate x)."""
-    assert translate("blocks.3.ffn.gate.0.weight", UMT5, "original", "diffusers").endswith("DenseReluDense.wi_0.weight")
-    assert translate("blocks.3.ffn.fc1.weight", UMT5, "original", "diffusers").endswith("DenseReluDense.wi_1.weight")
+    (gate,) = renamed("blocks.3.ffn.gate.0.weight", UMT5, "original", "diffusers")
+    assert gate.endswith("DenseReluDense.wi_0.weight")
+    (other,) = renamed("blocks.3.ffn.fc1.weight", UMT5, "original", "diffusers")
+    assert other.endswith("DenseReluDense.wi_1.weight")
 
 
 def test_float32_rows_are_those_that_diffusers_keeps():
@@ -180,9 +182,9 @@ def test_float32_rows_are_those_that_diffusers_keeps():
 def test_translation_there_and_back(rows, data, layer):
     row = data.draw(st.sampled_from(rows))
     number = layer if row.stacked else None
-    there = translate(row.name("diffusers", number), rows, "diffusers", "original")
+    there = renamed(row.name("diffusers", number), rows, "diffusers", "original")[0]
     assert there == row.name("original", number)
-    assert translate(there, rows, "original", "diffusers") == row.name("diffusers", number)
+    assert renamed(there, rows, "original", "diffusers")[0] == row.name("diffusers", number)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_translation_there_and_back(rows, data, layer):
     ],
 )
 def test_patterns_are_anchored(name):
-    assert translate(name, TRANSFORMER, "original", "diffusers") is None
+    assert renamed(name, TRANSFORMER, "original", "diffusers") == ()
 
 
 def test_no_name_means_two_things():

@@ -11,7 +11,7 @@ from shared.tiers import breadth
 from rehyat_jax.models.checkpoints import convert, describe, load_vae, save_vae
 from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae_rows import vae_rows
-from rehyat_jax.weights.rows import translate
+from rehyat_jax.weights.rows import renamed
 
 #: As the original file holds it, without a configuration: Wan2.2's widths are read from its shapes.
 CONFIG = dataclasses.replace(VAEConfig.wan22(), base_dim=4, decoder_base_dim=6, num_res_blocks=1)
@@ -25,7 +25,7 @@ def theirs():
 
 def original(tensors):
     rows = vae_rows(CONFIG)
-    return {translate(name, rows, "diffusers", "original"): tensor for name, tensor in tensors.items()}
+    return {renamed(name, rows, "diffusers", "original")[0]: tensor for name, tensor in tensors.items()}
 
 
 def in_diffusers_layout(model, folder):

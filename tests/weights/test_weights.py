@@ -28,7 +28,7 @@ from rehyat_jax.models.checkpoints import (
 )
 from rehyat_jax.weights.plan import parameters
 from rehyat_jax.weights.registry import REGISTRY
-from rehyat_jax.weights.rows import translate
+from rehyat_jax.weights.rows import renamed
 
 LOAD = {"transformer": load_transformer, "vae": load_vae, "text_encoder": load_text_encoder}
 SAVE = {"transformer": save_transformer, "vae": save_vae, "text_encoder": save_text_encoder}
@@ -58,7 +58,7 @@ def tensors_of(model):
 def original(component, tensors):
     sizes = {"num_res_blocks": 1} if component == "vae" else {}
     rows = REGISTRY[component].rows(REGISTRY[component].config_type(**sizes))
-    return {translate(name, rows, "diffusers", "original"): tensor for name, tensor in tensors.items()}
+    return {renamed(name, rows, "diffusers", "original")[0]: tensor for name, tensor in tensors.items()}
 
 
 def as_dtype(tensors, dtype):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import signal
 import sys
@@ -19,6 +18,7 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.outputs import owned_output
 from rehyat_jax.runtime.record import Phases
 from train.cli.config_files import bundled_configs, load_config
+from train.engine.identity import settings_of
 from train.engine.run import RunConfig
 from train.parallel.devices import first_process
 
@@ -80,7 +80,7 @@ def _run(training: RunConfig, command: str, name: str, record: Path, asked: Mapp
     write_record(
         record,
         command=f"rehyat {command}",
-        settings={"config": name, **dataclasses.asdict(training)},
+        settings={"config": name, **settings_of(training)},
         phases=phases,
         output=training.result,
         last=_last_metrics(training.folder.metrics),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.mixers.base import MixerConfig
 from rehyat_jax.models.folder import find_model
 from rehyat_jax.runtime.files import sample_digest, whole_file
 from train.data.prepared import INDEX, Prepared
@@ -38,6 +39,8 @@ def identity_of(config: Any) -> dict[str, Any]:
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if isinstance(value, MixerConfig):  # mixers of equal fields differ by their names alone
+            yield f"{name}.mixer", value.name
         for field in dataclasses.fields(value):
             if name or field.name not in FREE:
                 yield from _flat(f"{name}.{field.name}" if name else field.name, getattr(value, field.name))
@@ -49,6 +52,16 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, f"{value} ({_content(Path(value))})"
     else:
         yield name, value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+def settings_of(value: Any) -> Any:
+    """A configuration as plain values for a record: as ``dataclasses.asdict`` has it, a mixer with its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {"mixer": value.name} if isinstance(value, MixerConfig) else {}
+        return own | {field.name: settings_of(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: settings_of(each) for name, each in value.items()}
+    return [settings_of(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
 def _is_file(text: str) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from rehyat_jax.runtime.files import whole_file
 from train.engine.folder import RunFolder
@@ -28,6 +27,9 @@ class Metrics:
             _forget(folder.metrics, after=first_step)
             self._lines = folder.metrics.open("a", encoding="utf-8")
             purge = {"purge_step": first_step + 1} if first_step else {}
+            # Here: it imports torch where that is installed, two seconds of a command that may not train at all.
+            from tensorboardX import SummaryWriter
+
             self._board = SummaryWriter(str(folder.tensorboard), **purge)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -42,7 +42,6 @@ from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder
-from train.cli.command import run_training
 from train.data.prepared import Prepared
 from train.data.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, prepared_sources
 from train.data.trajectories import Sampling
@@ -571,8 +570,3 @@ def _embeddings(folder: Path, sources: tuple[Source, ...], dtype: jnp.dtype, *, 
     kept = PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair)
     kept.tell_cut([line for source in sources if source.samples and not source.of_sprites for line in source.lines()])
     return lambda texts: jnp.concatenate([kept(text) for text in texts]).astype(dtype)
-
-
-def main(argv: list[str]) -> int:
-    """``rehyat distill CONFIG [--field value …]``; see `run_training`."""
-    return run_training("distill", argv, about=__doc__ or "", kinds=lambda: (DistillTraining,))

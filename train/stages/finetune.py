@@ -43,7 +43,6 @@ from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder, write_file, write_json
-from train.cli.command import run_training
 from train.data.clips import Bucket
 from train.data.pools import Captions, Feed
 from train.data.prepared import Prepared, PreparedClips, open_prepared
@@ -60,17 +59,6 @@ from train.stages.videos import showing
 
 #: What a result has from its source, as it is there.
 _KEPT = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", DEFAULTS_FILE)
-
-
-def main(argv: list[str]) -> int:
-    """``rehyat finetune CONFIG [--field value …]``; see `run_training`."""
-    return run_training("finetune", argv, about=__doc__ or "", kinds=_kinds)
-
-
-def _kinds() -> tuple[type, ...]:
-    from train.stages.forced import ForcedTraining
-
-    return FinetuneTraining, ForcedTraining
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

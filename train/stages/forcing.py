@@ -35,7 +35,6 @@ from rehyat_jax.sampling import FlowSchedule, Guidance, Renoise, guided_velocity
 from rehyat_jax.sampling.rollout import Sampler, check_context_noise
 from rehyat_jax.sprites import world
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
-from train.cli.command import run_training
 from train.data.clips import AnyBucket, Bucket, check_rounds
 from train.data.prepared import Prepared, PreparedClips
 from train.data.rollouts import Roller, Rollouts, rows_back
@@ -53,11 +52,6 @@ from train.stages.rewards import Reward
 from train.stages.scores import score_difference, scores_aim
 from train.stages.sizes import whole_model
 from train.stages.windows import OwnBatch
-
-
-def main(argv: list[str]) -> int:
-    """``rehyat forcing CONFIG [--field value …]``; see `run_training`."""
-    return run_training("forcing", argv, about=__doc__ or "", kinds=lambda: (ForcingTraining,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
