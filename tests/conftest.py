@@ -123,6 +123,17 @@ def programs_of_one_file():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def compiled_for_speed():
+    """Programs compiled as a user's are, in child processes too: for a file of tests that compute more than they
+    compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a real file system of 256 KiB; where mounting is not allowed, a limit on file sizes."""

@@ -16,9 +16,7 @@ from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import convert, describe, load_transformer
 from rehyat_jax.models.folder import read_defaults, read_traits
 from rehyat_jax.models.wan.rows import TRANSFORMER
-from rehyat_jax.weights.rows import translate
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from rehyat_jax.weights.rows import renamed
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def test_a_release_of_two_experts_is_known_and_each_converts_alone(a14b, tmp_pat
         original = {"dim": 24, "num_heads": 2, "num_layers": 2, "ffn_dim": 48, "text_dim": 32, "freq_dim": 32}
         (release / folder / "config.json").write_text(json.dumps(original | {"model_type": "t2v"}))
         tensors = load_file(a14b[0] / name / "diffusion_pytorch_model.safetensors")
-        named = {translate(key, TRANSFORMER, "diffusers", "original"): tensor for key, tensor in tensors.items()}
+        named = {renamed(key, TRANSFORMER, "diffusers", "original")[0]: tensor for key, tensor in tensors.items()}
         save_file(named, release / folder / "diffusion_pytorch_model.safetensors")
     assert read_traits(release).boundary_ratio == 0.875
     defaults = read_defaults(release)

@@ -115,6 +115,7 @@ def test_euler_as_diffusers_has_it(tmp_path, cache):
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("compiled_for_speed")
 def test_bundled_models_open_in_diffusers_and_agree(cache):
     """The real client at the model's own defaults, a few steps of them, in float32 (≥ 45 dB asked for): left alone it
     takes the text encoder's dtype from its file, bfloat16."""
@@ -131,6 +132,7 @@ def test_bundled_models_open_in_diffusers_and_agree(cache):
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("compiled_for_speed")
 def test_the_bundled_student_streams_and_its_teacher_is_beside_it(cache):
     """Three latent frames are nine of video; 60 MB are allowed."""
     pipe = TextToVideo.from_pretrained("mini-sprites", cache_dir=cache)

@@ -17,7 +17,6 @@ from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.video.images import fitted
 
 # Sizes at which compiling takes far longer than computing.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def tiny_ti2v(folder):

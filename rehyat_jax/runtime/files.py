@@ -98,6 +98,38 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         target.unlink()
 
 
+def check_new_folder(path: str | os.PathLike[str]) -> Path:
+    """Learn before long work that a folder cannot be made under this name, complete and at once.
+
+    Returns:
+        Where it is to be made: what ``path`` leads to.
+
+    Raises:
+        RehyatError: it is the working folder, a mount point, a file, not empty, or cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists():
+            if not target.is_dir():
+                raise cannot_write(path, "it is a file, not a folder")
+            if target == Path.cwd() or target in Path.cwd().parents:
+                raise cannot_write(path, "it is the folder that this command runs in: name a new one")
+            if _is_mounted(target):
+                raise cannot_write(path, "a disk is mounted there, which cannot be renamed: name a folder in it")
+            if any(target.iterdir()):
+                raise cannot_write(path, "it exists and is not empty: name a new folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        trial = hidden(target, f"{secrets.token_hex(4)}.partial")
+        trial.mkdir()
+        trial.rmdir()
+        if not target.exists():
+            target.mkdir()
+            target.rmdir()
+    except OSError as error:
+        raise cannot_write(path, reason(error)) from error
+    return target
+
+
 def check_room(path: str | os.PathLike[str], *, size: int, what: str, certain: bool = True) -> None:
     """Ask for the disk's room before work whose result would not fit.
 

@@ -115,6 +115,7 @@ def test_encoding_is_estimated_to_a_factor_of_two(vae, frames, height, width, st
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("compiled_for_speed")
 @pytest.mark.parametrize("sweep", ["per-step", "per-chunk"])
 def test_the_bundled_models_peak_is_estimated_to_a_factor_of_three(tmp_path, sweep):
     """Beside what a process without any video has, which is most of it for a model of 13 million parameters."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rehyat_jax.errors import RehyatError, RehyatWarning
 from rehyat_jax.runtime import files
-from rehyat_jax.runtime.files import check_room, check_writable, hidden, human_size, whole_file
+from rehyat_jax.runtime.files import check_new_folder, check_room, check_writable, hidden, human_size, whole_file
 from rehyat_jax.runtime.outputs import locked, marker, owned_output
 from rehyat_jax.runtime.record import Phases, write_record
 from rehyat_jax.video.io import contact_sheet
@@ -278,6 +278,12 @@ def mounted(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+def test_destinations_where_a_disk_is_mounted(mounted):
+    with pytest.raises(RehyatError, match="a disk is mounted there"):
+        check_new_folder(mounted)
+    assert check_new_folder(mounted / "new") == mounted / "new"
+
+
 def test_destinations_of_a_file_that_is_mounted(tmp_path):
     file, source = tmp_path / "a.mp4", tmp_path / "source"
     file.touch()
@@ -289,6 +295,37 @@ def test_destinations_of_a_file_that_is_mounted(tmp_path):
             check_writable(file)
     finally:
         subprocess.run(["umount", file], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".", "the folder that this command runs in"),
+        ("..", "the folder that this command runs in"),
+        ("file", "it is a file, not a folder"),
+        ("file/a", "a part of the path is a file"),
+        ("full", "exists and is not empty"),
+        ("x" * 300, "the name is too long"),
+    ],
+)
+def test_destinations_that_no_folder_can_have(tmp_path, monkeypatch, name, words):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "full").mkdir()
+    (tmp_path / "here" / "full" / "a").touch()
+    (tmp_path / "here" / "file").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RehyatError, match=words):
+        check_new_folder(name)
+
+
+def test_destinations_of_folders_that_are_links(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert check_new_folder(tmp_path / "link") == tmp_path / "there"
+    assert check_new_folder(tmp_path / "dangling") == tmp_path / "nowhere"
+    assert check_new_folder(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_destinations_without_room_are_known(mounted):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from shared import tiers
-from shared.programs import FOR_VALUES
+from shared.programs import XLA_FLAGS
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -22,7 +22,7 @@ def environment(devices: int) -> dict[str, str]:
         "NPROC": "64",
         "XLA_FLAGS": " ".join(
             (
-                *FOR_VALUES,
+                XLA_FLAGS,
                 f"--xla_force_host_platform_device_count={devices}",
                 "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
             )

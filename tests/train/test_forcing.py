@@ -30,7 +30,6 @@ from train.stages.rewards import MotionReward, Reward
 
 #: Two chunks of two latent frames.
 CLIPS = Bucket(kind="plain", frames=7, batch=4)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

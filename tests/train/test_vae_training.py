@@ -14,6 +14,8 @@ from train.data.clips import Bucket, round_key
 from train.engine.optimizer import OptimizerConfig
 from train.stages.vae import VAETraining
 
+pytestmark = pytest.mark.usefixtures("compiled_for_speed")
+
 
 @pytest.mark.full
 def test_the_vae_learns_and_brings_its_statistics(tmp_path):
