@@ -39,11 +39,6 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture
 def rehyat(capsys, checkpoint):
     """Run ``rehyat generate`` in this process: (exit code, standard output, standard error)."""

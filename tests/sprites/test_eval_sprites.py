@@ -32,13 +32,6 @@ from rehyat_jax.sprites.report import report
 QUICK = ["--clips", "2", "--frames", "13", "--long", "21", "--waits", "0", "--steps", "2", "--guidance", "2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")

@@ -17,21 +17,11 @@ from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.checkpoints import load_transformer
-from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from train.cli.config_files import load_config
 from train.cli.distill import main
 from train.data.sources import Source
 from train.engine.checkpoint import Checkpoints
 from train.stages.distill import DistillTraining
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Programs compiled once, in whichever process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        keep_compiled(cache_folder())
-        yield
 
 
 @pytest.fixture(scope="module")

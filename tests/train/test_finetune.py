@@ -20,7 +20,6 @@ from rehyat_jax import TextToVideo, cli
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.checkpoints import load_transformer
-from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.video.io import read_video
 from train.cli.config_files import load_config
 from train.cli.finetune import main
@@ -29,15 +28,6 @@ from train.engine.gradients import gradients_of
 from train.engine.stage import Models
 from train.stages.finetune import FinetuneTraining, History, student_of
 from train.stages.flow import Batch, Validation
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Programs compiled once, in whichever process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        keep_compiled(cache_folder())
-        yield
 
 
 @pytest.fixture(scope="module")

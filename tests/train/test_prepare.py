@@ -20,7 +20,6 @@ from rehyat_jax import cli
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_vae
-from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.sampling import Euler, FlowSchedule, Guidance
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
 from rehyat_jax.video.io import write_video
@@ -36,15 +35,6 @@ from train.stages.distill import DistillTraining
 from train.stages.flow import Validation
 
 CAPTIONS = ("a lemon moving down", "a mushroom on a blue background", "a koala", "a red lemon moving up", "a lemon")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Programs compiled once, in whichever process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        keep_compiled(cache_folder())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,21 +18,11 @@ from shared.training import write_teacher
 from rehyat_jax import cli
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import load_vae, save_vae
-from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.runtime.outputs import locked
 from rehyat_jax.video.io import write_video
 from train.data import encoding, records
 from train.data.prepared import Prepared, PreparedFeed, Video, hold_out
 from train.data.records import Reader, pack, write_shard
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Programs compiled once, in whichever process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        keep_compiled(cache_folder())
-        yield
 
 
 @pytest.fixture(scope="module")
