@@ -113,7 +113,7 @@ def x64():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory):
-    """Nothing is read from the user's own cache, where another compiler's results may lie, and nothing is left there."""
+    """Nothing is read from the user's own cache, where another compiler's results lie, and nothing is left there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHYAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
