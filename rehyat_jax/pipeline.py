@@ -23,6 +23,7 @@ from rehyat_jax.adapters.merging import Merged
 from rehyat_jax.errors import CheckpointError, RehyatError, RehyatWarning
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import load_vae, open_experts, open_transformer
+from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.wan.conditions import Conditioning, VideoSize, conditioning_of
 from rehyat_jax.models.wan.transformer import WanTransformer
@@ -65,6 +66,7 @@ class TextToVideo:
         defaults: sizes, steps and guidance, unless a call names others.
         weights: the transformer's on disk, from which it is had with other LoRAs; without them it has those it has.
         traits: how the networks work together.
+        image_features: of images, for transformers that attend to them.
 
     Raises:
         CheckpointError: the parts do not fit each other.
@@ -81,10 +83,14 @@ class TextToVideo:
         defaults: Defaults,
         weights: Merged | None = None,
         traits: Traits | None = None,
+        image_features: Callable[[Images], Float[Array, "L D"]] | None = None,
     ) -> None:
         self.traits = traits or Traits()
         self._conditioning = conditioning_of(
-            transformer.config, vae.config, clean_first_frame=self.traits.clean_first_frame
+            transformer.config,
+            vae.config,
+            clean_first_frame=self.traits.clean_first_frame,
+            features=image_features,
         )
         if text.text_dim != transformer.config.text_dim:
             raise CheckpointError(
@@ -95,6 +101,15 @@ class TextToVideo:
         self.vae, self.text = vae, text
         self.schedule, self.solver, self.defaults = schedule, solver, defaults
         self._weights = weights
+
+    def why_not_stream(self) -> str | None:
+        """None for a model whose videos need no end; else one sentence that says why."""
+        try:
+            self._conditioning.of_stream()
+        except RehyatError as error:
+            return str(error)
+        why: str | None = self.transformer.why_not_stream()
+        return why
 
     @property
     def fps(self) -> int:
@@ -161,6 +176,7 @@ class TextToVideo:
             solver=solver,
             defaults=read_defaults(folder, student=student),
             traits=traits,
+            image_features=ImageFeatures(folder) if transformer.config.image_dim is not None else None,
         )
 
     def __repr__(self) -> str:

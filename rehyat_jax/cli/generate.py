@@ -255,7 +255,7 @@ def _streams(options: Generate, pipe: TextToVideo) -> bool:
     wanted = options.resume or options.timeline or options.beginning
     if options.sweep == "per-chunk" or wanted:
         return True
-    return options.sweep is None and pipe.transformer.why_not_stream() is None
+    return options.sweep is None and pipe.why_not_stream() is None
 
 
 def _with_most_steps(pipe: TextToVideo, request: Request, display: ProgressDisplay) -> Request:

@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.streams.together import Together
 
     pipe = TextToVideo.from_pretrained(options.model, dtype=options.dtype)
-    if (why := pipe.transformer.why_not_stream()) is not None:
+    if (why := pipe.why_not_stream()) is not None:
         raise RehyatError(why)
     if steps == "auto":
         steps = _measured(pipe)

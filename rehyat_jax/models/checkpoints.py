@@ -23,6 +23,8 @@ from rehyat_jax.adapters.lora import loras_of
 from rehyat_jax.adapters.merging import Merged, with_lora, with_loras
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.mixers.config import Conversion
+from rehyat_jax.models.clip.config import Preparation
+from rehyat_jax.models.clip.features import PROCESSOR_FILE
 from rehyat_jax.models.folder import (
     DEFAULTS_FILE,
     SCHEDULER_FILE,
@@ -363,6 +365,18 @@ def _settings(folder: Path) -> tuple[str, ...]:
     )
 
 
+def _index_of(src: Path) -> dict[str, Any]:
+    """``model_index.json`` of a release."""
+    index = _MODEL_INDEX | read_traits(src).to_index()
+    config = open_component(src, "transformer").config
+    if config.in_channels != config.out_channels:
+        index["_class_name"] = "WanImageToVideoPipeline"
+    if "image_encoder" in components_in(src):
+        index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"]
+    return index
+
+
 def _own_defaults(folder: Path, *, student: bool = True) -> dict[str, Any]:
     """What the files of a folder say, without what they leave to advice."""
     said: dict[str, Any] = {}
@@ -399,7 +413,13 @@ def _copy_the_rest(src: Path, dst: Path, *, teacher: Path | None) -> None:
         write_json(dst / DEFAULTS_FILE, own)
     if own | students != own:
         write_json(dst / STUDENTS_DEFAULTS, students)
+    if (src / PROCESSOR_FILE).is_file():
+        shutil.copytree(src / PROCESSOR_FILE.parent, dst / PROCESSOR_FILE.parent)
+    elif "image_encoder" in components_in(src):
+        config = open_component(src, "image_encoder").config
+        (dst / PROCESSOR_FILE.parent).mkdir()
+        write_json(dst / PROCESSOR_FILE, Preparation.of(config).to_dict())
     if (src / "model_index.json").is_file():
         shutil.copyfile(src / "model_index.json", dst / "model_index.json")
     else:
-        write_json(dst / "model_index.json", _MODEL_INDEX | read_traits(src).to_index())
+        write_json(dst / "model_index.json", _index_of(src))

@@ -254,7 +254,8 @@ def read_traits(folder: Path) -> Traits:
                 f"{folder} has one expert of two: {experts[there.index(False)].released_in} is missing"
             )
         advice = advised(_transformer_of(folder), experts="transformer_2" in names)
-        return Traits(clean_first_frame=advice.clean_first_frame, boundary_ratio=advice.boundary_ratio)
+        boundary = advice.boundary_ratio if "transformer_2" in names else None
+        return Traits(clean_first_frame=advice.clean_first_frame, boundary_ratio=boundary)
     index = read_json(folder / INDEX)
     value, boundary = index.get("expand_timesteps", False), index.get("boundary_ratio")
     if not isinstance(value, bool | None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,11 @@ def describe_weights(path: Path) -> CheckpointInfo:
 def _describe(name: str, plan: LoadPlan) -> ComponentInfo:
     # A tied tensor that the file holds twice is one set of parameters.
     infos = [plan.info(slot) for slot in plan.slots]
-    stored = [plan.tensors.infos[source] for slot in plan.slots for source in slot.sources]
+    names = dict.fromkeys(source for slot in plan.slots for source in slot.sources)
+    stored = [plan.tensors.infos[name] for name in names]
     counts: Counter[str] = Counter()
-    for info in infos:
-        counts[info.stored or info.dtype.name] += info.size
+    for slot, info in zip(plan.slots, infos, strict=True):
+        counts[info.stored or info.dtype.name] += math.prod(slot.shape)
     return ComponentInfo(
         name=name,
         dialect=plan.dialect,

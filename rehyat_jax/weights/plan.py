@@ -46,9 +46,33 @@ class Slot:
     place: int | None
     #: As the file names it, prefix and all; more than one where the file holds it more than once (tied weights).
     sources: tuple[str, ...]
-    #: As the file shapes it.
+    #: As the file shapes it, or its part of the file's tensor.
     shape: tuple[int, ...]
+    #: Where the file's tensor holds several: which of how many this one is.
+    part: tuple[int, int] | None = None
+    #: Axes of one that the file's tensor has in front.
+    leading: int = 0
     changes: tuple[Change, ...] = ()
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of the file's tensor."""
+        first = self.shape[:1] if self.part is None else (self.part[1] * self.shape[0],)
+        return (1,) * self.leading + first + self.shape[1:]
+
+    def own(self, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Of the rows of the file's tensor its own, without axes in front."""
+        start = 0 if self.part is None else self.part[0] * self.shape[0]
+        stop, at = start + (self.shape[0] if self.shape else 1), 0
+        for piece in pieces:
+            piece = piece.reshape(piece.shape[self.leading :])
+            if self.part is None:
+                yield piece
+                continue
+            rows = piece[max(start - at, 0) : max(stop - at, 0)]
+            if len(rows):
+                yield rows
+            at += len(piece)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +108,7 @@ class LoadPlan:
         """
         source = self._settled(slot) if len(slot.sources) > 1 else slot.sources[0]
         found, what = not slot.row.not_zero, f"{self.weights}: tensor {source!r}"
-        kept = (b for piece in self.tensors.pieces(source) for b in blocks(piece, dtype, what))
+        kept = (b for piece in slot.own(self.tensors.pieces(source)) for b in blocks(piece, dtype, what))
         for block in self._changed(slot, source, dtype) if slot.changes else kept:
             found = found or largest(block) > 0
             yield block
@@ -117,7 +141,9 @@ class LoadPlan:
         """A tensor with its changes: added in float32, and cast once."""
         what = f"{self.weights}: tensor {source!r}"
         wide: Iterator[np.ndarray] = (
-            block for piece in self.tensors.pieces(source) for block in blocks(piece, np.dtype(np.float32), what)
+            block
+            for piece in slot.own(self.tensors.pieces(source))
+            for block in blocks(piece, np.dtype(np.float32), what)
         )
         for change in slot.changes:
             wide = change.applied(wide)
@@ -191,10 +217,11 @@ def _open(location: Location) -> Opened:
     _refuse_foreign(weights, [name for name in tensors.infos if not name.startswith(others)], (component,))
     table = component.all_rows()
     infos = {clean: tensors.infos[raw] for clean, raw in found.names.items()}
+    shapes = Shapes(infos, table, found.dialect.name)
     if location.config is None:
-        config = component.infer(Shapes(infos, table, found.dialect.name))
+        config = component.infer(shapes)
     else:
-        config = component.config_type.from_dict(location.config)
+        config = component.seen(component.config_type.from_dict(location.config), shapes)
     known = {generic(name) for row in table for name in row.spellings(found.dialect.name)}
     aside = {
         clean
@@ -294,18 +321,26 @@ def pair_tensors(
                 missing.append(spellings[0] if spellings else f"{path} (the dialect {dialect!r} has no name for it)")
             taken.update(sources)
             slots.append(
-                Slot(row=row, layer=layer, place=place if row.stacked else None, sources=sources, shape=theirs)
+                Slot(
+                    row=row,
+                    layer=layer,
+                    place=place if row.stacked else None,
+                    sources=sources,
+                    shape=theirs,
+                    part=row.part.get(dialect),
+                    leading=row.leading.get(dialect, 0),
+                )
             )
     if missing:
         raise CheckpointError(f"{where} lacks {listed(missing)}")
     if unused := [raw for raw in names.values() if raw not in taken]:
         raise CheckpointError(f"{where} holds {listed(unused)} that {user} has no use for")
-    wrong = [(raw, slot) for slot in slots for raw in slot.sources if tensors.infos[raw].shape != slot.shape]
+    wrong = [(raw, slot) for slot in slots for raw in slot.sources if tensors.infos[raw].shape != slot.stored]
     if wrong:
         raw, slot = wrong[0]
         raise CheckpointError(
             f"{where}: {listed(raw for raw, _ in wrong)} misshapen: the first is {list(tensors.infos[raw].shape)} in "
-            f"the file and {list(slot.shape)} by the configuration"
+            f"the file and {list(slot.stored)} by the configuration"
         )
     for slot in slots:
         if unread := next((raw for raw in slot.sources if not tensors.infos[raw].readable), None):

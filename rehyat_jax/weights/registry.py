@@ -50,6 +50,16 @@ class Shapes:
     def __init__(self, infos: Mapping[str, TensorInfo], rows: tuple[Row, ...], dialect: str) -> None:
         self._infos, self._rows, self._dialect = infos, rows, dialect
 
+    @property
+    def dialect(self) -> str:
+        """The file's."""
+        return self._dialect
+
+    def has(self, name: str) -> bool:
+        """Is there a tensor, by the name that `WRITTEN` has for it?"""
+        spellings = renamed(name, self._rows, WRITTEN, self._dialect) or (name,)
+        return any(spelling in self._infos for spelling in spellings)
+
     def get(self, name: str, *, rank: int) -> tuple[int, ...]:
         """
         Raises:
@@ -126,6 +136,8 @@ class Component:
     dialects: tuple[Dialect, ...]
     #: Sizes, read from the tensors' shapes where no configuration lies beside them.
     infer: Callable[[Shapes], Any]
+    #: A configuration from beside the tensors, with what only they tell.
+    seen: Callable[[Any, Shapes], Any] = lambda config, shapes: config
     #: The least tensors that a configuration asks for, found without building anything.
     least_tensors: Callable[[Any], int]
     #: File name without ending, in the diffusers layout.

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -39,6 +40,11 @@ class Row:
     not_zero: bool = False
     #: The layers' numbers in the files, along our leading axis; None: 0, 1, 2, …
     layers: tuple[int, ...] | None = None
+    #: By dialect whose files keep several parameters in one tensor, one after the other along its first axis: which of
+    #: how many this one is.
+    part: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    #: By dialect whose files have axes of one in front: how many.
+    leading: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def spellings(self, dialect: str, layer: int | None = None) -> tuple[str, ...]:
         """The names that a file may use, with the layer's number in place; none when the dialect lacks this row."""
@@ -66,13 +72,17 @@ def rows_of_linear(
     bias: bool = True,
     float32: bool = False,
     float32_for_float16: bool = False,
+    part: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> tuple[Row, ...]:
     """Rows of a linear layer, from its name in each dialect."""
     weights = {key: f"{name}.weight" for key, name in names.items()}
-    weight = Row(f"{ours}.kernel", weights, "linear", float32=float32, float32_for_float16=float32_for_float16)
+    weight = Row(
+        f"{ours}.kernel", weights, "linear", float32=float32, float32_for_float16=float32_for_float16, part=part
+    )
     if not bias:
         return (weight,)
-    return weight, Row(f"{ours}.bias", {key: f"{name}.bias" for key, name in names.items()}, float32=float32)
+    biases = {key: f"{name}.bias" for key, name in names.items()}
+    return weight, Row(f"{ours}.bias", biases, float32=float32, part=part)
 
 
 def scale_of(kernel: str) -> str:

@@ -170,10 +170,10 @@ def test_a_vae_in_a_transformers_clothes(folder):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("img_emb.proj.1.weight", "image-to-video"),
-        ("blocks.0.cross_attn.k_img.weight", "image-to-video"),
-        ("condition_embedder.image_embedder.norm1.weight", "image-to-video"),
-        ("blocks.0.attn2.add_k_proj.bias", "image-to-video"),
+        ("img_emb.proj.1.weight", "no use for"),
+        ("blocks.0.cross_attn.k_img.weight", "no use for"),
+        ("condition_embedder.image_embedder.norm1.weight", "no use for"),
+        ("blocks.0.attn2.add_k_proj.bias", "no use for"),
         ("vace_blocks.0.proj_in.weight", "VACE"),
     ],
 )
@@ -182,12 +182,16 @@ def test_other_members_of_the_family_are_named(folder, name, what):
     refused(folder, what, f"'{name}'")
 
 
-def test_image_to_video_configurations_are_refused(folder):
+def test_configurations_that_the_tensors_contradict_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    images = {"image_dim": 1280, "added_kv_proj_dim": width}
+    (folder / "config.json").write_text(json.dumps(config | images))
+    refused(folder, "lacks 18 tensors", "image_embedder")
     (folder / "config.json").write_text(json.dumps(config | {"image_dim": 1280}))
-    refused(folder, "image_dim", error=ConfigError)
-    (folder / "config.json").write_text(json.dumps({"dim": 24, "num_heads": 2, "model_type": "i2v"}))
-    refused(folder, "'i2v'", error=ConfigError)
+    refused(folder, "added_kv_proj_dim None is not supported", error=ConfigError)
+    (folder / "config.json").write_text(json.dumps({"dim": 24, "num_heads": 2, "model_type": "vace"}))
+    refused(folder, "'vace'", error=ConfigError)
 
 
 def test_a_second_transformer_that_is_none_does_no_harm(folder):

@@ -78,7 +78,7 @@ TEXT_ENCODER = Component(
     rows=lambda config: UMT5,
     dialects=(
         Dialect(name="diffusers", mark=re.compile(r"(shared\.weight|encoder\.block\.[0-9]+\.layer)")),
-        Dialect(name="original", mark=re.compile(r"(token_embedding|blocks\.[0-9]+\.pos_embedding)\.")),
+        Dialect(name="original", mark=re.compile(r"blocks\.[0-9]+\.pos_embedding\.")),
     ),
     infer=_infer,
     least_tensors=lambda config: config.num_layers,

@@ -55,6 +55,10 @@ ADVICE = (
     Advice(model="Wan2.1-T2V-1.3B", width=1280, height=720, shift=8.0, guidance_scale=6.0),
     Advice(model="Wan2.1-T2V-14B", width=1280, height=720, shift=5.0, guidance_scale=5.0),
     Advice(model="Wan2.1-T2V-14B", width=832, height=480, shift=3.0, guidance_scale=5.0),
+    # generate.py: 40 steps from an image; shift 3 at 480p, and 16 between two images.
+    Advice(model="Wan2.1-I2V-14B", width=1280, height=720, shift=5.0, guidance_scale=5.0, num_inference_steps=40),
+    Advice(model="Wan2.1-I2V-14B", width=832, height=480, shift=3.0, guidance_scale=5.0, num_inference_steps=40),
+    Advice(model="Wan2.1-FLF2V-14B", width=1280, height=720, shift=16.0, guidance_scale=5.0),
     Advice(
         model="Wan2.2-TI2V-5B",
         width=1280,
@@ -94,6 +98,10 @@ def published_as(config: WanConfig, *, experts: bool = False) -> str:
         return "Wan2.2-T2V-A14B" if config.in_channels == config.out_channels else "Wan2.2-I2V-A14B"
     if config.in_channels == VAEConfig.wan22().z_dim:
         return "Wan2.2-TI2V-5B"
+    if config.image_dim is not None:
+        return "Wan2.1-I2V-14B" if config.pos_embed_seq_len is None else "Wan2.1-FLF2V-14B"
+    if config.in_channels != config.out_channels:  # one of Wan2.2's two experts, alone
+        return "Wan2.2-I2V-A14B"
     return "Wan2.1-T2V-14B" if config.dim >= _LARGE else "Wan2.1-T2V-1.3B"
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from rehyat_jax.adapters.linear import Linear
 from rehyat_jax.attention.sharded import softmax_over_devices, softmax_to_text
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.norms import LayerNorm, RMSNorm, layer_norm
 from rehyat_jax.models.wan.positions import CosSin, rotate
 from rehyat_jax.runtime.mesh import Dimension
 from rehyat_jax.runtime.variables import kernel
@@ -24,43 +25,14 @@ from rehyat_jax.runtime.variables import kernel
 _xavier = nnx.initializers.xavier_uniform()
 
 
-def layer_norm(x: Float[Array, "*B C"], eps: float) -> Float[Array, "*B C"]:
-    """Layer norm over channels without affine part; float32 in and out."""
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, computed in float32."""
-
-    def __init__(self, dim: int, eps: float, *, param_dtype: DTypeLike) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
-
-    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Layer norm with affine part, float32 inside and in storage."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(dim, jnp.float32))
-
-    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        normed = layer_norm(x.astype(jnp.float32), self.eps)
-        return (normed * self.scale[...][None, None] + self.bias[...][None, None]).astype(x.dtype)
-
-
 class TextKV(NamedTuple):
     """What cross-attention sees of a text, of one block or of several; in the compute dtype, the keys normed."""
 
     k: Float[Array, "*layers B L H D"]
     v: Float[Array, "*layers B L H D"]
+    #: Of an image's features, where the model attends to them beside the text.
+    image_k: Float[Array, "*layers B M H D"] | None = None
+    image_v: Float[Array, "*layers B M H D"] | None = None
 
 
 #: What a block's self-attention does with q, k and v: its output (v's shape), and whatever else the caller wants back.
@@ -70,7 +42,13 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 class Attention(nnx.Module):
     """Projections, q/k norm over the full width, rotary positions when given, output projection."""
 
-    def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: WanConfig, *, image: bool = False, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        """
+        Args:
+            image: with keys and values of an image's features.
+        """
         self.heads = config.num_attention_heads
 
         def linear(*dimensions: Dimension) -> Linear:
@@ -88,6 +66,9 @@ class Attention(nnx.Module):
         self.to_out = linear("heads", "width")
         self.norm_q = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
         self.norm_k = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
+        if image:
+            self.add_k_proj, self.add_v_proj = (linear("width", "heads") for _ in range(2))
+            self.norm_added_k = RMSNorm(config.dim, config.eps, param_dtype=param_dtype)
 
     # What the attention itself takes: projected, normed, split into heads, rotated to their positions.
 
@@ -99,6 +80,10 @@ class Attention(nnx.Module):
 
     def v(self, x: Float[Array, "B M C"]) -> Float[Array, "B M H D"]:
         return self._split(self.to_v(x))
+
+    def image_kv(self, image: Float[Array, "B I C"]) -> tuple[Float[Array, "B I H D"], Float[Array, "B I H D"]]:
+        """An image's keys and values; the queries are the text's."""
+        return self._split(self.norm_added_k(self.add_k_proj(image))), self._split(self.add_v_proj(image))
 
     def out(self, y: Float[Array, "B N H D"]) -> Float[Array, "B N C"]:
         """The heads' results, mixed."""
@@ -131,7 +116,7 @@ class Block(nnx.Module):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.eps = config.eps
         self.attn1 = Attention(config, **kinds)
-        self.attn2 = Attention(config, **kinds)
+        self.attn2 = Attention(config, image=config.image_dim is not None, **kinds)
         self.norm2 = LayerNorm(config.dim, config.eps)
         self.ffn = FeedForward(config, **kinds)
         self.scale_shift_table = nnx.Param(modulation_table(rngs, 6, config.dim))
@@ -145,9 +130,10 @@ class Block(nnx.Module):
     ) -> Float[Array, "B N C"]:
         return self.attending(x, text, modulation, rotary, _softmax)[0]
 
-    def read_text(self, text: Float[Array, "B L C"]) -> TextKV:
-        """What this block's cross-attention sees of the text."""
-        return TextKV(self.attn2.k(text), self.attn2.v(text))
+    def read_text(self, text: Float[Array, "B L C"], image: Float[Array, "B I C"] | None = None) -> TextKV:
+        """What this block's cross-attention sees of the text, and of an image's features beside it."""
+        kv = TextKV(self.attn2.k(text), self.attn2.v(text))
+        return kv if image is None else TextKV(*kv[:2], *self.attn2.image_kv(image))
 
     def attending(
         self,
@@ -158,6 +144,7 @@ class Block(nnx.Module):
         attend: Attend,
         *,
         text_repeats: int = 1,
+        image: Float[Array, "B I C"] | None = None,
     ) -> tuple[Float[Array, "B N C"], Any]:
         """The block with another self-attention between its projections, and what that gives beside its output.
 
@@ -165,6 +152,7 @@ class Block(nnx.Module):
             text: embedded; or what `read_text` made of that, where calls share it.
             modulation: of the time: one for all tokens, or one for each M-th part of them, in order.
             text_repeats: how many tokens of the text the last one stands for.
+            image: features, embedded, where ``text`` is no `TextKV` that has read them.
         """
         table = self.scale_shift_table[...][None, None] + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (table[:, :, i] for i in range(6))
@@ -173,8 +161,11 @@ class Block(nnx.Module):
         y, more = attend(self.attn1.q(normed, rotary), self.attn1.k(normed, rotary), self.attn1.v(normed))
         x = _gated(x, self.attn1.out(y), gate)
         # Read no earlier than needed: training would hold it for longer.
-        read = text if isinstance(text, TextKV) else self.read_text(text)
-        x = x + self.attn2.out(softmax_to_text(self.attn2.q(self.norm2(x)), *read, repeats=text_repeats))
+        read, query = text if isinstance(text, TextKV) else self.read_text(text, image), self.attn2.q(self.norm2(x))
+        seen = softmax_to_text(query, read.k, read.v, repeats=text_repeats)
+        if read.image_k is not None and read.image_v is not None:
+            seen = seen + softmax_to_text(query, read.image_k, read.image_v)
+        x = x + self.attn2.out(seen)
         return _gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, self.eps)), ffn_gate), more
 
 

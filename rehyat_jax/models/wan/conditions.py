@@ -7,9 +7,11 @@ Sources: Wan-Video/Wan2.1 ``wan/image2video.py``, ``wan/first_last_frame2video.p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from rehyat_jax.errors import CheckpointError, RehyatError
@@ -43,7 +45,11 @@ class Conditioning(Protocol):
         """Images that were checked, as sampling takes them."""
 
     def of_stream(self) -> Conditioning:
-        """How it takes them where a video is made chunk by chunk."""
+        """How it takes them where a video is made chunk by chunk.
+
+        Raises:
+            RehyatError: its videos have an end.
+        """
 
 
 class NoImages:
@@ -79,21 +85,78 @@ class CleanFirstFrame:
         return self
 
 
-def repeated(latents: Float[Array, "1 T h w z"], count: int) -> Float[Array, "B T h w z"]:
-    return jnp.broadcast_to(latents, (count, *latents.shape[1:]))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageChannels:
+    """Wan2.1's and Wan2.2's image-to-video models: a mask and the latents of a clip that is grey but for the images go
+    in beside the noise; Wan2.1's attend to CLIP's features as well.
+
+    Args:
+        features: of one or two images [L, D], for models that attend to them.
+        takes_last: whether there may be a second image; must_last: whether there has to be one.
+    """
+
+    features: Callable[[Images], Float[Array, "L D"]] | None
+    takes_last: bool
+    must_last: bool
+
+    def of_stream(self) -> Conditioning:
+        raise RehyatError("this model makes videos of a length that is known, from an image: it does not stream")
+
+    def check(self, images: Images) -> None:
+        if images.first is None:
+            raise RehyatError("this model makes a video from an image: give image")
+        if images.last is not None and not self.takes_last:
+            raise RehyatError("this model takes an image as its first frame; it takes no last_image")
+        if images.last is None and self.must_last:
+            raise RehyatError("this model makes a video between two images: give last_image as well")
+
+    def condition(self, images: Images, size: VideoSize, *, codec: Codec) -> Condition:
+        # 127.5 is 0 of -1..1.
+        clip = np.full((1, size.frames, size.height, size.width, 3), 127.5, np.float32)
+        for place, name, image in ((0, "image", images.first), (-1, "last_image", images.last)):
+            if image is not None:
+                clip[0, place] = fitted(name, image, height=size.height, width=size.width)
+        latents = codec.encode(clip, frames_per_step=1)
+        time = codec.config.temporal_factor
+        known = np.zeros((size.frames + time - 1,), np.float32)
+        known[:time] = 1  # the first latent frame stands for one frame, and the mask has all its places
+        if images.last is not None:
+            known[-1] = 1
+        mask = jnp.asarray(known.reshape(1, -1, 1, 1, time))
+        mask = jnp.broadcast_to(mask, (*latents.shape[:-1], time))
+        features = None if self.features is None else repeated(self.features(images)[None], size.count)
+        return Condition(channels=repeated(jnp.concatenate([mask, latents], axis=-1), size.count), image=features)
 
 
-def conditioning_of(model: WanConfig, vae: VAEConfig, *, clean_first_frame: bool) -> Conditioning:
+def repeated(one: Float[Array, "1 *shape"], count: int) -> Float[Array, "B *shape"]:
+    return jnp.broadcast_to(one, (count, *one.shape[1:]))
+
+
+def conditioning_of(
+    model: WanConfig,
+    vae: VAEConfig,
+    *,
+    clean_first_frame: bool,
+    features: Callable[[Images], Float[Array, "L D"]] | None = None,
+) -> Conditioning:
     """
     Args:
         clean_first_frame: diffusers' ``expand_timesteps``.
+        features: of images, by the model's image encoder, where it has one.
 
     Raises:
-        CheckpointError: the two networks do not fit each other.
+        CheckpointError: the networks do not fit each other, or the image encoder is missing.
     """
-    if model.in_channels == model.out_channels == vae.z_dim:
-        return CleanFirstFrame() if clean_first_frame else NoImages()
+    attends = model.image_dim is not None
+    if attends and features is None:
+        raise CheckpointError("the transformer attends to an image's features, and there is no image encoder")
+    if model.out_channels == vae.z_dim:
+        if model.in_channels == vae.z_dim and not attends:
+            return CleanFirstFrame() if clean_first_frame else NoImages()
+        if model.in_channels == 2 * vae.z_dim + vae.temporal_factor:
+            two = model.pos_embed_seq_len is not None
+            return ImageChannels(features=features if attends else None, takes_last=two or not attends, must_last=two)
     raise CheckpointError(
         f"the transformer takes {model.in_channels} channels and gives {model.out_channels}, and the VAE's latents "
-        f"have {vae.z_dim}"
+        f"have {vae.z_dim}: it is no model that this program runs"
     )

@@ -17,21 +17,19 @@ def _later(default: Any) -> Any:
 
 #: What files may say of the transformer that it has one form of: both layouts' words.
 _TRANSFORMER_HAS: dict[str, Any] = {
-    "model_type": "t2v",
     "text_len": 512,
     "window_size": [-1, -1],
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "pos_embed_seq_len": None,
     "quantization_config": None,
 }
+#: The original layout's words for the models that this transformer is; what they take beside text, tensors tell.
+_KINDS = ("t2v", "i2v", "flf2v", "ti2v")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """The Wan2.1 text-to-video transformer. Defaults are T2V-1.3B's; names are those of diffusers' ``config.json``."""
+    """The Wan2.1 and Wan2.2 transformer. Defaults are T2V-1.3B's; names are those of diffusers' ``config.json``."""
 
     num_layers: int = 30
     num_attention_heads: int = 12
@@ -45,6 +43,12 @@ class WanConfig:
     eps: float = 1e-6
     #: Entries of diffusers' table of positions, an axis. Kept for it alone: `rotary_embedding` goes on beyond.
     rope_max_seq_len: int = 1024
+    #: Width of the image features that image-to-video models attend to; None: they have none.
+    image_dim: int | None = _later(None)
+    #: Of the embedded features: the transformer's own.
+    added_kv_proj_dim: int | None = _later(None)
+    #: Tokens of two images, which have positions of their own (first and last frame to video).
+    pos_embed_seq_len: int | None = _later(None)
 
     def __post_init__(self) -> None:
         check_whole_numbers(
@@ -59,6 +63,15 @@ class WanConfig:
             "freq_dim",
             "rope_max_seq_len",
         )
+        images = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+        check_whole_numbers(self, *(name for name in images if getattr(self, name) is not None))
+        if self.added_kv_proj_dim != (None if self.image_dim is None else self.dim):
+            raise ConfigError(
+                f"WanConfig.added_kv_proj_dim {self.added_kv_proj_dim} is not supported: with an image_dim "
+                f"it is the transformer's own width, {self.dim}, and else null"
+            )
+        if self.image_dim is None and self.pos_embed_seq_len is not None:
+            raise ConfigError("WanConfig.pos_embed_seq_len is of image features, and there is no image_dim")
         check_positive(self, "eps")
         if len(self.patch_size) != 3 or not all(is_whole(p, 16) for p in self.patch_size):
             raise ConfigError(f"WanConfig.patch_size must be three whole numbers from 1 to 16, not {self.patch_size!r}")
@@ -82,6 +95,21 @@ class WanConfig:
         return cls(num_layers=40, num_attention_heads=40, ffn_dim=13824)
 
     @classmethod
+    def i2v_14b(cls) -> WanConfig:
+        """Of Wan2.1, from an image: noise, a mask of 4 and the image's latents go in, and CLIP's features."""
+        return dataclasses.replace(cls.t2v_14b(), in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+
+    @classmethod
+    def flf2v_14b(cls) -> WanConfig:
+        """Of Wan2.1, from a first and a last frame."""
+        return dataclasses.replace(cls.i2v_14b(), pos_embed_seq_len=514)
+
+    @classmethod
+    def i2v_a14b(cls) -> WanConfig:
+        """An expert of Wan2.2, from an image: as Wan2.1's without CLIP."""
+        return dataclasses.replace(cls.t2v_14b(), in_channels=36)
+
+    @classmethod
     def ti2v_5b(cls) -> WanConfig:
         """Of Wan2.2, on the latents of `VAEConfig.wan22`."""
         return cls(num_attention_heads=24, ffn_dim=14336, in_channels=48, out_channels=48)
@@ -98,13 +126,15 @@ class WanConfig:
         """From diffusers' ``transformer/config.json`` or the original layout's ``config.json``.
 
         Raises:
-            ConfigError: a value is impossible, or the file describes another architecture (image to video, VACE, …).
+            ConfigError: a value is impossible, or the file describes another architecture (VACE, speech to video, …).
         """
         if "dim" in source and "num_heads" in source:
             source = cls._from_original(source)
         kind = "Wan transformer configuration"
         known = {f.name for f in dataclasses.fields(cls)}
-        check_understood(kind, source, known=known, required=_TRANSFORMER_HAS)
+        check_understood(kind, source, known=known | {"model_type"}, required=_TRANSFORMER_HAS)
+        if (model := source.get("model_type", "t2v")) not in _KINDS:
+            raise ConfigError(f"{kind}: model_type = {str(model)[:80]!r} is not supported (only {', '.join(_KINDS)})")
         if (name := source.get("_class_name", "WanModel")) not in ("WanTransformer3DModel", "WanModel"):
             raise ConfigError(f"{kind}: {str(name)[:80]!r} is another network than WanModel or WanTransformer3DModel")
         if missing := {"num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim"} - set(source):
@@ -135,9 +165,6 @@ class WanConfig:
             "patch_size": list(self.patch_size),
             "cross_attn_norm": True,
             "qk_norm": "rms_norm_across_heads",
-            "image_dim": None,
-            "added_kv_proj_dim": None,
-            "pos_embed_seq_len": None,
         }
 
 

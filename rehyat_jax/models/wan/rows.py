@@ -56,8 +56,36 @@ def _rows() -> Iterator[Row]:
     yield from rows_of_linear("proj_out", _named("proj_out", "head.head"))
 
 
+def _image_rows() -> Iterator[Row]:
+    embedder, original = "condition_embedder.image_embedder", "img_emb.proj"
+    for ours, theirs, number in (("norm1", "norm1", 0), ("norm2", "norm2", 4)):
+        for end, name in (("scale", "weight"), ("bias", "bias")):
+            names = _named(f"{embedder}.{theirs}.{name}", f"{original}.{number}.{name}")
+            yield Row(f"{embedder}.{ours}.{end}", names, float32=True)
+    for ours, theirs, number in (("linear_1", "ff.net.0.proj", 1), ("linear_2", "ff.net.2", 3)):
+        yield from rows_of_linear(f"{embedder}.{ours}", _named(f"{embedder}.{theirs}", f"{original}.{number}"))
+    for ours, theirs in (("add_k_proj", "k_img"), ("add_v_proj", "v_img")):
+        names = _named(f"blocks.{{}}.attn2.{ours}", f"blocks.{{}}.cross_attn.{theirs}")
+        yield from rows_of_linear(f"blocks.attn2.{ours}", names)
+    names = _named("blocks.{}.attn2.norm_added_k.weight", "blocks.{}.cross_attn.norm_k_img.weight")
+    yield Row("blocks.attn2.norm_added_k.scale", names)
+
+
 #: ``WanTransformer``: 27 tensors a block and 15 around them, 825 for T2V-1.3B.
 TRANSFORMER = tuple(_rows())
+_IMAGE = tuple(_image_rows())
+_TWO_IMAGES = Row(
+    "condition_embedder.image_embedder.pos_embed",
+    _named("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
+    "table",
+)
+
+
+def transformer_rows(config: WanConfig) -> tuple[Row, ...]:
+    """Every tensor of a transformer of this configuration, once."""
+    if config.image_dim is None:
+        return TRANSFORMER
+    return (*TRANSFORMER, *_IMAGE) + (() if config.pos_embed_seq_len is None else (_TWO_IMAGES,))
 
 
 def _infer(shapes: Shapes) -> WanConfig:
@@ -66,7 +94,7 @@ def _infer(shapes: Shapes) -> WanConfig:
     if dim % 128:
         raise CheckpointError(f"a transformer of width {dim} needs a config.json beside it that gives its heads")
     volume = max(patch[0] * patch[1] * patch[2], 1)
-    return WanConfig(
+    config = WanConfig(
         num_layers=shapes.layers("blocks.{}.scale_shift_table"),
         num_attention_heads=dim // 128,
         attention_head_dim=128,
@@ -77,6 +105,26 @@ def _infer(shapes: Shapes) -> WanConfig:
         freq_dim=shapes.get("condition_embedder.time_embedder.linear_1.weight", rank=2)[1],
         patch_size=(patch[0], patch[1], patch[2]),
     )
+    return _with_images(config, shapes)
+
+
+def _with_images(config: WanConfig, shapes: Shapes) -> WanConfig:
+    """What the tensors say of images: a configuration in the original layout does not (Wan2.1's and Wan2.2's are both
+    "i2v"); one in diffusers' does."""
+    embedder = "condition_embedder.image_embedder"
+    if config.image_dim is not None or not shapes.has(f"{embedder}.norm1.weight"):
+        return config
+    two = f"{embedder}.pos_embed"
+    return dataclasses.replace(
+        config,
+        image_dim=shapes.get(f"{embedder}.norm1.weight", rank=1)[0],
+        added_kv_proj_dim=config.dim,
+        pos_embed_seq_len=shapes.get(two, rank=3)[1] if shapes.has(two) else None,
+    )
+
+
+def _seen(config: WanConfig, shapes: Shapes) -> WanConfig:
+    return _with_images(config, shapes) if shapes.dialect == _ORIGINAL.name else config
 
 
 def _described(config: Mapping[str, Any]) -> bool:
@@ -89,7 +137,9 @@ WAN_TRANSFORMER = Component(
     module=WanTransformer,
     config_type=WanConfig,
     described_by=_described,
-    rows=lambda config: TRANSFORMER,
+    rows=transformer_rows,
+    examples=(WanConfig.t2v_1_3b(), WanConfig.flf2v_14b()),
+    seen=_seen,
     dialects=(_DIFFUSERS, _ORIGINAL),
     infer=_infer,
     least_tensors=lambda config: config.num_layers,
@@ -99,11 +149,10 @@ WAN_TRANSFORMER = Component(
         "a LoRA file, not a whole network": re.compile(
             r"lora_(A|B|up|down|unet|te)|\.lora\.|_lora\.|(^|\.)(hada_|lokr_)|dora_scale|lora_magnitude_vector"
         ),
-        "an image-to-video model": re.compile(
-            r"(^|\.)(img_emb\.|condition_embedder\.image_embedder\.)|\.(k_img|add_k_proj)\."
-        ),
         "a VACE model": re.compile(r"(^|\.)vace_"),
     },
+    # Some files have a norm that nothing reads.
+    unneeded=re.compile(r"blocks\.[0-9]+\.attn2\.norm_added_q\."),
     released_in="high_noise_model",
     kept_in=("diffusion_models", "unet"),
     attachment=STUDENT,
@@ -111,6 +160,9 @@ WAN_TRANSFORMER = Component(
         "Wan2.1 1.3B": WanConfig.t2v_1_3b,
         "Wan2.2 5B": WanConfig.ti2v_5b,
         "Wan2.1 14B": WanConfig.t2v_14b,
+        "Wan2.1 I2V-14B": WanConfig.i2v_14b,
+        "Wan2.1 FLF2V-14B": WanConfig.flf2v_14b,
+        "Wan2.2 I2V-A14B": WanConfig.i2v_a14b,
     },
 )
 #: Wan2.2's A14B has two: the first for high noise levels, this one for low ones.

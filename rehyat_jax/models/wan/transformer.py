@@ -1,4 +1,4 @@
-"""The Wan2.1 text-to-video diffusion transformer.
+"""The diffusion transformer of Wan2.1 and Wan2.2.
 
 Sources: Wan-Video/Wan2.1 ``wan/modules/model.py``; diffusers ``models/transformers/transformer_wan.py``.
 
@@ -23,6 +23,7 @@ from rehyat_jax.mixers.base import Mixer
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.wan.block import Block, TextKV, modulate, modulation_table
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.image import ImageEmbedder
 from rehyat_jax.models.wan.mixing import Mixing, scan_layers, take_parameters
 from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
@@ -55,7 +56,7 @@ class TextEmbedder(nnx.Module):
 
 
 class ConditionEmbedder(nnx.Module):
-    """Diffusion time and text, as the blocks take them."""
+    """Diffusion time, text and image features, as the blocks take them."""
 
     def __init__(self, config: WanConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.freq_dim = config.freq_dim
@@ -74,6 +75,8 @@ class ConditionEmbedder(nnx.Module):
         self.text_embedder = TextEmbedder(
             config.text_dim, config.dim, _gelu_tanh, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
+        if config.image_dim is not None:
+            self.image_embedder = ImageEmbedder(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 def _gelu_tanh(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
@@ -193,6 +196,7 @@ class WanTransformer(nnx.Module):
         text: Float[Array, "B L {self.config.text_dim}"],
         *,
         text_tokens: int | None = None,
+        image: Float[Array, "B I {self.config.image_dim}"] | None = None,
         remat: bool = False,
         unroll: bool = False,
     ) -> Float[Array, "B T H W {self.config.out_channels}"]:
@@ -208,6 +212,7 @@ class WanTransformer(nnx.Module):
             text: the encoder's output, zero beyond the prompt.
             text_tokens: as many tokens as are attended to, zeros after ``text``'s (Wan: 512); by default those that it
                 has. The zeros cost one token: the rest have its keys and values.
+            image: features of one or two images, for models that attend to them.
             remat: for training: keep each block's input alone and compute the block again in the backward pass.
             unroll: every block in the program in place of a loop over blocks. For training a small model: what a loop
                 keeps for the backward pass is copied in and out of its arrays. The larger program compiles longer.
@@ -223,7 +228,7 @@ class WanTransformer(nnx.Module):
             timesteps = jnp.pad(timesteps, ((0, 0), (0, padding)), mode="edge")
         inputs = self.embed(jnp.pad(latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), timesteps)
         embedded = self.embed_text(text, text_tokens)
-        how = {"text_repeats": text_repeats(embedded.shape[1], text_tokens)}
+        how = {"text_repeats": text_repeats(embedded.shape[1], text_tokens), "image": self.embed_image(image)}
         tokens = inputs.x.shape[1] * frames // (frames + padding)
         graph, layers = nnx.split(self.blocks)
 
@@ -263,19 +268,24 @@ class WanTransformer(nnx.Module):
         counts = [len(self.mixing.blocks(mixer)) for mixer in self.mixing.groups]
         return self.mixing.joined([stacked(*each) for each in zip(self._mixers(), counts, strict=True)])
 
-    def read_text(self, text: Float[Array, "B L {self.config.text_dim}"], text_tokens: int | None = None) -> TextKV:
+    def read_text(
+        self,
+        text: Float[Array, "B L {self.config.text_dim}"],
+        text_tokens: int | None = None,
+        image: Float[Array, "B I {self.config.image_dim}"] | None = None,
+    ) -> TextKV:
         """A text as `stream` takes it: what every block sees of it, stacked over a leading axis of layers.
 
         It depends on the text alone, so that all steps of all chunks share it. Its size is 2 · layers · L · width
         numbers a text in the compute dtype: 94 MB for Wan-1.3B's 512 tokens in bfloat16; with ``text_tokens``, as in a
         call on a whole video, only what differs.
         """
-        embedded = self.embed_text(text, text_tokens)
+        embedded, features = self.embed_text(text, text_tokens), self.embed_image(image)
         graph, layers = nnx.split(self.blocks)
 
         def read(layer: Any) -> TextKV:
-            seen = nnx.merge(graph, layer).read_text(embedded)
-            return TextKV(*(laid_out(x, "batch", None, "heads", None) for x in seen))
+            seen = nnx.merge(graph, layer).read_text(embedded, features)
+            return jax.tree.map(lambda x: laid_out(x, "batch", None, "heads", None), seen)
 
         return jax.lax.map(read, layers)
 
@@ -430,6 +440,17 @@ class WanTransformer(nnx.Module):
         if text_tokens is not None and text_tokens > text.shape[1]:
             text = jnp.pad(text, ((0, 0), (0, 1), (0, 0)))
         return self.condition_embedder.text_embedder(text.astype(self.dtype))
+
+    def embed_image(self, image: Float[Array, "B I {self.config.image_dim}"] | None) -> Float[Array, "B M C"] | None:
+        """Image features as the blocks read them.
+
+        Raises:
+            RehyatError: there are none for a model that has use for them, or some for one that has not.
+        """
+        if (image is None) != (self.config.image_dim is None):
+            need = "needs the features of an image" if image is None else "has no use for the features of an image"
+            raise RehyatError(f"this transformer {need}")
+        return None if image is None else self.condition_embedder.image_embedder(image.astype(self.dtype))
 
     def unembed(self, x: Float[Array, "B N C"], inputs: Embedded) -> Float[Array, "B T H W {self.config.out_channels}"]:
         """All that comes after the blocks: their output into the velocity."""
