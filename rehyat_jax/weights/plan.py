@@ -123,9 +123,8 @@ class LoadPlan:
             CheckpointError: as `read`.
         """
         (source,) = slot.sources
-        kept = (
-            self.tensors.rows_in_fp8(source) if isinstance(self.tensors, ScaledTensors) and not slot.changes else None
-        )
+        as_it_is = not slot.changes and slot.part is None
+        kept = self.tensors.rows_in_fp8(source) if isinstance(self.tensors, ScaledTensors) and as_it_is else None
         if kept is not None:
             for rows, scales in kept:
                 if (np.bitwise_and(rows.view(np.uint8), 0x7F) == 0x7F).any():

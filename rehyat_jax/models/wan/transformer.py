@@ -359,7 +359,7 @@ class WanTransformer(nnx.Module):
                     y, after = attend(mixer, state, q, k, v)
                     return y, mixer.sharded(after)
 
-                read = TextKV(*map(text_rows, text))
+                read: TextKV = jax.tree.map(text_rows, text)
                 return nnx.merge(graph, block).attending(x, read, inputs.modulation, inputs.rotary, attention, **how)
 
             return jax.checkpoint(layer) if remat else layer
