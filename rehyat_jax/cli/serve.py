@@ -138,6 +138,7 @@ def main(argv: list[str]) -> None:
         pace=Pace(fps=pipe.fps, ahead=options.ahead),
         limits=Limits(streams=options.streams, idle=options.idle),
     )
+    host.restored.wait()  # whoever comes back finds the stream
     config = uvicorn.Config(
         make_app(host, about, access=access),
         host=options.host,

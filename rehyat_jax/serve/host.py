@@ -101,6 +101,8 @@ class Host:
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._work = threading.Condition()
         self._stop = False
+        #: Set once the streams of an earlier host are there again.
+        self.restored = threading.Event()
         self.chunks_made = self.frames_made = self.batches_made = self.largest_batch = 0
         self.chunk_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="rehyat-host", daemon=True)
@@ -333,6 +335,7 @@ class Host:
     def _run(self) -> None:
         if self._keeps:
             self._restore()
+        self.restored.set()
         while True:
             with self._work:
                 if self._stop:
