@@ -1,0 +1,86 @@
+"""Memory of ``rehyat serve`` while one viewer watches a stream for ten minutes: it should be flat to one per cent.
+
+``python -m benchmarks.serve_memory --minutes 10 --steps 4``. Once a minute the sentence changes. Resident memory of the
+server's process is read once a second; a minute is what its samples' median is. The first two minutes are left out: the
+compiler's, and the cache of the encoder's buffers. Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from websockets.sync.client import connect
+
+SENTENCES = ("a koala moving right slowly on a red background", "a lemon moving up slowly on a blue background")
+#: Minutes that do not count.
+WARM = 2
+
+
+def resident(process: int) -> float:
+    """Megabytes."""
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    assert match is not None
+    return int(match[1]) / 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--minutes", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=None, help="denoising steps; the model's own when not given")
+    parser.add_argument("--model", default="mini-sprites")
+    options = parser.parse_args()
+    command = [sys.executable, "-m", "rehyat_jax", "serve", "--port", "0", "--model", options.model]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        address = next(found[0] for line in server.stderr if (found := re.search(r"http://[^/]+", line)))
+        try:
+            print(json.dumps(watched(address, server.pid, options)))
+        finally:
+            server.terminate()
+
+
+def watched(address: str, process: int, options: argparse.Namespace) -> dict[str, object]:
+    """Watch for so many minutes and the warm ones; what the memory was, and how fast frames came."""
+    samples: list[list[float]] = [[] for _ in range(WARM + options.minutes)]
+    frames, counted = 0, 0.0
+    with connect(address.replace("http", "ws") + "/v1/realtime/video", max_size=None) as socket:
+        start = {"type": "session.start", "prompt": SENTENCES[0], "num_inference_steps": options.steps}
+        socket.send(json.dumps(start))
+        begun, last, said = time.monotonic(), 0.0, 0
+        while (passed := time.monotonic() - begun) < 60 * len(samples):
+            heard = socket.recv(timeout=120)
+            if isinstance(heard, str):
+                told = json.loads(heard)
+                assert told["type"] != "error", told
+                if told["type"] == "video.chunk_metadata":
+                    # As a player that shows what is there at once.
+                    position = (told["first_frame"] + told["num_frames"]) / 16
+                    socket.send(json.dumps({"type": "session.playback", "position_seconds": position}))
+                    if passed > 60 * WARM:
+                        frames, counted = frames + told["num_frames"], passed - 60 * WARM
+            if passed - last >= 1:
+                last = passed
+                samples[min(int(passed // 60), len(samples) - 1)].append(resident(process))
+            if passed // 60 > said:
+                said += 1
+                event = {"event_id": str(said), "event": {"prompt": SENTENCES[said % 2]}}
+                socket.send(json.dumps({"type": "session.interaction", "interaction": event}))
+    minutes = [round(statistics.median(minute), 1) for minute in samples[WARM:] if minute]
+    return {
+        "minutes": len(minutes),
+        "frames_per_second": round(frames / counted, 2) if counted else None,
+        "megabytes": minutes,
+        "grown": round(minutes[-1] / minutes[0] - 1, 4),
+        "between": round(max(minutes) / min(minutes) - 1, 4),
+    }
+
+
+if __name__ == "__main__":
+    main()
