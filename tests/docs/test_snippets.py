@@ -7,9 +7,9 @@ import pytest
 from shared import tiers
 
 _DOCS = Path(__file__).parents[2] / "docs"
-_PAGES = [_DOCS / "quickstart.md", *sorted((_DOCS / "how-to").glob("*.md"))]
-#: As many steps as the model's own: for the tier that has the time.
-_LONG = [_DOCS.parent / "README.md"]
+#: With as many steps as the model's own, or many programs to compile: for the tier that has the time.
+_LONG = [_DOCS.parent / "README.md", _DOCS / "how-to" / "videos.md"]
+_PAGES = [page for page in (_DOCS / "quickstart.md", *sorted((_DOCS / "how-to").glob("*.md"))) if page not in _LONG]
 
 
 def _snippets(page: Path) -> list[str]:
