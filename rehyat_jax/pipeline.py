@@ -22,7 +22,7 @@ from rehyat_jax.adapters.lora import Lora, loras_of
 from rehyat_jax.adapters.merging import Merged
 from rehyat_jax.errors import CheckpointError, RehyatError, RehyatWarning
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.checkpoints import load_vae, open_experts, open_transformer
+from rehyat_jax.models.checkpoints import MergedExperts, load_vae, open_experts, open_transformer
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.wan.conditions import Conditioning, VideoSize, conditioning_of
@@ -81,7 +81,7 @@ class TextToVideo:
         schedule: FlowSchedule,
         solver: Solver,
         defaults: Defaults,
-        weights: Merged | None = None,
+        weights: Merged | MergedExperts | None = None,
         traits: Traits | None = None,
         image_features: Callable[[Images], Float[Array, "L D"]] | None = None,
     ) -> None:
@@ -126,7 +126,7 @@ class TextToVideo:
         cache_dir: str | os.PathLike[str] | None = None,
         repair_prompts: bool = True,
         loras: Iterable[Any] = (),
-        quantize: Literal["fp8"] | None = None,
+        quantize: Literal["fp8", "int8"] | None = None,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -142,8 +142,9 @@ class TextToVideo:
                 cache folder. One that cannot be written is done without.
             repair_prompts: have ftfy repair prompts (curly quotes, full-width letters, …), as Wan's own code does.
             loras: as `load_lora` takes them one by one: paths, pairs of a path and a strength, or texts
-                ``FILE[:strength]``.
-            quantize: "fp8": the matrices of the transformer's and the text encoder's blocks are kept so on the device.
+                ``[high:|low:]FILE[:strength]``.
+            quantize: "fp8" or "int8": the matrices of the transformer's and the text encoder's blocks are kept so on
+                the device.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used.
@@ -157,14 +158,13 @@ class TextToVideo:
         student = hybrid == "auto"
         schedule, solver = read_scheduler(folder, student=student)
         traits = read_traits(folder)
-        how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "quantize": quantize}
+        how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": loras, "quantize": quantize}
         transformer: Any
+        weights: Merged | MergedExperts
         if traits.boundary_ratio is None:
-            transformer, weights = open_transformer(folder, loras=loras, **how)
-        elif tuple(loras):
-            raise RehyatError("a model of two experts takes LoRAs baked in: rehyat convert --lora for each expert")
+            transformer, weights = open_transformer(folder, **how)
         else:
-            transformer, weights = open_experts(folder, boundary_ratio=traits.boundary_ratio, **how), None
+            transformer, weights = open_experts(folder, boundary_ratio=traits.boundary_ratio, **how)
         return cls(
             transformer=transformer,
             weights=weights,
@@ -218,7 +218,14 @@ class TextToVideo:
         """The strengths of the LoRAs in the transformer's weights, by name."""
         return {} if self._weights is None else {lora.name: lora.strength for lora in self._weights.loras}
 
-    def load_lora(self, path: str | os.PathLike[str], *, strength: float | int = 1.0, name: str | None = None) -> str:
+    def load_lora(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        strength: float | int = 1.0,
+        name: str | None = None,
+        into: Literal["high", "low"] | None = None,
+    ) -> str:
         """Merge a LoRA of any dialect into the transformer's weights, beside those that are there.
 
         Calls and streams begun from now on have it; a stream that is open goes on as it was begun.
@@ -227,6 +234,7 @@ class TextToVideo:
             path: a file, or PEFT's folder.
             strength: 1 as it was trained, 0 not at all; negative: the contrary.
             name: for `set_loras` and `unload_lora`; the file's without its ending when not given.
+            into: of a model of two experts (Wan2.2's A14B), the one by noise level that it is for; both when not given.
 
         Returns:
             The name.
@@ -236,7 +244,10 @@ class TextToVideo:
             RehyatError: the name is taken; the pipeline was made of modules, without their files.
         """
         plain = arguments.user_path("path", path)
-        lora = Lora(plain, arguments.number("strength", strength), "" if name is None else arguments.text("name", name))
+        chosen = "" if name is None else arguments.text("name", name)
+        if into is not None:
+            arguments.choice("into", into, ("high", "low"))
+        lora = Lora(plain, arguments.number("strength", strength), chosen, into)
         self._merge([*self._on_disk().loras, lora])
         return lora.name
 
@@ -268,7 +279,7 @@ class TextToVideo:
         if name not in self.loras:
             raise arguments.wrong("name", name, f"that of a loaded LoRA ({', '.join(self.loras) or 'there is none'})")
 
-    def _on_disk(self) -> Merged:
+    def _on_disk(self) -> Merged | MergedExperts:
         if self._weights is None:
             raise RehyatError(
                 "this pipeline was made of modules, without their files: give load_transformer the LoRAs, or make it "
@@ -277,7 +288,8 @@ class TextToVideo:
         return self._weights
 
     def _merge(self, loras: Iterable[Lora]) -> None:
-        self.transformer, self._weights = self._on_disk().changed(self.transformer, loras_of(loras))
+        weights: Any = self._on_disk()
+        self.transformer, self._weights = weights.changed(self.transformer, loras_of(loras))
 
     def __call__(
         self,

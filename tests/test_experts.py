@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from flax import nnx
 from safetensors.torch import load_file, save_file
 from shared.checkpoint import tiny_pipeline
+from shared.lora import everywhere, random_lora, written
 from shared.videos import PROMPT, SIZE, latents_by_diffusers, latents_by_us, noise_of
+from shared.wan import Case, by_diffusers, by_us, inputs, relative
 
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
@@ -108,3 +111,31 @@ def test_what_cannot_be_is_a_sentence(a14b, ours, tmp_path):
         read_traits(folder)
     with pytest.raises(RehyatError, match="several transformers by noise level"):
         ours.open_stream(PROMPT)
+
+
+def test_a_lora_is_for_both_experts_or_for_the_one_that_is_named(a14b, tmp_path):
+    """The low expert against diffusers' with `load_into_transformer_2`: 1e-5, as any LoRA."""
+    folder, pipeline = a14b
+    theirs = pipeline.transformer_2
+    lora = random_lora({name: x.shape for name, x in theirs.state_dict().items()}, everywhere(2))
+    path, _ = written("diffusers", lora, tmp_path)
+    pipe = TextToVideo.from_pretrained(folder, cache_dir=tmp_path, loras=[f"low:{path}:0.5"])
+    high, low = (member.load() for member in pipe.transformer.members)
+    assert bits(high) == bits(load_transformer(folder / "transformer"))
+    pipeline.load_lora_weights(str(path), adapter_name="one", load_into_transformer_2=True)
+    theirs.set_adapters(["one"], weights=[0.5])
+    args = inputs(Case(low.config, (3, 4, 4), text=5, times=(700.0,)))
+    assert relative(by_us(low, *args), by_diffusers(theirs, *args)) < 1e-5
+    pipeline.unload_lora_weights()
+    pipe.load_lora(path, name="both", strength=0.5)
+    pipe.set_loras({"both": 0.5})
+    found = [bits(member.load()) for member in pipe.transformer.members]
+    assert found[1] == bits(low)
+    convert(folder, tmp_path / "baked", loras=[(path, 0.5)])
+    assert found == [bits(load_transformer(tmp_path / "baked" / name)) for name in ("transformer", "transformer_2")]
+    with pytest.raises(RehyatError, match="is for the high expert, and this model has one transformer"):
+        load_transformer(folder / "transformer", loras=[f"high:{path}"])
+
+
+def bits(module):
+    return {path: np.asarray(leaf.get_value()).tobytes() for path, leaf in nnx.to_flat_state(nnx.state(module))}

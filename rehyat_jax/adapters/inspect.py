@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rehyat_jax.adapters.lora import ADAPTER_CONFIG, LoraFile, located, open_lora
+from rehyat_jax.adapters.lora import ADAPTER_CONFIG, LoraFile, located
 from rehyat_jax.adapters.merging import changed_shape, fitting
 from rehyat_jax.adapters.names import is_lora
 from rehyat_jax.errors import CheckpointError
@@ -67,12 +67,8 @@ def holds_lora(path: Path) -> bool:
         return False
 
 
-def describe_lora(path: Path, component: Component) -> LoraInfo:
-    """
-    Raises:
-        CheckpointError: as `open_lora`.
-    """
-    file = open_lora(path)
+def describe_lora(file: LoraFile, component: Component) -> LoraInfo:
+    """No tensor is read for it."""
     pairs = [part for part in file.parts if "down" in part.names]
     kinds = [(part, kind) for part in file.parts for kind in part.names]
     differences = [kind for _, kind in kinds if kind.startswith("diff")]
@@ -88,7 +84,7 @@ def describe_lora(path: Path, component: Component) -> LoraInfo:
         alpha=_alpha(file),
         fits=fitting(file, component),
         shape=next((shape for shape in shapes if shape is not None), ()),
-        trigger=_shown(file.trigger),
+        trigger=shown(file.trigger),
     )
 
 
@@ -101,6 +97,6 @@ def _alpha(file: LoraFile) -> str:
     return f"{alpha:g}" + (", over the rank's root" if file.config.get("use_rslora") else "")
 
 
-def _shown(text: str | None) -> str | None:
+def shown(text: str | None) -> str | None:
     """A stranger's words for a terminal."""
     return None if text is None else "".join(c if c.isprintable() else " " for c in text[:_LONGEST_WORDS])

@@ -15,9 +15,6 @@ from jaxtyping import Array, Float
 from rehyat_jax.runtime.mesh import Dimension
 from rehyat_jax.runtime.variables import AdapterParam, ScaleParam, axes_of, kernel, sharded
 
-#: Three bits behind the point; the largest is 448.
-FP8 = jnp.float8_e4m3fn
-
 
 class Linear(nnx.Module):
     """``x @ kernel + bias`` over the last axis; paths, numbers and first values are ``nnx.Linear``'s.
@@ -44,7 +41,7 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         #: Beside the kernel, where adapters are trained (`rehyat_jax.adapters.training`).
         self.adapter: LowRank | None = nnx.data(None)
-        #: [*layers, out], where the kernel is kept in fp8 (`keep_in_fp8`).
+        #: [*layers, out], where the kernel is kept in eight bits (`keep_in_eight_bits`).
         self.scale: ScaleParam | None = nnx.data(None)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype), **kernel_metadata)
         self.bias: nnx.Param[Array] | None = nnx.data(None)
@@ -71,13 +68,13 @@ def linear_layers(module: Any) -> dict[str, Linear]:
     return {".".join(map(str, path)): node for path, node in found if isinstance(node, Linear)}
 
 
-def keep_in_fp8(module: Any) -> None:
-    """Make of a module of shapes alone one whose blocks' kernels are in fp8, with a scale for each output."""
+def keep_in_eight_bits(module: Any, kind: DTypeLike) -> None:
+    """Make of a module of shapes alone one whose blocks' kernels are in fp8 or int8, with a scale for each output."""
     for layer in linear_layers(module).values():
         *stack, inputs, outputs = layer.kernel.get_value().shape
         if stack:  # of the blocks, which are nearly all of it
             axes = axes_of(layer.kernel)
-            layer.kernel.set_value(jax.ShapeDtypeStruct((*stack, inputs, outputs), FP8))
+            layer.kernel.set_value(jax.ShapeDtypeStruct((*stack, inputs, outputs), kind))
             scale = jax.ShapeDtypeStruct((*stack, outputs), jnp.float32)
             layer.scale = ScaleParam(scale, **sharded(None if axes is None else axes.dimensions[-1]))
 

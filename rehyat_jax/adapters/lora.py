@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,10 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "trigger_phrase", "ss_trigger_words")
 
 
+#: Experts by noise level.
+Into = Literal["high", "low"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """A LoRA file or folder, and how strongly it is added: 1 as it was trained, 0 not at all."""
@@ -42,6 +46,8 @@ class Lora:
     strength: float = 1.0
     #: By which it is told from others that are loaded; the file's, without its ending, when not given.
     name: str = ""
+    #: Of a model of two experts, the one that it is for; None: both.
+    into: Into | None = None
 
     def __post_init__(self) -> None:
         plain = self.file.parent if self.file.stem in (_ADAPTER_WEIGHTS, _DIFFUSERS_WEIGHTS) else self.file
@@ -49,7 +55,7 @@ class Lora:
 
     @classmethod
     def of(cls, given: Any) -> Lora:
-        """From a path, a path and a strength, or a text ``FILE[:strength]``.
+        """From a path, a path and a strength, or a text ``[high:|low:]FILE[:strength]``.
 
         Raises:
             RehyatError: it is none of these, or the strength is no finite number.
@@ -57,12 +63,16 @@ class Lora:
         if isinstance(given, Lora):
             return given
         path, strength = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
+        into: Into | None = None
         if path is given and isinstance(path, str) and not os.path.lexists(path):
+            start, colon, rest = path.partition(":")
+            if colon and start in ("high", "low"):
+                path, into = rest, start  # type: ignore[assignment]
             front, _, end = path.rpartition(":")
             # Else a colon within the path.
             with contextlib.suppress(ValueError):
                 path, strength = front or path, float(end) if front else strength
-        return cls(arguments.user_path("lora", path), arguments.number("strength", strength))
+        return cls(arguments.user_path("lora", path), arguments.number("strength", strength), into=into)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.strength:g}"
@@ -79,6 +89,18 @@ def loras_of(given: Iterable[Any]) -> tuple[Lora, ...]:
         if any(lora.name == other.name for other in loras[:number]):
             raise RehyatError(f"two LoRAs are called {lora.name!r}: give each once, or a name of its own")
     return loras
+
+
+def of_expert(loras: Iterable[Lora], expert: Into | None) -> tuple[Lora, ...]:
+    """Those that one transformer gets: of two experts, or the only one.
+
+    Raises:
+        RehyatError: there is one transformer, and a LoRA is for one of two.
+    """
+    chosen = tuple(loras)
+    if expert is None and (wrong := next((lora for lora in chosen if lora.into is not None), None)) is not None:
+        raise RehyatError(f"the LoRA {wrong.name!r} is for the {wrong.into} expert, and this model has one transformer")
+    return tuple(lora for lora in chosen if lora.into in (None, expert))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rehyat_jax.adapters.lora import Lora, LoraFile, Part, open_lora
+from rehyat_jax.adapters.lora import Lora, LoraFile, Part, of_expert, open_lora
 from rehyat_jax.adapters.names import TARGETS, Kind, spelled, underscored
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.weights.load import refilled
@@ -78,7 +78,7 @@ class Merged:
         Raises:
             CheckpointError: as `with_loras`; the base was changed or removed since it was read.
         """
-        after = dataclasses.replace(self, loras=loras)
+        after = dataclasses.replace(self, loras=of_expert(loras, None))
         plan = after.plan()
         paths = {slot.row.ours for each in (self.plan(), plan) for slot in each.slots if slot.changes}
         return refilled(module, plan, paths, dtype=self.dtype), after

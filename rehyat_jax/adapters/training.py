@@ -35,15 +35,16 @@ _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 class LoraConfig:
     """The adapters of a training: a pair beside each linear layer of the blocks."""
 
-    rank: int = 32
+    #: 0: none; the model learns as a whole.
+    rank: int = 0
     #: The product is multiplied by alpha / rank.
     alpha: float = 32.0
     #: The words of the captions that call up what is learned, for the file's header.
     trigger: str = ""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"a LoRA needs a rank of 1 or more and an alpha above 0, not {self.rank}, {self.alpha}")
+        if self.rank < 0 or not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"a LoRA needs a rank of 0 or more and an alpha above 0, not {self.rank}, {self.alpha}")
 
 
 def with_adapters(module: Any, config: LoraConfig, *, within: Any, rngs: nnx.Rngs) -> Any:

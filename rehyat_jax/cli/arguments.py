@@ -39,7 +39,7 @@ def hide_missing_defaults(options: type) -> None:
 
 
 def _told(default: str) -> str:
-    return "" if default in ("None", "False", "''") else f"(default: {default})"
+    return "" if default in ("None", "False", "''", "") else f"(default: {default})"
 
 
 def _classes(hint: Any) -> list[type]:

@@ -36,10 +36,12 @@ class Convert:
     for diffusers, and here the student, whose own weights are in its rehyat part."""
 
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:STRENGTH]")] = ()
-    """A LoRA file or folder of any dialect, merged into the transformer's weights for good. Again for another."""
+    """A LoRA file or folder of any dialect, merged into the transformer's weights for good. Again for another.
+    Of two experts it is merged into both, with high: or
+    low: before FILE into one."""
 
-    quantize: Annotated[Literal["fp8"] | None, tyro.conf.arg(metavar="fp8")] = None
-    """Write the matrices of the transformer's and the text encoder's blocks in fp8, with a scale for each row."""
+    quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
+    """Write the matrices of the transformer's and the text encoder's blocks in eight bits, a scale for each row."""
 
     conversion: Annotated[Path | None, tyro.conf.arg(name="with", metavar="FILE")] = None
     """A conversion in one small file, of which SRC is the base: the result is the student."""

@@ -61,7 +61,8 @@ class Generate:
 
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:STRENGTH]")] = ()
     """A LoRA file or folder of any dialect, merged into the transformer's weights; 1 as it was trained. Again for
-    another."""
+    another. Of two experts it is merged into both, with high: or
+    low: before FILE into one."""
 
     image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """What the video begins with, scaled and cropped to its size; for models that take images, and for those that make
@@ -132,9 +133,9 @@ class Generate:
     dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="float32|bfloat16")] = "float32"
     """Number format of the transformer and the text encoder; the autoencoder stays in float32."""
 
-    quantize: Annotated[Literal["fp8"] | None, tyro.conf.arg(metavar="fp8")] = None
-    """Keep the matrices of the transformer's and the text encoder's blocks in fp8 on the device: half of what bfloat16
-    takes."""
+    quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
+    """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device: half of
+    what bfloat16 takes. int8 is nearer to the weights, fp8 keeps files in fp8 as they are."""
 
     repair_prompts: bool = True
     """Repair the prompts' text (curly quotes, full-width letters, mistaken encodings), as Wan's own code does."""
@@ -363,7 +364,7 @@ def _check_room(
             hybrid=converted,
             streams=options.sweep != "per-step",
             remember=past,
-            fp8=options.quantize is not None,
+            eight_bits=options.quantize is not None,
         )
 
     check_memory(

@@ -78,6 +78,12 @@ class Serve:
     dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="float32|bfloat16")] = "float32"
     """Number format of the transformer and the text encoder."""
 
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:STRENGTH]")] = ()
+    """A LoRA file or folder of any dialect, merged into the transformer's weights. Again for another."""
+
+    quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
+    """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device."""
+
 
 def main(argv: list[str]) -> None:
     """``rehyat serve``; returns when it is stopped by Ctrl-C or SIGTERM, after the chunk under way."""
@@ -111,7 +117,9 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.serve.live import Pace
     from rehyat_jax.streams.together import Together
 
-    pipe = TextToVideo.from_pretrained(options.model, dtype=options.dtype)
+    pipe = TextToVideo.from_pretrained(
+        options.model, dtype=options.dtype, loras=options.lora, quantize=options.quantize
+    )
     if (why := pipe.why_not_stream()) is not None:
         raise RehyatError(why)
     if steps == "auto":
@@ -170,7 +178,6 @@ def _opened(pipe: TextToVideo, wish: Wish, steps: int | None) -> Stream:
         seed=wish.seed,
         num_inference_steps=wish.num_inference_steps or steps,
         guidance_scale=wish.guidance_scale,
-        image=wish.image,
         width=wish.width,
         height=wish.height,
     )

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.adapters.inspect import LoraInfo, describe_lora, holds_lora
-from rehyat_jax.adapters.linear import keep_in_fp8, linear_layers
-from rehyat_jax.adapters.lora import loras_of
+from rehyat_jax.adapters.linear import keep_in_eight_bits, linear_layers
+from rehyat_jax.adapters.lora import Into, Lora, loras_of, of_expert, open_lora
 from rehyat_jax.adapters.merging import Merged, with_lora, with_loras
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.mixers.config import Conversion
@@ -38,7 +38,7 @@ from rehyat_jax.models.folder import (
 from rehyat_jax.models.networks import components_in, make_plan, open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.umt5.rows import carried_tokenizer
-from rehyat_jax.models.wan.conversion_file import open_conversion, write_parts
+from rehyat_jax.models.wan.conversion_file import ConversionInfo, describe_conversion, open_conversion, write_parts
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
@@ -47,7 +47,7 @@ from rehyat_jax.sampling.experts import Expert, Experts
 from rehyat_jax.sampling.schedule import FlowSchedule
 from rehyat_jax.sampling.scheduler_config import scheduler_to_config
 from rehyat_jax.weights.convert import Progress, attached_to, convert_weights
-from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.files import EIGHT_BITS, read_json
 from rehyat_jax.weights.inspect import CheckpointInfo, describe_weights
 from rehyat_jax.weights.load import filled, known_dtype
 from rehyat_jax.weights.plan import LoadPlan, check_same, parameters
@@ -67,6 +67,9 @@ __all__ = [
     "save_vae",
 ]
 
+#: In which eight bits the matrices of blocks are kept.
+Quantize = Literal["fp8", "int8"]
+
 #: diffusers' ``WanPipeline`` with the parts that the original release stands for.
 _MODEL_INDEX = {
     "_class_name": "WanPipeline",
@@ -85,7 +88,7 @@ def load_transformer(
     dtype: Any = jnp.float32,
     hybrid: Conversion | Literal["auto"] | None = "auto",
     loras: Iterable[Any] = (),
-    quantize: Literal["fp8"] | None = None,
+    quantize: Quantize | None = None,
 ) -> WanTransformer:
     """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
 
@@ -100,8 +103,9 @@ def load_transformer(
             conversion begins.
         loras: LoRA files or folders of any dialect, merged into the weights in this order: each a path, a path and a
             strength, or a text ``FILE[:strength]``.
-        quantize: "fp8": the blocks' matrices are kept in fp8 on the device, with a scale for each output: half of what
-            bfloat16 takes. A file in fp8 is kept as it is; other weights, and those with a LoRA, are rounded.
+        quantize: "fp8" or "int8": the blocks' matrices are kept so on the device, with a scale for each output: half of
+            what bfloat16 takes. A file of the same kind is kept as it is; other weights, and those with a LoRA, are
+            rounded.
 
     Raises:
         CheckpointError: missing, truncated, foreign, incomplete, misshapen or not finite, in either part.
@@ -114,20 +118,22 @@ def open_transformer(
     path: str | os.PathLike[str],
     name: Literal["transformer", "transformer_2"] = "transformer",
     *,
+    expert: Into | None = None,
     dtype: Any = jnp.float32,
     hybrid: Conversion | Literal["auto"] | None = "auto",
     loras: Iterable[Any] = (),
-    quantize: Literal["fp8"] | None = None,
+    quantize: Quantize | None = None,
 ) -> tuple[WanTransformer, Merged]:
-    """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs; ``name`` is which of
-    two experts."""
+    """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs; ``name`` and
+    ``expert`` are which of two experts."""
     dtype = known_dtype(dtype)
     plan = make_plan(find_checkpoint(path), name, dtype=dtype)
     student = attached_to(name, plan, dtype=dtype) if hybrid == "auto" else None
     base = (student and student.instead) or plan
-    if checked_quantize(quantize) is not None:
-        keep_in_fp8(base.abstract)
-    merged = Merged(base=dataclasses.replace(base, abstract=None), dtype=dtype, loras=loras_of(loras))
+    if (kind := kept_as(quantize)) is not None:
+        keep_in_eight_bits(base.abstract, kind)
+    chosen = of_expert(loras_of(loras), expert)
+    merged = Merged(base=dataclasses.replace(base, abstract=None), dtype=dtype, loras=chosen)
     module = cast(WanTransformer, filled(with_loras(base, merged.loras), dtype=dtype))
     if isinstance(hybrid, Conversion):
         return module.with_hybrid(hybrid, rngs=nnx.Rngs(0)), merged
@@ -137,43 +143,66 @@ def open_transformer(
     return module.with_hybrid(student.plan.config, blocks=blocks), merged
 
 
+_EXPERTS: dict[Literal["transformer", "transformer_2"], Into] = {"transformer": "high", "transformer_2": "low"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergedExperts:
+    """As `Merged`, of two experts, each of which is read when a step asks for it."""
+
+    open: Callable[[tuple[Lora, ...]], Experts]
+    loras: tuple[Lora, ...]
+
+    def changed(self, experts: Experts, loras: tuple[Lora, ...]) -> tuple[Experts, MergedExperts]:
+        """The experts with other LoRAs; those that are on the device are read again.
+
+        Raises:
+            CheckpointError: as `with_loras`.
+        """
+        return self.open(loras), dataclasses.replace(self, loras=loras)
+
+
 def open_experts(
     path: str | os.PathLike[str],
     *,
     boundary_ratio: float,
     dtype: Any,
     hybrid: Conversion | Literal["auto"] | None,
-    quantize: Literal["fp8"] | None = None,
-) -> Experts:
+    loras: Iterable[Any] = (),
+    quantize: Quantize | None = None,
+) -> tuple[Experts, MergedExperts]:
     """Two transformers by noise level, each read when a step first asks for it. Arguments as `open_transformer`.
 
     Raises:
-        CheckpointError: their files are incomplete or damaged, or the two are of different sizes.
+        CheckpointError: their files are incomplete or damaged, or the two are of different sizes; a LoRA that does not
+            fit.
         ConfigError: as `load_transformer`.
     """
     folder = find_checkpoint(path)
-    names: tuple[Literal["transformer", "transformer_2"], ...] = ("transformer", "transformer_2")
-    high, low = (make_plan(folder, name).config for name in names)
-    if high != low:
+    plans = {name: make_plan(folder, name) for name in _EXPERTS}
+    if plans["transformer"].config != plans["transformer_2"].config:
         raise CheckpointError(f"the two experts in {folder} are of different sizes")
 
-    def member(name: Literal["transformer", "transformer_2"], least: float) -> Expert:
-        return Expert(
-            name=name,
-            least=least,
-            load=lambda: open_transformer(folder, name, dtype=dtype, hybrid=hybrid, quantize=quantize)[0],
-        )
+    def opened(chosen: tuple[Lora, ...]) -> Experts:
+        def member(name: Literal["transformer", "transformer_2"], least: float) -> Expert:
+            own = of_expert(chosen, _EXPERTS[name])
+            with_loras(plans[name], own)  # now, not when a step asks for it
+            how = {"expert": _EXPERTS[name], "dtype": dtype, "hybrid": hybrid, "loras": own, "quantize": quantize}
+            return Expert(name=name, least=least, load=lambda: open_transformer(folder, name, **how)[0])
 
-    members = member(names[0], 1000 * boundary_ratio), member(names[1], 0.0)
-    return Experts(*members, config=high, dtype=jnp.dtype(dtype))
+        members = member("transformer", 1000 * boundary_ratio), member("transformer_2", 0.0)
+        return Experts(*members, config=plans["transformer"].config, dtype=jnp.dtype(dtype))
+
+    chosen = loras_of(loras)
+    return opened(chosen), MergedExperts(open=opened, loras=chosen)
 
 
-def checked_quantize(quantize: Any) -> str | None:
+def kept_as(quantize: Any) -> np.dtype | None:
     """
     Raises:
-        RehyatError: it is neither "fp8" nor None.
+        RehyatError: it is neither the name of eight bits nor None.
     """
-    return None if quantize is None else choice("quantize", quantize, ("fp8",))
+    return None if quantize is None else EIGHT_BITS[choice("quantize", quantize, tuple(EIGHT_BITS))]
 
 
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
@@ -184,13 +213,13 @@ def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVA
 
 
 def load_text_encoder(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, quantize: Literal["fp8"] | None = None
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, quantize: Quantize | None = None
 ) -> UMT5Encoder:
     """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
     dtype = known_dtype(dtype)
     plan = make_plan(find_checkpoint(path), "text_encoder", dtype=dtype)
-    if checked_quantize(quantize) is not None:
-        keep_in_fp8(plan.abstract)
+    if (kind := kept_as(quantize)) is not None:
+        keep_in_eight_bits(plan.abstract, kind)
     return cast(UMT5Encoder, filled(plan, dtype=dtype))
 
 
@@ -209,10 +238,7 @@ def save_transformer(
     Raises:
         CheckpointError: the folder is not empty or cannot be written, or a parameter is not finite.
     """
-    if any(layer.scale is not None for layer in linear_layers(module).values()):
-        raise CheckpointError(
-            "this transformer is kept in fp8: convert its checkpoint with quantize in place of saving it"
-        )
+    _check_wide(module)
     with whole_folder(user_path("folder", folder)) as partial:
         _write(module.with_hybrid(None), partial, "transformer", dtype, max_shard_bytes)
         if module.hybrid is not None:
@@ -231,14 +257,16 @@ def save_text_encoder(
     module: UMT5Encoder, folder: str | os.PathLike[str], *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write ``config.json`` and ``model.safetensors``, the embedding as ``shared.weight``; see `save_transformer`."""
-    _check_not_in_fp8(module)
+    _check_wide(module)
     with whole_folder(user_path("folder", folder)) as partial:
         _write(module, partial, "text_encoder", dtype, max_shard_bytes)
 
 
-def _check_not_in_fp8(module: Any) -> None:
+def _check_wide(module: Any) -> None:
     if any(layer.scale is not None for layer in linear_layers(module).values()):
-        raise CheckpointError("this network is kept in fp8: convert its checkpoint with quantize in place of saving it")
+        raise CheckpointError(
+            "this network is kept in eight bits: convert its checkpoint with quantize in place of this"
+        )
 
 
 def _write(module: Any, folder: Path, name: str, dtype: Any, max_shard_bytes: int) -> None:
@@ -256,7 +284,7 @@ def convert(
     teacher: str | os.PathLike[str] | None = None,
     loras: Iterable[Any] = (),
     conversion: str | os.PathLike[str] | None = None,
-    quantize: Literal["fp8"] | None = None,
+    quantize: Quantize | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -274,7 +302,7 @@ def convert(
             and for ``hybrid=None``, and the student, finetuned weights and all, is in its ``rehyat/`` part.
         loras: merged into the transformer's weights (a student's own), as `load_transformer` takes them.
         conversion: a file of `save_conversion`'s, over ``src`` as its base: ``dst`` is then the student.
-        quantize: "fp8": the matrices of the transformer's and the text encoder's blocks in fp8, each with
+        quantize: "fp8" or "int8": of the matrices of the transformer's and the text encoder's blocks, each with
             ``weight_scale``, a number for each row.
 
     Raises:
@@ -285,10 +313,16 @@ def convert(
     chosen = loras_of(loras)
     file = None if conversion is None else user_path("conversion", conversion)
 
-    def changed(plan: LoadPlan) -> LoadPlan:
+    def changed(plan: LoadPlan, expert: Into | None) -> LoadPlan:
         if file is not None and (lora := open_conversion(file, plan, dtype=np.float32)[1]) is not None:
             plan = with_lora(plan, lora)
-        return with_loras(plan, chosen)
+        return with_loras(plan, of_expert(chosen, expert))
+
+    two = "transformer_2" in components_in(user_path("src", src))
+    changes: dict[str, Callable[[LoadPlan], LoadPlan]] = {}
+    if chosen or file is not None:
+        for name, expert in _EXPERTS.items() if two else [("transformer", None)]:
+            changes[name] = functools.partial(changed, expert=expert)
 
     def part(plan: LoadPlan) -> Attached:
         assert file is not None
@@ -300,8 +334,8 @@ def convert(
         write_rest=functools.partial(_copy_the_rest, teacher=None if teacher is None else Path(teacher)),
         dtype=dtype,
         around=None if teacher is None else user_path("teacher", teacher),
-        changed={"transformer": changed} if chosen or file is not None else {},
-        fp8=checked_quantize(quantize) is not None,
+        changed=changes,
+        kept=kept_as(quantize),
         parts={} if file is None else {"transformer": part},
         max_shard_bytes=max_shard_bytes,
         progress=progress,
@@ -329,19 +363,22 @@ def save_conversion(src: str | os.PathLike[str], file: str | os.PathLike[str], *
     write_parts(user_path("file", file), student.plan.config, own)
 
 
-def describe(path: str | os.PathLike[str]) -> CheckpointInfo | LoraInfo:
+def describe(path: str | os.PathLike[str]) -> CheckpointInfo | LoraInfo | ConversionInfo:
     """Dialect, sizes, parameters and number formats of what would be loaded; no tensor is read.
 
     Args:
-        path: a whole checkpoint's folder, a network's folder or a weights file, in any dialect; or a LoRA.
+        path: a whole checkpoint's folder, a network's folder or a weights file, in any dialect; or a LoRA, or
+            a conversion in one file.
 
     Raises:
         CheckpointError: missing, damaged, incomplete, or not of a network that this program knows.
         ConfigError: a configuration is impossible or another architecture's.
     """
     path = user_path("path", path)
+    if path.is_file() and (conversion := describe_conversion(path)) is not None:
+        return conversion
     if holds_lora(path):
-        return describe_lora(path, component("transformer"))
+        return describe_lora(open_lora(path), component("transformer"))
     if path.is_dir():
         read_traits(path)  # says which expert is missing
     info = describe_weights(path)

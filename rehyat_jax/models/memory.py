@@ -37,15 +37,15 @@ _DECODER_STATE, _DECODER, _ENCODER = 25.0, 10.0, 9.0
 _RESIDUAL_DECODER = 2.0
 
 
-def weights_bytes(folder: Path, name: str, *, dtype: DTypeLike, fp8: bool = False) -> int:
-    """A network's parameters in ``dtype``, its matrices in fp8 if that is said, by its files' headers.
+def weights_bytes(folder: Path, name: str, *, dtype: DTypeLike, eight_bits: bool = False) -> int:
+    """A network's parameters in ``dtype``, its matrices in eight bits if that is said, by its files' headers.
 
     Raises:
         CheckpointError, ConfigError: there is no such network.
     """
     infos = open_component(folder, name).tensors.infos.values()
     wide = jnp.dtype(dtype).itemsize
-    return sum(info.size * (1 if fp8 and len(info.shape) == 2 else wide) for info in infos if info.readable)
+    return sum(info.size * (1 if eight_bits and len(info.shape) == 2 else wide) for info in infos if info.readable)
 
 
 def transformer_bytes(
@@ -145,20 +145,20 @@ def video_need(
     hybrid: Conversion | None,
     streams: bool,
     remember: ContextNoise = "steps",
-    fp8: bool = False,
+    eight_bits: bool = False,
 ) -> Need:
     """What making a video takes.
 
     Args:
         hybrid: how blocks are converted.
         streams: a chunk at a time, where the model can; else as a whole.
-        fp8: the matrices of the transformer and of the text encoder are kept so.
+        eight_bits: the matrices of the transformer and of the text encoder are kept so.
 
     Raises:
         CheckpointError, ConfigError: the folder has not all three networks.
     """
     model, vae = open_component(folder, "transformer").config, open_component(folder, "vae").config
-    weights = weights_bytes(folder, "transformer", dtype=dtype, fp8=fp8)
+    weights = weights_bytes(folder, "transformer", dtype=dtype, eight_bits=eight_bits)
     latents = (shape.frames - 1) // vae.temporal_factor + 1
     sides = (
         side // (vae.spatial_factor * patch)
@@ -175,7 +175,7 @@ def video_need(
     decoding = decoder_bytes(vae, height=shape.height, width=shape.width)
     pixels = shape.frames * shape.height * shape.width * 3
     parts = {
-        "the text encoder": (text := weights_bytes(folder, "text_encoder", dtype=dtype, fp8=fp8)),
+        "the text encoder": (text := weights_bytes(folder, "text_encoder", dtype=dtype, eight_bits=eight_bits)),
         "the transformer": weights,
         "the VAE": weights_bytes(folder, "vae", dtype=jnp.float32),
         "the past of the stream": cache,

@@ -33,7 +33,7 @@ class AdapterParam(nnx.Param):
 
 
 class ScaleParam(nnx.Param):
-    """What the outputs of a kernel in fp8 are multiplied by."""
+    """What the outputs of a kernel in eight bits are multiplied by."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ class PromptEncoder:
         cache: Path | None = None,
         repair: bool = True,
         warn: bool = True,
-        quantize: Literal["fp8"] | None = None,
+        quantize: Literal["fp8", "int8"] | None = None,
     ) -> None:
         """Open a checkpoint's text part: sizes and headers are checked, the weights not yet read.
 

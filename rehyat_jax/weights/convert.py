@@ -33,7 +33,7 @@ def convert_weights(
     around: Path | None = None,
     changed: Mapping[str, Callable[[LoadPlan], LoadPlan]] = MappingProxyType({}),
     parts: Mapping[str, Callable[[LoadPlan], Attached]] = MappingProxyType({}),
-    fp8: bool = False,
+    kept: np.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -47,7 +47,7 @@ def convert_weights(
             weights go into that part.
         changed: by network, what is made of the plan of its weights: of its part's, where that has weights of its own.
         parts: by network, a part of its own that it gets, from the plan of its weights.
-        fp8: blocks' matrices are written in fp8, with their scales.
+        kept: blocks' matrices are written in these eight bits, with their scales.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
@@ -87,7 +87,7 @@ def convert_weights(
         writes: list[Callable[[], None]] = []
 
         def later(plan: LoadPlan, folder: Path, *, dialect: str = WRITTEN, most: int | None = max_shard_bytes) -> None:
-            tensors = of_plan(plan, dialect=dialect, dtype=dtype, passing=counter.passing, fp8=fp8)
+            tensors = of_plan(plan, dialect=dialect, dtype=dtype, passing=counter.passing, kept=kept)
             counter.total += sum(tensor.nbytes for tensor in tensors)
             writes.append(lambda: write_network(folder, plan.config, tensors, stem=plan.stem, max_shard_bytes=most))
 

@@ -12,7 +12,7 @@ from flax import nnx
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.runtime.arguments import float_dtype
 from rehyat_jax.weights.copying import fill
-from rehyat_jax.weights.files import FP8
+from rehyat_jax.weights.files import LARGEST
 from rehyat_jax.weights.plan import LoadPlan, Slot, parameters
 from rehyat_jax.weights.registry import narrow
 from rehyat_jax.weights.rows import scale_of, torch_view
@@ -72,22 +72,26 @@ _Put = Callable[[np.ndarray, Any], jax.Array]
 def _fill(
     plan: LoadPlan, slots: list[Slot], variables: Mapping[str, nnx.Variable], ours: str, dtype: Any, put: _Put
 ) -> None:
-    """A parameter, and its scales where it is kept in fp8."""
+    """A parameter, and its scales where it is kept in eight bits."""
     now = variables[ours].get_value()
-    if now.dtype != FP8:
+    if now.dtype not in LARGEST:
         variables[ours].set_value(put(_read(plan, slots, now.shape, dtype), now).block_until_ready())
         return
     scales = variables[scale_of(ours)]
-    for variable, array in zip((variables[ours], scales), _read_fp8(plan, slots, now.shape), strict=True):
+    for variable, array in zip(
+        (variables[ours], scales), _read_rows(plan, slots, now.shape, np.dtype(now.dtype)), strict=True
+    ):
         variable.set_value(put(array, variable.get_value()).block_until_ready())
 
 
-def _read_fp8(plan: LoadPlan, slots: list[Slot], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _read_rows(
+    plan: LoadPlan, slots: list[Slot], shape: tuple[int, ...], kind: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
     """Stacked kernels, and the scales of their outputs."""
-    kernels, scales = _aligned(shape, FP8), _aligned((shape[0], shape[-1]), np.dtype(np.float32))
+    kernels, scales = _aligned(shape, kind), _aligned((shape[0], shape[-1]), np.dtype(np.float32))
     for slot in slots:
         start, rows = 0, torch_view(kernels[slot.place], slot.row.layout)
-        for block, of_rows in plan.read_fp8(slot):
+        for block, of_rows in plan.read_rows(slot, kind):
             rows[start : start + len(block)], scales[slot.place, start : start + len(block)] = block, of_rows
             start += len(block)
     return kernels, scales

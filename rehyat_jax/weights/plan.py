@@ -16,7 +16,7 @@ from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.weights.copying import blocks, largest
-from rehyat_jax.weights.files import FP8, FP8_LARGEST, READABLE, TensorInfo, TensorSource
+from rehyat_jax.weights.files import LARGEST, READABLE, TensorInfo, TensorSource
 from rehyat_jax.weights.layout import Location, locate
 from rehyat_jax.weights.opening import open_tensors
 from rehyat_jax.weights.registry import REGISTRY, Component, Shapes, beside, generic, holdings
@@ -115,26 +115,28 @@ class LoadPlan:
         if not found:
             raise CheckpointError(f"{self.weights}: the embedding {source!r} is all zeros")
 
-    def read_fp8(self, slot: Slot) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A matrix's rows in fp8, and what each is to be multiplied by: as the file has them where it has such; else
-        each row's largest number is fp8's.
+    def read_rows(self, slot: Slot, kind: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A matrix's rows in eight bits, and what each is to be multiplied by: as the file has them where it has such;
+        else each row's largest number is the kind's.
 
         Raises:
             CheckpointError: as `read`.
         """
         (source,) = slot.sources
-        as_it_is = not slot.changes and slot.part is None
-        kept = self.tensors.rows_in_fp8(source) if isinstance(self.tensors, ScaledTensors) and as_it_is else None
+        kept = None
+        if isinstance(self.tensors, ScaledTensors) and not slot.changes and slot.part is None:
+            kept = self.tensors.rows_as_kept(source, kind)
         if kept is not None:
             for rows, scales in kept:
-                if (np.bitwise_and(rows.view(np.uint8), 0x7F) == 0x7F).any():
+                if kind.kind != "i" and (np.bitwise_and(rows.view(np.uint8), 0x7F) == 0x7F).any():
                     raise CheckpointError(f"{self.weights}: tensor {source!r} holds NaN")
                 yield rows, scales
             return
         for block in self.read(slot, np.dtype(np.float32)):
             top = np.abs(block).max(axis=1)
-            scales = np.where(top > 0, top / FP8_LARGEST, 1).astype(np.float32)
-            yield (block / scales[:, None]).astype(FP8), scales
+            scales = np.where(top > 0, top / LARGEST[kind], 1).astype(np.float32)
+            even = block / scales[:, None]
+            yield (np.rint(even) if kind.kind == "i" else even).astype(kind), scales
 
     def _changed(self, slot: Slot, source: str, dtype: np.dtype) -> Iterator[np.ndarray]:
         """A tensor with its changes: added in float32, and cast once."""

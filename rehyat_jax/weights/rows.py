@@ -86,7 +86,7 @@ def rows_of_linear(
 
 
 def scale_of(kernel: str) -> str:
-    """Our path of the scales of a kernel that is kept in fp8."""
+    """Our path of the scales of a kernel that is kept in eight bits."""
     return f"{kernel.rpartition('.')[0]}.scale"
 
 

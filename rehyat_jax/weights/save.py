@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from rehyat_jax.weights.copying import blocks
-from rehyat_jax.weights.files import FP8
 from rehyat_jax.weights.plan import LoadPlan, Slot, pair
 from rehyat_jax.weights.registry import Config, narrow
 from rehyat_jax.weights.rows import Row, torch_shape, torch_view
@@ -55,31 +54,31 @@ def of_plan(
     dialect: str,
     dtype: Any,
     passing: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]],
-    fp8: bool = False,
+    kept: np.dtype | None = None,
 ) -> list[Outgoing]:
     """A plan's tensors under a dialect's names, never all in memory.
 
     Args:
         dtype: None keeps each tensor's own.
         passing: sees the blocks on their way.
-        fp8: stacked kernels in fp8, and a tensor ``weight_scale`` [out, 1] beside each.
+        kept: stacked kernels in these eight bits, and a tensor ``weight_scale`` [out, 1] beside each.
     """
 
     def of_slot(slot: Slot) -> list[Outgoing]:
         target = plan.info(slot).dtype if dtype is None else narrow(slot.row, jnp.dtype(dtype))
         name = slot.row.name(dialect, slot.layer)
-        if not fp8 or slot.row.layout != "linear" or slot.place is None:
+        if kept is None or slot.row.layout != "linear" or slot.place is None:
             return [
                 Outgoing(name=name, dtype=target, shape=slot.shape, blocks=lambda: passing(plan.read(slot, target)))
             ]
         rows = Outgoing(
-            name=name, dtype=FP8, shape=slot.shape, blocks=lambda: passing(block for block, _ in plan.read_fp8(slot))
+            name=name, dtype=kept, shape=slot.shape, blocks=lambda: passing(b for b, _ in plan.read_rows(slot, kept))
         )
         scales = Outgoing(
             name=f"{name.removesuffix('.weight')}.weight_scale",
             dtype=np.dtype(np.float32),
             shape=(slot.shape[0], 1),
-            blocks=lambda: passing(np.ascontiguousarray(scales)[:, None] for _, scales in plan.read_fp8(slot)),
+            blocks=lambda: passing(np.ascontiguousarray(scales)[:, None] for _, scales in plan.read_rows(slot, kept)),
         )
         return [rows, scales]
 

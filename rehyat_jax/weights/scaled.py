@@ -105,10 +105,10 @@ class ScaledTensors(TensorSource):
             f"be one number, one for each row, or one for each {_TILE}x{_TILE}"
         )
 
-    def rows_in_fp8(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
-        """A matrix's rows as they are kept, and what each is multiplied by; None where it is not kept so."""
+    def rows_as_kept(self, name: str, kind: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+        """A matrix's rows in eight bits of this kind, and what each is multiplied by; None where it is not kept so."""
         scale = self._scales.get(name, _Scale(np.ones((1, 1), np.float32), (None, None)))
-        if self.infos[name].stored != "F8_E4M3" or scale.tile[1] is not None:
+        if self.infos[name].stored is None or scale.tile[1] is not None or self.inner.infos[name].dtype != kind:
             return None
         return self._rows(name, scale)
 

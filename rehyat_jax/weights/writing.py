@@ -17,7 +17,7 @@ import numpy as np
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.runtime.files import hidden, reason
-from rehyat_jax.weights.files import DTYPES, FP8
+from rehyat_jax.weights.files import DTYPES, EIGHT_BITS
 
 #: Bytes of tensors in one file, at most, unless a single tensor is larger (the Hugging Face libraries' own habit).
 MAX_SHARD_BYTES = 5 * 10**9
@@ -105,7 +105,8 @@ def _shards(tensors: Sequence[Outgoing], limit: int) -> list[list[Outgoing]]:
 
 def write_file(path: Path, tensors: Sequence[Outgoing], *, metadata: Mapping[str, str] = _FOR_TORCH) -> None:
     """One safetensors file, on the disk when this returns; the host never holds more of it than a block."""
-    names = {dtype: name for name, dtype in (DTYPES | INTEGERS | {"F8_E4M3": FP8}).items()}
+    kinds = DTYPES | INTEGERS | {"F8_E4M3": EIGHT_BITS["fp8"], "I8": EIGHT_BITS["int8"]}
+    names = {dtype: name for name, dtype in kinds.items()}
     # Wide types first, so that every tensor lies on a multiple of its item's size.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

@@ -112,6 +112,10 @@ def test_a_conversion_is_one_small_file_over_its_base(files, base, learned, tmp_
             np.testing.assert_array_equal(value, teacher[path])
     for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m.hybrid_blocks)) for m in (student, learned)), strict=True):
         np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16).astype(theirs.dtype))
+    said = str(describe(file))
+    assert "conversion: a student's own part" in said
+    assert "pairs       20 of rank 3" in said
+    assert "base        a base" in said
     for wrong, message in (
         (base / "config.json", "safetensors"),
         (files / "lora_comfyui.safetensors", "no conversion"),
@@ -139,8 +143,8 @@ def test_a_distilled_student_is_kept_as_its_own_part_alone(base, learned, tmp_pa
 
 
 def test_an_impossible_rank_is_told():
-    with pytest.raises(ConfigError, match="rank of 1 or more"):
-        LoraConfig(rank=0)
+    with pytest.raises(ConfigError, match="rank of 0 or more"):
+        LoraConfig(rank=-1)
 
 
 @pytest.mark.full

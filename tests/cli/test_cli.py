@@ -383,7 +383,8 @@ def test_arguments_help_tells_defaults_that_say_something(rehyat):
         assert code == 0
         for nothing in ("default: None", "default: False", "default: ''"):
             assert nothing not in " ".join(output.split())
-    assert "default: mini-sprites" in rehyat("generate", "--help")[1]
+    # Whichever line it is broken at.
+    assert "default: mini-sprites" in " ".join(rehyat("generate", "--help")[1].replace("│", "").split())
 
 
 @pytest.mark.parametrize(
@@ -404,18 +405,9 @@ def test_arguments_help_lists_a_commands_own_configurations(rehyat, command, own
         assert name not in listed
 
 
-@pytest.mark.parametrize(
-    "shell",
-    [
-        pytest.param([], id="in front"),
-        # As a shell starts `nohup rehyat … &`: the program inherits both as ignored.
-        tiers.full(["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"], id="in the background"),
-    ],
-)
-def test_sigterm_stops_as_ctrl_c_does_and_exits_with_143(checkpoint, tmp_path, shell):
+def test_sigterm_stops_as_ctrl_c_does_and_exits_with_143(checkpoint, tmp_path):
     """Nothing is left of a per-step video, lock and partial files neither."""
     argv = program("generate", "a cat", "--model", checkpoint, "--size", "96x96", "--frames", "161", "--steps", "1000")
-    argv = [*shell, *argv]
     with subprocess.Popen([*argv, "--out", tmp_path / "a.mp4"], stderr=subprocess.PIPE, text=True) as process:
         for said in process.stderr:
             if said.startswith("denoise: "):

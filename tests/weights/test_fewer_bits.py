@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 from safetensors.torch import load_file, save_file
 from shared.tiers import breadth
-from shared.weights import original, tensors_of
+from test_weights import original, tensors_of
 
 from rehyat_jax import HybridConfig, cli
 from rehyat_jax.errors import CheckpointError
@@ -240,17 +240,20 @@ def test_gguf_is_what_its_package_makes_of_it(kind, transformer, tmp_path):
 
 
 def kept(module):
-    """A module's kernels in fp8 and their scales, in numbers: [layers, in, out] of each by path."""
+    """A module's kernels in eight bits and their scales, in numbers: [layers, in, out] of each by path."""
     found = parameters(nnx.state(module))
-    fp8 = {path: np.asarray(x.get_value()) for path, x in found.items() if x.get_value().dtype == jnp.float8_e4m3fn}
-    scales = {path: np.asarray(found[scale_of(path)].get_value()) for path in fp8}
-    return {path: q.astype(np.float32) * scales[path][:, None] for path, q in fp8.items()}
+    small = {path: np.asarray(x.get_value()) for path, x in found.items() if x.get_value().dtype.itemsize == 1}
+    scales = {path: np.asarray(found[scale_of(path)].get_value()) for path in small}
+    return {path: q.astype(np.float32) * scales[path][:, None] for path, q in small.items()}
 
 
-@pytest.mark.parametrize("form", ["scaled, older", "rows", "plain"])
-def test_a_file_in_fp8_is_kept_as_it_is(form, transformer, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "quantize"),
+    breadth([("scaled, older", "fp8"), ("rows, int8", "int8"), ("rows", "fp8"), ("plain", "fp8")], test=2),
+)
+def test_a_file_in_eight_bits_is_kept_as_it_is(form, quantize, transformer, tmp_path):
     meant = written(form, transformer, tmp_path / "x.safetensors")
-    numbers = kept(load_transformer(tmp_path / "x.safetensors", dtype=jnp.bfloat16, quantize="fp8"))
+    numbers = kept(load_transformer(tmp_path / "x.safetensors", dtype=jnp.bfloat16, quantize=quantize))
     assert len(numbers) == 10
     for row in TRANSFORMER:
         if row.ours in numbers:
@@ -269,29 +272,35 @@ def test_a_text_encoder_is_kept_so_too(models, tmp_path):
 
 
 def test_other_weights_are_rounded_by_rows(models, tmp_path):
-    """fp8 has three bits behind the point: 2⁻⁴ of a number, and 2⁻¹⁰ · 448⁻¹ … of a row's largest below its normals."""
+    """fp8 has three bits behind the point: 2⁻⁴ of a number, and 2⁻⁹ / 448 of a row's largest below its normals; int8's
+    steps are a 127th of that, half of which is lost at most."""
     models["transformer"].save_pretrained(tmp_path / "wan")
     plain = parameters(nnx.state(load_transformer(tmp_path / "wan")))
-    numbers = kept(load_transformer(tmp_path / "wan", quantize="fp8"))
-    for path, found in numbers.items():
-        wanted = np.asarray(plain[path].get_value())
-        top = np.abs(wanted).max(axis=1, keepdims=True)
-        assert (np.abs(found - wanted) <= np.maximum(np.abs(wanted) / 16, top / 448 / 2**9)).all(), path
+    errors = {}
+    for kind in ("fp8", "int8"):
+        for path, found in kept(load_transformer(tmp_path / "wan", quantize=kind)).items():
+            wanted = np.asarray(plain[path].get_value())
+            top = np.abs(wanted).max(axis=1, keepdims=True)
+            fp8 = np.maximum(np.abs(wanted) / 16, top / 448 / 2**9)
+            assert (np.abs(found - wanted) <= (fp8 if kind == "fp8" else top / 127 * 0.5001)).all(), path
+            errors[kind] = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert errors["int8"] < 0.5 * errors["fp8"]  # of Gaussian numbers
 
 
-def test_convert_writes_it_and_it_is_kept_so(models, tmp_path, capsys):
+@pytest.mark.parametrize("kind", breadth(["fp8", "int8"]))
+def test_convert_writes_it_and_it_is_kept_so(kind, models, tmp_path, capsys):
     models["transformer"].save_pretrained(tmp_path / "wan")
-    assert cli.main(["convert", str(tmp_path / "wan"), str(tmp_path / "fp8"), "--quantize", "fp8"]) == 0
+    assert cli.main(["convert", str(tmp_path / "wan"), str(tmp_path / "small"), "--quantize", kind]) == 0
     capsys.readouterr()
-    again, at_once = (kept(load_transformer(tmp_path / name, quantize="fp8")) for name in ("fp8", "wan"))
+    again, at_once = (kept(load_transformer(tmp_path / name, quantize=kind)) for name in ("small", "wan"))
     for path, found in again.items():
         np.testing.assert_array_equal(found, at_once[path])
-    read = parameters(nnx.state(load_transformer(tmp_path / "fp8")))
+    read = parameters(nnx.state(load_transformer(tmp_path / "small")))
     for path, found in again.items():
         np.testing.assert_array_equal(np.asarray(read[path].get_value()), found)
-    assert "F8_E4M3" in str(describe(tmp_path / "fp8"))
-    with pytest.raises(CheckpointError, match="kept in fp8"):
-        save_transformer(load_transformer(tmp_path / "fp8", quantize="fp8"), tmp_path / "none")
+    assert {"fp8": "F8_E4M3", "int8": "I8"}[kind] in dict(describe(tmp_path / "small").components[0].dtypes)
+    with pytest.raises(CheckpointError, match="kept in eight bits"):
+        save_transformer(load_transformer(tmp_path / "small", quantize=kind), tmp_path / "none")
     assert cli.main(["convert", str(tmp_path / "wan"), str(tmp_path / "none"), "--quantize", "fp4"]) == 2
 
 

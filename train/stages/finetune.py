@@ -23,7 +23,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from rehyat_jax.adapters.training import Form, LoraConfig, header_of, lora_tensors, with_adapters
+from rehyat_jax.adapters.training import Form, LoraConfig, folded, header_of, lora_tensors, with_adapters
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import BlockMixers, Conversion, HybridConfig
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_transformer
@@ -95,9 +95,9 @@ class FinetuneTraining(FlowTraining):
     #: How blocks are converted; none: as the source's are. A student keeps its feature maps, and what it lacks of
     #: this (decay, length) starts as if it were not there.
     hybrid: tyro.conf.AvoidSubcommands[HybridConfig | BlockMixers | None] = None
-    #: Learn adapters of this rank alone, and what the conversion adds; the base is frozen. Beside the model, which has
+    #: With a rank, learn adapters alone, and what the conversion adds; the base is frozen. Beside the model, which has
     #: them folded in, the result has them as LoRA files, and with the conversion as one small file over the base.
-    lora: tyro.conf.AvoidSubcommands[LoraConfig | None] = None
+    lora: LoraConfig = LoraConfig()
     history: History = History()
     #: What the student's streams do unless a user says otherwise: see ``rehyat generate --remember``.
     remember: Literal["steps"] | float = "steps"
@@ -186,13 +186,13 @@ class FinetuneTraining(FlowTraining):
     def student(self, source: Path) -> WanTransformer:
         """The student before it has learned."""
         model = load_transformer(source, hybrid=None if self.anew else "auto")
-        if self.lora is not None and self.hybrid is None:
+        if self.lora.rank and self.hybrid is None:
             return model  # a LoRA may be of a softmax model too
         return student_of(model, self.hybrid, where=source)
 
     def write(self, folder: Path, source: Path, student: WanTransformer) -> None:
         """The finished model's folder, whole or not there; with adapters their files in it."""
-        write_student(folder, source, student, defaults=self.defaults)
+        write_student(folder, source, student, defaults=self.defaults, lora=self.lora)
 
     def loss(self, models: Models, batch: Batch, *, longest: int) -> dict[str, Mean]:
         """The student's means; clips of up to ``longest`` latent frames are compared with the teacher."""
@@ -229,7 +229,7 @@ class FinetuneTraining(FlowTraining):
         return Need(device=parts | {"a step's clips": max(passes)})
 
     def _learner_bytes(self, model: WanConfig, parameters: int) -> int:
-        if self.lora is None:
+        if not self.lora.rank:
             return learner_bytes(parameters, self.optimizer)
         # Eight square layers and two of the feed-forward a block, each a pair; and the frozen base in float32.
         wide = model.num_layers * (8 * 2 * model.dim + 2 * (model.dim + model.ffn_dim)) * self.lora.rank
@@ -292,7 +292,7 @@ class FinetuneStage(FlowStage):
             "student": Network(
                 make=self._learner,
                 optimizer=training.optimizer,
-                trainable=nnx.Param if training.lora is None else (AdapterParam, MixerParam),
+                trainable=(AdapterParam, MixerParam) if training.lora.rank else nnx.Param,
                 shares=training.shares,
             )
         }
@@ -304,7 +304,7 @@ class FinetuneStage(FlowStage):
 
     def _learner(self) -> WanTransformer:
         model, lora = computing(self.student, self.dtype), self.training.lora
-        return model if lora is None else with_adapters(model, lora, within=model.blocks, rngs=nnx.Rngs(0))
+        return model if not lora.rank else with_adapters(model, lora, within=model.blocks, rngs=nnx.Rngs(0))
 
     def _teacher(self) -> WanTransformer:
         with loading(self.training.mesh):
@@ -377,10 +377,6 @@ class PlannedFinetune(FinetuneStage):
     def networks(self) -> dict[str, Network]:
         return {role: network for role, network in super().networks.items() if role != "text"}
 
-    def _learner(self) -> WanTransformer:
-        model, lora = computing(self.student, self.dtype), self.training.lora
-        return model if lora is None else with_adapters(model, lora, within=model.blocks, rngs=nnx.Rngs(0))
-
     def _teacher(self) -> WanTransformer:
         return self._transformer(None)
 
@@ -451,11 +447,19 @@ def student_of(model: WanTransformer, hybrid: Conversion | None, *, where: Path)
     return student
 
 
-def write_student(folder: Path, source: Path, student: WanTransformer, *, defaults: Mapping[str, Any]) -> None:
+def write_student(
+    folder: Path,
+    source: Path,
+    student: WanTransformer,
+    *,
+    defaults: Mapping[str, Any],
+    lora: LoraConfig | None = None,
+) -> None:
     """A student's whole folder, or nothing: its transformer, the rest from the source's.
 
     Args:
         defaults: what it is sampled with unless a user says otherwise, where that is not the source's.
+        lora: of a student with adapters, which are folded in, and written as files of their own in it.
     """
     with whole_folder(folder) as partial:
         for name in _KEPT:
@@ -466,7 +470,9 @@ def write_student(folder: Path, source: Path, student: WanTransformer, *, defaul
         theirs = dict(read_json(file)) if (file := source / DEFAULTS_FILE).is_file() else {}
         if (ours := theirs | dict(defaults)) != {"remember": "steps"} | theirs:
             write_json(partial / DEFAULTS_FILE, ours)
-        save_transformer(student, partial / "transformer", dtype=jnp.bfloat16)
+        if lora is not None and lora.rank:
+            write_adapters(partial, student, lora, base=str(source))
+        save_transformer(folded(student), partial / "transformer", dtype=jnp.bfloat16)
 
 
 def computing(model: WanTransformer, dtype: jnp.dtype) -> WanTransformer:
