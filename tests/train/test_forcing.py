@@ -20,11 +20,14 @@ from rehyat_jax.sampling import programs, rollout
 from rehyat_jax.sampling.noise import RANDOM
 from rehyat_jax.sampling.text import Padded
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
+from rehyat_jax.weights.files import read_json
 from train.cli.config_files import load_config
 from train.data.clips import Bucket
 from train.data.rollouts import Rollouts, turn
 from train.engine.gradients import gradients_of
-from train.stages.forcing import ForcingTraining, Shown
+from train.parallel.devices import Devices
+from train.stages.flow import Validation
+from train.stages.forcing import ForcingTraining
 from train.stages.forcing_stage import ForcingStage
 from train.stages.rewards import MotionReward, Reward
 
@@ -51,51 +54,57 @@ def modules_of(stage: ForcingStage) -> dict[str, nnx.Module]:
 
 @pytest.fixture(scope="module")
 def drawn(teacher):
-    """A window whose first chunk is given, of a stage whose first chunks have a step more."""
-    buckets = (Rollouts(clips=Bucket(kind="plain", frames=11, batch=4), given=1),)
-    stage = ForcingStage(forcing(teacher, Path("unused"), buckets=buckets, guidance_scale=1.0))
+    """Two windows of three chunks, the first chunk given."""
+    rollouts = Rollouts(clips=Bucket(kind="plain", frames=11, batch=4), given=1, windows=2)
+    stage = ForcingStage(forcing(teacher, Path("unused"), buckets=(rollouts,), guidance_scale=1.0))
     data, modules = stage.data()[0], modules_of(stage)
-    models = models_of(**modules)
-    host = data.host(3)
+    models, turn, key = models_of(**modules), *data.host(3)[:2]
 
     @jax.jit
-    def draw(host, frozen):
-        clips = data.feed.pool(host[0], frozen, models)
-        _, batch = data.draw(models, None, host, frozen)
-        return clips, batch(jnp.int32(0))
+    def draw(carried, turn, key, numbers, frozen):
+        pool = data.feed.pool(turn, frozen, models)
+        carried, batch = data.draw(models, carried, (turn, key, numbers), frozen)
+        return carried, pool, batch(jnp.int32(0))
 
-    pool, batch = draw(host, data.frozen)
-    return stage, modules, host, pool, batch
+    carried, pool, first = draw(data.begin(Devices(None)), turn, key, np.asarray([0, 0], np.int32), data.frozen)
+    other = data.host(4)[0]  # of which rows that go on see nothing
+    _, _, second = draw(carried, other, jax.random.key(7), np.asarray([0, 1], np.int32), data.frozen)
+    return data.roller, modules, key, pool, (first, second), stage
 
 
-def test_a_rollout_is_the_samplers_own_video_bit_for_bit(drawn) -> None:
-    stage, modules, host, pool, batch = drawn
-    roller = stage.data()[0].roller
+def test_rollouts_are_the_samplers_own_video_bit_for_bit(drawn) -> None:
+    roller, modules, key, pool, (first, second), _ = drawn
     graph, weights = nnx.split(modules["student"])
-    rows_key = jax.random.split(host[1], 5)[0]
-    keys = jax.random.wrap_key_data(jax.random.bits(rows_key, (4, 2), jnp.uint32), impl=RANDOM)
+    keys = jax.random.wrap_key_data(jax.random.bits(jax.random.split(key, 5)[0], (4, 2), jnp.uint32), impl=RANDOM)
     kv = programs.precompute_text_kv(weights, Padded(pool.text[None], TEXT_LENGTH), graph=graph)
-    student, steps = modules["student"], jax.tree.map(jnp.asarray, roller.steps)
-    states = rollout.init_states(student, roller.sampler, num_steps=2, batch=4, height=32, width=32)
-    frame = jnp.int32(0)
-    states = programs.commit_chunk(
-        weights, states, pool.latents[:, :2], keys, kv, frame, steps, graph=graph, context_noise=0.0
-    )
+    steps = jax.tree.map(jnp.asarray, roller.steps)
+    states = rollout.init_states(modules["student"], roller.sampler, num_steps=2, batch=4, height=32, width=32)
     chunks = [pool.latents[:, :2]]
-    for number in (1, 2):
-        chunk, states = programs.denoise_chunk(
-            weights, states, keys, kv, jnp.int32(2 * number), steps, graph=graph, shape=roller.shape,
-            sampler=roller.sampler,
-        )  # fmt: skip
+    states = programs.commit_chunk(
+        weights, states, chunks[0], keys, kv, jnp.int32(0), steps, graph=graph, context_noise=0.0
+    )
+    how = {"graph": graph, "shape": roller.shape, "sampler": roller.sampler}
+    for number in range(1, 6):
+        chunk, states = programs.denoise_chunk(weights, states, keys, kv, jnp.int32(2 * number), steps, **how)
         chunks.append(chunk)
-    np.testing.assert_array_equal(batch.video, jnp.concatenate(chunks, axis=1))
-    np.testing.assert_array_equal(batch.past, batch.video)
-    np.testing.assert_array_equal(batch.weights, [[0, 0, 1, 1, 1, 1]] * 4)
+    np.testing.assert_array_equal(jnp.concatenate([first.past, second.past], axis=1), jnp.concatenate(chunks, axis=1))
+    np.testing.assert_array_equal(first.weights, [[0, 0, 1, 1, 1, 1]] * 4)
+
+
+def test_a_later_window_begins_for_the_scores_with_a_first_frame_of_its_own(drawn) -> None:
+    _, modules, _, _, (first, second), _ = drawn
+    vae = modules["vae"]
+    np.testing.assert_array_equal(first.video, first.past)
+    np.testing.assert_array_equal(second.video[:, 1:], second.past[:, 1:])
+    np.testing.assert_array_equal(second.weights, [[0, 1, 1, 1, 1, 1]] * 4)
+    seen = jnp.concatenate([first.past[:, -2:], second.past[:, :1]], axis=1)
+    expected = jax.jit(lambda x: vae.normalize(vae.encode(vae.decode(vae.denormalize(x))[:, -1:])))(seen)
+    np.testing.assert_allclose(second.video[:, :1], expected, atol=1e-5)
 
 
 def test_the_replay_predicts_what_the_rollout_did_at_its_exit(drawn) -> None:
     """Rows that leave at the last step end, to float32's rounding, where the rollout ended."""
-    _, modules, _, pool, batch = drawn
+    _, modules, _, pool, (batch, _), _ = drawn
     student: WanTransformer = modules["student"]
 
     @jax.jit
@@ -123,7 +132,7 @@ def test_the_replay_predicts_what_the_rollout_did_at_its_exit(drawn) -> None:
 
 @pytest.mark.full
 def test_with_the_real_score_for_a_critic_the_student_gets_no_gradient(drawn) -> None:
-    stage, modules, _, _, batch = drawn  # whose teacher has no guidance
+    _, modules, _, _, (batch, _), stage = drawn  # whose teacher has no guidance
     models = models_of(**modules | {"critic": modules["teacher"]})
     params = nnx.state(modules["student"], nnx.Param)
 
@@ -167,6 +176,7 @@ def test_resumed_in_the_middle_of_a_cycle_it_is_uninterrupted_bit_for_bit(teache
         "remember": 0.05,
         "reward": MotionReward(),
         "accumulate": 2,
+        "validation": Validation(every=3, clips=4),
     }
     whole, again = (forcing(teacher, tmp_path / name, **options) for name in ("whole", "again"))
     whole.run()
@@ -174,6 +184,11 @@ def test_resumed_in_the_middle_of_a_cycle_it_is_uninterrupted_bit_for_bit(teache
     for step in (5, 6):
         shutil.rmtree(again.train_folder / "checkpoints" / str(step))
     again.run()
+    # The best is kept by the reward that is measured, with its step.
+    measured = {entry["step"]: entry["validation/0-reward"] for entry in log_of(whole) if entry["step"] in (3, 6)}
+    kept = read_json(whole.train_folder / "best.json")
+    assert kept == {"step": max(measured, key=measured.get), "reward": pytest.approx(max(measured.values()))}
+    assert TextToVideo.from_pretrained(whole.train_folder / "best").settings().num_inference_steps == 2
     one, two = state_of(whole, 6), state_of(again, 6)
     assert one == two
     assert {name.split("]")[0] for name in one} == {"['step'", "['learners'", "['carried'"}
@@ -223,6 +238,7 @@ def test_shipped_configurations_are_of_this_kind(name) -> None:
         ({"stop": -1}, "stop must be 0 or more"),
         ({"accumulate": 3}, "4 rows cannot be cut into accumulate = 3"),
         ({"shift": 0.0}, "shift must be above 0"),
+        ({"validation": Validation(every=5)}, "prompts to make videos of, or a reward"),
     ],
 )
 def test_what_cannot_be_is_a_sentence(teacher, tmp_path, options, sentence) -> None:
@@ -249,8 +265,3 @@ def test_windows_are_whole_chunks_and_something_is_made() -> None:
         Rollouts(clips=CLIPS).chunks(4, chunk=3)
     with pytest.raises(ConfigError, match="2 given chunks leave none of the 2"):
         Rollouts(clips=CLIPS, given=2).chunks(4, chunk=2)
-
-
-def test_validation_has_prompts_and_a_time() -> None:
-    with pytest.raises(ConfigError, match="prompts, and every"):
-        Shown(every=5)

@@ -40,7 +40,7 @@ from train.parallel.devices import Devices, first_process
 from train.parallel.sharding import check_mesh
 
 #: Added to a run's seed for the clips that it is validated on.
-_HELD_OUT = 1 << 20
+HELD_OUT = 1 << 20
 
 
 class Batch(NamedTuple):
@@ -328,7 +328,7 @@ class FlowStage(Stage):
         return SpriteFeed(
             bucket,
             count=count,
-            seed=training.seed + (_HELD_OUT if held_out else 0),
+            seed=training.seed + (HELD_OUT if held_out else 0),
             vae=self.vae,
             tokens=functools.partial(training.captions, self.tokenizer),
             read=self.read,

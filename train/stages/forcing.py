@@ -46,26 +46,13 @@ from train.engine.stage import Models, Stage
 from train.parallel.devices import Devices
 from train.parallel.sharding import check_mesh
 from train.stages.aims import Aim, aim_mean, guess, noised
+from train.stages.flow import Validation
 from train.stages.forced import whole_streams
 from train.stages.planned import latent_shape
 from train.stages.rewards import Reward
 from train.stages.scores import score_difference, scores_aim
 from train.stages.sizes import whole_model
 from train.stages.windows import OwnBatch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shown:
-    """Videos of the averaged student now and then, by its own defaults and the same noise each time."""
-
-    #: Steps from one time to the next; 0: never.
-    every: int = 0
-    #: Each a video: ``videos/`` beside the checkpoints.
-    prompts: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or (self.every > 0) != bool(self.prompts):
-            raise ConfigError("validation has both: prompts, and every so many steps (every above 0)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +100,8 @@ class ForcingTraining(RunConfig):
     accumulate: int = 1
     #: Keep each block's input alone for the backward pass, and compute the block again there: less memory, more work.
     remat: bool = True
-    validation: Shown = Shown()
+    #: The reward of rollouts under captions that training does not see, by the averaged student, and videos.
+    validation: Validation = Validation()
     #: Tokens a caption may have; longer ones would be cut.
     caption_tokens: int = 48
     #: Of the computation, and of the teacher's weights; student and critic and their optimisers are in float32.
@@ -133,6 +121,8 @@ class ForcingTraining(RunConfig):
             raise ConfigError(f"shift must be above 0, and caption_tokens 1 to {TEXT_LENGTH}")
         if check_context_noise(self.remember) == "steps":
             raise ConfigError('a student of finished chunks commits these: remember is a level, not "steps"')
+        if self.validation.every and not (self.validation.prompts or self.reward):
+            raise ConfigError("validation needs prompts to make videos of, or a reward to measure")
         for rollouts in self.buckets:
             if rollouts.clips.batch % self.accumulate:
                 raise ConfigError(

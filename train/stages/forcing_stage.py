@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from rehyat_jax.errors import ConfigError
+from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
 from rehyat_jax.models.folder import find_model, read_scheduler
@@ -24,20 +27,26 @@ from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sampling import FlowSchedule, Guidance
 from rehyat_jax.sprites import world
 from rehyat_jax.text.tokenizer import Tokenizer
+from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.writing import write_json
 from train.data.clips import Bucket, choose
 from train.data.pools import Captions, Feed, SpriteFeed
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
+from train.data.rollouts import Rollouts
 from train.engine.arithmetic import forward_flops
 from train.engine.folder import RunFolder
-from train.engine.stage import Models, Network, Stage, Update
+from train.engine.stage import Measure, Models, Network, Stage, Update
 from train.parallel.devices import Devices, first_process, loading
 from train.stages.finetune import computing, student_of, write_student
-from train.stages.flow import Show, embed, padded_captions
+from train.stages.flow import HELD_OUT, Show, embed, padded_captions
 from train.stages.forcing import ForcingTraining
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
 from train.stages.sizes import check_sizes, whole_model
 from train.stages.videos import showing
 from train.stages.windows import Windows
+
+#: In a run's folder: the averaged student of the highest reward in a validation, and beside it which that was.
+BEST = "best"
 
 
 class ForcingStage(Stage):
@@ -82,7 +91,7 @@ class ForcingStage(Stage):
 
     @functools.cached_property
     def prepared(self) -> Mapping[Path, Prepared]:
-        return open_prepared(self.training.clips, self.source)
+        return open_prepared(self.training.clips, self.source, held_out=self.training.validation.held_out)
 
     @functools.cached_property
     def devices(self) -> Devices:
@@ -124,43 +133,37 @@ class ForcingStage(Stage):
     def read(self, models: Models, tokens: Captions) -> Array:
         return embed(models["text"], tokens)
 
-    def feed(self, number: int) -> Feed:
-        """Captions and true beginnings of a bucket."""
+    def feed(self, number: int, *, held_out: int = 0) -> Feed:
+        """Captions and true beginnings of a bucket or, with a count, so many that are held out."""
         training, clips = self.training, self.training.buckets[number].clips
+        count = held_out or clips.batch
         if isinstance(clips, PreparedClips):
             return PreparedFeed(
                 self.prepared[clips.folder],
-                count=clips.batch,
+                count=count,
                 seed=training.seed,
                 dtype=self.dtype,
                 place=self._place(number),
+                held_out=bool(held_out),
                 rows=self.devices.rows(),
             )
         return SpriteFeed(
             clips,
-            count=clips.batch,
-            seed=training.seed,
+            count=count,
+            seed=training.seed + (HELD_OUT if held_out else 0),
             vae=self.vae,
             tokens=functools.partial(padded_captions, self.tokenizer, length=training.caption_tokens),
             read=self.read,
         )
 
     def data(self) -> list[Windows]:
-        training = self.training
-        found = []
-        for number, rollouts in enumerate(training.buckets):
-            shape = (*self.latent_shape(number), self.student.config.in_channels)
-            roller = training.roller(rollouts, self.schedule, shape=shape, chunk=self.student.chunk_frames())
-            windows = Windows(
-                training,
-                rollouts,
-                self.feed(number),
-                roller=roller,
-                student=self.student,
-                place=self._place(number),
-            )
-            found.append(windows)
-        return found
+        buckets = self.training.buckets
+        return [self._windows(number, rollouts, self.feed(number)) for number, rollouts in enumerate(buckets)]
+
+    def _windows(self, number: int, rollouts: Rollouts, feed: Feed) -> Windows:
+        shape, chunk = (*self.latent_shape(number), self.student.config.in_channels), self.student.chunk_frames()
+        roller = self.training.roller(rollouts, self.schedule, shape=shape, chunk=chunk)
+        return Windows(self.training, rollouts, feed, roller=roller, student=self.student, place=self._place(number))
 
     def which(self, index: int) -> int:
         training = self.training
@@ -218,21 +221,59 @@ class ForcingStage(Stage):
     @functools.cached_property
     def show(self) -> Show | None:
         validation = self.training.validation
-        if not validation.every:
+        if not (validation.every and validation.prompts):
             return None
         return showing(validation.prompts, folder=self.source, dtype=self.dtype, defaults=self.training.defaults)
+
+    def measures(self) -> list[Measure]:
+        training = self.training
+        measured = training.validation.every and training.reward is not None
+        return [self._measure(number) for number in range(len(training.buckets))] if measured else []
+
+    def _measure(self, number: int) -> Measure:
+        """The mean reward of first windows."""
+        rollouts, count = self.training.buckets[number], self.training.validation.clips
+        alone = Rollouts(clips=dataclasses.replace(rollouts.clips, batch=count), given=rollouts.given)
+        windows = self._windows(number, alone, self.feed(number, held_out=count))
+
+        def measure(models: Models, frozen: Any, host: Any) -> Array:
+            rewards = windows.draw(models, None, host, frozen)[1](jnp.int32(0)).rewards
+            assert rewards is not None
+            return jnp.mean(rewards)
+
+        return Measure(function=measure, frozen=windows.frozen, host=windows.host(0), host_shapes=windows.host_shapes())
 
     def report(
         self, results: Sequence[Any], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder
     ) -> dict[str, float]:
-        if self.show is not None:
-            student = averages()["student"]
-            if first_process():
+        found = [float(result) for result in results]
+        named = {f"validation/{n}-reward": reward for n, reward in enumerate(found)}
+        best, reward = folder.path / BEST, float(np.mean(found)) if found else math.nan
+        improves = bool(found) and not reward <= _reward_of(best)
+        if self.show is None and not improves:
+            return named
+        student = averages()["student"]
+        if first_process():
+            if self.show is not None:
                 self.show(student, folder.videos(step))
-        return {}
+            if improves:
+                shutil.rmtree(best, ignore_errors=True)
+                self.export({"student": student}, best)
+                write_json(best.with_suffix(".json"), {"step": step, "reward": reward})
+        return named
 
     def export(self, averages: Mapping[str, Any], folder: Path) -> None:
         write_student(folder, self.source, averages["student"], defaults=self.training.defaults)
+
+
+def _reward_of(best: Path) -> float:
+    """Of the student that was kept, as it was measured; none: less than any."""
+    if not best.is_dir():
+        return -math.inf
+    try:
+        return float(read_json(best.with_suffix(".json"))["reward"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return -math.inf
 
 
 class PlannedForcing(ForcingStage):
@@ -279,7 +320,7 @@ class PlannedForcing(ForcingStage):
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": param_dtype}
         return nnx.eval_shape(lambda: WanTransformer(config, hybrid=hybrid, **kinds, rngs=nnx.Rngs(0)))
 
-    def feed(self, number: int) -> Feed:
+    def feed(self, number: int, *, held_out: int = 0) -> Feed:
         shape = (*self.latent_shape(number), self.vae_config.z_dim)
         return PlannedFeed(self.training.clips[number].batch, shape, self.student.config.text_dim, self.dtype)
 
