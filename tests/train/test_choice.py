@@ -59,14 +59,18 @@ def test_the_choice_is_the_least_error_within_the_budget_of_what_was_measured(ch
     assert log[-1]["step"] == 8
 
 
-def test_the_chosen_model_is_distilled_loaded_finetuned_and_generated_with(chosen, tmp_path):
+def test_the_chosen_model_is_distilled_loaded_and_generated_with(chosen):
     mixers = Chosen.read(chosen.choice_file).mixers
     student = load_transformer(chosen.out)
     assert student.hybrid == mixers
     assert mixers.distinct()
-
     video = TextToVideo.from_pretrained(chosen.out)("a red circle", num_frames=5, num_inference_steps=1)
     assert video.shape == (5, 32, 32, 3)
+
+
+@pytest.mark.full
+def test_the_chosen_model_is_finetuned(chosen, tmp_path):
+    mixers = Chosen.read(chosen.choice_file).mixers
     buckets = (Bucket(kind="plain", frames=5, batch=4),)
     options = {"hybrid": None, "teacher": None, "teacher_weight": 0.0, "steps": 8, "buckets": buckets}
     training = finetuning(chosen.out, tmp_path / "tuned", **options)
