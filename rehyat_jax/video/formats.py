@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from io import BufferedIOBase
+from io import BufferedIOBase, RawIOBase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +91,7 @@ def write_video(
         _write_animation(Path(path), pictures, kind=kind, fps=fps, quality=quality)
 
 
-def write_raw(file: BufferedIOBase, pictures: Iterable[UInt8[np.ndarray, "H W 3"]]) -> None:
+def write_raw(file: RawIOBase | BufferedIOBase, pictures: Iterable[UInt8[np.ndarray, "H W 3"]]) -> None:
     """Each frame's bytes as soon as it is there, rows of RGB.
 
     Raises:
@@ -99,7 +99,9 @@ def write_raw(file: BufferedIOBase, pictures: Iterable[UInt8[np.ndarray, "H W 3"
     """
     for count, picture in enumerate(pictures):
         try:
-            file.write(np.ascontiguousarray(picture).data)
+            left = memoryview(np.ascontiguousarray(picture).data).cast("B")
+            while left:  # an unbuffered file takes what a pipe has room for
+                left = left[file.write(left) or 0 :]
             file.flush()
         except BrokenPipeError as error:
             # What is still buffered would be written, and fail, when the interpreter ends.
