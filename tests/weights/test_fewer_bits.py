@@ -17,6 +17,7 @@ from rehyat_jax.errors import CheckpointError
 from rehyat_jax.models.checkpoints import describe, load_text_encoder, load_transformer, save_transformer
 from rehyat_jax.models.umt5.rows import UMT5
 from rehyat_jax.models.wan.rows import TRANSFORMER
+from rehyat_jax.weights.opening import open_tensors
 from rehyat_jax.weights.plan import make_plan, parameters
 from rehyat_jax.weights.rows import scale_of
 
@@ -234,6 +235,25 @@ def test_gguf_is_what_its_package_makes_of_it(kind, transformer, tmp_path):
         path.write_bytes(data[:size])
         with pytest.raises(CheckpointError, match=r"GGUF|truncated"):
             load_transformer(path)
+
+
+def test_counts_that_a_gguf_file_cannot_hold_are_refused_at_once(tmp_path):
+    """The package's own reader goes on for ever over them."""
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, arch="wan")
+    writer.add_array("comfy.gguf.orig_shape.a", [2, 2, 8])
+    writer.add_tensor("a", np.ones((2, 16), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = path.read_bytes()
+    many = (1 << 60).to_bytes(8, "little")
+    lengths = [8, 16, 24, data.index(b"comfy") + len("comfy.gguf.orig_shape.a") + 8, data.rindex(b"a\2\0\0\0") + 5]
+    for place in lengths:
+        path.write_bytes(data[:place] + many + data[place + 8 :])
+        with pytest.raises(CheckpointError, match=r"GGUF|truncated|cannot be"):
+            open_tensors(path)
 
 
 # --- kept so on the device ---------------------------------------------------------------------------------------
