@@ -19,8 +19,6 @@ from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.models.checkpoints import convert, describe
 from rehyat_jax.models.folder import read_defaults
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CLIP = {
     "image_dim": 20,
     "added_kv_proj_dim": 24,

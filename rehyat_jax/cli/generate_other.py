@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rehyat_jax.cli.generate_stream import Request, begun, described
 from rehyat_jax.errors import RehyatError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rehyat_jax.cli.progress import ProgressDisplay
     from rehyat_jax.pipeline import TextToVideo
     from rehyat_jax.runtime.record import Phases

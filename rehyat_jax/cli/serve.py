@@ -178,6 +178,7 @@ def _opened(pipe: TextToVideo, wish: Wish, steps: int | None) -> Stream:
         seed=wish.seed,
         num_inference_steps=wish.num_inference_steps or steps,
         guidance_scale=wish.guidance_scale,
+        image=wish.image,
         width=wish.width,
         height=wish.height,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import io
 import json
 import re
 from email.parser import BytesParser
@@ -9,6 +12,8 @@ from email.policy import HTTP
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
+from PIL import Image
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -17,9 +22,12 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.host import Host
 from rehyat_jax.serve.jobs import Job
 from rehyat_jax.serve.wish import Wish
+from rehyat_jax.video.images import read_image
 
 #: Fields of a form that are numbers; in JSON they are numbers already.
 _WHOLE, _REAL = ("seed", "num_frames", "num_inference_steps", "fps"), ("guidance_scale", "seconds")
+#: Of an image that a client sends.
+_MOST_PIXELS = 1 << 24
 
 
 def video_routes(host: Host, model: str) -> list[Route]:
@@ -32,12 +40,13 @@ def video_routes(host: Host, model: str) -> list[Route]:
         fields = await _fields(request)
         if fields.get("model") not in (None, "", model):
             raise RehyatError(f"there is no model {str(fields['model'])[:80]!r} here; the model is {model!r}")
-        if fields.get("input_reference") is not None:
-            raise RehyatError("input_reference is not supported: this model makes videos from text")
+        image = fields.pop("input_reference", None)
         if fields.get("fps") not in (None, host.pace.fps):
             raise RehyatError(f"fps must be {host.pace.fps}, the model's own, not {fields['fps']}")
         width, height = _size(fields.get("size"))
         wish = Wish.from_message({"width": width, "height": height} | fields)
+        if image is not None:
+            wish = dataclasses.replace(wish, image=await asyncio.to_thread(_image, image))
         job = host.queue(wish, frames=_frames(fields, host.pace.fps))
         return JSONResponse(_told(job, model))
 
@@ -122,6 +131,24 @@ def _form(kind: str, body: bytes) -> dict[str, Any]:
         if isinstance(name, str) and isinstance(data, bytes):
             fields[name] = data if part.get_filename() else data.decode("utf-8")
     return fields
+
+
+def _image(content: Any) -> np.ndarray:
+    """The first frame that a client sends, as a file of the form.
+
+    Raises:
+        RehyatError: it is no file, no PNG, JPEG or WebP, damaged, or too large.
+    """
+    wrong = RehyatError("input_reference is a PNG, JPEG or WebP, as a file of a form")
+    if not isinstance(content, bytes):
+        raise wrong
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise RehyatError(f"input_reference may have {_MOST_PIXELS} pixels, not {image.width}x{image.height}")
+            return read_image("input_reference", image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise wrong from error
 
 
 def _size(size: Any) -> tuple[int | None, int | None]:

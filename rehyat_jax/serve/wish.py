@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from rehyat_jax.errors import RehyatError
 
 _NUMBERS: dict[str, type] = {
@@ -28,6 +30,8 @@ class Wish:
     guidance_scale: float | int | None = None
     width: int | None = None
     height: int | None = None
+    #: The first frame, uint8 [H, W, 3] of any size.
+    image: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Wish:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from shared.training import write_teacher
 
 from benchmarks import ablations, bench, eight_bits, hybrid_operator, peers, stream, timing
@@ -92,22 +93,37 @@ def tiny_study(folder, *more):
     return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
 
+@pytest.fixture
+def kept_programs(tmp_path, monkeypatch):
+    """The study keeps its programs as a user's does: all of them, in its own folder, where nobody else's are."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)  # of the workers, which are processes of their own
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()
+    yield lambda: {path.name for path in (tmp_path / "study" / "cache" / "xla").glob("*-cache")}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
 @pytest.mark.full
-def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys):
+def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys, kept_programs):
     """From the teacher to its figures; a run again does what is missing, and another seed compiles nothing new."""
     fewer = dataclasses.replace(ablations.TINY, occlusion_batch=0, occlusions=0, long_clips=0)
     monkeypatch.setattr(ablations, "TINY", fewer)
-
-    def programs():
-        return {path.name for path in Path(jax.config.jax_compilation_cache_dir).glob("*-cache")}
-
     _, line = tiny_study(tmp_path, "--only", "base", "--seeds", "1")
     assert (line["row"], line["seed"], line.get("error")) == ("base", 0, None)
     assert line["distillation"]["error"] > 0
     assert (line["plain"]["clips"], line["plain"]["frames"]) == (2, 21)
     assert {"compile", "train"} <= line["seconds"]["finetune"].keys()
     assert not any((tmp_path / "study" / "students").iterdir())
-    compiled = programs()
+    compiled = kept_programs()
     assert compiled
     kept = ablations.Lines(tmp_path / "study" / "ablations.jsonl")
     with kept.path.open("a") as file:
@@ -115,7 +131,7 @@ def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys):
     with pytest.raises(json.JSONDecodeError):
         tiny_study(tmp_path, "--only", "base", "--seeds", "2")
     assert [(line["row"], line["seed"]) for line in kept.read()] == [("base", 0), ("base", 1)]
-    assert programs() == compiled
+    assert kept_programs() == compiled
     capsys.readouterr()
     ablations.main(["--out", str(tmp_path / "study"), "--table"])
     assert "| base | 2 |" in capsys.readouterr().out
@@ -126,17 +142,14 @@ def test_a_row_of_the_ablations(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.full
-def test_workers_do_rows_of_every_kind(tmp_path):
+def test_workers_do_rows_of_every_kind(tmp_path, kept_programs):
     """With pillars and streams; what is warmed is what is run."""
     rows = ["--only", "base", "window", "softmax", "teacher", "--seeds", "1", "--workers", "2"]
-
-    def programs():
-        return {path.name for path in (tmp_path / "study" / "cache" / "xla").glob("*-cache")}
-
     assert tiny_study(tmp_path, *rows, "--warm") == []
-    compiled = programs()
+    compiled = kept_programs()
+    assert compiled
     _, *lines = tiny_study(tmp_path, *rows)
-    assert programs() == compiled
+    assert kept_programs() == compiled
     found = {line["row"]: line for line in lines}
     assert found.keys() == {"base", "window", "softmax", "teacher"}
     assert not any("error" in line for line in lines)

@@ -1,11 +1,15 @@
 """OpenAI's interface for videos, by OpenAI's own client over a real socket."""
 
+import io
 import threading
 import time
+import zlib
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 from shared.numbered import Numbered
 
 from rehyat_jax.errors import RehyatError
@@ -22,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"
 def opened(wish: Wish) -> Numbered:
     if wish.width is not None and wish.width < 16:
         raise RehyatError("a video of 8x8 is too small")
-    return Numbered(wish.prompt, wish.seed)
+    return Numbered(wish.prompt, wish.seed if wish.image is None else int(wish.image[0, 0, 0]))
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +136,27 @@ def test_more_than_may_wait(address):
     assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 503)
     for video in httpx.get(f"{address}/videos").json()["data"]:
         httpx.delete(f"{address}/videos/{video['id']}")
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_image_is_the_first_frame(client, address, tmp_path):
+    """The stream in the model's place has the image's first number for its seed."""
+    picture = png(np.full((8, 8, 3), 7, np.uint8))
+    made = [
+        client.videos.create(model="numbered", prompt="a cat", seconds="4", **how)
+        for how in ({"input_reference": ("a.png", picture)}, {"extra_body": {"seed": 7}})
+    ]
+    assert [ended(client, video.id).status for video in made] == ["completed"] * 2
+    first, second = (client.videos.download_content(video.id).content for video in made)
+    assert first == second
+    large = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (60_000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])
+    large += zlib.crc32(large[12:]).to_bytes(4)
+    for content in (picture[:45], b"no picture", large):
+        answer = httpx.post(f"{address}/videos", data={"prompt": "a cat"}, files={"input_reference": ("a", content)})
+        assert answer.status_code == 400
+        assert "input_reference" in answer.json()["error"]["message"]

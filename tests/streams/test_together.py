@@ -55,6 +55,7 @@ def test_a_row_that_fails_fails_alone(streams):
     assert np.abs(block.astype(int) - next(alone)).max() <= 1
 
 
+@pytest.mark.full
 def test_batches_are_powers_of_two_that_are_compiled_beside(pipe, streams):
     together = Together(most=3)
     first = pipe.open_stream("a cat", **SMALL)

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from shared.numbered_frames import frames, numbers
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.video.growing import GrowingVideo, finish_video, reopen_video, spaced_frames, whole_frames
@@ -18,17 +19,6 @@ from rehyat_jax.video.io import read_video
 
 #: As a stream of chunks of three latent frames makes them: 9 frames, then 12 each.
 CUTS = [0, 9, 21, 33, 45]
-
-
-def frames(start: int, stop: int, size: int = 16) -> np.ndarray:
-    """Frames that tell their number: a row of flat squares, white for each bit that is set."""
-    bits = np.arange(start, stop)[:, None] >> np.arange(16) & 1
-    return np.broadcast_to((bits * 255).astype(np.uint8)[:, None, :, None], (stop - start, size, 16, 3)).copy()
-
-
-def numbers(video: np.ndarray) -> list[int]:
-    bits = video[:, 8, 8::16, 1] > 127
-    return (bits * (1 << np.arange(16))).sum(axis=1).tolist()
 
 
 def grow(path, *, keep: int = 0, until: int = CUTS[-1], **how) -> None:
@@ -139,7 +129,7 @@ def test_lossless(tmp_path):
 KILLED = """
 import sys
 sys.path[:0] = [{tests!r}]
-from test_video_stream import frames
+from shared.numbered_frames import frames
 from rehyat_jax.video.growing import GrowingVideo, whole_frames
 start = [0, *whole_frames({path!r})][-1]
 with GrowingVideo({path!r}) as video:
@@ -154,7 +144,7 @@ with GrowingVideo({path!r}) as video:
 def test_killed_at_random_moments_and_gone_on_with(tmp_path):
     """SIGKILL, eight times, from 0 to 0.3 s into the writing: all frames are there, once and in order."""
     path, chance = tmp_path / "a.mp4", random.Random(1)
-    code = textwrap.dedent(KILLED).format(tests=os.path.dirname(__file__), path=str(path))
+    code = textwrap.dedent(KILLED).format(tests=os.path.dirname(os.path.dirname(__file__)), path=str(path))
     before = 0
     for _ in range(8):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 from safetensors.torch import load_file, save_file
 from shared.tiers import breadth
-from test_weights import original, tensors_of
+from shared.weights import original, tensors_of
 
 from rehyat_jax import HybridConfig, cli
 from rehyat_jax.errors import CheckpointError

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from shared.tiers import breadth
-from test_weights import (
+from shared.weights import (
     COMPONENTS,
     LOAD,
     SAVE,
