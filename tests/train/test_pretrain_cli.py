@@ -188,6 +188,7 @@ def test_the_record_says_how_the_model_was_made(trained, tiny):
             "share": 1.0,
             "during": [0.0, 1.0],
             "longest_wait": 4,
+            "hidden": "learned",
             "pairs": 0.5,
             "columns": None,
         }
