@@ -169,7 +169,7 @@ def test_a_training_moves_the_adapters_and_leaves_the_base(hybrid, tmp_path):
     lora = tmp_path / "out" / "lora_comfyui.safetensors"
     with_it = load_transformer(teacher, loras=[lora], hybrid=None)
     out, plain = (load_transformer(folder, hybrid=None) for folder in (tmp_path / "out", teacher))
-    # bfloat16 rounds the result by 2⁻⁹ of it, and each factor by 2⁻⁹: a product's sizes, summed, by 2⁻⁸.
+    # bfloat16 has eight bits: it rounds the result by 2⁻⁸ of it, and each factor, so a product's sizes by 2⁻⁷.
     file = open_lora(lora)
     sizes = [[np.abs(file.read(part.names[kind])) for kind in ("up", "down")] for part in file.parts]
     added = max(float((up @ down).max()) for up, down in sizes)
@@ -178,5 +178,5 @@ def test_a_training_moves_the_adapters_and_leaves_the_base(hybrid, tmp_path):
     ):
         moved = "blocks" in path and path[-1] == "kernel"
         assert moved == bool(np.abs(ours - before).max() > 0), path
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-9 * np.abs(theirs).max() + 2**-8 * added)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-8 * np.abs(theirs).max() + 2**-7 * added)
     assert describe(lora).ranks == (2,)
