@@ -524,7 +524,8 @@ class PlannedDistill(DistillStage):
 
     def __init__(self, training: DistillTraining, among: Sequence[Any]) -> None:
         super().__init__(training)
-        self._among, self.folder, self.vae = among, training.teacher, VAEConfig.wan()
+        self._among, self.folder = among, training.teacher
+        self.vae = VAEConfig.published_for(planned_model(training.model, training.teacher))
         self.sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
 
     @functools.cached_property

@@ -362,7 +362,7 @@ class PlannedFinetune(FinetuneStage):
         super().__init__(training)
         self._among, self._size = among, size
         self.prepared, self.source = {}, training.source
-        self.vae_config = VAEConfig.wan()
+        self.vae_config = VAEConfig.published_for(planned_model(training.model, training.source))
 
     @functools.cached_property
     def student(self) -> WanTransformer:

@@ -291,7 +291,8 @@ class PlannedForcing(ForcingStage):
 
     @functools.cached_property
     def vae(self) -> WanVAE:
-        return nnx.eval_shape(lambda: WanVAE(VAEConfig.wan(), dtype=self.dtype, rngs=nnx.Rngs(0)))
+        vae = VAEConfig.published_for(planned_model(self.training.model, self.training.source))
+        return nnx.eval_shape(lambda: WanVAE(vae, dtype=self.dtype, rngs=nnx.Rngs(0)))
 
     @functools.cached_property
     def devices(self) -> Devices:

@@ -265,6 +265,12 @@ class VAEConfig:
         return cls()
 
     @classmethod
+    def published_for(cls, model: WanConfig) -> VAEConfig:
+        """The published autoencoder whose latents a transformer makes."""
+        wan22 = cls.wan22()
+        return wan22 if model.out_channels == wan22.z_dim else cls.wan()
+
+    @classmethod
     def wan22(cls) -> VAEConfig:
         """Of Wan2.2's TI2V-5B: 16 pixels a side and four frames become one latent pixel of 48 channels."""
         return cls(
