@@ -39,7 +39,8 @@ from rehyat_jax.models.networks import components_in, make_plan, open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.umt5.rows import carried_tokenizer
 from rehyat_jax.models.wan.conversion_file import ConversionInfo, describe_conversion, open_conversion, write_parts
-from rehyat_jax.models.wan.student import write_student
+from rehyat_jax.models.wan.fewstep import FewStep, few_step_family
+from rehyat_jax.models.wan.student import STUDENT, plan_without_tensors, write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.arguments import choice, user_path
@@ -293,7 +294,8 @@ def convert(
     A whole checkpoint takes its tokenizer along, its scheduler, its settings and ``model_index.json``; a release gets
     those that say how it is run here without them, which is as its authors advise (`models.wan.advice`).
 
-    A student's ``rehyat/`` part goes with its transformer.
+    A student's ``rehyat/`` part goes with its transformer. A file of a causal few-step model, as its authors publish it
+    (`models.wan.fewstep`), gets one that says how it attends and how it is run.
 
     Args:
         dst: new or empty; it appears whole or not at all.
@@ -328,6 +330,19 @@ def convert(
         assert file is not None
         return open_conversion(file, plan, dtype=np.float32 if dtype is None else dtype)[0]
 
+    family = few_step_of(user_path("src", src))
+    causal = family is not None and family.conversion is not None and file is None
+
+    def windows(plan: LoadPlan) -> Attached:
+        assert family is not None
+        assert family.conversion is not None
+        return Attached(plan=plan_without_tensors(plan, family.conversion))
+
+    def say_how(folder: Path) -> None:
+        assert family is not None
+        write_json(folder / STUDENT.folder / DEFAULTS_FILE, dict(family.defaults))
+
+    parts = {} if file is None else {"transformer": part}
     convert_weights(
         user_path("src", src),
         user_path("dst", dst),
@@ -336,10 +351,22 @@ def convert(
         around=None if teacher is None else user_path("teacher", teacher),
         changed=changes,
         kept=kept_as(quantize),
-        parts={} if file is None else {"transformer": part},
+        parts={"transformer": windows} if causal else parts,
+        write_beside=say_how if causal else None,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
+
+
+def few_step_of(path: Path) -> FewStep | None:
+    """The published few-step family that a transformer's file is of; None: of none, or it is no such file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not path.is_file() or "transformer" not in components_in(path):
+        return None
+    return few_step_family(path, open_component(path, "transformer").tensors.infos)
 
 
 def save_conversion(src: str | os.PathLike[str], file: str | os.PathLike[str], *, base: str | os.PathLike[str]) -> None:
@@ -383,7 +410,10 @@ def describe(path: str | os.PathLike[str]) -> CheckpointInfo | LoraInfo | Conver
         read_traits(path)  # says which expert is missing
     info = describe_weights(path)
     whole = path.is_dir() and {"transformer", "vae"} <= set(components_in(path))
-    return dataclasses.replace(info, notes=_settings(path)) if whole else info
+    if whole:
+        return dataclasses.replace(info, notes=_settings(path))
+    family = few_step_of(path)
+    return info if family is None else dataclasses.replace(info, notes=(f"few steps   {family}",))
 
 
 def _settings(folder: Path) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.networks import component, components_in, open_component
@@ -16,6 +16,7 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.runtime.arguments import user_path
 from rehyat_jax.sampling import FlowSchedule, Solver, UniPC, scheduler_from_config
 from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
+from rehyat_jax.sampling.schedule import Grid
 from rehyat_jax.sampling.settings import SOLVERS
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.layout import INDEX
@@ -56,6 +57,9 @@ class Defaults:
     offered_steps: Sequence[int] = ()
     #: By name, where it is not the scheduler's: diffusers has none for a few-step student.
     solver: str | None = None
+    #: The grid and shift of noise levels, where they are not the scheduler's.
+    grid: Grid | None = None
+    shift: float | int | None = None
     #: "folder": the noise levels are those of ``scheduler_config.json``. "authors": those of the authors' program, with
     #: the shift that they advise for the model and the size.
     schedule: Literal["folder", "authors"] = "folder"
@@ -78,7 +82,7 @@ class Defaults:
         }
         kinds |= dict.fromkeys(("guidance_scale", "guidance_scale_2"), (int, float))
         kinds |= {"remember": (str, int, float), "negative_prompt": str}
-        kinds |= {"schedule": str, "solver": str, "offered_steps": list}
+        kinds |= {"schedule": str, "solver": str, "offered_steps": list, "grid": str, "shift": (int, float)}
         for name, value in source.items():
             if name not in kinds:
                 raise ConfigError(f"{DEFAULTS_FILE}: {name[:80]!r} is no setting; there are {', '.join(kinds)}")
@@ -95,6 +99,8 @@ class Defaults:
             raise ConfigError(
                 f"{DEFAULTS_FILE}: offered_steps is a list of whole numbers above 0, not {str(steps)[:80]!r}"
             )
+        if (grid := source.get("grid")) is not None and grid not in get_args(Grid):
+            raise ConfigError(f"{DEFAULTS_FILE}: there is no grid {grid[:80]!r}, only {', '.join(get_args(Grid))}")
         if (solver := source.get("solver")) is not None and solver not in SOLVERS:
             raise ConfigError(f"{DEFAULTS_FILE}: there is no solver {solver[:80]!r}, only {', '.join(SOLVERS)}")
         return dataclasses.replace(otherwise or cls(), **source)
@@ -106,7 +112,7 @@ class Defaults:
 
     def advised_schedule(self, *, height: int, width: int) -> FlowSchedule | None:
         """The authors' noise levels for videos of this size; None where the folder has levels of its own."""
-        if self.schedule == "folder" or self.model is None:
+        if self.schedule == "folder" or self.model is None or self.grid is not None:
             return None
         advice = advised(self.model, height=height, width=width, experts=self.experts)
         return FlowSchedule(grid="official", shift=advice.shift)
@@ -292,6 +298,7 @@ def read_scheduler(folder: Path, *, student: bool = True) -> tuple[FlowSchedule,
     named = None if defaults.solver is None else SOLVERS[defaults.solver]()
     if (folder / SCHEDULER_FILE).is_file():
         schedule, solver = scheduler_from_config(read_json(folder / SCHEDULER_FILE))
-        return advice or schedule, named or solver
-    schedule = advice or FlowSchedule(grid="official", shift=defaults.advice.shift)
-    return schedule, named or UniPC()
+    else:
+        schedule, solver = FlowSchedule(grid="official", shift=defaults.advice.shift), UniPC()
+    own: dict[str, Any] = {name: value for name in ("grid", "shift") if (value := getattr(defaults, name)) is not None}
+    return advice or dataclasses.replace(schedule, **own), named or solver

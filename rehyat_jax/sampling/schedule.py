@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling.solvers import Solver
 
-Grid = Literal["diffusers", "diffusers-euler", "official"]
+Grid = Literal["diffusers", "diffusers-euler", "official", "warped", "causvid", "rcm"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class FlowSchedule:
       shifted already when it shifts the whole grid once more.
     - ``"official"``: Wan-Video/Wan2.1 ``wan/utils/fm_solvers_unipc.py``: from 0.999 towards 0, as ``wan/text2video.py``
       sets it up.
+    - ``"warped"``: from 1 towards 0 in equal parts, shifted: guandeh17/Self-Forcing and ModelTC's four-step models.
+    - ``"causvid"``, ``"rcm"``: the levels that these few-step models were trained at, whatever the shift.
 
     Each appends the level 0. Any solver runs on any grid that it accepts (UniPC: the first level below 1).
 
@@ -65,10 +67,10 @@ class FlowSchedule:
     def timesteps(self, num_steps: int) -> Float32[np.ndarray, "{num_steps}"]:
         """What the transformer is told at each step, in 0..num_train_timesteps.
 
-        Whole numbers (cut, not rounded) on the two UniPC grids, fractions on ``"diffusers-euler"``.
+        Whole numbers (cut, not rounded) on the two UniPC grids, fractions on the others.
         """
         levels = self._levels(num_steps)
-        if self.grid == "diffusers-euler":
+        if self.grid not in _WHOLE:
             return levels.astype(np.float32) * np.float32(self.num_train_timesteps)
         return np.trunc(levels * self.num_train_timesteps).astype(np.float32)
 
@@ -132,8 +134,28 @@ def _official(shift: float, num_train_timesteps: int, num_steps: int) -> np.ndar
     return _shifted(np.linspace(highest, 0, num_steps + 1)[:-1], shift)
 
 
+def _warped(shift: float, num_train_timesteps: int, num_steps: int) -> np.ndarray:
+    return _shifted(np.linspace(1, 0, num_steps + 1)[:-1], shift)
+
+
+def _listed(*levels: float) -> Callable[[float, int, int], np.ndarray]:
+    def of_training(shift: float, num_train_timesteps: int, num_steps: int) -> np.ndarray:
+        if num_steps != len(levels):
+            raise ConfigError(f"this model was trained at {len(levels)} noise levels: it takes as many steps")
+        return np.array(levels)
+
+    return of_training
+
+
+#: NVlabs/rcm: angles between data and noise; sigma is the noise's share.
+_RCM = tuple(math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in (math.atan(80), 1.5, 1.4, 1.0))
+#: Grids whose programs tell the transformer whole numbers.
+_WHOLE = ("diffusers", "official")
 _LEVELS: dict[str, Callable[[float, int, int], np.ndarray]] = {
     "diffusers": _diffusers,
     "diffusers-euler": _diffusers_euler,
     "official": _official,
+    "warped": _warped,
+    "causvid": _listed(1.0, 0.757, 0.522),
+    "rcm": _listed(*_RCM),
 }

@@ -34,6 +34,7 @@ def convert_weights(
     changed: Mapping[str, Callable[[LoadPlan], LoadPlan]] = MappingProxyType({}),
     parts: Mapping[str, Callable[[LoadPlan], Attached]] = MappingProxyType({}),
     kept: np.dtype | None = None,
+    write_beside: Callable[[Path], None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -47,6 +48,7 @@ def convert_weights(
             weights go into that part.
         changed: by network, what is made of the plan of its weights: of its part's, where that has weights of its own.
         parts: by network, a part of its own that it gets, from the plan of its weights.
+        write_beside: of a network alone: what lies beside its weights.
         kept: blocks' matrices are written in these eight bits, with their scales.
 
     Raises:
@@ -104,6 +106,8 @@ def convert_weights(
             write()
         if whole:
             write_rest(src, partial)
+        elif write_beside is not None:
+            write_beside(partial)
 
 
 def components_of(path: Path) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ student's are in ``rehyat/transformer/``, again as diffusers would have them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rehyat_jax.errors import CheckpointError
@@ -107,6 +108,29 @@ def part_plan(
         slots=slots,
         beside=(),
         abstract=abstract,
+    )
+
+
+class _NoTensors(TensorSource):
+    """Of mixers without parameters."""
+
+    def __init__(self) -> None:
+        self.infos, self.files = {}, ()
+
+    def pieces(self, name: str, *, rows: int | None = None) -> Iterator[np.ndarray]:
+        raise KeyError(name)
+
+
+def plan_without_tensors(base: LoadPlan, hybrid: Conversion) -> LoadPlan:
+    """The part of a student whose mixers have no parameters, over the transformer of a plan."""
+    return part_plan(
+        base.config,
+        hybrid,
+        tensors=_NoTensors(),
+        names={},
+        where=base.weights,
+        dtype=np.float32,
+        user="its configuration",
     )
 
 
