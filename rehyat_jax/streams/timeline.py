@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.streams.stream import Stream
 from rehyat_jax.text.files import numbered_lines, read_text
 
 #: A frame's place is compared with seconds to within so much: 0.1 s is no whole number of binary fractions.
@@ -72,8 +71,8 @@ class Timeline:
         """The sentence that counts at a second of the video."""
         return [sentence for begin, sentence in self.sentences.items() if begin <= second + _TIE][-1]
 
-    def follow(self, stream: Stream, *, fps: int | None = None) -> Iterator[UInt8[np.ndarray, "F H W 3"]]:
-        """The stream's blocks, its sentence changed before each chunk to the one that counts there.
+    def follow(self, stream: Any, *, fps: int | None = None) -> Iterator[UInt8[np.ndarray, "F H W 3"]]:
+        """A `Stream`'s blocks, its sentence changed before each chunk to the one that counts there.
 
         Seconds are those of the whole video, a beginning's frames and those made before among them, at ``fps`` or the
         model's own rate.
@@ -85,8 +84,8 @@ class Timeline:
             self.steer(stream, fps=fps)
             yield next(stream)
 
-    def steer(self, stream: Stream, *, fps: int | None = None) -> None:
-        """Change the stream's sentence to the one that counts at its next frame, where that is another."""
+    def steer(self, stream: Any, *, fps: int | None = None) -> None:
+        """Change a `Stream`'s sentence to the one that counts at its next frame, where that is another."""
         sentence = self.at(stream.frames_done / (fps or stream.fps))
         if stream.prompt != sentence:
             stream.change_prompt(sentence)
