@@ -95,6 +95,8 @@ class GGUFFile(TensorSource):
             raise CheckpointError(f"{path} is a GGUF file: install gguf (pip install gguf) to read it") from error
         self._file, self.files, self._gguf = CheckedFile(path), (path,), gguf
         header = _Header(self._file)
+        if not header.tensors:
+            raise CheckpointError(f"{path} is a GGUF file without tensors")
         shapes = {
             name.removeprefix(_SHAPE): shape for name, shape in header.integers.items() if name.startswith(_SHAPE)
         }
