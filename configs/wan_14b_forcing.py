@@ -1,8 +1,11 @@
 """Wan2.1 14B in four steps, trained on its own videos: distribution matching through its state.
 
-    rehyat finetune wan_1_3b_consistency …       # first, with a 14B: out/wan-14b-four-steps
     rehyat forcing wan_14b_forcing                     # the same command on every host
-    rehyat plan wan_14b_forcing --topology v5p:4x4x4            # what both kinds of round take, without a chip
+    rehyat plan wan_14b_forcing --topology v5p:4x4x4            # what a cycle takes, without a chip
+
+It reads out/wan-14b-four-steps, which wan_1_3b_consistency makes of a student of 14B: --source and --out,
+--model.num-layers 40 --model.num-attention-heads 40 --model.ffn-dim 13824. A smaller teacher is smaller numbers of
+--teacher-model, and its folder as --teacher.
 
 Captions are those of prepared clips, whose pictures are not looked at. A cycle is one rollout of 21 latent frames a row
 (seven chunks of four steps and a commit each), five steps of the critic on it, one of the student.
@@ -27,6 +30,7 @@ config = ForcingTraining(
     source=Path("out/wan-14b-four-steps"),
     teacher=Path("Wan2.1-T2V-14B-Diffusers"),
     model=WanConfig.t2v_14b(),
+    teacher_model=WanConfig.t2v_14b(),
     hybrid=HybridConfig(),
     buckets=(Rollouts(clips=PreparedClips(folder=Path("wan-14b-clips"), frames=81, batch=64)),),
     steps=600,

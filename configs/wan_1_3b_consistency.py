@@ -6,7 +6,8 @@
     rehyat plan wan_1_3b_consistency --topology v5p:4x4x4              # what it takes, without a chip
 
 The guide is the source itself, at guidance 5: one of its Euler steps, of 48, at each chunk. Then, on its own videos:
-wan_1_3b_forcing. 14B: --source, --model.num-layers and the other sizes.
+wan_1_3b_forcing. A student of 14B is --source and --out, --model.num-layers 40 --model.num-attention-heads 40
+--model.ffn-dim 13824.
 
 Cost: not run on chips yet. A step on a clip is three passes of the guide and the average and one with its gradient,
 each of twice the clip's tokens.

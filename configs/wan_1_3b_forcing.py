@@ -3,8 +3,10 @@
     rehyat finetune wan_1_3b_consistency                # first: this run reads out/wan-1.3b-four-steps
     rehyat forcing wan_1_3b_forcing                     # the same command on every host
     rehyat forcing wan_1_3b_forcing --teacher Wan2.1-T2V-14B-Diffusers --critic Wan2.1-T2V-1.3B-Diffusers
-    rehyat plan wan_1_3b_forcing --topology v5p:4x4x4            # what both kinds of round take, without a chip
-    rehyat plan wan_1_3b_forcing --topology v5p:4x4x4 --critic x teacher-model:wan-config --teacher-model.num-layers 40
+    rehyat plan wan_1_3b_forcing --topology v5p:4x4x4            # what a cycle takes, without a chip
+
+With --steps-per-round 1 each step of the critic has videos of its own, and a plan tells both kinds of round. To a plan
+a teacher of 14B is --teacher-model.num-layers 40 --teacher-model.num-attention-heads 40 --teacher-model.ffn-dim 13824.
 
 Captions are those of prepared clips, whose pictures are not looked at. A cycle is one rollout of 21 latent frames a row
 (seven chunks of four steps and a commit each), five steps of the critic on it, one of the student.
@@ -29,6 +31,7 @@ config = ForcingTraining(
     source=Path("out/wan-1.3b-four-steps"),
     teacher=Path("Wan2.1-T2V-1.3B-Diffusers"),
     model=WanConfig.t2v_1_3b(),
+    teacher_model=WanConfig.t2v_1_3b(),
     hybrid=HybridConfig(),
     buckets=(Rollouts(clips=PreparedClips(folder=Path("wan-1.3b-clips"), frames=81, batch=64)),),
     steps=600,
