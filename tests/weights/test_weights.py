@@ -13,6 +13,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from flax import nnx
 from safetensors.torch import save_file
 from shared import tiers
+from shared.checkpoint import tiny_tokenizer
 from shared.weights import (
     CLASSES,
     COMPONENTS,
