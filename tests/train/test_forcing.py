@@ -72,7 +72,9 @@ def drawn(teacher):
     return data.roller, modules, key, pool, (first, second), stage
 
 
-def test_rollouts_are_the_samplers_own_video_bit_for_bit(drawn) -> None:
+def test_rollouts_are_the_samplers_own_video(drawn) -> None:
+    """To float32's rounding: XLA compiles a chunk by itself and one among others, and may fuse them otherwise. Where it
+    did not, they were seen equal bit for bit."""
     roller, modules, key, pool, (first, second), _ = drawn
     graph, weights = nnx.split(modules["student"])
     keys = jax.random.wrap_key_data(jax.random.bits(jax.random.split(key, 5)[0], (4, 2), jnp.uint32), impl=RANDOM)
@@ -87,7 +89,8 @@ def test_rollouts_are_the_samplers_own_video_bit_for_bit(drawn) -> None:
     for number in range(1, 6):
         chunk, states = programs.denoise_chunk(weights, states, keys, kv, jnp.int32(2 * number), steps, **how)
         chunks.append(chunk)
-    np.testing.assert_array_equal(jnp.concatenate([first.past, second.past], axis=1), jnp.concatenate(chunks, axis=1))
+    made, expected = jnp.concatenate([first.past, second.past], axis=1), jnp.concatenate(chunks, axis=1)
+    assert jnp.max(jnp.abs(made - expected)) < 1e-5 * jnp.max(jnp.abs(expected))
     np.testing.assert_array_equal(first.weights, [[0, 0, 1, 1, 1, 1]] * 4)
 
 
