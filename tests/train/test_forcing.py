@@ -53,7 +53,7 @@ def modules_of(stage: ForcingStage) -> dict[str, nnx.Module]:
 
 
 @pytest.fixture(scope="module")
-def drawn(teacher):
+def drawn(teacher, compiled_for_speed):
     """Two windows of three chunks, the first chunk given."""
     rollouts = Rollouts(clips=Bucket(kind="plain", frames=11, batch=4), given=1, windows=2)
     stage = ForcingStage(forcing(teacher, Path("unused"), buckets=(rollouts,), guidance_scale=1.0))
@@ -72,9 +72,8 @@ def drawn(teacher):
     return data.roller, modules, key, pool, (first, second), stage
 
 
-def test_rollouts_are_the_samplers_own_video(drawn) -> None:
-    """To float32's rounding: XLA compiles a chunk by itself and one among others, and may fuse them otherwise. Where it
-    did not, they were seen equal bit for bit."""
+def test_rollouts_are_the_samplers_own_video_bit_for_bit(drawn) -> None:
+    """As users compile: without optimisations a chunk by itself is fused otherwise than one among others (1.2e-6)."""
     roller, modules, key, pool, (first, second), _ = drawn
     graph, weights = nnx.split(modules["student"])
     keys = jax.random.wrap_key_data(jax.random.bits(jax.random.split(key, 5)[0], (4, 2), jnp.uint32), impl=RANDOM)
@@ -89,8 +88,7 @@ def test_rollouts_are_the_samplers_own_video(drawn) -> None:
     for number in range(1, 6):
         chunk, states = programs.denoise_chunk(weights, states, keys, kv, jnp.int32(2 * number), steps, **how)
         chunks.append(chunk)
-    made, expected = jnp.concatenate([first.past, second.past], axis=1), jnp.concatenate(chunks, axis=1)
-    assert jnp.max(jnp.abs(made - expected)) < 1e-5 * jnp.max(jnp.abs(expected))
+    np.testing.assert_array_equal(jnp.concatenate([first.past, second.past], axis=1), jnp.concatenate(chunks, axis=1))
     np.testing.assert_array_equal(first.weights, [[0, 0, 1, 1, 1, 1]] * 4)
 
 
