@@ -401,7 +401,7 @@ def describe(path: str | os.PathLike[str]) -> CheckpointInfo | LoraInfo | Conver
         CheckpointError: missing, damaged, incomplete, or not of a network that this program knows.
         ConfigError: a configuration is impossible or another architecture's.
     """
-    path = user_path("path", path)
+    path = find_checkpoint(path)
     if path.is_file() and (conversion := describe_conversion(path)) is not None:
         return conversion
     if holds_lora(path):

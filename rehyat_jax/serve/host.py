@@ -100,6 +100,7 @@ class Host:
         self._jobs: dict[str, Job] = {}
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._work = threading.Condition()
+        self._saving = threading.Lock()
         self._stop = False
         #: Set once the streams of an earlier host are there again.
         self.restored = threading.Event()
@@ -186,9 +187,10 @@ class Host:
         with self._work:
             del self._held[name]
         live.close()
-        live.path.unlink(missing_ok=True)
-        self._chunks_file(name).unlink(missing_ok=True)
-        shutil.rmtree(self._state_folder(name), ignore_errors=True)
+        with self._saving:
+            live.path.unlink(missing_ok=True)
+            self._chunks_file(name).unlink(missing_ok=True)
+            shutil.rmtree(self._state_folder(name), ignore_errors=True)
 
     def queue(self, wish: Wish, *, frames: int) -> Job:
         """A video of so many frames, to be made when those before it are done, beside the live streams.
@@ -302,12 +304,16 @@ class Host:
         return self.folder / f"{name}.json"
 
     def _save(self, name: str, held: _Held) -> None:
-        """The chunks first: of those that a kill leaves beyond the state, the next host knows nothing."""
+        """The chunks first: of those that a kill leaves beyond the state, the next host knows nothing. A stream that
+        was ended meanwhile is not kept: its files are gone."""
         begun, live = time.monotonic(), held.live
         content = {"before": live.before, "chunks": [chunk.to_dict() for chunk in live.chunks]}
-        with whole_file(self._chunks_file(name)) as partial:
-            partial.write_text(json.dumps(content), encoding="utf-8")
-        live.save_now(self._state_folder(name))
+        with self._saving:
+            if name not in self._held:
+                return
+            with whole_file(self._chunks_file(name)) as partial:
+                partial.write_text(json.dumps(content), encoding="utf-8")
+            live.save_now(self._state_folder(name))
         held.saved = time.monotonic()
         held.cost = held.saved - begun
 

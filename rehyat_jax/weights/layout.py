@@ -93,8 +93,9 @@ def components_in(path: Path) -> tuple[str, ...]:
 
 
 def _kept_in(path: Path, wanted: Component) -> Path | None:
-    """Where ComfyUI keeps a network below a folder that has no weights of its own; None where it does not."""
-    folders = [path / name for name in wanted.kept_in if (path / name).is_dir()]
+    """Where a network is kept below a folder that has no weights of its own, without an index: by its own name, or as
+    ComfyUI calls it; None where it is not."""
+    folders = [path / name for name in (wanted.name, *wanted.kept_in) if (path / name).is_dir()]
     return folders[0] if folders and not weights_in(path) else None
 
 

@@ -213,7 +213,7 @@ class TestLoop:
     def noise(self, *shape):
         return jax.random.normal(jax.random.key(0), shape)
 
-    def test_one_jitted_step_in_a_loop_equals_the_scan_and_compiles_once(self):
+    def test_one_jitted_step_in_a_loop_equals_the_scan_and_compiles_once(self, compiled_for_speed):
         noise = self.noise(2, 6, 4)
         run = functools.partial(scanned, schedule=self.schedule, solver=self.solver, num_steps=7)
         whole = jax.jit(functools.partial(run, self.velocity))(noise)

@@ -322,3 +322,17 @@ def _until(what, seconds: float = 20.0) -> None:
     while not what():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_stream_that_ends_while_it_is_kept_leaves_nothing(tmp_path):
+    """Ended by a viewer's thread just before the host's own writes: as late as may be."""
+    host = _kept(tmp_path)
+    name = host.begin(Wish(prompt="a cat", seed=4)).result(10)
+    live = host.get(name)
+    live.join()
+    _until(lambda: live.chunks)
+    held = host._held[name]
+    host.end(name)
+    host._save(name, held)
+    host.close()
+    assert not list(tmp_path.iterdir())

@@ -185,8 +185,9 @@ def test_prompts_of_a_file_are_embedded_as_captions_are(folder, tmp_path):
     path.write_text("a lemon\nb")
     texts = ["a lemon moving down slowly on a blue background", ""]
     dtype = jnp.dtype(jnp.float32)
-    one = train.stages.distill._embeddings(folder, (Source(frames=9, batch=1),), dtype)(texts)
-    two = train.stages.distill._embeddings(folder, (Source(prompts=str(path), frames=9, batch=1),), dtype)(texts)
+    one = train.stages.distill._embeddings(folder, (Source(frames=9, batch=1),), dtype, repair=True)(texts)
+    listed = (Source(prompts=str(path), frames=9, batch=1),)
+    two = train.stages.distill._embeddings(folder, listed, dtype, repair=True)(texts)
     assert one.shape == (2, 512, 16)
     np.testing.assert_allclose(one, two, atol=1e-5)
 

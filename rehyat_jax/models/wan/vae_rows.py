@@ -187,5 +187,4 @@ WAN_VAE = Component(
     least_tensors=lambda config: config.num_res_blocks,
     stem="diffusion_pytorch_model",
     released_as=re.compile(r".*vae", re.IGNORECASE),
-    kept_in=("vae",),
 )
