@@ -84,6 +84,9 @@ class Serve:
     quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
     """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device."""
 
+    force: bool = False
+    """Begin although memory is estimated to be too small."""
+
 
 def main(argv: list[str]) -> None:
     """``rehyat serve``; returns when it is stopped by Ctrl-C or SIGTERM, after the chunk under way."""
@@ -117,6 +120,7 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.serve.live import Pace
     from rehyat_jax.streams.together import Together
 
+    _check_room(options, steps)
     pipe = TextToVideo.from_pretrained(
         options.model, dtype=options.dtype, loras=options.lora, quantize=options.quantize
     )
@@ -159,6 +163,36 @@ def main(argv: list[str]) -> None:
     )
     _Announced(config, options, token).run()
     host.close()
+
+
+def _check_room(options: Serve, steps: int | Literal["auto"] | None) -> None:
+    """
+    Raises:
+        ConfigError: this machine has no room for one stream of the model's own size.
+    """
+    from rehyat_jax.models.folder import find_model, read_defaults
+    from rehyat_jax.models.memory import VideoShape, student_config, video_need
+    from rehyat_jax.runtime.memory import check_memory
+
+    folder = find_model(options.model)
+    defaults = read_defaults(folder)
+    shape = VideoShape(
+        frames=defaults.num_frames,
+        height=defaults.height,
+        width=defaults.width,
+        steps=steps if isinstance(steps, int) else max([defaults.num_inference_steps, *defaults.offered_steps]),
+        guided=defaults.guidance_scale > 1,
+    )
+    need = video_need(
+        folder,
+        shape,
+        dtype=options.dtype,
+        hybrid=student_config(folder),
+        streams=True,
+        remember=defaults.remember,
+        eight_bits=options.quantize is not None,
+    )
+    check_memory(need, what=f"streams of {defaults.width}x{defaults.height}", force=options.force)
 
 
 def _measured(pipe: TextToVideo) -> int:

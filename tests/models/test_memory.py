@@ -140,6 +140,14 @@ def _room(monkeypatch, *, host: int | None, device: int | None = None, shared: b
     monkeypatch.setattr(memory.Room, "here", classmethod(lambda cls: Room(host=host, device=device, shared=shared)))
 
 
+def test_a_server_without_room_for_one_stream_is_refused_before_loading(monkeypatch, capsys):
+    _room(monkeypatch, host=60_000_000)
+    assert cli.main(["serve", "--port", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "streams of 64x64 need about " in said
+    assert "0.1 GB are free: --force goes on all the same" in said
+
+
 def test_a_video_without_room_is_refused_before_loading_with_what_would_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _room(monkeypatch, host=3_000_000_000)
