@@ -5,54 +5,21 @@ import os
 import signal
 import threading
 from io import StringIO
-from pathlib import Path
 
 import chex
-import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from rich.console import Console
+from shared.toy_loop import TOY, toy_run
 from shared.training import problem
 
 from rehyat_jax.errors import RehyatError
 from train.engine.loop import Stopped, run
-from train.engine.optimizer import OptimizerConfig
-
-_TOY = OptimizerConfig(learning_rate=0.05)
-
-
-@jax.jit
-def _toy_step(state, key):
-    gradients = jax.tree.map(lambda p: p + jax.random.normal(key, p.shape), state.params)
-    return _TOY.apply(state, gradients, jnp.float32(0.01)), optax.tree.norm(state.params)
-
-
-def _toy_run(folder: Path, *, steps: int, hook=lambda step: None, checkpoint_seconds: float = 0.0):
-    """Rounds of two steps, whose noise depends on the step alone."""
-    console = Console(file=StringIO(), width=200)
-
-    def advance(state, step):
-        hook(step)
-        for i in range(2):
-            state, norm = _toy_step(state, jax.random.fold_in(jax.random.key(0), step + i))
-        return state, {"norm": norm}
-
-    state = run(
-        _TOY.init(problem()),
-        advance,
-        steps=steps,
-        steps_per_advance=2,
-        folder=folder,
-        checkpoint_seconds=checkpoint_seconds,
-        console=console,
-    )
-    return state, console.file.getvalue()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_call_continues(tmp_path, number):
-    whole, _ = _toy_run(tmp_path / "whole", steps=12)
+    whole, _ = toy_run(tmp_path / "whole", steps=12)
 
     def interrupt(step: int) -> None:
         if step == 4:
@@ -60,16 +27,16 @@ def test_a_signal_saves_and_the_same_call_continues(tmp_path, number):
 
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped) as stop:
-        _toy_run(tmp_path / "cut", steps=12, hook=interrupt, checkpoint_seconds=60.0)
+        toy_run(tmp_path / "cut", steps=12, hook=interrupt, checkpoint_seconds=60.0)
     assert (stop.value.signal_number, stop.value.step) == (number, 6)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    resumed, said = _toy_run(tmp_path / "cut", steps=12)
+    resumed, said = toy_run(tmp_path / "cut", steps=12)
     assert "resumed from step 6" in said
     chex.assert_trees_all_equal(resumed, whole)
     entries = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["step"], entry["from_step"]) for entry in entries] == [(6, 0), (8, 6), (10, 6), (12, 6)]
     # A run that is done is not done again.
-    again, _ = _toy_run(tmp_path / "cut", steps=12, hook=lambda step: pytest.fail("a step was made"))
+    again, _ = toy_run(tmp_path / "cut", steps=12, hook=lambda step: pytest.fail("a step was made"))
     chex.assert_trees_all_equal(again, whole)
 
 
@@ -79,12 +46,12 @@ def test_a_second_signal_does_not_wait(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        _toy_run(tmp_path, steps=12, hook=insist)
+        toy_run(tmp_path, steps=12, hook=insist)
 
 
 def test_the_loop_runs_outside_the_main_thread(tmp_path):
     results = []
-    thread = threading.Thread(target=lambda: results.append(_toy_run(tmp_path, steps=4)))
+    thread = threading.Thread(target=lambda: results.append(toy_run(tmp_path, steps=4)))
     thread.start()
     thread.join()
     assert int(results[0][0].step) == 4
@@ -98,7 +65,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path):
         return state._replace(step=state.step + 1), {"loss": jnp.array([1.0, jnp.nan if step == 2 else 1.0])}
 
     with pytest.raises(RehyatError, match=r"not finite at step 3.*learning rate"):
-        run(_TOY.init(problem()), advance, steps=9, steps_per_advance=1, folder=tmp_path, checkpoint_seconds=0.0)
+        run(TOY.init(problem()), advance, steps=9, steps_per_advance=1, folder=tmp_path, checkpoint_seconds=0.0)
     assert calls == [0, 1, 2]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
 
@@ -106,7 +73,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path):
 def test_on_a_terminal_there_is_a_bar(tmp_path):
     console = Console(file=StringIO(), force_terminal=True, width=120)
     run(
-        _TOY.init(problem()),
+        TOY.init(problem()),
         lambda state, step: (state, {"loss": jnp.ones(2)}),
         steps=2,
         steps_per_advance=1,

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from shared.numbered_frames import frames, numbers
+from shared.tiers import breadth
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.video.growing import GrowingVideo, finish_video, reopen_video, spaced_frames, whole_frames
@@ -141,12 +142,13 @@ with GrowingVideo({path!r}) as video:
 """
 
 
-def test_killed_at_random_moments_and_gone_on_with(tmp_path):
-    """SIGKILL, eight times, from 0 to 0.3 s into the writing: all frames are there, once and in order."""
+@pytest.mark.parametrize("kills", breadth([8, 50]))
+def test_killed_at_random_moments_and_gone_on_with(tmp_path, kills):
+    """SIGKILL, so many times, from 0 to 0.3 s into the writing: all frames are there, once and in order."""
     path, chance = tmp_path / "a.mp4", random.Random(1)
     code = textwrap.dedent(KILLED).format(tests=os.path.dirname(os.path.dirname(__file__)), path=str(path))
     before = 0
-    for _ in range(8):
+    for _ in range(kills):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"ready\n"
             time.sleep(chance.uniform(0, 0.3))

@@ -2,6 +2,11 @@
 
 import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -98,3 +103,42 @@ def test_what_a_kill_left_is_removed_by_the_next_run(source, tmp_path, recwarn):
     (left / "big").write_bytes(bytes(1000))
     assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 0
     assert not left.exists()
+
+
+KILLED = """
+import itertools, sys
+from pathlib import Path
+import rehyat_jax.models.checkpoints
+from rehyat_jax import cli
+source, out = map(Path, sys.argv[1:])
+print("ready", flush=True)
+for number in itertools.count():
+    if not (out / str(number)).exists():
+        cli.main(["convert", str(source), str(out / str(number))])
+"""
+
+
+@pytest.mark.full
+def test_killed_at_random_moments_a_conversion_is_whole_or_not_there(source, tmp_path):
+    """SIGKILL, fifty times, up to a second into commands that write one folder after the other; the next process begins
+    with the one that was cut, and takes away what was left of it."""
+    out, chance = tmp_path / "out", random.Random(3)
+    out.mkdir()
+    for _ in range(50):
+        command = [sys.executable, "-c", KILLED, str(source), str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(chance.uniform(0, 1))
+            process.send_signal(signal.SIGKILL)
+    assert cli.main(["convert", str(source), str(out / str(len([*out.glob("[0-9]*/")])))]) == 0
+    whole = sorted((path for path in out.iterdir() if path.is_dir() and path.name.isdigit()), key=lambda x: int(x.name))
+    assert [int(path.name) for path in whole] == list(range(len(whole)))
+    assert len(whole) > 5
+    expected = (source / "diffusion_pytorch_model.safetensors").read_bytes()
+    sizes = {tuple(sorted((file.name, file.stat().st_size) for file in path.iterdir())) for path in whole}
+    assert len(sizes) == 1
+    for path in whole[:: len(whole) // 10]:
+        load_transformer(path)
+    assert len((whole[-1] / "diffusion_pytorch_model.safetensors").read_bytes()) > len(expected) // 2
+    # The lock of a process that was killed between its result and its end is an empty file, and nobody's.
+    assert not [path for path in out.iterdir() if path.name.startswith(".") and not path.name.endswith(".lock")]
