@@ -70,7 +70,7 @@ def cases(config: WanConfig, lengths: Sequence[int], size: tuple[int, int]) -> I
 
         return beside_peer("both", hybrid, frames, timed(jax.value_and_grad(loss), inputs(frames, weights)))
 
-    # Of softmax first: so every ratio is known, and each model is made once.
+    # Softmax comes first: so every ratio is known, and each model is made once.
     for frames in [x for x in lengths if x <= LONGEST_SOFTMAX]:
         yield f"softmax, forward, {frames} frames", functools.partial(forward, False, frames)
     yield f"softmax, forward and backward, {lengths[0]} frames", functools.partial(both_ways, False, lengths[0])

@@ -61,7 +61,7 @@ def arrays_of(check: Check) -> tuple[list[jax.Array], jax.Array]:
     rng = np.random.default_rng(check.tokens)
     shape = (2, check.earlier + check.tokens, 2)
     arrays = [rng.normal(size=(*shape, check.head_dim)) for _ in range(3)]
-    # Of a size at which both parts are heard.
+    # Features of this size let both parts be heard.
     arrays += [rng.uniform(0.01, 1, size=(*shape, check.features)) / check.features**0.5 for _ in range(2)]
     return [jnp.asarray(a, check.dtype) for a in arrays], jnp.asarray([1.0, 0.8], jnp.float32)
 

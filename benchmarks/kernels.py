@@ -13,7 +13,7 @@ import jax
 
 #: Whether a benchmark takes profiles; see ``timing.arguments``.
 wanted = False
-#: Of the last program that was profiled.
+#: What the program that was profiled last took, kernel by kernel.
 _last: dict[str, Any] = {}
 #: Kernels told one by one; the others are summed.
 _MOST = 16

@@ -68,7 +68,7 @@ class Sizes:
 
     model: WanConfig = dataclasses.field(default_factory=WanConfig.t2v_1_3b)
     hybrid: HybridConfig = HybridConfig()
-    #: Of the forward pass, and of everything else.
+    #: Latent frames of the forward pass; ``clip`` has those of everything else.
     frames: tuple[int, ...] = (81, 321)
     clip: int = 21
     side: tuple[int, int] = (60, 104)

@@ -7,6 +7,7 @@ import zlib
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import uvicorn
 from PIL import Image
@@ -18,7 +19,6 @@ from rehyat_jax.serve.host import Host, Limits
 from rehyat_jax.serve.wish import Wish
 from rehyat_jax.video.io import read_video
 
-openai = pytest.importorskip("openai")
 # Its own service has ended; servers of others go on speaking its interface.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
