@@ -134,11 +134,8 @@ def test_killed_at_random_moments_a_conversion_is_whole_or_not_there(source, tmp
     whole = sorted((path for path in out.iterdir() if path.is_dir() and path.name.isdigit()), key=lambda x: int(x.name))
     assert [int(path.name) for path in whole] == list(range(len(whole)))
     assert len(whole) > 5
-    expected = (source / "diffusion_pytorch_model.safetensors").read_bytes()
-    sizes = {tuple(sorted((file.name, file.stat().st_size) for file in path.iterdir())) for path in whole}
-    assert len(sizes) == 1
-    for path in whole[:: len(whole) // 10]:
-        load_transformer(path)
-    assert len((whole[-1] / "diffusion_pytorch_model.safetensors").read_bytes()) > len(expected) // 2
+    contents = {tuple(sorted((file.name, file.read_bytes()) for file in path.iterdir())) for path in whole}
+    assert len(contents) == 1
+    load_transformer(whole[0])
     # The lock of a process that was killed between its result and its end is an empty file, and nobody's.
     assert not [path for path in out.iterdir() if path.name.startswith(".") and not path.name.endswith(".lock")]
