@@ -47,14 +47,14 @@ from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.devices import Devices
+from rehyat_jax.runtime.hlo import work
 from rehyat_jax.runtime.mesh import spec
+from rehyat_jax.runtime.sharding import MeshConfig
 from rehyat_jax.sampling import FlowSchedule, UniPC
 from train.data.sources import OwnTrajectories, Source
 from train.engine.optimizer import OptimizerConfig
 from train.engine.stage import Models, State
-from train.parallel.devices import Devices
-from train.parallel.hlo import work
-from train.parallel.sharding import MeshConfig
 from train.stages.distill import DistillTraining
 from train.stages.flow import flow_loss
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.runtime.sharding import MeshConfig
 from train.data.prepared import PreparedClips
 from train.data.rollouts import Rollouts
 from train.engine.optimizer import OptimizerConfig
-from train.parallel.sharding import MeshConfig
 from train.stages.forcing import ForcingTraining
 
 config = ForcingTraining(

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.runtime.sharding import MeshConfig
 from train.data.prepared import PreparedClips
 from train.engine.optimizer import OptimizerConfig
-from train.parallel.sharding import MeshConfig
 from train.stages.finetune import FinetuneTraining
 
 config = FinetuneTraining(

@@ -56,11 +56,10 @@ def imports_of(file: Path) -> set[str]:
 #: What a room of `train` may import of it, beside itself, in order; each may import `rehyat_jax`, and `configs` all of
 #: these.
 TRAIN_MAY_IMPORT = {
-    "parallel": set(),
-    "data": {"parallel"},
-    "engine": {"data", "parallel"},
-    "stages": {"data", "engine", "parallel"},
-    "cli": {"data", "engine", "parallel", "stages"},
+    "data": set(),
+    "engine": {"data"},
+    "stages": {"data", "engine"},
+    "cli": {"data", "engine", "stages"},
 }
 
 

@@ -16,6 +16,7 @@ from rehyat_jax import TextToVideo
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.forced import forced
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.sampling import programs, rollout
 from rehyat_jax.sampling.noise import RANDOM
 from rehyat_jax.sampling.text import Padded
@@ -25,7 +26,6 @@ from train.cli.config_files import load_config
 from train.data.clips import Bucket
 from train.data.rollouts import Rollouts, turn
 from train.engine.gradients import gradients_of
-from train.parallel.devices import Devices
 from train.stages.flow import Validation
 from train.stages.forcing import ForcingTraining
 from train.stages.forcing_stage import ForcingStage

@@ -13,6 +13,8 @@ from shared.training import WAN, forcing, random_module
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.devices import Devices
+from rehyat_jax.runtime.sharding import MeshConfig
 from rehyat_jax.sampling import FlowSchedule
 from train.data.clips import Bucket
 from train.data.pools import Pool
@@ -20,8 +22,6 @@ from train.data.rollouts import Rollouts
 from train.engine.gradients import gradients_of
 from train.engine.optimizer import OptimizerConfig
 from train.engine.stage import Models
-from train.parallel.devices import Devices
-from train.parallel.sharding import MeshConfig
 from train.stages.aims import aim_mean
 from train.stages.forced import ForcedTraining
 from train.stages.planned import PlannedFeed

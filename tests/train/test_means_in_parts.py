@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from shared.devices import on_devices
 
+from rehyat_jax.runtime.devices import Devices
+from rehyat_jax.runtime.sharding import MeshConfig
 from rehyat_jax.runtime.variables import kernel
 from train.engine.gradients import gradients_of, means_of
-from train.parallel.devices import Devices
-from train.parallel.sharding import MeshConfig
 from train.stages.flow import Batch, flow_loss
 
 #: data, fsdp, context, tensor.

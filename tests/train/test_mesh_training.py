@@ -18,14 +18,14 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import Devices
+from rehyat_jax.runtime.sharding import MeshConfig
 from train.data.clips import Bucket
 from train.data.pools import Captions, SpriteFeed
 from train.data.sources import Source
 from train.engine.checkpoint import Checkpoints
 from train.engine.gradients import gradients_of
 from train.engine.stage import Models
-from train.parallel.devices import Devices
-from train.parallel.sharding import MeshConfig
 from train.stages.flow import Batch
 
 #: data, fsdp, context, tensor.

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.runtime.hlo import work
 from train.cli.plan import main
-from train.parallel.hlo import work
 
 _CONFIG = """
 from pathlib import Path
@@ -18,7 +18,7 @@ from rehyat_jax.mixers.config import HybridConfig
 from train.stages.finetune import FinetuneTraining
 from train.engine.optimizer import OptimizerConfig
 from train.data.prepared import PreparedClips
-from train.parallel.sharding import MeshConfig
+from rehyat_jax.runtime.sharding import MeshConfig
 
 config = FinetuneTraining(
     out=Path("out"), source=Path("nowhere"), hybrid=HybridConfig(), steps_per_round=1, reuse=1, remat=True,

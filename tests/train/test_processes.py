@@ -15,10 +15,10 @@ from shared.training import finetuning, log_of, write_teacher
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.devices import Processes
+from rehyat_jax.runtime.sharding import MeshConfig
 from train.data.clips import Bucket
 from train.engine.checkpoint import Checkpoints
-from train.parallel.devices import Processes
-from train.parallel.sharding import MeshConfig
 from train.stages.finetune import FinetuneTraining
 
 MESH = MeshConfig(data=2, fsdp=2, context=2)

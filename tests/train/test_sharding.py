@@ -15,11 +15,12 @@ from shared.devices import largest_difference, on_devices
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.sharding import check_mesh
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.mesh import AXES, spec
+from rehyat_jax.runtime.sharding import MeshConfig, on_mesh, parameter_specs
 from train.engine.engine import compile_all
 from train.engine.optimizer import OptimizerConfig
-from train.parallel.sharding import MeshConfig, check_mesh, on_mesh, parameter_specs
 from train.stages.flow import flow_loss
 
 WAN = WanConfig(

@@ -15,12 +15,12 @@ import tyro
 from rehyat_jax.cli import TERMINATED
 from rehyat_jax.cli.arguments import hide_missing_defaults
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.runtime.devices import first_process
 from rehyat_jax.runtime.outputs import owned_output
 from rehyat_jax.runtime.record import Phases
 from train.cli.config_files import bundled_configs, load_config
 from train.engine.identity import settings_of
 from train.engine.run import RunConfig
-from train.parallel.devices import first_process
 
 #: The classes that ``config`` may be of; a function, so that finding a command loads none of them.
 Kinds = Callable[[], tuple[type, ...]]

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.runtime.hlo import Work, work
 from train.cli.command import parse
 from train.engine.arithmetic import PEAK_TFLOPS
 from train.engine.engine import Engine
 from train.engine.stage import Stage
-from train.parallel.hlo import Work, work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

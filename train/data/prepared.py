@@ -22,12 +22,12 @@ from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.networks import open_component
+from rehyat_jax.runtime.devices import WHOLE, Rows
 from rehyat_jax.runtime.files import sample_digest, whole_file
 from train.data.clips import AnyBucket
 from train.data.footage import Unusable
 from train.data.pools import Pool
 from train.data.records import File, Reader, damaged
-from train.parallel.devices import WHOLE, Rows
 
 INDEX = "data.json"
 #: The settings that a folder is made with.

@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import WHOLE, Devices, Rows
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.text.files import numbered_lines, read_text
 from train.data.clips import Bucket
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
 from train.data.trajectories import Points, Prompts, Sampling, Turn
-from train.parallel.devices import WHOLE, Devices, Rows
 
 #: Captions are drawn so many at a time.
 _CAPTIONS = 1024

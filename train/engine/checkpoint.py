@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from rehyat_jax.errors import CheckpointError
+from rehyat_jax.runtime.devices import first_process, wait_for_all
 from rehyat_jax.runtime.files import check_room, sample_digest, whole_file
-from train.parallel.devices import first_process, wait_for_all
 
 _SEAL = "seal.json"
 #: How often a reader looks again, where a run that goes on removes checkpoints meanwhile.

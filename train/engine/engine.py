@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from rehyat_jax.runtime.devices import Devices
 from train.engine.checkpoint import Checkpoints
 from train.engine.loop import Work
 from train.engine.stage import Metrics, Models, Network, Stage, State
-from train.parallel.devices import Devices
 
 
 def compile_all(lowerings: Sequence[Callable[[], jax.stages.Lowered]]) -> list[jax.stages.Compiled]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.runtime.mesh import mesh_in_force
-from train.parallel.sharding import parameter_specs
+from rehyat_jax.runtime.sharding import parameter_specs
 
 
 class Mean(NamedTuple):

@@ -16,13 +16,13 @@ from jaxtyping import Array, Int
 from rich.console import Console
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.devices import Agreement, first_process
 from train.engine.arithmetic import PEAK_TFLOPS
 from train.engine.checkpoint import Checkpoints
 from train.engine.folder import RunFolder
 from train.engine.metrics import Metrics, all_finite, joined, mean_of_finite
 from train.engine.optimizer import Skipped
 from train.engine.progress import TrainingDisplay
-from train.parallel.devices import Agreement, first_process
 
 
 @runtime_checkable

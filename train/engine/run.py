@@ -9,16 +9,16 @@ from pathlib import Path
 
 from rehyat_jax.errors import ConfigError, RehyatError, RehyatWarning
 from rehyat_jax.runtime.arguments import seed_number
+from rehyat_jax.runtime.devices import Processes, first_process, wait_for_all
 from rehyat_jax.runtime.memory import Need, check_memory
 from rehyat_jax.runtime.record import Phases
+from rehyat_jax.runtime.sharding import MeshConfig
 from train.engine import loop
 from train.engine.checkpoint import Checkpoints
 from train.engine.engine import Engine, averages_of
 from train.engine.folder import RunFolder
 from train.engine.identity import compare, identity_of, keep
 from train.engine.stage import Stage
-from train.parallel.devices import Processes, first_process, wait_for_all
-from train.parallel.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PyTree
 
+from rehyat_jax.runtime.devices import Devices
 from train.engine.folder import RunFolder
 from train.engine.gradients import Mean, gradients_of
 from train.engine.optimizer import OptimizerConfig, Shares, Skipped, TrainState
-from train.parallel.devices import Devices
 
 #: Values to log, by name, of each step of a round.
 Metrics = dict[str, Array]

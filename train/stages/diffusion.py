@@ -26,6 +26,7 @@ from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import Devices, first_process, wait_for_all
 from rehyat_jax.sampling import FlowSchedule, UniPC, scheduler_to_config
 from rehyat_jax.sprites.world import NAMES
 from rehyat_jax.text.tokenizer import Tokenizer
@@ -35,7 +36,6 @@ from train.data.pools import Captions
 from train.data.tokenizer import build_sprite_tokenizer
 from train.engine.gradients import Mean
 from train.engine.stage import Models, Network
-from train.parallel.devices import Devices, first_process, wait_for_all
 from train.stages.flow import Batch, FlowStage, FlowTraining, embed, flow_loss
 
 

@@ -32,9 +32,11 @@ from rehyat_jax.models.memory import text_encoder_bytes, transformer_bytes, weig
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
+from rehyat_jax.models.wan.sharding import check_mesh
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.compilation import cache_folder
+from rehyat_jax.runtime.devices import Devices, first_process, loading
 from rehyat_jax.runtime.memory import Need
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, UniPC
@@ -51,8 +53,6 @@ from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.engine.stage import Inputs as RoundInputs
 from train.engine.stage import Measure, Models, Network, Round, Stage
-from train.parallel.devices import Devices, first_process, loading
-from train.parallel.sharding import check_mesh
 from train.stages.attention_loss import LossName, check_learns
 from train.stages.block_choice import choose_blocks
 from train.stages.blockwise import Figures

@@ -35,6 +35,7 @@ from rehyat_jax.models.wan.conversion_file import write_conversion
 from rehyat_jax.models.wan.rows import TRANSFORMER
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import Devices, loading
 from rehyat_jax.runtime.memory import Need
 from rehyat_jax.runtime.variables import AdapterParam, GateParam, MixerParam
 from rehyat_jax.sampling.rollout import check_context_noise
@@ -51,7 +52,6 @@ from train.engine.gradients import Mean
 from train.engine.memory import backward_bytes, learner_bytes
 from train.engine.optimizer import OptimizerConfig, Shares
 from train.engine.stage import Models, Network
-from train.parallel.devices import Devices, loading
 from train.stages.flow import Batch, FlowStage, FlowTraining, Show, embed, flow_loss
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
 from train.stages.sizes import check_sizes, whole_model

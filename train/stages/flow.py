@@ -24,7 +24,9 @@ from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.sharding import check_mesh
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import Devices, first_process
 from rehyat_jax.runtime.mesh import laid_out
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
@@ -36,8 +38,6 @@ from train.engine.gradients import Mean, means_of
 from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.engine.stage import Data, Measure, Models, Stage, Update
-from train.parallel.devices import Devices, first_process
-from train.parallel.sharding import check_mesh
 
 #: Added to a run's seed for the clips that it is validated on.
 HELD_OUT = 1 << 20

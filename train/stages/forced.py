@@ -23,12 +23,12 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.wan.forced import forced
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.devices import Devices, loading
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.pools import Pool
 from train.engine.arithmetic import forward_flops
 from train.engine.gradients import Mean
 from train.engine.stage import Models, Network
-from train.parallel.devices import Devices, loading
 from train.stages.aims import Aim, aim_mean, consistency_aim, consistency_grid, noised, spread, spread_levels, wide
 from train.stages.finetune import FinetuneStage, FinetuneTraining, PlannedFinetune, computing, whole_model
 

@@ -29,7 +29,9 @@ from rehyat_jax.models.memory import weights_bytes
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.forced import forced
+from rehyat_jax.models.wan.sharding import check_mesh
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.runtime.memory import Need
 from rehyat_jax.sampling import FlowSchedule, Guidance, Renoise, guided_velocity, sampling_steps
 from rehyat_jax.sampling.rollout import Sampler, check_context_noise
@@ -43,8 +45,6 @@ from train.engine.memory import backward_bytes, learner_bytes
 from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.engine.stage import Models, Stage
-from train.parallel.devices import Devices
-from train.parallel.sharding import check_mesh
 from train.stages.aims import Aim, aim_mean, guess, noised
 from train.stages.flow import Validation
 from train.stages.forced import whole_streams

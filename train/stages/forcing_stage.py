@@ -24,6 +24,7 @@ from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import Devices, first_process, loading
 from rehyat_jax.sampling import FlowSchedule, Guidance
 from rehyat_jax.sprites import world
 from rehyat_jax.text.tokenizer import Tokenizer
@@ -36,7 +37,6 @@ from train.data.rollouts import Rollouts
 from train.engine.arithmetic import forward_flops
 from train.engine.folder import RunFolder
 from train.engine.stage import Measure, Models, Network, Stage, Update
-from train.parallel.devices import Devices, first_process, loading
 from train.stages.finetune import computing, student_of, write_student
 from train.stages.flow import HELD_OUT, Show, embed, padded_captions
 from train.stages.forcing import ForcingTraining

@@ -17,13 +17,13 @@ from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import save_vae
 from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.runtime.mesh import laid_out
 from train.data.clips import Bucket, check_rounds, round_key
 from train.engine.gradients import Mean
 from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.engine.stage import Data, Models, Network, Stage, Update
-from train.parallel.devices import Devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

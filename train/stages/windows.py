@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt32
 
+from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.runtime.mesh import laid_out
 from rehyat_jax.sampling import rollout
 from rehyat_jax.sampling.noise import RANDOM, ChunkNoise
@@ -19,7 +20,6 @@ from train.data.clips import round_key
 from train.data.pools import Feed
 from train.data.rollouts import Roller, Rollouts, first_forks, rows_back, rows_first, turn
 from train.engine.stage import Data, Models
-from train.parallel.devices import Devices
 from train.stages.aims import noised, spread
 from train.stages.rewards import Reward
 

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.mesh import ALONG
-from train.parallel.sharding import MeshConfig, on_mesh, parameter_specs
+from rehyat_jax.runtime.sharding import MeshConfig, on_mesh, parameter_specs
 
 #: Larger arrays come to the host a layer at a time.
 _AT_ONCE = 1 << 30
@@ -132,7 +132,7 @@ class Devices:
         return Rows(shares.index(tuple(sorted(held[jax.process_index()]))), len(shares))
 
     def parameter_shardings(self, tree: PyTree) -> PyTree:
-        """By `train.parallel.sharding.parameter_specs`; None on one device."""
+        """By `rehyat_jax.runtime.sharding.parameter_specs`; None on one device."""
         return None if self.mesh is None else on_mesh(self.mesh, parameter_specs(tree))
 
     def batch_shardings(self, tree: PyTree) -> PyTree:
