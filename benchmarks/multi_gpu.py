@@ -50,7 +50,7 @@ from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.runtime.hlo import work
 from rehyat_jax.runtime.mesh import spec
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.sampling import FlowSchedule, UniPC
 from train.data.sources import OwnTrajectories, Source
 from train.engine.optimizer import OptimizerConfig

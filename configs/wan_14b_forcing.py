@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from train.data.prepared import PreparedClips
 from train.data.rollouts import Rollouts
 from train.engine.optimizer import OptimizerConfig

@@ -6,19 +6,18 @@ A mesh is put in force by ``jax.set_mesh``; the models then run on all of it. No
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from rehyat_jax.errors import RehyatError
-
-#: The names of a mesh's axes, slowest links first. All four are there, some of size 1.
-AXES = ("data", "fsdp", "context", "tensor")
+from rehyat_jax.runtime.mesh_config import AXES
 
 #: A dimension of a model's arrays.
-Dimension = Literal["batch", "time", "heads", "hidden", "width", "features", "channels"]
+Dimension = Literal["batch", "time", "heads", "stream heads", "hidden", "width", "features", "channels"]
 
 #: The mesh axes that each dimension is cut along. Of parameters, ``width`` is cut by two axes although activations are
 #: cut by neither there: every device needs the weights of a layer whole, but only while it is at that layer.
@@ -26,6 +25,8 @@ ALONG: dict[Dimension, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "time": ("context",),
     "heads": ("tensor",),
+    # Of a stream's states and of attention within a chunk, where time is too short to be cut by chunks.
+    "stream heads": ("tensor", "context"),
     "hidden": ("tensor",),
     "width": ("fsdp", "context"),
     "features": ("fsdp",),
@@ -50,9 +51,30 @@ def devices_along(dimension: Dimension) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ALONG[dimension])
 
 
+def spec_of(shape: Sequence[int], *dimensions: Dimension | None) -> PartitionSpec:
+    """As `spec`, of an array of this shape on the mesh in force: along an axis that does not divide a dimension, after
+    those before it, that is not cut. One video over many devices is no batch to be cut, and every device has it."""
+    if (mesh := mesh_in_force()) is None:
+        return PartitionSpec()
+    cuts: list[tuple[str, ...] | None] = []
+    for size, dimension in zip(shape, dimensions, strict=True):
+        pieces, axes = 1, []
+        for axis in () if dimension is None else ALONG[dimension]:
+            if size % (pieces * mesh.shape[axis]) == 0:
+                pieces *= mesh.shape[axis]
+                axes.append(axis)
+        cuts.append(tuple(axes) or None)
+    return PartitionSpec(*cuts)
+
+
 def laid_out(x: Array, *dimensions: Dimension | None) -> Array:
-    """The same array, cut along these dimensions over the mesh in force."""
-    return x if mesh_in_force() is None else jax.lax.with_sharding_constraint(x, spec(*dimensions))
+    """The same array, cut along these dimensions over the mesh in force, as `spec_of` has it."""
+    return x if mesh_in_force() is None else jax.lax.with_sharding_constraint(x, spec_of(x.shape, *dimensions))
+
+
+def replicated(tree: PyTree) -> PyTree:
+    """The same arrays, whole on every device of the mesh in force."""
+    return jax.tree.map(lambda x: laid_out(x, *[None] * x.ndim), tree)
 
 
 def frames_on_devices(frames: int, chunk: int) -> int:

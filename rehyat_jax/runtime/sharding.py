@@ -1,11 +1,4 @@
-"""Sharding: a mesh from configuration, and how parameters, optimiser and averages are sharded over it.
-
-Four axes (`rehyat_jax.runtime.mesh`), any of them of size 1:
-
-- ``data``: replicas of the parameters, each with its part of the batch; the slowest links;
-- ``fsdp``: its part of the batch and of the parameters, which are gathered layer by layer;
-- ``context``: a part of time in whole chunks, and again of the parameters;
-- ``tensor``: a part of the heads and of the feed-forward's hidden units.
+"""How parameters, optimiser and averages are sharded over a mesh.
 
 A parameter's dimensions are said where it is made (`rehyat_jax.runtime.variables.Axes`), and
 `rehyat_jax.runtime.mesh.ALONG` names the mesh axes of a dimension. The optimiser's moments and the moving average are
@@ -14,113 +7,29 @@ sharded as their parameters are: they are variables with the same metadata.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from rehyat_jax.errors import ConfigError
-from rehyat_jax.runtime.mesh import AXES, spec
+from rehyat_jax.runtime.mesh import spec
 from rehyat_jax.runtime.variables import axes_of, map_variables
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each axis."""
-
-    data: int = 1
-    #: None: all devices that the other axes leave.
-    fsdp: int | None = None
-    context: int = 1
-    tensor: int = 1
-    #: As `for_devices` has it for the devices that there are, in place of the sizes above.
-    automatic: bool = False
-
-    def __post_init__(self) -> None:
-        for axis in AXES:
-            size = getattr(self, axis)
-            if size is not None and size < 1:
-                raise ConfigError(f"the mesh's {axis} must be at least 1, not {size}")
-
-    @property
-    def single(self) -> bool:
-        """Whether this is one device."""
-        return not self.automatic and (self.data, self.fsdp, self.context, self.tensor) == (1, 1, 1, 1)
-
-    @classmethod
-    def for_devices(cls, devices: int, *, chunks: int = 1, batch: int | None = None) -> MeshConfig:
-        """A sensible mesh for a Wan of either size on 8, 64, 256 or 512 chips.
-
-        Parameters are sharded over all chips up to 256, and a power of two of them. Time is not: that costs nothing but
-        needs a clip a chip. Where the batch has fewer clips, time is sharded by as little as makes up for it, and into
-        no more pieces than the video has ``chunks``. Heads are not: 12 do not divide by 8, and 40 need an
-        exchange of all activations twice a layer.
-
-        Args:
-            batch: clips a step, over all devices; None: as many as devices.
-
-        Raises:
-            ConfigError: the devices cannot share this batch.
-        """
-        clips = devices if batch is None else batch
-        context = devices // math.gcd(devices, clips)
-        if context > chunks:
-            raise ConfigError(
-                f"{devices} devices cannot share {clips} clips of {chunks} chunks: a clip can be cut into {chunks} at "
-                "most"
-            )
-        fsdp = math.gcd(devices // context, max(256 // context, 1))
-        return cls(data=devices // context // fsdp, fsdp=fsdp, context=context)
-
-    def sizes(self, devices: int) -> tuple[int, int, int, int]:
-        """Of the axes, in the order of `AXES`.
-
-        Raises:
-            ConfigError: the axes do not divide the devices, or leave some unused.
-        """
-        others = self.data * self.context * self.tensor
-        fsdp = devices // others if self.fsdp is None else self.fsdp
-        if others * fsdp != devices:
-            raise ConfigError(
-                f"a mesh of data {self.data}, fsdp {'the rest' if self.fsdp is None else fsdp}, context {self.context} "
-                f"and tensor {self.tensor} does not divide {devices} devices"
-            )
-        return self.data, fsdp, self.context, self.tensor
-
-    def make(self, devices: Sequence[jax.Device] | None = None, *, chunks: int = 1, batch: int | None = None) -> Mesh:
-        """The mesh over these devices, or all there are; ``jax.set_mesh`` puts it in force.
-
-        Args:
-            chunks, batch: as `for_devices` takes them, for an automatic mesh.
-
-        Raises:
-            ConfigError: see `sizes` and `for_devices`.
-        """
-        devices = jax.devices() if devices is None else devices
-        config = self.for_devices(len(devices), chunks=chunks, batch=batch) if self.automatic else self
-        sizes = config.sizes(len(devices))
-        # Neighbours in the mesh are neighbours in the machine, also where an axis is a part of one of the machine's.
-        grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def parameter_specs(tree: PyTree) -> PyTree:
-    """A `PartitionSpec` for each array of a model's parameters, or of a train state with such in it, by its `Axes`.
+def parameter_spec(variable: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    """Of an array of a model's parameters, by its variable's `Axes`.
 
     What has none (norms, biases, modulation: a thousandth of a model) is replicated.
     """
+    if (axes := axes_of(variable)) is None or not any(axes.dimensions) or len(shape) < len(axes.dimensions):
+        return PartitionSpec()
+    return spec(*[None] * (len(shape) - len(axes.dimensions)), *axes.dimensions)
 
-    def of(variable: Any, x: Any) -> PartitionSpec:
-        if (axes := axes_of(variable)) is None or not any(axes.dimensions) or len(x.shape) < len(axes.dimensions):
-            return PartitionSpec()
-        return spec(*[None] * (len(x.shape) - len(axes.dimensions)), *axes.dimensions)
 
-    return map_variables(of, tree)
+def parameter_specs(tree: PyTree) -> PyTree:
+    """`parameter_spec` of each array of a model's parameters, or of a train state with such in it."""
+    return map_variables(lambda variable, x: parameter_spec(variable, x.shape), tree)
 
 
 def on_mesh(mesh: Mesh, specs: PyTree) -> PyTree:

@@ -13,7 +13,7 @@ from shared.devices import on_devices
 
 from pallas_kernels import tpu
 from rehyat_jax.attention.sharded import hybrid_over_devices
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 
 #: So small that every loop over blocks runs more than once.
 BLOCKS = tpu.Blocks(queries=128, queries_backward=128, keys=32, keys_backward=32, resident=64, tokens=32)

@@ -12,7 +12,7 @@ from shared.devices import on_devices
 from rehyat_jax.attention.api import hybrid_attention
 from rehyat_jax.attention.sharded import hybrid_over_devices, softmax_over_devices
 from rehyat_jax.attention.softmax import softmax_attention
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 
 CHUNK = 3
 #: Devices along time; overlap in tokens, up to more than two devices have; stabiliser; decay.

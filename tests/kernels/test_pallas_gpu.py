@@ -21,7 +21,7 @@ from rehyat_jax import hybrid_attention
 from rehyat_jax.attention import features
 from rehyat_jax.attention.features import FeatureMap
 from rehyat_jax.attention.sharded import hybrid_over_devices
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)

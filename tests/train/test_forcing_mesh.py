@@ -14,7 +14,7 @@ from shared.training import WAN, forcing, random_module
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.devices import Devices
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.sampling import FlowSchedule
 from train.data.clips import Bucket
 from train.data.pools import Pool

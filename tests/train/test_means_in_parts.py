@@ -11,7 +11,7 @@ from flax import nnx
 from shared.devices import on_devices
 
 from rehyat_jax.runtime.devices import Devices
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.runtime.variables import kernel
 from train.engine.gradients import gradients_of, means_of
 from train.stages.flow import Batch, flow_loss

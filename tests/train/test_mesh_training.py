@@ -19,7 +19,7 @@ from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from train.data.clips import Bucket
 from train.data.pools import Captions, SpriteFeed
 from train.data.sources import Source

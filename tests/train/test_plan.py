@@ -18,7 +18,7 @@ from rehyat_jax.mixers.config import HybridConfig
 from train.stages.finetune import FinetuneTraining
 from train.engine.optimizer import OptimizerConfig
 from train.data.prepared import PreparedClips
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
 
 config = FinetuneTraining(
     out=Path("out"), source=Path("nowhere"), hybrid=HybridConfig(), steps_per_round=1, reuse=1, remat=True,

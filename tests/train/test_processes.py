@@ -15,8 +15,8 @@ from shared.training import finetuning, log_of, write_teacher
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
-from rehyat_jax.runtime.devices import Processes
-from rehyat_jax.runtime.sharding import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.processes import Processes
 from train.data.clips import Bucket
 from train.engine.checkpoint import Checkpoints
 from train.stages.finetune import FinetuneTraining

@@ -18,7 +18,8 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.sharding import check_mesh
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.mesh import AXES, spec
-from rehyat_jax.runtime.sharding import MeshConfig, on_mesh, parameter_specs
+from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.sharding import on_mesh, parameter_specs
 from train.engine.engine import compile_all
 from train.engine.optimizer import OptimizerConfig
 from train.stages.flow import flow_loss

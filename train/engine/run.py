@@ -9,10 +9,11 @@ from pathlib import Path
 
 from rehyat_jax.errors import ConfigError, RehyatError, RehyatWarning
 from rehyat_jax.runtime.arguments import seed_number
-from rehyat_jax.runtime.devices import Processes, first_process, wait_for_all
+from rehyat_jax.runtime.devices import first_process, wait_for_all
 from rehyat_jax.runtime.memory import Need, check_memory
+from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.processes import Processes
 from rehyat_jax.runtime.record import Phases
-from rehyat_jax.runtime.sharding import MeshConfig
 from train.engine import loop
 from train.engine.checkpoint import Checkpoints
 from train.engine.engine import Engine, averages_of
