@@ -134,11 +134,13 @@ def lowered(options: Options) -> dict[str, Any]:
 
         def whole(weights: Any, states: Any, keys: Any, text: Any, steps: Any, length: int = length) -> Any:
             """The stream's program for every chunk, in a scan over chunks."""
-            read = programs.precompute_text_kv(weights, Padded(text, 512), graph=made.graph)
+            read = programs.precompute_text_kv.function(weights, Padded(text, 512), graph=made.graph)
 
             def one(states: Any, first: Any) -> Any:
                 shape = (chunk, *size)
-                made_of_it = programs.denoise_chunk(weights, states, keys, read, first, steps, shape=shape, **how)
+                made_of_it = programs.denoise_chunk.function(
+                    weights, states, keys, read, first, steps, shape=shape, **how
+                )
                 return made_of_it[::-1]
 
             states, latents = jax.lax.scan(one, states, jnp.arange(0, length, chunk, dtype=jnp.int32))

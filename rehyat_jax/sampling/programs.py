@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
+from rehyat_jax.runtime.platform import inference_jit
 from rehyat_jax.sampling import rollout
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.guidance import guided_velocity
@@ -23,7 +24,7 @@ from rehyat_jax.sampling.schedule import SamplingSteps
 from rehyat_jax.sampling.text import Padded
 
 
-@partial(jax.jit, static_argnames=("graph", "sampler"), donate_argnames="state")
+@inference_jit(static_argnames=("graph", "sampler"), donate_argnames="state")
 def denoise_step(
     weights: Any,
     state: Any,
@@ -41,13 +42,13 @@ def denoise_step(
     return rollout.sampling_step(velocity, state, step=step, solver=sampler.solver)
 
 
-@partial(jax.jit, static_argnames="graph")
+@inference_jit(static_argnames="graph")
 def precompute_text_kv(weights: Any, text: Padded, *, graph: Any) -> Padded:
     """The prompts as a chunk takes them: once a prompt, not once a chunk."""
     return rollout.precompute_text_kv(nnx.merge(graph, weights), text)
 
 
-@partial(jax.jit, static_argnames=("graph", "shape", "sampler"), donate_argnames="states")
+@inference_jit(static_argnames=("graph", "shape", "sampler"), donate_argnames="states")
 def denoise_chunk(
     weights: Any,
     states: States,
@@ -83,7 +84,7 @@ class Row(NamedTuple):
     first_frame: Int[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("graph", "shape", "sampler"), donate_argnames="states")
+@inference_jit(static_argnames=("graph", "shape", "sampler"), donate_argnames="states")
 def denoise_chunks(
     weights: Any,
     states: tuple[States, ...],
@@ -106,7 +107,7 @@ def denoise_chunks(
     return latents, unstacked(after, len(states))
 
 
-@partial(jax.jit, static_argnames=("graph", "context_noise"), donate_argnames="states")
+@inference_jit(static_argnames=("graph", "context_noise"), donate_argnames="states")
 def commit_chunk(
     weights: Any,
     states: States,

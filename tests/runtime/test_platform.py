@@ -9,7 +9,14 @@ import pytest
 from jax.sharding import Mesh
 
 import rehyat_jax
-from rehyat_jax.runtime.platform import device_kind, platform, precision
+from rehyat_jax.runtime.platform import (
+    INFERENCE_OPTIONS,
+    accepted_options,
+    device_kind,
+    inference_jit,
+    platform,
+    precision,
+)
 
 
 def test_without_a_mesh_it_is_the_default_devices():
@@ -43,3 +50,25 @@ def test_nowhere_else_is_a_platform_asked_for():
         if isinstance(node, ast.Attribute) and node.attr in ("default_backend", "devices")
     }
     assert asked == {"runtime/platform.py", "runtime/record.py"}
+
+
+def test_inference_on_gpus_is_compiled_by_options_that_this_compiler_knows():
+    """They are XLA's, whatever the platform: here the CPU's compiler is asked, which refuses a name that is none."""
+    options = tuple(INFERENCE_OPTIONS["gpu"].items())
+    assert accepted_options("cpu", options) == options
+    assert accepted_options("cpu", (("xla_gpu_enable_nothing", True), *options)) == options
+
+
+def test_a_program_of_inference_is_jax_jit():
+    @inference_jit(static_argnames="times", donate_argnames="x")
+    def scaled(x, *, times):
+        """Told."""
+        return x * times
+
+    assert (scaled.__name__, scaled.__doc__) == ("scaled", "Told.")
+    x = jax.numpy.arange(3.0)
+    assert scaled.eval_shape(x, times=2).shape == (3,)
+    assert "jit_scaled" in scaled.lower(x, times=2).as_text()
+    np.testing.assert_array_equal(scaled(x, times=2), [0, 2, 4])
+    assert x.is_deleted()
+    assert scaled.for_platform("gpu") is not scaled.for_platform("cpu")
