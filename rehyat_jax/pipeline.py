@@ -5,10 +5,9 @@ huggingface/diffusers ``src/diffusers/pipelines/wan/pipeline_wan.py`` is what it
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -18,13 +17,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from rehyat_jax.adapters.lora import Lora, loras_of
+from rehyat_jax.adapters.loading import HasLoras
 from rehyat_jax.adapters.merging import Merged
-from rehyat_jax.errors import CheckpointError, RehyatError, RehyatWarning
+from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import MergedExperts, load_vae, open_experts, open_transformer
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
+from rehyat_jax.models.own_settings import OwnSettings
 from rehyat_jax.models.wan.conditions import Conditioning, VideoSize, conditioning_of
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
@@ -38,7 +38,7 @@ from rehyat_jax.sampling.codec import Pixels, to_float, to_uint8
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.experts import Experts
 from rehyat_jax.sampling.noise import ChunkNoise, Shape, video_keys
-from rehyat_jax.sampling.rollout import ContextNoise, check_context_noise
+from rehyat_jax.sampling.rollout import ContextNoise
 from rehyat_jax.sampling.session import Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.pace import MeasuredSteps, most_steps
@@ -51,12 +51,8 @@ from rehyat_jax.video.images import Images
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
 OnStep = Callable[[str, int, int], None]
 
-#: Beyond this, attention over all tokens is out of reach of any machine: 720p at 81 frames has 75,600 tokens.
-MOST_TOKENS = 1 << 20
-LARGEST_SIDE = 1 << 14
 
-
-class TextToVideo:
+class TextToVideo(HasLoras):
     """Text to video: a prompt encoder, a diffusion transformer, a video autoencoder, and how to run them.
 
     Args:
@@ -212,84 +208,6 @@ class TextToVideo:
             CheckpointError: huggingface_hub is not installed, or the hub refuses.
         """
         return push_model(self.text.folder, self.transformer, repository, private=private, message=message)
-
-    @property
-    def loras(self) -> dict[str, float]:
-        """The strengths of the LoRAs in the transformer's weights, by name."""
-        return {} if self._weights is None else {lora.name: lora.strength for lora in self._weights.loras}
-
-    def load_lora(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        strength: float | int = 1.0,
-        name: str | None = None,
-        into: Literal["high", "low"] | None = None,
-    ) -> str:
-        """Merge a LoRA of any dialect into the transformer's weights, beside those that are there.
-
-        Calls and streams begun from now on have it; a stream that is open goes on as it was begun.
-
-        Args:
-            path: a file, or PEFT's folder.
-            strength: 1 as it was trained, 0 not at all; negative: the contrary.
-            name: for `set_loras` and `unload_lora`; the file's without its ending when not given.
-            into: of a model of two experts (Wan2.2's A14B), the one by noise level that it is for; both when not given.
-
-        Returns:
-            The name.
-
-        Raises:
-            CheckpointError: it is damaged, no LoRA, for another model, or another kind of adapter.
-            RehyatError: the name is taken; the pipeline was made of modules, without their files.
-        """
-        plain = arguments.user_path("path", path)
-        chosen = "" if name is None else arguments.text("name", name)
-        if into is not None:
-            arguments.choice("into", into, ("high", "low"))
-        lora = Lora(plain, arguments.number("strength", strength), chosen, into)
-        self._merge([*self._on_disk().loras, lora])
-        return lora.name
-
-    def set_loras(self, strengths: Mapping[str, float | int]) -> None:
-        """Give loaded LoRAs these strengths, and those that are not named 0 (diffusers' ``set_adapters``).
-
-        Raises:
-            RehyatError: there is none of such a name, or a strength is no finite number.
-        """
-        loaded = self._on_disk().loras
-        for name in strengths:
-            self._check_loaded(name)
-        self._merge(
-            dataclasses.replace(lora, strength=arguments.number(lora.name, strengths.get(lora.name, 0.0)))
-            for lora in loaded
-        )
-
-    def unload_lora(self, name: str | None = None) -> None:
-        """Take one LoRA off, or all: of the last, the weights are the base's bit for bit.
-
-        Raises:
-            RehyatError: there is none of such a name.
-        """
-        if name is not None:
-            self._check_loaded(name)
-        self._merge(lora for lora in self._on_disk().loras if name not in (None, lora.name))
-
-    def _check_loaded(self, name: str) -> None:
-        if name not in self.loras:
-            raise arguments.wrong("name", name, f"that of a loaded LoRA ({', '.join(self.loras) or 'there is none'})")
-
-    def _on_disk(self) -> Merged | MergedExperts:
-        if self._weights is None:
-            raise RehyatError(
-                "this pipeline was made of modules, without their files: give load_transformer the LoRAs, or make it "
-                "by from_pretrained"
-            )
-        return self._weights
-
-    def _merge(self, loras: Iterable[Lora]) -> None:
-        weights: Any = self._on_disk()
-        self.transformer, self._weights = weights.changed(self.transformer, loras_of(loras))
 
     def __call__(
         self,
@@ -507,68 +425,21 @@ class TextToVideo:
     def _fingerprint(self) -> str:
         return fingerprint(self.transformer, self.vae)
 
-    def schedule_at(self, *, height: int | None = None, width: int | None = None) -> FlowSchedule:
-        """The noise levels of a video of this size (the model's own when not given), where none are asked for."""
-        size = {"height": _or(height, self.defaults.height), "width": _or(width, self.defaults.width)}
-        return self.defaults.advised_schedule(**size) or self.schedule
-
-    def settings(
-        self,
-        *,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | int | None = None,
-        guidance_scale_2: float | int | None = None,
-        schedule: FlowSchedule | None = None,
-        solver: Solver | None = None,
-        remember: ContextNoise | None = None,
-        first_chunk_steps: int | None = None,
-    ) -> Settings:
-        """What a call with these arguments is made with: the model's defaults filled in, sizes cut, all checked.
-
-        Raises:
-            RehyatError: an impossible value.
-        """
-        if schedule is not None and not isinstance(schedule, FlowSchedule):
-            raise arguments.wrong("schedule", schedule, "a FlowSchedule")
-        if solver is not None and not isinstance(solver, Solver):
-            raise arguments.wrong("solver", solver, "a solver as Euler() or UniPC()")
-        frames, height, width = self._size(
-            num_frames=_or(num_frames, self.defaults.num_frames),
-            height=_or(height, self.defaults.height),
-            width=_or(width, self.defaults.width),
+    @property
+    def own_settings(self) -> OwnSettings:
+        """How the model is sampled where a call does not say."""
+        return OwnSettings(
+            transformer=self.transformer.config,
+            vae=self.vae.config,
+            defaults=self.defaults,
+            schedule=self.schedule,
+            solver=self.solver,
+            two_experts=self.traits.boundary_ratio is not None,
         )
-        settings = Settings(
-            num_frames=frames,
-            height=height,
-            width=width,
-            num_inference_steps=arguments.whole_number(
-                "num_inference_steps", _or(num_inference_steps, self.defaults.num_inference_steps), least=1
-            ),
-            guidance_scale=arguments.number("guidance_scale", _or(guidance_scale, self.defaults.guidance_scale)),
-            guidance_scale_2=self._second_guidance(guidance_scale, guidance_scale_2),
-            schedule=_or(schedule, self.schedule_at(height=height, width=width)),
-            solver=_or(solver, self.solver),
-            first_chunk_steps=_or(first_chunk_steps, self.defaults.first_chunk_steps),
-            remember=check_context_noise(_or(remember, self.defaults.remember)),
-        )
-        # Each says what is wrong, before the text encoder is read.
-        _ = settings.guidances, settings.steps(), settings.steps(of_first_chunk=True)
-        return settings
 
-    def _second_guidance(self, guidance_scale: Any, guidance_scale_2: Any) -> float | None:
-        """
-        Raises:
-            RehyatError: there is one expert, or it is no number.
-        """
-        if guidance_scale_2 is None:
-            scale = None if guidance_scale is not None else self.defaults.guidance_scale_2
-            return scale if scale is None or self.traits.boundary_ratio is None else float(scale)
-        if self.traits.boundary_ratio is None:
-            raise RehyatError("guidance_scale_2 is the second expert's, and this model has one")
-        return arguments.number("guidance_scale_2", guidance_scale_2)
+    def settings(self, **asked: Any) -> Settings:
+        """What a call is made with; arguments and errors as `OwnSettings.settings`."""
+        return self.own_settings.settings(**asked)
 
     def run(
         self,
@@ -623,39 +494,6 @@ class TextToVideo:
         size = VideoSize(count=count, frames=settings.num_frames, height=settings.height, width=settings.width)
         return conditioning.condition(images, size, codec=session.codec)
 
-    def _size(self, *, num_frames: Any, height: Any, width: Any) -> tuple[int, int, int]:
-        """Frames, height and width as they can be made; diffusers' rounding and warnings."""
-        sizes: dict[str, int] = {}
-        for name, value, most in (
-            ("num_frames", num_frames, MOST_TOKENS * 4),
-            ("height", height, LARGEST_SIDE),
-            ("width", width, LARGEST_SIDE),
-        ):
-            sizes[name] = arguments.whole_number(name, value, least=1, most=most)
-        num_frames, height, width = sizes.values()
-        time, space = self.vae.config.temporal_factor, self.vae.config.spatial_factor
-        patch = self.transformer.config.patch_size
-        frames = (num_frames // time * time + 1) if num_frames % time != 1 % time else num_frames
-        rows, columns = (height // (space * patch[1]), width // (space * patch[2]))
-        if not rows or not columns:
-            raise RehyatError(
-                f"a video of {width}x{height} is too small: the smallest is {space * patch[2]}x{space * patch[1]}"
-            )
-        size = (rows * space * patch[1], columns * space * patch[2])
-        if frames != num_frames:
-            _warn(f"this model makes {time}k + 1 frames: {frames} instead of {num_frames}")
-        if size != (height, width):
-            _warn(
-                f"this model makes sides that are multiples of {space * patch[2]} and {space * patch[1]}: "
-                f"{size[1]}x{size[0]} instead of {width}x{height}"
-            )
-        tokens = ((frames - 1) // time + 1) // patch[0] * rows * columns
-        if tokens > MOST_TOKENS:
-            raise RehyatError(
-                f"{frames} frames of {size[1]}x{size[0]} are {tokens} tokens; more than {MOST_TOKENS} cannot be made"
-            )
-        return frames, *size
-
 
 def _noise(
     shape: Shape, *, count: int, seed: int, noise: Float[Array | np.ndarray, "..."] | None
@@ -675,7 +513,3 @@ _PIXELS: dict[str, Pixels] = {"uint8": to_uint8, "float": to_float}
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RehyatWarning, stacklevel=5)  # at the call of the pipeline

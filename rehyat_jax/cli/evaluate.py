@@ -138,7 +138,7 @@ def _run(options: Sprites) -> None:
             "guidance_scale": options.guidance,
             "remember": parse_remember(options.remember),
         }
-        settings = pipe.settings(num_frames=sample.frames, height=64, width=64, **sampling)  # type: ignore[arg-type]
+        settings = pipe.settings(num_frames=sample.frames, height=64, width=64, **sampling)
         resolved = (
             dataclasses.asdict(options)
             | dataclasses.asdict(sample)

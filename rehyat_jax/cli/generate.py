@@ -215,7 +215,7 @@ def _run(options: Generate) -> None:
                 "num_inference_steps": None if steps == "auto" else steps,
                 "guidance_scale": options.guidance,
                 **({} if options.guidance_2 is None else {"guidance_scale_2": options.guidance_2}),
-                "schedule": _schedule(options, pipe.schedule_at(height=height, width=width)),
+                "schedule": _schedule(options, pipe.own_settings.schedule_at(height=height, width=width)),
                 "solver": _solver(options, pipe.solver),
                 "remember": remember,
             },
@@ -336,7 +336,7 @@ def _check_room(
     """
     from rehyat_jax.models.folder import find_model, read_defaults
     from rehyat_jax.models.memory import VideoShape, fitting_size, size_unit, student_config, video_need
-    from rehyat_jax.pipeline import LARGEST_SIDE, MOST_TOKENS
+    from rehyat_jax.models.own_settings import LARGEST_SIDE, MOST_TOKENS
     from rehyat_jax.runtime.memory import Need, check_memory
 
     folder = find_model(options.model)
