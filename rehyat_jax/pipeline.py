@@ -21,7 +21,7 @@ from rehyat_jax.adapters.loading import HasLoras
 from rehyat_jax.adapters.merging import Merged
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.checkpoints import MergedExperts, load_vae, open_experts, open_transformer
+from rehyat_jax.models.checkpoints.loading import MergedExperts, load_vae, open_experts, open_transformer
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.own_settings import OwnSettings

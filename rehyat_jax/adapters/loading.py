@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from rehyat_jax.adapters.lora import Lora, loras_of
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime import arguments
 
 
+@runtime_checkable
 class OnDisk(Protocol):
     """Weights on disk, and the LoRAs that were merged into them as they were read."""
 

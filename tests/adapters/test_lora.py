@@ -13,7 +13,8 @@ from shared.wan import TINY, Case, by_diffusers, by_us, inputs, reference, relat
 
 from rehyat_jax.adapters.lora import Lora
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.models.checkpoints import load_transformer, open_transformer, save_transformer
+from rehyat_jax.models.checkpoints import load_transformer, save_transformer
+from rehyat_jax.models.checkpoints.loading import open_transformer
 from rehyat_jax.weights.opening import open_tensors
 
 CASE = Case(TINY, (3, 4, 4), text=5, times=(700.0,))

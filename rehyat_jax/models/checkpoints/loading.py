@@ -1,0 +1,174 @@
+"""Networks of checkpoints as modules, with the LoRAs and in the eight bits that are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rehyat_jax.adapters.linear import keep_in_eight_bits
+from rehyat_jax.adapters.lora import Into, Lora, loras_of, of_expert
+from rehyat_jax.adapters.merging import Merged, with_loras
+from rehyat_jax.errors import CheckpointError
+from rehyat_jax.mixers.config import Conversion
+from rehyat_jax.models.folder import (
+    find_checkpoint,
+)
+from rehyat_jax.models.networks import make_plan
+from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.arguments import choice
+from rehyat_jax.sampling.experts import Expert, Experts
+from rehyat_jax.weights.convert import attached_to
+from rehyat_jax.weights.files import EIGHT_BITS
+from rehyat_jax.weights.load import filled, known_dtype
+
+#: In which eight bits the matrices of blocks are kept.
+Quantize = Literal["fp8", "int8"]
+
+
+def load_transformer(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    hybrid: Conversion | Literal["auto"] | None = "auto",
+    loras: Iterable[Any] = (),
+    quantize: Quantize | None = None,
+) -> WanTransformer:
+    """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
+
+    Args:
+        path: a bundled model's name, a whole checkpoint's folder, the transformer's own, a weights file, or
+            ``hf:OWNER/NAME``; diffusers or original layout,
+            whichever prefixes. A file without ``config.json`` beside it is taken to have heads of 128, as all of Wan's.
+        dtype: of computation and storage: float32, bfloat16 or float16. What diffusers keeps in float32 (the time
+            embedder, the modulation tables, the affine norms) stays float32; so does the hybrid blocks' decay.
+        hybrid: ``"auto"``: as the folder is. None: the teacher alone. A configuration: the teacher with these blocks
+            converted and newly initialised (from seed 0; `WanTransformer.with_hybrid` takes another), where a
+            conversion begins.
+        loras: LoRA files or folders of any dialect, merged into the weights in this order: each a path, a path and a
+            strength, or a text ``FILE[:strength]``.
+        quantize: "fp8" or "int8": the blocks' matrices are kept so on the device, with a scale for each output: half of
+            what bfloat16 takes. A file of the same kind is kept as it is; other weights, and those with a LoRA, are
+            rounded.
+
+    Raises:
+        CheckpointError: missing, truncated, foreign, incomplete, misshapen or not finite, in either part.
+        ConfigError: a configuration is impossible or another architecture's, or ``hybrid`` names a block too many.
+    """
+    return open_transformer(path, dtype=dtype, hybrid=hybrid, loras=loras, quantize=quantize)[0]
+
+
+def open_transformer(
+    path: str | os.PathLike[str],
+    name: Literal["transformer", "transformer_2"] = "transformer",
+    *,
+    expert: Into | None = None,
+    dtype: Any = jnp.float32,
+    hybrid: Conversion | Literal["auto"] | None = "auto",
+    loras: Iterable[Any] = (),
+    quantize: Quantize | None = None,
+) -> tuple[WanTransformer, Merged]:
+    """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs; ``name`` and
+    ``expert`` are which of two experts."""
+    dtype = known_dtype(dtype)
+    plan = make_plan(find_checkpoint(path), name, dtype=dtype)
+    student = attached_to(name, plan, dtype=dtype) if hybrid == "auto" else None
+    base = (student and student.instead) or plan
+    if (kind := kept_as(quantize)) is not None:
+        keep_in_eight_bits(base.abstract, kind)
+    chosen = of_expert(loras_of(loras), expert)
+    merged = Merged(base=dataclasses.replace(base, abstract=None), dtype=dtype, loras=chosen)
+    module = cast(WanTransformer, filled(with_loras(base, merged.loras), dtype=dtype))
+    if isinstance(hybrid, Conversion):
+        return module.with_hybrid(hybrid, rngs=nnx.Rngs(0)), merged
+    if student is None:
+        return module, merged
+    blocks = cast(Any, filled(student.plan, dtype=dtype))
+    return module.with_hybrid(student.plan.config, blocks=blocks), merged
+
+
+EXPERTS: dict[Literal["transformer", "transformer_2"], Into] = {"transformer": "high", "transformer_2": "low"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergedExperts:
+    """As `Merged`, of two experts, each of which is read when a step asks for it."""
+
+    open: Callable[[tuple[Lora, ...]], Experts]
+    loras: tuple[Lora, ...]
+
+    def changed(self, experts: Experts, loras: tuple[Lora, ...]) -> tuple[Experts, MergedExperts]:
+        """The experts with other LoRAs; those that are on the device are read again.
+
+        Raises:
+            CheckpointError: as `with_loras`.
+        """
+        return self.open(loras), dataclasses.replace(self, loras=loras)
+
+
+def open_experts(
+    path: str | os.PathLike[str],
+    *,
+    boundary_ratio: float,
+    dtype: Any,
+    hybrid: Conversion | Literal["auto"] | None,
+    loras: Iterable[Any] = (),
+    quantize: Quantize | None = None,
+) -> tuple[Experts, MergedExperts]:
+    """Two transformers by noise level, each read when a step first asks for it. Arguments as `open_transformer`.
+
+    Raises:
+        CheckpointError: their files are incomplete or damaged, or the two are of different sizes; a LoRA that does not
+            fit.
+        ConfigError: as `load_transformer`.
+    """
+    folder = find_checkpoint(path)
+    plans = {name: make_plan(folder, name) for name in EXPERTS}
+    if plans["transformer"].config != plans["transformer_2"].config:
+        raise CheckpointError(f"the two experts in {folder} are of different sizes")
+
+    def opened(chosen: tuple[Lora, ...]) -> Experts:
+        def member(name: Literal["transformer", "transformer_2"], least: float) -> Expert:
+            own = of_expert(chosen, EXPERTS[name])
+            with_loras(plans[name], own)  # now, not when a step asks for it
+            how = {"expert": EXPERTS[name], "dtype": dtype, "hybrid": hybrid, "loras": own, "quantize": quantize}
+            return Expert(name=name, least=least, load=lambda: open_transformer(folder, name, **how)[0])
+
+        members = member("transformer", 1000 * boundary_ratio), member("transformer_2", 0.0)
+        return Experts(*members, config=plans["transformer"].config, dtype=jnp.dtype(dtype))
+
+    chosen = loras_of(loras)
+    return opened(chosen), MergedExperts(open=opened, loras=chosen)
+
+
+def kept_as(quantize: Any) -> np.dtype | None:
+    """
+    Raises:
+        RehyatError: it is neither the name of eight bits nor None.
+    """
+    return None if quantize is None else EIGHT_BITS[choice("quantize", quantize, tuple(EIGHT_BITS))]
+
+
+def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
+    """A Wan2.1 or Wan2.2 VAE. Arguments and errors as `load_transformer`; an original file has its release's latent
+    statistics."""
+    dtype = known_dtype(dtype)
+    return cast(WanVAE, filled(make_plan(find_checkpoint(path), "vae", dtype=dtype), dtype=dtype))
+
+
+def load_text_encoder(
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, quantize: Quantize | None = None
+) -> UMT5Encoder:
+    """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
+    dtype = known_dtype(dtype)
+    plan = make_plan(find_checkpoint(path), "text_encoder", dtype=dtype)
+    if (kind := kept_as(quantize)) is not None:
+        keep_in_eight_bits(plan.abstract, kind)
+    return cast(UMT5Encoder, filled(plan, dtype=dtype))
