@@ -9,10 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.merge import shares, stabilizer_of
-from pallas_kernels.options import Stabilizer
+from pallas_kernels.options import KEPT_ATTENTION, Stabilizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,12 +95,14 @@ def _forward(
     y = (y + a.astype(jnp.float32) * (past / normalizer)[..., None]).astype(v.dtype)
     # The row of the joint normaliser; its sign, which features that are not positive may turn, is the weight's.
     rows = common + jnp.log(jnp.abs(normalizer)) * math.log2(math.e)
-    return y, (q, k, v, seen, y, rows.swapaxes(1, 2), past / normalizer, jnp.zeros((0,), a.dtype))
+    y, rows, weight = (checkpoint_name(x, KEPT_ATTENTION) for x in (y, rows.swapaxes(1, 2), past / normalizer))
+    return y, (q, k, v, seen, y, rows, weight, jnp.zeros((0,), a.dtype))
 
 
 def _backward(kernels: Kernels, windows: Windows, stabilizer: Stabilizer, kept: Any, d_y: Array) -> Any:
     # With p of the joint normaliser the softmax's gradient is as ever; a and n are one more value and weight.
     q, k, v, seen, y, rows, weight, like_a = kept
+    seen = jnp.asarray(seen)  # rematerialised, a constant comes back as numpy's
     d_a = d_y.astype(jnp.float32) * weight[..., None]
     d_n = -weight * inner(d_y, y)
     signed = jnp.where(weight[..., None] < 0, -d_y, d_y)

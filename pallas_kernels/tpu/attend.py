@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.merge import shares, stabilizer_of
-from pallas_kernels.options import Stabilizer
+from pallas_kernels.options import KEPT_ATTENTION, Stabilizer
 from pallas_kernels.tpu.call import COLUMNS_COLUMNS, ROWS_ROWS, TILE, call, inside, product
 
 #: Keys and values.
@@ -106,6 +107,7 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
         interpret=plan.interpret,
         name="hybrid_forward",
     )
+    out, rows = (checkpoint_name(x, KEPT_ATTENTION) for x in (out, rows))
     return out, (*arguments, out, rows)
 
 

@@ -10,11 +10,12 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.options import Positive
+from pallas_kernels.options import KEPT_FEATURES, Positive
 from rehyat_jax.attention.pallas import whole_on_each_device
 from rehyat_jax.attention.state import accumulator
 from rehyat_jax.errors import ConfigError
@@ -150,15 +151,16 @@ class FeatureMap(nnx.Module):
         """
         x = x.astype(self.dtype)
         if implementation not in ("auto", "pallas") or not (kernels := self._kernels(x)):
-            return self._plain(x, weight)
+            return checkpoint_name(self._plain(x, weight), KEPT_FEATURES)
         layers = gpu.Layers(*(p[...].astype(self.dtype) for layer in self.layers for p in (layer.kernel, layer.bias)))
 
         def fused(x: Array, layers: gpu.Layers, weight: Array | None) -> Array:
             return gpu.feature_map(kernels, self.degree, self.positive, x, layers, weight)
 
-        return jax.lax.platform_dependent(
+        features = jax.lax.platform_dependent(
             x, layers, weight, cuda=fused, default=lambda x, layers, weight: self._plain(x, weight)
         )
+        return checkpoint_name(features, KEPT_FEATURES)
 
     def _kernels(self, x: Float[Array | jax.ShapeDtypeStruct, "B N H D"]) -> gpu.FeatureKernels | None:
         published = len(self.layers) == 2 and self.activation == "gelu" and self.positive in ("softplus", "exp")

@@ -12,6 +12,7 @@ from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.forced import forced
+from rehyat_jax.models.wan.remat import Keeps
 from rehyat_jax.models.wan.transformer import WanTransformer
 
 TINY = WanConfig(
@@ -54,7 +55,7 @@ def compiled(call: Callable[[WanTransformer], jax.Array], model: WanTransformer)
     return jax.jit(lambda weights: call(nnx.merge(graph, weights)))(weights)
 
 
-def velocity_of(model: WanTransformer, stop: int = 0, remat: bool = True) -> jax.Array:
+def velocity_of(model: WanTransformer, stop: int = 0, remat: Keeps | None = "nothing") -> jax.Array:
     noisy, times, past, past_times, text = inputs()
     return forced(
         model,
@@ -196,7 +197,7 @@ def test_stopped_at_each_chunk_it_is_detached(model: WanTransformer, stopped: nn
 
 @pytest.mark.full
 def test_what_is_computed_again_is_the_same(model: WanTransformer, through: nnx.State) -> None:
-    params, kept = losses(model, lambda m: velocity_of(m, remat=False))
+    params, kept = losses(model, lambda m: velocity_of(m, remat=None))
     once = jax.jit(jax.grad(kept))(params)
     assert norm(jax.tree.map(lambda a, b: a - b, through, once)) < 1e-5 * norm(once)
 

@@ -106,7 +106,14 @@ def test_a_step_for_eight_chips(config):
     done = _plan(config, "--topology", "v5e:2x4", "--size", "128x128")
     assert done.returncode == 0, done.stderr
     said = done.stdout
-    for words in ("8 clips of 25 frames: 8 chips, fsdp 8", "GiB: state and batch", "all-gather", "kernels", "% of 197"):
+    for words in (
+        "8 clips of 25 frames: 8 chips, fsdp 8",
+        "GiB: state and batch",
+        "all-gather",
+        "kernels",
+        "% of 197",
+        "--remat-keeps products is the most that fits",
+    ):
         assert words in said, said
 
 
@@ -129,7 +136,7 @@ def test_what_cannot_be_planned_is_one_sentence(config, given, words):
 @pytest.mark.full
 def test_what_does_not_fit_is_refused_and_its_largest_arrays_named(config):
     """256 clips of 12,285 tokens on four chips: 1.5 GiB each in the smallest array of all tokens."""
-    done = _plan(config, "--topology", "v5e:2x2", "--batch", "256", "--frames", "41")
+    done = _plan(config, "--topology", "v5e:2x2", "--batch", "256", "--frames", "41", "--remat-keeps", "nothing")
     assert done.returncode == 2, done.stdout
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(r"it does not fit: \S+ of \S+ a chip .* the largest arrays .* are \w+\[[\d,]+\] [\d.]+ GiB;", last)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from shared.training import distillation, finetuning, write_teacher
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.remat import Keeps
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime import memory
 from rehyat_jax.runtime.memory import Room
@@ -24,7 +26,8 @@ HYBRID = HybridConfig(chunk_frames=3, overlap_frames=1)
 
 
 @pytest.mark.parametrize(
-    ("hybrid", "remat"), [(HYBRID, True), full(HYBRID, False), full(None, False), full(None, True)]
+    ("hybrid", "remat"),
+    [(HYBRID, "nothing"), full(HYBRID, "products"), full(HYBRID, None), full(None, None), full(None, "nothing")],
 )
 def test_a_step_is_estimated_to_a_factor_of_three(hybrid, remat):
     dtype = "float32"
@@ -76,5 +79,7 @@ def test_what_makes_a_step_smaller_makes_its_estimate_smaller(model, tmp_path):
         return need.on_device
 
     assert bytes_of(accumulate=2) < bytes_of()
-    assert bytes_of(remat=True) < bytes_of()
+    kept = [bytes_of(remat=True, remat_keeps=keeps) for keeps in get_args(Keeps)]
+    assert kept == sorted(set(kept))
+    assert kept[-1] < bytes_of()
     assert bytes_of(teacher=None, teacher_weight=0.0) < bytes_of()

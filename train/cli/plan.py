@@ -4,7 +4,8 @@ take?
     rehyat plan CONFIG --topology v5p:8x8x8 [--frames N] [--size WxH] [--batch N] [--field value …]
 
 Works on a machine without any accelerator; needs the compiler, `pip install 'jax[tpu]'`. CONFIG is what `rehyat
-finetune` or `rehyat distill` takes; no weights and no data are read. What does not fit is refused.
+finetune` or `rehyat distill` takes; no weights and no data are read. What does not fit is refused. Of a step that is
+rematerialised, as much is kept as fits, unless --remat-keeps says how much.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import dataclasses
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.models.wan.remat import Keeps
 from rehyat_jax.runtime.hlo import Work, work
 from train.cli.command import parse
 from train.engine.arithmetic import PEAK_TFLOPS
@@ -140,11 +141,15 @@ def programs(training: PlannedTraining, stage: Stage) -> Iterator[tuple[str, Pro
         yield stage.title(kind[0]), program
 
 
+class TooLargeError(RehyatError):
+    """A program does not fit."""
+
+
 def estimate(program: Program, on: Slice) -> Estimate:
     """Compile, and read the program.
 
     Raises:
-        RehyatError: it does not fit; the largest arrays are named.
+        TooLargeError: it does not fit; the largest arrays are named.
     """
     try:
         compiled = program.lowered.compile()
@@ -177,8 +182,8 @@ def estimate(program: Program, on: Slice) -> Estimate:
     )
 
 
-def _too_large(program: Program, needed: str) -> RehyatError:
-    return RehyatError(
+def _too_large(program: Program, needed: str) -> TooLargeError:
+    return TooLargeError(
         f"it does not fit: {needed} needed; the largest arrays of the program, over all chips, are "
         f"{'; '.join(largest(program.lowered.as_text()))}"
     )
@@ -248,11 +253,30 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     training: Any = parse("plan", given.config, fields, kinds=(PlannedTraining,))
     on = find_slice(given.topology)
-    stage = training.planned(on.devices, size=(width, height), frames=given.frames, batch=given.batch)
-    for title, program in programs(training, stage):
-        begun = time.monotonic()
-        found = estimate(program, on)
-        name = f"{given.config} on {given.topology}, {title}"
-        print(report(program, found, on, name=name, compile_seconds=time.monotonic() - begun))
-        sys.stdout.flush()
+
+    def planned(training: Any) -> Iterator[str]:
+        stage = training.planned(on.devices, size=(width, height), frames=given.frames, batch=given.batch)
+        for title, program in programs(training, stage):
+            begun = time.monotonic()
+            found = estimate(program, on)
+            name = f"{given.config} on {given.topology}, {title}"
+            yield report(program, found, on, name=name, compile_seconds=time.monotonic() - begun)
+
+    chosen = any(re.match(r"--remat[-_]keeps\b", field) for field in fields)
+    if chosen or not getattr(training, "remat", False):
+        for said in planned(training):
+            print(said, flush=True)
+        return 0
+    most, *less = reversed(get_args(Keeps))
+    for keeps in (most, *less):
+        try:
+            # All of its rounds must fit.
+            told = list(planned(dataclasses.replace(training, remat_keeps=keeps)))
+        except TooLargeError as error:
+            if keeps == less[-1]:
+                raise
+            print(f"--remat-keeps {keeps}: {error}", flush=True)
+            continue
+        print(*told, f"  rematerialised  --remat-keeps {keeps} is the most that fits", sep="\n", flush=True)
+        break
     return 0

@@ -10,10 +10,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.remat import Keeps
 from train.engine.optimizer import OptimizerConfig
 
 #: Arrays [B, N, dim] that a block keeps for its backward pass, beside two of its feed-forward's width.
 _KEPT = 45.0
+#: The same, where it is computed again: by what is kept of it (`Keeps`), its input among them; of products, also one of
+#: its feed-forward's width.
+_REMATERIALISED: dict[Keeps, float] = {"nothing": 1.0, "attention": 2.0, "products": 13.0}
 
 
 def learner_bytes(parameters: int, optimizer: OptimizerConfig) -> int:
@@ -23,17 +27,19 @@ def learner_bytes(parameters: int, optimizer: OptimizerConfig) -> int:
 
 
 def backward_bytes(
-    model: WanConfig, *, tokens: int, clips: int, dtype: DTypeLike, remat: bool, text_tokens: int = 512
+    model: WanConfig, *, tokens: int, clips: int, dtype: DTypeLike, remat: Keeps | None, text_tokens: int = 512
 ) -> int:
     """What a pass with its gradient keeps.
 
     Args:
         tokens: of a clip.
         clips: that go through together on one device.
-        remat: each block's input alone is kept, and one block at a time is computed again.
+        remat: what is kept of each block beside its input, one of which at a time is computed again; None: all.
     """
     size = jnp.dtype(dtype).itemsize
     block = clips * tokens * (_KEPT * model.dim + 2 * model.ffn_dim) * size
     scores = clips * model.num_attention_heads * tokens * text_tokens * 4  # of the text's attention
-    inputs = clips * tokens * model.dim * size
-    return int(model.num_layers * inputs + block + scores if remat else model.num_layers * (block + scores))
+    if remat is None:
+        return int(model.num_layers * (block + scores))
+    kept = _REMATERIALISED[remat] * model.dim + (model.ffn_dim if remat == "products" else 0)
+    return int(model.num_layers * clips * tokens * kept * size + block + scores)

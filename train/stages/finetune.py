@@ -225,7 +225,9 @@ class FinetuneTraining(FlowTraining):
                 shape = latent_shape(vae, frames=bucket.frames, height=world.HEIGHT, width=bucket.width)
             tokens = math.prod(side // patch for side, patch in zip(shape, model.patch_size, strict=True))
             clips = -(-bucket.batch // (self.accumulate * devices))
-            passes.append(backward_bytes(model, tokens=tokens, clips=clips, dtype=self.dtype, remat=self.remat))
+            passes.append(
+                backward_bytes(model, tokens=tokens, clips=clips, dtype=self.dtype, remat=self.rematerialised)
+            )
         return Need(device=parts | {"a step's clips": max(passes)})
 
     def _learner_bytes(self, model: WanConfig, parameters: int) -> int:

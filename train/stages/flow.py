@@ -24,6 +24,7 @@ from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.remat import Keeps
 from rehyat_jax.models.wan.sharding import check_mesh
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices, first_process
@@ -92,8 +93,11 @@ class FlowTraining(RunConfig):
     reuse: int = 4
     #: Parts that a step's batch is cut into, one after the other: less memory, the same gradient, summed in float32.
     accumulate: int = 1
-    #: Keep each block's input alone for the backward pass, and compute the block again there: less memory, more work.
+    #: Compute each block again in the backward pass: less memory, more work.
     remat: bool = False
+    #: With ``remat``, what of a block is kept beside its input, and not computed again: nothing; attention's output;
+    #: that, the results of products with weights and φ's features. `rehyat plan` says what fits.
+    remat_keeps: Keeps = "nothing"
     #: Every block in the program in place of a loop over blocks: faster for a small model, longer to compile.
     unroll: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -130,7 +134,12 @@ class FlowTraining(RunConfig):
     @property
     def forward(self) -> dict[str, Any]:
         """How the model that learns is called."""
-        return {"text_tokens": TEXT_LENGTH, "remat": self.remat, "unroll": self.unroll}
+        return {"text_tokens": TEXT_LENGTH, "remat": self.rematerialised, "unroll": self.unroll}
+
+    @property
+    def rematerialised(self) -> Keeps | None:
+        """As models take it."""
+        return self.remat_keeps if self.remat else None
 
     def pool(self, bucket: AnyBucket) -> int:
         """Clips that a round draws."""

@@ -176,7 +176,7 @@ class ForcedTraining(FinetuneTraining):
             past_times=1000 * batch.past_sigma,
             text_tokens=TEXT_LENGTH,
             stop=stop,
-            remat=self.remat,
+            remat=self.rematerialised,
         ).velocity
 
     def aim_of(self, models: Models, batch: ForcedBatch) -> Aim:

@@ -29,6 +29,7 @@ from rehyat_jax.models.memory import weights_bytes
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.forced import forced
+from rehyat_jax.models.wan.remat import Keeps
 from rehyat_jax.models.wan.sharding import check_mesh
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.devices import Devices
@@ -98,8 +99,9 @@ class ForcingTraining(RunConfig):
     )
     #: Parts that a batch is cut into, one after the other: less memory, the same gradient, summed in float32.
     accumulate: int = 1
-    #: Keep each block's input alone for the backward pass, and compute the block again there: less memory, more work.
+    #: Compute each block again in the backward pass, and what of it is kept: as in finetuning.
     remat: bool = True
+    remat_keeps: Keeps = "nothing"
     #: The reward of rollouts under captions that training does not see, by the averaged student, and videos.
     validation: Validation = Validation()
     #: Tokens a caption may have; longer ones would be cut.
@@ -145,6 +147,11 @@ class ForcingTraining(RunConfig):
         """Whether its rounds need the VAE."""
         looks = self.reward is not None and not self.reward.of_latents
         return looks or any(rollouts.windows > 1 for rollouts in self.buckets)
+
+    @property
+    def rematerialised(self) -> Keeps | None:
+        """As models take it."""
+        return self.remat_keeps if self.remat else None
 
     def stage(self) -> Stage:
         from train.stages.forcing_stage import ForcingStage  # which is made of this
@@ -211,7 +218,9 @@ class ForcingTraining(RunConfig):
         """The critic's flow on finished videos, whatever of them was given."""
         noise, level = _noise(batch, 0), batch.levels[:, :1]
         noisy = noised(batch.video, noise, jnp.broadcast_to(level, batch.weights.shape))
-        velocity = models["critic"](noisy, 1000 * level[:, 0], batch.text, text_tokens=TEXT_LENGTH, remat=self.remat)
+        velocity = models["critic"](
+            noisy, 1000 * level[:, 0], batch.text, text_tokens=TEXT_LENGTH, remat=self.rematerialised
+        )
         return {"loss": aim_mean(velocity, Aim(noise - batch.video, jnp.ones_like(batch.weights)))}
 
     def student_loss(self, models: Models, batch: OwnBatch) -> dict[str, Mean]:
@@ -230,7 +239,7 @@ class ForcingTraining(RunConfig):
             first_frame=batch.first_frame[0],
             text_tokens=TEXT_LENGTH,
             stop=self.stop,
-            remat=self.remat,
+            remat=self.rematerialised,
         ).velocity
         counted = (batch.weights > 0).astype(jnp.float32)
         given = jax.lax.stop_gradient(velocity)
@@ -285,7 +294,9 @@ class ForcingTraining(RunConfig):
             rows = -(-clips.batch // (self.accumulate * devices))
             for each, twice in ((model, 2), (score, 1)):  # forced: the exits and what was committed
                 tokens = twice * math.prod(side // patch for side, patch in zip(shape, each.patch_size, strict=True))
-                passes.append(backward_bytes(each, tokens=tokens, clips=rows, dtype=self.dtype, remat=self.remat))
+                passes.append(
+                    backward_bytes(each, tokens=tokens, clips=rows, dtype=self.dtype, remat=self.rematerialised)
+                )
         return Need(device=parts | {"a step's videos": max(passes)})
 
 

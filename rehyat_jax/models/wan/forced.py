@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.base import Mixer
 from rehyat_jax.models.wan.block import TextKV
+from rehyat_jax.models.wan.remat import Keeps
 from rehyat_jax.models.wan.transformer import WanTransformer
 
 
@@ -40,7 +41,7 @@ def forced(
     first_frame: int | Int[Array, ""] = 0,
     text_tokens: int | None = None,
     stop: int = 0,
-    remat: bool = True,
+    remat: Keeps | None = "nothing",
 ) -> Forced:
     """The velocity of every noisy chunk, given ``past``'s chunks before it, and the state after all of ``past``.
 
@@ -55,7 +56,7 @@ def forced(
         first_frame: the first of these latent frames, counted from the video's beginning.
         text_tokens: what `read_text` was told.
         stop: gradients stop at the state after every so many chunks; 0: nowhere, 1: at each, as with a detached cache.
-        remat: keep each block's input alone for the backward pass, and compute the block again there.
+        remat: compute each block again in the backward pass, from its input and what is named.
 
     Raises:
         RehyatError: the model cannot stream.

@@ -26,6 +26,7 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.image import ImageEmbedder
 from rehyat_jax.models.wan.mixing import Mixing, scan_layers, take_parameters
 from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
+from rehyat_jax.models.wan.remat import Keeps, rematerialised
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
 from rehyat_jax.runtime.variables import described, kernel
 
@@ -197,7 +198,7 @@ class WanTransformer(nnx.Module):
         *,
         text_tokens: int | None = None,
         image: Float[Array, "B I {self.config.image_dim}"] | None = None,
-        remat: bool = False,
+        remat: Keeps | None = None,
         unroll: bool = False,
     ) -> Float[Array, "B T H W {self.config.out_channels}"]:
         """The velocity (noise − video) in the compute dtype.
@@ -213,7 +214,7 @@ class WanTransformer(nnx.Module):
             text_tokens: as many tokens as are attended to, zeros after ``text``'s (Wan: 512); by default those that it
                 has. The zeros cost one token: the rest have its keys and values.
             image: features of one or two images, for models that attend to them.
-            remat: for training: keep each block's input alone and compute the block again in the backward pass.
+            remat: for training: compute each block again in the backward pass, from its input and what is named.
             unroll: every block in the program in place of a loop over blocks. For training a small model: what a loop
                 keeps for the backward pass is copied in and out of its arrays. The larger program compiles longer.
 
@@ -242,7 +243,7 @@ class WanTransformer(nnx.Module):
 
                 return block.attending(x, embedded, inputs.modulation, inputs.rotary, attend, **how)
 
-            return jax.checkpoint(layer) if remat else layer
+            return layer if remat is None else rematerialised(layer, remat, in_loop=self._loops and not unroll)
 
         graphs, mixers = zip(*map(nnx.split, self._mixers()), strict=True)
         x, _ = scan_layers(
@@ -338,14 +339,14 @@ class WanTransformer(nnx.Module):
         *,
         text_tokens: int | None,
         text_rows: Callable[[Array], Array] = lambda x: x,
-        remat: bool = False,
+        remat: Keeps | None = None,
     ) -> tuple[Float[Array, "B N C"], Any]:
         """The blocks on embedded tokens, each with its mixer state: what they make of the tokens, and the states after.
 
         Args:
             attend: a block's self-attention, from its mixer, its state, q, k and v to v's shape and the state after.
             text_rows: the rows of a block's text that the tokens' rows read.
-            remat: for training: keep each block's input alone and compute the block again in the backward pass.
+            remat: as in a call on a whole video.
         """
         how = {"text_repeats": text_repeats(text.k.shape[2], text_tokens)}
         graph, layers = nnx.split(self.blocks)
@@ -362,7 +363,7 @@ class WanTransformer(nnx.Module):
                 read: TextKV = jax.tree.map(text_rows, text)
                 return nnx.merge(graph, block).attending(x, read, inputs.modulation, inputs.rotary, attention, **how)
 
-            return jax.checkpoint(layer) if remat else layer
+            return layer if remat is None else rematerialised(layer, remat, in_loop=self._loops)
 
         graphs, mixers = zip(*map(nnx.split, self._mixers()), strict=True)
         own = list(zip(mixers, self.mixing.parted(state), strict=True))
@@ -389,6 +390,11 @@ class WanTransformer(nnx.Module):
     def _check_streams(self) -> None:
         if why := self.why_not_stream():
             raise RehyatError(why)
+
+    @property
+    def _loops(self) -> bool:
+        """Whether every block is in a loop, as `scan_layers` makes it."""
+        return len(self.mixing.groups) == 1 and self.config.num_layers > 1
 
     def _mixers(self) -> tuple[Mixer, ...]:
         """The stacked module of every group of blocks."""
