@@ -25,7 +25,7 @@ from rehyat_jax.models.checkpoints.loading import MergedExperts, load_vae, open_
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.own_settings import OwnSettings
-from rehyat_jax.models.wan.conditions import Conditioning, VideoSize, conditioning_of
+from rehyat_jax.models.wan.conditions import Features, VideoSize, conditioning_of
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.models.whole import push_model, save_model
@@ -42,6 +42,7 @@ from rehyat_jax.sampling.rollout import ContextNoise
 from rehyat_jax.sampling.session import Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.pace import MeasuredSteps, most_steps
+from rehyat_jax.streams.prefill import check_prefix
 from rehyat_jax.streams.state import fingerprint
 from rehyat_jax.streams.stream import Stream
 from rehyat_jax.text.prompt_encoder import PromptEncoder
@@ -79,7 +80,7 @@ class TextToVideo(HasLoras):
         defaults: Defaults,
         weights: Merged | MergedExperts | None = None,
         traits: Traits | None = None,
-        image_features: Callable[[Images], Float[Array, "L D"]] | None = None,
+        image_features: Features | None = None,
     ) -> None:
         self.traits = traits or Traits()
         self._conditioning = conditioning_of(
@@ -283,6 +284,7 @@ class TextToVideo(HasLoras):
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | int | None = None,
+        guidance_scale_2: float | int | None = None,
         negative_prompt: str | None = None,
         seed: int = 0,
         schedule: FlowSchedule | None = None,
@@ -306,8 +308,8 @@ class TextToVideo(HasLoras):
                 they are whole chunks: of chunks of 3 latent frames 9, 21, 33, … Its own frames come after these. For a
                 list of prompts one for each, [B, F, H, W, 3]. Or one prompt's as the path of a video, whose last
                 frames are taken, scaled and cropped.
-            image: the first frame, finished, as for a call; of a model that takes no images too: the frames that
-                follow it in the first chunk are made with it in sight.
+            image: as for a call; of a model that takes no images the first frame, finished: the frames that follow it
+                in the first chunk are made with it in sight. A model that needs one takes a beginning's first frame.
 
         Other arguments as for a call.
 
@@ -322,6 +324,7 @@ class TextToVideo(HasLoras):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
             schedule=schedule,
             solver=solver,
             remember=remember,
@@ -376,11 +379,17 @@ class TextToVideo(HasLoras):
     ) -> Stream:
         """As `open_stream`, with settings resolved beforehand."""
         images, session = images or Images(), self.session(settings)
-        conditioning = self._conditioning.of_stream()
-        conditioning.check(images)
-        if beginning is not None and images.first is not None:
-            raise RehyatError("a stream begins with an image or goes on from a beginning, not both")
-        count = len(prompt_list(prompt, negative_prompt))
+        conditioning, count = self._conditioning.of_stream(), len(prompt_list(prompt, negative_prompt))
+        size = _video_size(settings, count)
+        if beginning is None:
+            conditioning.check(images)
+            condition = conditioning.condition(images, size, codec=session.codec)
+        else:
+            if images.first is not None:
+                raise RehyatError("a stream begins with an image or goes on from a beginning, not both")
+            frames = beginning[None] if isinstance(prompt, str) else beginning
+            check_prefix(session, frames, batch=count)
+            condition = conditioning.going_on(frames, size, codec=session.codec)
         stream = Stream.start(
             session,
             prompt,
@@ -389,7 +398,7 @@ class TextToVideo(HasLoras):
             negative_prompt=negative_prompt,
             seed=seed,
             beginning=beginning,
-            condition=self._condition(conditioning, images, settings, count, session),
+            condition=condition,
         )
         stream.fps = self.fps
         return stream
@@ -404,7 +413,14 @@ class TextToVideo(HasLoras):
             CheckpointError: there is none in the folder, it is damaged, or another model made it.
         """
         folder = arguments.user_path("folder", folder)
-        stream = Stream.resume(folder, session=self._session_of_saved, text=self.text, model=self._fingerprint)
+
+        def lasting(settings: Settings, count: int) -> Condition:
+            size = _video_size(settings, count)
+            return self._conditioning.of_stream().lasting(size, codec=self.session(settings).codec)
+
+        stream = Stream.resume(
+            folder, session=self._session_of_saved, text=self.text, model=self._fingerprint, condition=lasting
+        )
         stream.fps = self.fps
         return stream
 
@@ -470,7 +486,8 @@ class TextToVideo(HasLoras):
 
         with measure("text"):
             text = session.embed(self.text, prompts, negative_prompt, on_prompt=partial(on_step, "text"))
-            condition = self._condition(self._conditioning, images, settings, len(prompts), session)
+            size = _video_size(settings, len(prompts))
+            condition = self._conditioning.condition(images, size, codec=session.codec)
         with measure("denoise"):
             if settings.by_chunks:
                 keys = video_keys(seed, count=len(prompts))
@@ -488,11 +505,9 @@ class TextToVideo(HasLoras):
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
 
-    def _condition(
-        self, conditioning: Conditioning, images: Images, settings: Settings, count: int, session: Session
-    ) -> Condition:
-        size = VideoSize(count=count, frames=settings.num_frames, height=settings.height, width=settings.width)
-        return conditioning.condition(images, size, codec=session.codec)
+
+def _video_size(settings: Settings, count: int) -> VideoSize:
+    return VideoSize(count=count, frames=settings.num_frames, height=settings.height, width=settings.width)
 
 
 def _noise(

@@ -6,10 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from flax import nnx
 from safetensors.torch import load_file, save_file
-from shared.checkpoint import tiny_pipeline
+from shared.families import tiny_a14b
 from shared.lora import everywhere, random_lora, written
 from shared.videos import PROMPT, SIZE, latents_by_diffusers, latents_by_us, noise_of
 from shared.wan import Case, by_diffusers, by_us, inputs, relative
@@ -25,13 +24,7 @@ from rehyat_jax.weights.rows import renamed
 @pytest.fixture(scope="module")
 def a14b(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a14b")
-    pipeline = tiny_pipeline(seed=5)
-    torch.manual_seed(6)
-    second = WanTransformer3DModel.from_config(pipeline.transformer.config).eval()
-    pipeline.register_modules(transformer_2=second)
-    pipeline.register_to_config(boundary_ratio=0.875)
-    pipeline.save_pretrained(folder)
-    return folder, pipeline
+    return folder, tiny_a14b(folder)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +102,7 @@ def test_what_cannot_be_is_a_sentence(a14b, ours, tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": 2}))
     with pytest.raises(ConfigError, match="boundary_ratio must be between 0 and 1, not '2'"):
         read_traits(folder)
-    with pytest.raises(RehyatError, match="several transformers by noise level"):
+    with pytest.raises(RehyatError, match="transformer: the model cannot stream: blocks 0-1 of 2 attend"):
         ours.open_stream(PROMPT)
 
 

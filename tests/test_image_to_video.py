@@ -6,49 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline
 from PIL import Image
-from shared.checkpoint import tiny_pipeline
+from shared.families import CLIP, tiny_i2v
 from shared.tiers import full
 from shared.videos import PROMPT, SIZE, image_of, latents_by_diffusers, latents_by_us, noise_of
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.models.checkpoints import convert, describe
 from rehyat_jax.models.folder import read_defaults
-
-CLIP = {
-    "image_dim": 20,
-    "added_kv_proj_dim": 24,
-}
-
-
-def tiny_i2v(folder, *, experts=False, **more):
-    pipeline, options = tiny_pipeline(seed=7, shift=5.0), {}
-    config = {name: value for name, value in pipeline.transformer.config.items() if name[0] != "_"}
-    torch.manual_seed(8)
-    transformers = [
-        WanTransformer3DModel.from_config(config | {"in_channels": 36} | more).eval()
-        for _ in range(2 if experts else 1)
-    ]
-    for transformer in transformers:
-        for name, parameter in transformer.named_parameters():
-            if "image_embedder" in name or "add_" in name:  # these would hardly count
-                parameter.requires_grad_(False).copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
-    if "image_dim" in more:
-        sizes = {"hidden_size": 20, "intermediate_size": 36, "num_hidden_layers": 3, "num_attention_heads": 2}
-        config = CLIPVisionConfig(**sizes, image_size=28, patch_size=14, hidden_act="gelu")
-        options["image_encoder"] = CLIPVisionModel(config).eval()
-        options["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28)
-    if experts:
-        options |= {"transformer_2": transformers[1], "boundary_ratio": 0.9}
-    parts = {**pipeline.components, "transformer": transformers[0], **options}
-    made = WanImageToVideoPipeline(**parts)
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
-    return made
 
 
 @pytest.mark.parametrize(
@@ -88,7 +55,7 @@ def test_what_it_takes_is_said(i2v, tmp_path):
     ):
         with pytest.raises(RehyatError, match=match):
             pipe(PROMPT, **images, **SIZE)
-    assert "does not stream" in pipe.why_not_stream()
+    assert "blocks 0-1 of 2 attend to the whole video" in pipe.why_not_stream()
     folder = shutil.copytree(i2v, tmp_path / "broken")
     shutil.rmtree(folder / "image_encoder")
     with pytest.raises(CheckpointError, match="no image_encoder folder"):

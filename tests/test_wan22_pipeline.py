@@ -5,43 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
-from shared.checkpoint import tiny_pipeline
+from diffusers import WanImageToVideoPipeline
+from shared.families import tiny_ti2v
 from shared.videos import PROMPT, SIZE, image_of, latents_by_diffusers, latents_by_us, noise_of
 
 from rehyat_jax import HybridConfig, TextToVideo
 from rehyat_jax.errors import RehyatError, RehyatWarning
 from rehyat_jax.models.checkpoints import convert, describe
-from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.video.images import fitted
-
-# Sizes at which compiling takes far longer than computing.
-
-
-def tiny_ti2v(folder):
-    """The 5B's parts at its channels: 48 of latents, 4x16x16."""
-    pipeline = tiny_pipeline(seed=3, shift=5.0)
-    torch.manual_seed(4)
-    pipeline.register_modules(
-        transformer=WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=48,
-            out_channels=48,
-            text_dim=32,
-            freq_dim=32,
-            ffn_dim=48,
-            num_layers=2,
-        ).eval(),
-        vae=AutoencoderKLWan.from_config(
-            VAEConfig.wan22().to_dict() | {"base_dim": 4, "decoder_base_dim": 4, "num_res_blocks": 1}
-        ).eval(),
-    )
-    pipeline.register_to_config(expand_timesteps=True)
-    pipeline.vae_scale_factor_spatial = 16
-    pipeline.save_pretrained(folder)
-    return pipeline
 
 
 @pytest.fixture(scope="module")

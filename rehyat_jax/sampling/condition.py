@@ -42,6 +42,10 @@ class Condition:
             return latents
         return jnp.where(self.given[None, :, None, None, None], self.clean.astype(latents.dtype), latents)
 
+    def lasting(self) -> Condition:
+        """What counts for frames after those that are given."""
+        return dataclasses.replace(self, clean=None, given=None)
+
     def chunk(self, first_frame: int | Int[Array, ""], frames: int) -> Condition:
         """Of a chunk of a video. After the end of what is known no frame is given, and the last channels go on."""
         numbers = jnp.asarray(first_frame, jnp.int32) + jnp.arange(frames, dtype=jnp.int32)

@@ -43,9 +43,9 @@ def denoise_step(
 
 
 @inference_jit(static_argnames="graph")
-def precompute_text_kv(weights: Any, text: Padded, *, graph: Any) -> Padded:
-    """The prompts as a chunk takes them: once a prompt, not once a chunk."""
-    return rollout.precompute_text_kv(nnx.merge(graph, weights), text)
+def precompute_text_kv(weights: Any, text: Padded, image: Array | None = None, *, graph: Any) -> Padded:
+    """The prompts as a chunk takes them, and an image's features: once a prompt, not once a chunk."""
+    return rollout.precompute_text_kv(nnx.merge(graph, weights), text, image)
 
 
 @inference_jit(static_argnames=("graph", "shape", "sampler"), donate_argnames="states")
@@ -74,6 +74,41 @@ def denoise_chunk(
         sampler=sampler,
         condition=condition,
     )
+
+
+@inference_jit(static_argnames=("shape", "solver"))
+def begin_chunk(keys: Key[Array, " B"], first_frame: Int[Array, ""], *, shape: Shape, solver: Any) -> Any:
+    """The solver's state before a chunk."""
+    return solver.init(ChunkNoise(keys, first_frame).initial(shape))
+
+
+@inference_jit(static_argnames=("graph", "sampler"), donate_argnames=("states", "state"))
+def advance_chunk(
+    weights: Any,
+    states: States,
+    state: Any,
+    keys: Key[Array, " B"],
+    text_kv: Padded,
+    first_frame: Int[Array, ""],
+    steps: SamplingSteps,
+    condition: Condition,
+    *,
+    graph: Any,
+    sampler: Sampler,
+) -> tuple[Any, States]:
+    """A chunk through the steps of one of several transformers: the solver's state, and the transformer's."""
+    state, states, _ = rollout.advance_chunk(
+        nnx.merge(graph, weights),
+        states,
+        state,
+        ChunkNoise(keys, first_frame),
+        text_kv,
+        first_frame=first_frame,
+        steps=steps,
+        sampler=sampler,
+        condition=condition,
+    )
+    return state, states
 
 
 class Row(NamedTuple):
@@ -116,6 +151,7 @@ def commit_chunk(
     text_kv: Padded,
     first_frame: Int[Array, ""],
     steps: SamplingSteps,
+    condition: Condition | None = None,
     *,
     graph: Any,
     context_noise: ContextNoise,
@@ -130,4 +166,5 @@ def commit_chunk(
         first_frame=first_frame,
         steps=steps,
         context_noise=context_noise,
+        condition=condition,
     )

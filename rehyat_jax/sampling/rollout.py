@@ -55,7 +55,7 @@ class Transformer(Protocol):
 
     def init_stream(self, batch: int, height: int, width: int) -> Any: ...
 
-    def read_text(self, text: Array, text_tokens: int | None) -> Any: ...
+    def read_text(self, text: Array, text_tokens: int | None, image: Array | None = None) -> Any: ...
 
     def stream(
         self,
@@ -161,9 +161,13 @@ def init_states(model: Transformer, sampler: Sampler, *, num_steps: int, batch: 
     return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), state)
 
 
-def precompute_text_kv(model: Transformer, text: Padded) -> Padded:
-    """What every step of every chunk sees of the prompts: the model's text keys and values for each evaluation."""
-    return Padded(jax.lax.map(lambda row: model.read_text(row, text_tokens=text.tokens), text.values), text.tokens)
+def precompute_text_kv(model: Transformer, text: Padded, image: Float[Array, "B L D"] | None = None) -> Padded:
+    """What every step of every chunk sees of the prompts: the model's text keys and values for each evaluation; and of
+    an image's features, for models that attend to them."""
+    more = {} if image is None else {"image": image}
+    return Padded(
+        jax.lax.map(lambda row: model.read_text(row, text_tokens=text.tokens, **more), text.values), text.tokens
+    )
 
 
 def denoise_chunk(
@@ -222,24 +226,50 @@ def recorded_chunk(
 ) -> Recorded:
     """`denoise_chunk`, and what each of its steps began with: for training on a model's own videos."""
     condition = Condition() if condition is None else condition
+    how: Any = {"first_frame": first_frame, "sampler": sampler, "condition": condition}
+    state, states, inputs = advance_chunk(
+        model, states, sampler.solver.init(noise.initial(shape)), noise, text_kv, steps=steps, **how
+    )
+    latents = condition.finished(state.latents)
+    if sampler.context_noise != "steps":
+        chunk = _Chunk(model, text_kv, first_frame, condition)
+        states = chunk.commit(states, latents, noise, level=sampler.context_noise)
+    return Recorded(latents, states, inputs)
+
+
+def advance_chunk(
+    model: Transformer,
+    states: States,
+    state: Any,
+    noise: ChunkNoise,
+    text_kv: Padded,
+    *,
+    first_frame: int | Int[Array, ""],
+    steps: SamplingSteps,
+    sampler: Sampler,
+    condition: Condition,
+) -> tuple[Any, States, Float[Array, "steps B T h w z"]]:
+    """A chunk through some of its steps in a row, all or those of one expert: the solver's state after them, the model
+    states, and what each step began with. Where every step has a state of its own, ``states`` are of these steps.
+
+    Args:
+        state: the solver's, before them.
+    """
     chunk, solver = _Chunk(model, text_kv, first_frame, condition), sampler.solver
-    commits_once = sampler.context_noise != "steps"
+    commits_once, shape = sampler.context_noise != "steps", _shape(state.latents)
+    steps = jax.tree.map(jnp.asarray, steps)
 
     def step(carry: tuple[Any, States], row: SamplingSteps) -> tuple[tuple[Any, States], Array]:
         state, states = carry
-        place = jnp.zeros((), jnp.int32) if commits_once else row.number
+        place = jnp.zeros((), jnp.int32) if commits_once else row.number - steps.number[0]
         states, velocities = chunk.forward(states, state.latents, row.timestep, place=place, commit=not commits_once)
         fresh = noise.fresh(shape, row.number) if solver.stochastic else None
         velocity = sampler.guidance.combine(list(velocities))
         after = solver.step(state, velocity, coefficients=row.coefficients, noise=fresh)
         return (after, states), state.latents
 
-    begin = solver.init(noise.initial(shape)), states
-    (state, states), inputs = jax.lax.scan(step, begin, jax.tree.map(jnp.asarray, steps))
-    latents = condition.finished(state.latents)
-    if commits_once:
-        states = chunk.commit(states, latents, noise, level=sampler.context_noise)
-    return Recorded(latents, states, inputs)
+    (state, states), inputs = jax.lax.scan(step, (state, states), steps)
+    return state, states, inputs
 
 
 def commit_chunk(
@@ -252,22 +282,23 @@ def commit_chunk(
     first_frame: int | Int[Array, ""],
     steps: SamplingSteps,
     context_noise: ContextNoise,
+    condition: Condition | None = None,
 ) -> States:
     """The states after a chunk that is given and not made, as `denoise_chunk` would leave them: of a video's prefix.
 
     With ``"steps"`` every step sees it on the straight line between its noise and its latents. Other arguments and
     errors as of `denoise_chunk`.
     """
-    chunk = _Chunk(model, text_kv, first_frame)
+    chunk = _Chunk(model, text_kv, first_frame, Condition() if condition is None else condition)
     if context_noise != "steps":
         return chunk.commit(states, latents, noise, level=context_noise)
-    initial = noise.initial(_shape(latents))
+    initial, steps = noise.initial(_shape(latents)), jax.tree.map(jnp.asarray, steps)
 
     def step(states: States, row: SamplingSteps) -> tuple[States, None]:
         seen = _noisy(latents, initial, jnp.asarray(row.timestep, jnp.float32) / 1000)
-        return chunk.forward(states, seen, row.timestep, place=row.number, commit=True)[0], None
+        return chunk.forward(states, seen, row.timestep, place=row.number - steps.number[0], commit=True)[0], None
 
-    return jax.lax.scan(step, states, jax.tree.map(jnp.asarray, steps))[0]
+    return jax.lax.scan(step, states, steps)[0]
 
 
 @dataclasses.dataclass(frozen=True)

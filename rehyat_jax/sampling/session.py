@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling import programs, rollout
+from rehyat_jax.sampling.chunks import Chunks
 from rehyat_jax.sampling.codec import Codec
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.experts import Experts
@@ -20,7 +21,7 @@ from rehyat_jax.sampling.noise import Shape
 from rehyat_jax.sampling.rollout import Sampler, States
 from rehyat_jax.sampling.schedule import SamplingSteps
 from rehyat_jax.sampling.settings import Settings
-from rehyat_jax.sampling.text import Padded, trimmed
+from rehyat_jax.sampling.text import trimmed
 
 #: A prompt's embedding.
 Embed: TypeAlias = Callable[[str], Float[Array, "1 L D"]]
@@ -91,6 +92,16 @@ class Session:
         return self.codec.latent_shape(num_frames=size.num_frames, height=size.height, width=size.width)
 
     @cached_property
+    def _chunks(self) -> Chunks:
+        steps = self.settings.steps(), self.settings.steps(of_first_chunk=True)  # on the host: `init_states` is traced
+        return Chunks(self._experts, self.samplers, steps=steps[0], first_steps=steps[1])
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `denoise_chunks` is for it: one transformer takes all steps."""
+        return self._chunks.alone
+
+    @cached_property
     def chunk_shape(self) -> Shape:
         """Of a chunk's latents.
 
@@ -103,6 +114,11 @@ class Session:
     def text_dim(self) -> int:
         """Width of a prompt's embedding."""
         return self._transformer.config.text_dim
+
+    @property
+    def evaluations(self) -> int:
+        """Embeddings of each video: the prompt's and, where it counts, the negative prompt's."""
+        return max(sampler.guidance.evaluations for sampler in self.samplers)
 
     def embed(
         self,
@@ -117,8 +133,7 @@ class Session:
         Args:
             on_prompt: called with the embeddings made and all that there are.
         """
-        guided = any(sampler.guidance.needs_negative for sampler in self.samplers)
-        wanted, rows = [*prompts, negative_prompt] if guided else list(prompts), []
+        wanted, rows = [*prompts, negative_prompt] if self.evaluations > 1 else list(prompts), []
         on_prompt(0, len(wanted))
         with precision(self._transformer.dtype):
             for done, prompt in enumerate(wanted, start=1):
@@ -170,7 +185,7 @@ class Session:
             RehyatError: the transformer cannot stream.
         """
         frames, chunk = self.shape[0], self.chunk_shape[0]
-        states, text_kv, parts = self.init_states(len(keys)), self.precompute_text_kv(text), []
+        states, text_kv, parts = self.init_states(len(keys)), self.precompute_text_kv(text, condition), []
         total = -(-frames // chunk)
         on_chunk(0, total)
         for number in range(total):
@@ -181,51 +196,47 @@ class Session:
         return jnp.concatenate(parts, axis=1)[:, :frames]
 
     def init_states(self, batch: int) -> States:
-        """The transformer's states before the first chunk of so many videos.
+        """The transformer's states before the first chunk of so many videos (of several transformers, each one's).
 
         Raises:
             RehyatError: the transformer cannot stream.
         """
         _, height, width, _ = self.shape
-        count = self.settings.num_inference_steps
-        return rollout.init_states(
-            self._transformer, self.sampler, num_steps=count, batch=batch, height=height, width=width
-        )
+        return self._chunks.init_states(batch, height=height, width=width)
 
     def init_decoder(self, batch: int) -> Any:
         """The decoder's state before the first latent frame of so many videos."""
         _, height, width, _ = self.shape
         return self.codec.init_state(batch, height=height, width=width)
 
-    def precompute_text_kv(self, text: Float[Array, "evaluations B L D"]) -> Padded:
-        """The prompts as `denoise_chunk` and `commit_chunk` take them."""
+    def precompute_text_kv(self, text: Float[Array, "evaluations B L D"], condition: Condition | None = None) -> Any:
+        """The prompts as `denoise_chunk` and `commit_chunk` take them, and the image features of the condition."""
         with precision(self._transformer.dtype):
-            return programs.precompute_text_kv(self.weights, trimmed(text), graph=self.graph)
+            return self._chunks.precompute_text_kv(trimmed(text), None if condition is None else condition.image)
 
     def denoise_chunk(
         self,
         states: States,
         keys: Key[Array, " B"],
-        text_kv: Padded,
+        text_kv: Any,
         first_frame: Int[Array, ""],
         condition: Condition | None = None,
     ) -> tuple[Float[Array, "B T h w z"], States]:
         """The latents of the next chunk, and the states after it; ``states`` is donated, ``condition`` is the
         video's."""
-        condition = Condition() if condition is None else condition.chunk(first_frame, self.chunk_shape[0])
         with precision(self._transformer.dtype):
-            return programs.denoise_chunk(
-                self.weights,
+            return self._chunks.denoise(
                 states,
                 keys,
                 text_kv,
                 first_frame,
                 self._steps_from(first_frame),
-                condition,
-                graph=self.graph,
+                self._of_chunk(condition, first_frame),
                 shape=self.chunk_shape,
-                sampler=self.sampler,
             )
+
+    def _of_chunk(self, condition: Condition | None, first_frame: Int[Array, ""]) -> Condition:
+        return Condition() if condition is None else condition.chunk(first_frame, self.chunk_shape[0])
 
     def denoise_chunks(
         self, states: tuple[States, ...], rows: tuple[programs.Row, ...]
@@ -256,19 +267,11 @@ class Session:
         states: States,
         latents: Float[Array, "B T h w z"],
         keys: Key[Array, " B"],
-        text_kv: Padded,
+        text_kv: Any,
         first_frame: Int[Array, ""],
+        condition: Condition | None = None,
     ) -> States:
-        """The states after a chunk that is given; ``states`` is donated."""
+        """The states after a chunk that is given; ``states`` is donated, ``condition`` is the video's."""
         with precision(self._transformer.dtype):
-            return programs.commit_chunk(
-                self.weights,
-                states,
-                latents,
-                keys,
-                text_kv,
-                first_frame,
-                self.steps,
-                graph=self.graph,
-                context_noise=self.sampler.context_noise,
-            )
+            seen = self._of_chunk(condition, first_frame)
+            return self._chunks.commit(states, latents, keys, text_kv, first_frame, self.steps, seen)

@@ -25,20 +25,25 @@ def prefill(
     Raises:
         RehyatError: the frames are not uint8, not of the stream's size, or not whole chunks of latent frames.
     """
-    batch, chunk = len(state.keys), session.chunk_shape[0]
-    _check(session, prefix, batch=batch)
-    text_kv = session.precompute_text_kv(state.text)
+    chunk = session.chunk_shape[0]
+    check_prefix(session, prefix, batch=len(state.keys))
+    text_kv = session.precompute_text_kv(state.text, state.condition)
     latents = session.codec.encode(prefix, frames_per_step=chunk)
     states = state.states
     for first in range(0, latents.shape[1], chunk):
         part = latents[:, first : first + chunk]
-        states = session.commit_chunk(states, part, state.keys, text_kv, jnp.asarray(first, jnp.int32))
+        place = jnp.asarray(first, jnp.int32)
+        states = session.commit_chunk(states, part, state.keys, text_kv, place, state.condition)
     decoded = list(session.codec.decode(latents, state.decoder))
-    after = StreamState(states, decoded[-1][1], jnp.asarray(latents.shape[1], jnp.int32), state.keys, state.text)
+    after = state._replace(states=states, decoder=decoded[-1][1], first_frame=jnp.asarray(latents.shape[1], jnp.int32))
     return after, np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)
 
 
-def _check(session: Session, prefix: Shaped[np.ndarray, "..."], *, batch: int) -> None:
+def check_prefix(session: Session, prefix: Shaped[np.ndarray, "..."], *, batch: int) -> None:
+    """
+    Raises:
+        RehyatError: as `prefill`.
+    """
     if prefix.dtype != np.uint8 or prefix.ndim != 5:
         raise RehyatError(f"a beginning is uint8 [F, H, W, 3], not {prefix.dtype} {list(prefix.shape[1:])}")
     if len(prefix) != batch:

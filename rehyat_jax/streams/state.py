@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from rehyat_jax.models.checks import LATER
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import State, WanVAE
 from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.sampling.condition import Condition
+from rehyat_jax.sampling.experts import Experts
 from rehyat_jax.sampling.noise import RANDOM
 from rehyat_jax.sampling.rollout import States
 from rehyat_jax.sampling.session import Session
@@ -45,7 +48,7 @@ class StreamState(NamedTuple):
     """A stream after the chunks made so far; a pytree whose shapes do not depend on how many there were."""
 
     #: The transformer's, for each step (where chunks are committed once: one) and each of guidance's evaluations:
-    #: leaves [steps, evaluations, layers, B, …].
+    #: leaves [steps, evaluations, layers, B, …]; of several transformers by noise level a tuple, each one's.
     states: States
     #: What the decoder needs of the frames before; zeros before the first.
     decoder: State
@@ -55,16 +58,31 @@ class StreamState(NamedTuple):
     keys: Key[Array, " B"]
     #: The prompts' embeddings and, with guidance, the negative prompts' after them.
     text: Float[Array, "evaluations B L D"]
+    #: Of models that take images. What of it lasts beyond the first frames is saved.
+    condition: Condition = Condition()
 
 
-def init_state(session: Session, *, keys: Key[Array, " B"], text: Float[Array, "evaluations B L D"]) -> StreamState:
+def init_state(
+    session: Session,
+    *,
+    keys: Key[Array, " B"],
+    text: Float[Array, "evaluations B L D"],
+    condition: Condition | None = None,
+) -> StreamState:
     """Before the first chunk.
 
     Raises:
         RehyatError: the transformer cannot stream.
     """
     batch = keys.shape[0]
-    return StreamState(session.init_states(batch), session.init_decoder(batch), jnp.zeros((), jnp.int32), keys, text)
+    return StreamState(
+        states=session.init_states(batch),
+        decoder=session.init_decoder(batch),
+        first_frame=jnp.zeros((), jnp.int32),
+        keys=keys,
+        text=text,
+        condition=Condition() if condition is None else condition,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,11 +97,13 @@ class StreamRecord:
     negative_prompt: str
 
 
-def fingerprint(transformer: WanTransformer, vae: WanVAE) -> str:
+def fingerprint(transformer: WanTransformer | Experts, vae: WanVAE) -> str:
     """Tells a model from every other: its configurations and every bit of its parameters, the same on any device."""
-    configs = [transformer.config, transformer.hybrid and transformer.hybrid.to_dict(), vae.config]
-    digest = hashlib.sha256(f"[{', '.join(map(_said, configs))}]".encode())
-    for module in (transformer, vae):
+    experts = transformer if isinstance(transformer, Experts) else Experts.of_one(transformer)
+    outlines: list[WanTransformer] = [member.outline for member in experts.members]
+    configs = [config for each in outlines for config in (each.config, each.hybrid and each.hybrid.to_dict())]
+    digest = hashlib.sha256(f"[{', '.join(map(_said, [*configs, vae.config]))}]".encode())
+    for module in itertools.chain(experts.modules(), [vae]):
         for name, variable in sorted(parameters(nnx.state(module)).items()):
             array = np.asarray(variable.get_value())
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
@@ -195,8 +215,8 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _plain(state: StreamState) -> StreamState:
-    """Random keys as their numbers."""
-    return state._replace(keys=jax.random.key_data(state.keys))
+    """Random keys as their numbers, and of the condition what is to be saved."""
+    return state._replace(keys=jax.random.key_data(state.keys), condition=state.condition.lasting())
 
 
 def _leaves(state: StreamState) -> Iterator[tuple[str, Any]]:

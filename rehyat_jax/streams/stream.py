@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Shaped, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.sampling.condition import Condition
@@ -20,7 +20,6 @@ from rehyat_jax.sampling.noise import seeds, video_keys
 from rehyat_jax.sampling.rollout import check_finite
 from rehyat_jax.sampling.session import Embed, Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
-from rehyat_jax.sampling.text import Padded
 from rehyat_jax.streams.prefill import prefill
 from rehyat_jax.streams.state import (
     MOST_FRAMES,
@@ -66,9 +65,8 @@ class Stream(Iterator[np.ndarray]):
         model: Callable[[], str],
         prompt: Prompts,
         negative_prompt: str = "",
-        condition: Condition | None = None,
     ) -> None:
-        self.state, self.negative_prompt, self._condition = state, negative_prompt, condition
+        self.state, self.negative_prompt = state, negative_prompt
         #: As it was given; a text to those who open a stream of one.
         self.prompt: Any = prompt
         self._session, self._text, self._model = session, text, model
@@ -77,7 +75,7 @@ class Stream(Iterator[np.ndarray]):
         self.fps = 16
         #: What was handed out last, for `_repr_html_`.
         self._newest: np.ndarray | None = None
-        self._text_kv: tuple[Array, Padded] | None = None
+        self._text_kv: tuple[Array, Any] | None = None
 
     @classmethod
     def start(
@@ -95,7 +93,7 @@ class Stream(Iterator[np.ndarray]):
         """A new stream, which goes on from a beginning if there is one.
 
         Args:
-            condition: of its first latent frames.
+            condition: of its first latent frames, and what lasts of it.
             seed: of the noise; the i-th of several prompts has that of ``seed + i``.
             beginning: uint8 [F, H, W, 3], or [B, F, H, W, 3] for a list of prompts.
 
@@ -105,7 +103,8 @@ class Stream(Iterator[np.ndarray]):
         """
         prompts = prompt_list(prompt, negative_prompt)
         keys = video_keys(seed, count=len(prompts))
-        state = init_state(session, keys=keys, text=session.embed(text, prompts, negative_prompt))
+        embedded = session.embed(text, prompts, negative_prompt)
+        state = init_state(session, keys=keys, text=embedded, condition=condition)
         if beginning is not None:
             one = isinstance(prompt, str)
             state, beginning = prefill(session, state, beginning[None] if one else beginning)
@@ -117,7 +116,6 @@ class Stream(Iterator[np.ndarray]):
             model=model,
             prompt=prompt,
             negative_prompt=negative_prompt,
-            condition=condition,
         )
         stream.beginning = beginning
         return stream
@@ -130,11 +128,13 @@ class Stream(Iterator[np.ndarray]):
         session: Callable[[Settings], Session],
         text: Embed,
         model: Callable[[], str],
+        condition: Callable[[Settings, int], Condition],
     ) -> Stream:
         """A saved stream.
 
         Args:
             session: made of its settings; raises RehyatError where the networks cannot be run at these.
+            condition: the shapes of what lasts of the condition of so many videos.
 
         Raises:
             CheckpointError: there is no stream in the folder, it is damaged, or other models made it.
@@ -150,12 +150,13 @@ class Stream(Iterator[np.ndarray]):
         except RehyatError as error:
             raise CheckpointError(f"the stream in {os.fspath(folder)} is damaged: {error}") from error
         count = len(prompt_list(record.prompt, record.negative_prompt))
-        text_shape = made.sampler.guidance.evaluations, count, TEXT_LENGTH, made.text_dim
+        text_shape = made.evaluations, count, TEXT_LENGTH, made.text_dim
 
-        def template() -> StreamState:
-            return init_state(made, keys=video_keys(0, count=count), text=jnp.zeros(text_shape, jnp.float32))
+        def template(condition: Condition) -> StreamState:
+            text = jnp.zeros(text_shape, jnp.float32)
+            return init_state(made, keys=video_keys(0, count=count), text=text, condition=condition)
 
-        state = load_state(folder, jax.eval_shape(template))
+        state = load_state(folder, jax.eval_shape(template, condition(record.settings, count)))
         if int(state.first_frame) % made.chunk_shape[0]:
             raise CheckpointError(f"the stream in {os.fspath(folder)} is damaged: it stands in the middle of a chunk")
         stream = cls(made, state, text=text, model=model, prompt=record.prompt, negative_prompt=record.negative_prompt)
@@ -189,12 +190,12 @@ class Stream(Iterator[np.ndarray]):
         """
         state, session, first = self._living(), self._session, self._check_goes_on()
         latents, states = session.denoise_chunk(
-            state.states, state.keys, self._precomputed(state.text), state.first_frame, self._condition
+            state.states, state.keys, self._precomputed(state), state.first_frame, state.condition
         )
         check_finite(latents, self._chunk_name())
         decoded = list(session.codec.decode(latents, state.decoder, first_frame=first))
         after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)
-        self.state = StreamState(states, decoded[-1][1], after, state.keys, state.text)
+        self.state = state._replace(states=states, decoder=decoded[-1][1], first_frame=after)
         block = np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)
         self._newest = block[0] if isinstance(self.prompt, str) else block
         return self._newest
@@ -211,13 +212,13 @@ class Stream(Iterator[np.ndarray]):
         return player(block, fps=self.fps, title=html.escape(repr(self)))
 
     def shares(self, other: Stream) -> bool:
-        """Whether `advance_together` takes both: one video each, of the same networks and settings, without
-        images, past the first chunk, with sentences of as many tokens up to a multiple of 64."""
+        """Whether `advance_together` takes both: one video each, of the same networks (one transformer) and settings,
+        without images, past the first chunk, with sentences of as many tokens up to a multiple of 64."""
         for each in (self, other):
-            alone = not isinstance(each.prompt, str) or jax.tree.leaves(each._condition)
-            if alone or not each.frames_done:
+            alone = not isinstance(each.prompt, str) or jax.tree.leaves(each.state.condition)
+            if alone or not each.frames_done or not each._session.takes_rows:
                 return False
-        mine, others = (jax.tree.map(jnp.shape, s._precomputed(s.state.text)) for s in (self, other))
+        mine, others = (jax.tree.map(jnp.shape, s._precomputed(s.state)) for s in (self, other))
         return self._session.is_as(other._session) and mine == others
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -229,7 +230,7 @@ class Stream(Iterator[np.ndarray]):
             RehyatError: the folder cannot be written, the solver has no form on disk, or the stream is to begin with
                 an image and has not begun.
         """
-        if jax.tree.leaves(self._condition) and not self.frames_done:
+        if self.state.condition.clean is not None and not self.frames_done:
             raise RehyatError("a stream that begins with an image can be saved once its first chunk is made")
         record = StreamRecord(
             settings=self.settings, model=self._fingerprint, prompt=self.prompt, negative_prompt=self.negative_prompt
@@ -243,8 +244,8 @@ class Stream(Iterator[np.ndarray]):
             RehyatError: an impossible seed.
         """
         other, state = copy.copy(self), self._living()
-        # The text is never donated; so both go on with what was precomputed of it.
-        other.state = jax.tree.map(jnp.copy, state)._replace(text=state.text)
+        # The text and the condition are never donated; so both go on with what was precomputed of them.
+        other.state = jax.tree.map(jnp.copy, state)._replace(text=state.text, condition=state.condition)
         if seed is not None:
             other.state = other.state._replace(keys=video_keys(seed, count=len(state.keys)))
         return other
@@ -287,10 +288,10 @@ class Stream(Iterator[np.ndarray]):
             raise RehyatError("the stream was interrupted in the middle of a chunk: resume it from where it was saved")
         return self.state
 
-    def _precomputed(self, text: Float[Array, "evaluations B L D"]) -> Padded:
+    def _precomputed(self, state: StreamState) -> Any:
         """Once for each text; beside the state, since it is not to be saved."""
-        if self._text_kv is None or self._text_kv[0] is not text:
-            self._text_kv = text, self._session.precompute_text_kv(text)
+        if self._text_kv is None or self._text_kv[0] is not state.text:
+            self._text_kv = state.text, self._session.precompute_text_kv(state.text, state.condition)
         return self._text_kv[1]
 
     @cached_property

@@ -19,7 +19,6 @@ from jaxtyping import UInt8
 
 from rehyat_jax.errors import NotFiniteError, RehyatError
 from rehyat_jax.sampling.programs import Row
-from rehyat_jax.streams.state import StreamState
 from rehyat_jax.streams.stream import Stream
 
 _log = logging.getLogger(__name__)
@@ -37,9 +36,7 @@ def advance_together(streams: Sequence[Stream]) -> list[UInt8[np.ndarray, "F H W
     session = streams[0]._session
     firsts = [stream._check_goes_on() for stream in streams]
     before = [stream.state for stream in streams]
-    rows = tuple(
-        Row(s.keys, stream._precomputed(s.text), s.first_frame) for stream, s in zip(streams, before, strict=True)
-    )
+    rows = tuple(Row(s.keys, stream._precomputed(s), s.first_frame) for stream, s in zip(streams, before, strict=True))
     latents, states = session.denoise_chunks(tuple(state.states for state in before), rows)
     finite = np.asarray(jnp.isfinite(latents).all(axis=tuple(range(1, latents.ndim))))
     shown, decoders = session.codec.decode_rows(latents, tuple(state.decoder for state in before))
@@ -53,7 +50,7 @@ def advance_together(streams: Sequence[Stream]) -> list[UInt8[np.ndarray, "F H W
             stream._newest = frames[i, 0]
             blocks.append(stream._newest)
         after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)
-        stream.state = StreamState(states[i], decoders[i], after, before[i].keys, before[i].text)
+        stream.state = before[i]._replace(states=states[i], decoder=decoders[i], first_frame=after)
     return blocks
 
 

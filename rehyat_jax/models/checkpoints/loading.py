@@ -24,6 +24,7 @@ from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.arguments import choice
+from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.sampling.experts import Expert, Experts
 from rehyat_jax.weights.convert import attached_to
 from rehyat_jax.weights.files import EIGHT_BITS
@@ -129,20 +130,33 @@ def open_experts(
             fit.
         ConfigError: as `load_transformer`.
     """
-    folder = find_checkpoint(path)
+    folder, dtype = find_checkpoint(path), known_dtype(dtype)
     plans = {name: make_plan(folder, name) for name in EXPERTS}
     if plans["transformer"].config != plans["transformer_2"].config:
         raise CheckpointError(f"the two experts in {folder} are of different sizes")
+
+    def outline(name: Literal["transformer", "transformer_2"]) -> Any:
+        part = attached_to(name, plans[name], dtype=dtype) if hybrid == "auto" else None
+        conversion = hybrid if part is None else part.plan.config
+        kinds = {"hybrid": None if conversion == "auto" else conversion, "dtype": dtype, "param_dtype": dtype}
+        return abstract_module(WanTransformer, plans[name].config, **kinds)
+
+    outlines = {name: outline(name) for name in EXPERTS}
 
     def opened(chosen: tuple[Lora, ...]) -> Experts:
         def member(name: Literal["transformer", "transformer_2"], least: float) -> Expert:
             own = of_expert(chosen, EXPERTS[name])
             with_loras(plans[name], own)  # now, not when a step asks for it
             how = {"expert": EXPERTS[name], "dtype": dtype, "hybrid": hybrid, "loras": own, "quantize": quantize}
-            return Expert(name=name, least=least, load=lambda: open_transformer(folder, name, **how)[0])
+            return Expert(
+                name=name,
+                least=least,
+                load=lambda: open_transformer(folder, name, **how)[0],
+                outline=outlines[name],
+            )
 
         members = member("transformer", 1000 * boundary_ratio), member("transformer_2", 0.0)
-        return Experts(*members, config=plans["transformer"].config, dtype=jnp.dtype(dtype))
+        return Experts(*members, config=plans["transformer"].config, dtype=dtype)
 
     chosen = loras_of(loras)
     return opened(chosen), MergedExperts(open=opened, loras=chosen)

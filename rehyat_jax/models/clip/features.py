@@ -40,6 +40,11 @@ class ImageFeatures:
         known = file.is_file()
         self._prepare = Preparation.from_dict(read_json(file), config=config) if known else Preparation.of(config)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one image: tokens, width."""
+        return self._plan.config.tokens, self._plan.config.hidden_size
+
     @cached_property
     def _encoder(self) -> tuple[Any, Any]:
         return nnx.split(cast(ImageEncoder, filled(self._plan, dtype=np.dtype(np.float32))))

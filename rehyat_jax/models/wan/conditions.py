@@ -7,12 +7,12 @@ Sources: Wan-Video/Wan2.1 ``wan/image2video.py``, ``wan/first_last_frame2video.p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
@@ -44,12 +44,40 @@ class Conditioning(Protocol):
     def condition(self, images: Images, size: VideoSize, *, codec: Codec) -> Condition:
         """Images that were checked, as sampling takes them."""
 
-    def of_stream(self) -> Conditioning:
-        """How it takes them where a video is made chunk by chunk.
+    def of_stream(self) -> StreamConditioning:
+        """How it takes them where a video has no end.
 
         Raises:
-            RehyatError: its videos have an end.
+            RehyatError: its videos have one.
         """
+
+
+@runtime_checkable
+class StreamConditioning(Protocol):
+    """How a model takes images where a video is made chunk by chunk, without an end."""
+
+    def check(self, images: Images) -> None:
+        """As of `Conditioning`."""
+
+    def condition(self, images: Images, size: VideoSize, *, codec: Codec) -> Condition:
+        """As of `Conditioning`; ``size`` is the first chunk's."""
+
+    def going_on(self, beginning: UInt8[np.ndarray, "B F H W 3"], size: VideoSize, *, codec: Codec) -> Condition:
+        """The condition of streams that go on from these frames."""
+
+    def lasting(self, size: VideoSize, *, codec: Codec) -> Condition:
+        """The shapes of what lasts of it (`Condition.lasting`)."""
+
+
+@runtime_checkable
+class Features(Protocol):
+    """Of images, by a model's image encoder."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one image: tokens, width."""
+
+    def __call__(self, images: Images) -> Float[Array, "L D"]: ...
 
 
 class NoImages:
@@ -62,7 +90,7 @@ class NoImages:
     def condition(self, images: Images, size: VideoSize, *, codec: Codec) -> Condition:
         return Condition()
 
-    def of_stream(self) -> Conditioning:
+    def of_stream(self) -> StreamConditioning:
         return CleanFirstFrame()  # as finished chunks are committed; it was not trained to see one beside noisy frames
 
 
@@ -81,8 +109,14 @@ class CleanFirstFrame:
         latents = repeated(codec.encode(image[None, None], frames_per_step=1), size.count)
         return Condition(clean=jnp.pad(latents, ((0, 0), (0, frames - 1), *[(0, 0)] * 3)), given=jnp.arange(frames) < 1)
 
-    def of_stream(self) -> Conditioning:
+    def of_stream(self) -> StreamConditioning:
         return self
+
+    def going_on(self, beginning: UInt8[np.ndarray, "B F H W 3"], size: VideoSize, *, codec: Codec) -> Condition:
+        return Condition()
+
+    def lasting(self, size: VideoSize, *, codec: Codec) -> Condition:
+        return Condition()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,12 +129,14 @@ class ImageChannels:
         takes_last: whether there may be a second image; must_last: whether there has to be one.
     """
 
-    features: Callable[[Images], Float[Array, "L D"]] | None
+    features: Features | None
     takes_last: bool
     must_last: bool
 
-    def of_stream(self) -> Conditioning:
-        raise RehyatError("this model makes videos of a length that is known, from an image: it does not stream")
+    def of_stream(self) -> StreamConditioning:
+        if self.must_last:
+            raise RehyatError("this model makes a video between two images: it does not stream")
+        return EndlessImageChannels(dataclasses.replace(self, takes_last=False))
 
     def check(self, images: Images) -> None:
         if images.first is None:
@@ -128,6 +164,38 @@ class ImageChannels:
         return Condition(channels=repeated(jnp.concatenate([mask, latents], axis=-1), size.count), image=features)
 
 
+@dataclasses.dataclass(frozen=True)
+class EndlessImageChannels:
+    """As `ImageChannels`, of a video without an end: an image, then grey frames until the encoder, which looks back in
+    time so far and no further, has forgotten it. What its latents and the empty mask are then, they stay."""
+
+    whole: ImageChannels
+
+    def check(self, images: Images) -> None:
+        self.whole.check(images)
+
+    def condition(self, images: Images, size: VideoSize, *, codec: Codec) -> Condition:
+        return self.whole.condition(images, self._known(size, codec), codec=codec)
+
+    def going_on(self, beginning: UInt8[np.ndarray, "B F H W 3"], size: VideoSize, *, codec: Codec) -> Condition:
+        one = dataclasses.replace(size, count=1)
+        rows = [self.condition(Images(first=frames[0]), one, codec=codec) for frames in beginning]
+        return jax.tree.map(lambda *each: jnp.concatenate(each), *rows)
+
+    def lasting(self, size: VideoSize, *, codec: Codec) -> Condition:
+        known = self._known(size, codec)
+        *places, channels = codec.latent_shape(num_frames=known.frames, height=size.height, width=size.width)
+        features, width = self.whole.features, channels + codec.config.temporal_factor
+        return Condition(
+            channels=jax.ShapeDtypeStruct((size.count, *places, width), jnp.float32),
+            image=None if features is None else jax.ShapeDtypeStruct((size.count, *features.shape), jnp.float32),
+        )
+
+    @staticmethod
+    def _known(size: VideoSize, codec: Codec) -> VideoSize:
+        return dataclasses.replace(size, frames=codec.num_frames(codec.config.encoder_memory + 1))
+
+
 def repeated(one: Float[Array, "1 *shape"], count: int) -> Float[Array, "B *shape"]:
     return jnp.broadcast_to(one, (count, *one.shape[1:]))
 
@@ -137,7 +205,7 @@ def conditioning_of(
     vae: VAEConfig,
     *,
     clean_first_frame: bool,
-    features: Callable[[Images], Float[Array, "L D"]] | None = None,
+    features: Features | None = None,
 ) -> Conditioning:
     """
     Args:

@@ -260,6 +260,17 @@ class VAEConfig:
         """Frames a latent frame stands for (the first stands for one)."""
         return 2 ** sum(self.temperal_downsample)
 
+    @property
+    def encoder_memory(self) -> int:
+        """Latent frames after which nothing of a frame is left in what the encoder makes: it looks back by the two
+        frames of each of its convolutions in time, of which a level has two a residual block, and one that halves."""
+        rate, back = 1, 2  # frames a frame of the level stands for; the first convolution
+        for halves in (*self.temperal_downsample, None):
+            back += rate * (4 * self.num_res_blocks + (2 if halves else 0))
+            rate *= 2 if halves else 1
+        back += rate * (4 * 2 + 2)  # the middle's residual blocks, and the last convolution
+        return 1 + -(-back // rate)
+
     @classmethod
     def wan(cls) -> VAEConfig:
         return cls()
