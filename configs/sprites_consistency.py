@@ -9,12 +9,12 @@ The guide is the source itself, at guidance 4: one of its Euler steps, of 48, at
 by the moving average one level below is what the student's is drawn to. The result carries its defaults: four steps,
 no guidance, fresh noise between steps, finished chunks committed.
 
-Cost: one H200, 272 s, of them about 210 s of steps, with rounds of 16 steps and its programs compiled before; with
-rounds of four, as here, not run yet.
+Cost: one H200, 230 s, of them 169 s of steps, its programs compiled before.
 
-Result: the folder out/sprites-four-steps, in the diffusers layout with its rehyat part. From experiments of 180 and 330
-steps, no guidance for occlusions and none of the longest clips (docs/notebook/fewstep.md), 256 prompts never seen, four
-steps: recall 0.981, directions 0.952 and 0.946, speed 1.005 and 1.003.
+Result: the folder out/sprites-four-steps, in the diffusers layout with its rehyat part: the student that ships in
+mini-sprites, after `rehyat convert out/sprites-four-steps out/both --teacher mini-sprites`. 256 prompts never seen:
+four steps recall 0.980, directions 0.955, speed 1.000; the same object comes out after 48, 96 and 256 hidden frames in
+0.95, 0.86 and 0.89 (docs/notebook/fewstep.md).
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
 """The bundled student's memory: it learns through its state, by teacher forcing on true clips.
 
-    rehyat finetune sprites_forced                     # reads the bundled mini-sprites
+    rehyat finetune sprites_forced                     # reads the bundled mini-sprites-20-steps
     rehyat finetune sprites_forced --stop 1 --out out/detached    # gradients stop at the state: φ_k learns nothing
     rehyat generate "a lemon moving down slowly on a blue background" --model out/sprites-forced
 
 Every chunk of a clip is made from noise, given the clip's own chunks before it, as a stream makes it from finished
 ones; seven of ten batches are occlusions, in which only the state tells who is behind the pillar.
 
-Cost: one H200, 271 s, of them 138 s of steps, with rounds of 16 steps; with those of four, as here, not run yet.
+Cost: one H200, 302 s, of them 95 s of steps; 209 s were loading and compiling, another program beside it.
 
 Result: the folder out/sprites-forced, in the diffusers layout with its rehyat part; 20 steps, guidance 4. From an
 experiment of 229 steps without the longest clips (docs/notebook/fewstep.md): of true clips that a stream goes on with,
@@ -23,7 +23,7 @@ from train.stages.forced import ForcedTraining
 
 config = ForcedTraining(
     out=Path("out/sprites-forced"),
-    source=Path("mini-sprites"),
+    source=Path("mini-sprites-20-steps"),
     hybrid=HybridConfig(length_norm=True),
     aim="flow",
     buckets=(

@@ -116,9 +116,7 @@ class ForcedTraining(FinetuneTraining):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        few = {"num_inference_steps": self.num_inference_steps, "guidance_scale": 1.0, "solver": "Renoise"}
-        if self.first_chunk_steps is not None:
-            few["first_chunk_steps"] = self.first_chunk_steps
+        few = few_step_defaults(self.num_inference_steps, self.first_chunk_steps)
         return super().defaults | (few if self.aim == "consistency" else {})
 
     def batch(  # type: ignore[override]
@@ -251,3 +249,11 @@ def whole_streams(devices: Devices) -> Devices:
     if devices.shape.get("context", 1) > 1:
         raise ConfigError("a stream's time cannot be cut over devices: leave the mesh's context at 1")
     return devices
+
+
+def few_step_defaults(steps: int, first: int | None) -> dict[str, Any]:
+    """What a few-step student is sampled with unless a user says otherwise: so many ``steps`` a chunk, ``first`` in the
+    first one, no guidance, fresh noise between steps; offered are halves of the steps, down to one."""
+    few = {"num_inference_steps": steps, "guidance_scale": 1.0, "solver": "Renoise"}
+    more = {} if first is None else {"first_chunk_steps": first}
+    return few | more | {"offered_steps": sorted({max(1, steps >> halved) for halved in range(steps.bit_length())})}

@@ -48,7 +48,7 @@ from train.engine.run import RunConfig
 from train.engine.stage import Models, Stage
 from train.stages.aims import Aim, aim_mean, guess, noised
 from train.stages.flow import Validation
-from train.stages.forced import whole_streams
+from train.stages.forced import few_step_defaults, whole_streams
 from train.stages.planned import latent_shape
 from train.stages.rewards import Reward
 from train.stages.scores import score_difference, scores_aim
@@ -138,9 +138,7 @@ class ForcingTraining(RunConfig):
     @property
     def defaults(self) -> dict[str, Any]:
         """What the result is sampled with unless a user says otherwise."""
-        few = {"num_inference_steps": self.num_inference_steps, "guidance_scale": 1.0, "solver": "Renoise"}
-        more = {} if self.first_chunk_steps is None else {"first_chunk_steps": self.first_chunk_steps}
-        return few | more | {"remember": self.remember}
+        return few_step_defaults(self.num_inference_steps, self.first_chunk_steps) | {"remember": self.remember}
 
     @property
     def decodes(self) -> bool:
