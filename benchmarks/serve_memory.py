@@ -1,8 +1,9 @@
 """Memory of ``rehyat serve`` while one viewer watches a stream for ten minutes: it should be flat to one per cent.
 
-``python -m benchmarks.serve_memory --minutes 10 --steps 4``. Once a minute the sentence changes. Resident memory of the
-server's process is read once a second; a minute is what its samples' median is. The first two minutes are left out: the
-compiler's, and the cache of the encoder's buffers. Linux.
+``python -m benchmarks.serve_memory --minutes 10 --steps 4``. Once a minute (``--every`` so many seconds) the sentence
+changes. Resident memory of the server's process is read once a second; a minute is what its samples' median is. The
+first two minutes (``--warm``) are left out: the compiler's, and until there are as many snapshots as there may be.
+Linux.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from pathlib import Path
 from websockets.sync.client import connect
 
 SENTENCES = ("a koala moving right slowly on a red background", "a lemon moving up slowly on a blue background")
-#: Minutes that do not count.
-WARM = 2
 
 
 def resident(process: int) -> float:
@@ -33,6 +32,8 @@ def resident(process: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=int, default=10)
+    parser.add_argument("--warm", type=int, default=2, help="minutes before these, which do not count")
+    parser.add_argument("--every", type=float, default=60.0, help="seconds after which the sentence changes")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps; the model's own when not given")
     parser.add_argument("--model", default="mini-sprites")
     options = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
 
 def watched(address: str, process: int, options: argparse.Namespace) -> dict[str, object]:
     """Watch for so many minutes and the warm ones; what the memory was, and how fast frames came."""
-    samples: list[list[float]] = [[] for _ in range(WARM + options.minutes)]
+    samples: list[list[float]] = [[] for _ in range(options.warm + options.minutes)]
     frames, counted = 0, 0.0
     with connect(address.replace("http", "ws") + "/v1/realtime/video", max_size=None) as socket:
         start = {"type": "session.start", "prompt": SENTENCES[0], "num_inference_steps": options.steps}
@@ -63,16 +64,16 @@ def watched(address: str, process: int, options: argparse.Namespace) -> dict[str
                     # As a player that shows what is there at once.
                     position = (told["first_frame"] + told["num_frames"]) / 16
                     socket.send(json.dumps({"type": "session.playback", "position_seconds": position}))
-                    if passed > 60 * WARM:
-                        frames, counted = frames + told["num_frames"], passed - 60 * WARM
+                    if passed > 60 * options.warm:
+                        frames, counted = frames + told["num_frames"], passed - 60 * options.warm
             if passed - last >= 1:
                 last = passed
                 samples[min(int(passed // 60), len(samples) - 1)].append(resident(process))
-            if passed // 60 > said:
+            if passed // options.every > said:
                 said += 1
                 event = {"event_id": str(said), "event": {"prompt": SENTENCES[said % 2]}}
                 socket.send(json.dumps({"type": "session.interaction", "interaction": event}))
-    minutes = [round(statistics.median(minute), 1) for minute in samples[WARM:] if minute]
+    minutes = [round(statistics.median(minute), 1) for minute in samples[options.warm :] if minute]
     return {
         "minutes": len(minutes),
         "frames_per_second": round(frames / counted, 2) if counted else None,

@@ -158,6 +158,7 @@ def main(argv: list[str]) -> None:
         log_level="warning",
         log_config=None if options.log == "json" else uvicorn.config.LOGGING_CONFIG,
         ws_max_size=1 << 16,
+        ws_per_message_deflate=False,  # video is compressed already
         timeout_graceful_shutdown=5,
         server_header=False,
     )

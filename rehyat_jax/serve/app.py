@@ -78,10 +78,9 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
         return JSONResponse(_told(name, host.get(name)))
 
     async def thumbnail(request: Request) -> Response:
-        chunks, number = host.get(request.path_params["name"]).chunks, request.path_params["number"]
-        if number >= len(chunks):
-            raise RehyatError(f"there is no such chunk: {number}")
-        return Response(chunks[number].thumbnail, media_type="image/png", headers={"cache-control": "no-store"})
+        live = host.get(request.path_params["name"])
+        picture = await asyncio.to_thread(live.thumbnail, request.path_params["number"])
+        return Response(picture, media_type="image/png", headers={"cache-control": "no-store"})
 
     async def grown(request: Request) -> Response:
         live = host.get(request.path_params["name"])

@@ -12,12 +12,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.runtime.memory import give_back
 from rehyat_jax.serve.jobs import Job
 from rehyat_jax.serve.live import Batches, Chunk, LiveStream, Pace, Steerable
 from rehyat_jax.serve.wish import Wish
@@ -26,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 #: What names a stream: never a path, nor anything that a client chose.
 _NAME = re.compile(r"[0-9a-f]{16}")
+_GONE = "there is no such stream (any more)"
 
 
 class Full(RehyatError):
@@ -59,6 +62,8 @@ Open = Callable[[Wish], Steerable]
 Resume = Callable[[Path], Steerable]
 #: Of a stream's time, at most a quarter goes into saving it.
 _PATIENCE = 3.0
+#: Seconds between two returns of freed memory to the system.
+_TIDY = 2.0
 
 
 @dataclasses.dataclass
@@ -106,6 +111,8 @@ class Host:
         self.restored = threading.Event()
         self.chunks_made = self.frames_made = self.batches_made = self.largest_batch = 0
         self.chunk_seconds = 0.0
+        #: Of a batch's streams, which are written at once.
+        self._encoders = ThreadPoolExecutor(thread_name_prefix="rehyat-encode")
         self._thread = threading.Thread(target=self._run, name="rehyat-host", daemon=True)
         self._thread.start()
 
@@ -174,7 +181,7 @@ class Host:
         """
         held = self._held.get(name) if _NAME.fullmatch(name) else None
         if held is None:
-            raise RehyatError("there is no such stream (any more)")
+            raise RehyatError(_GONE)
         return held.live
 
     def names(self) -> list[str]:
@@ -185,7 +192,8 @@ class Host:
         """Close a stream and remove its file."""
         live = self.get(name)
         with self._work:
-            del self._held[name]
+            if self._held.pop(name, None) is None:
+                raise RehyatError(_GONE)
         live.close()
         with self._saving:
             live.path.unlink(missing_ok=True)
@@ -263,6 +271,7 @@ class Host:
             self._stop = True
             self._work.notify_all()
         self._thread.join()
+        self._encoders.shutdown()
         if self._together is not None:
             self._together.close()
         for name, held in list(self._held.items()):
@@ -342,6 +351,7 @@ class Host:
         if self._keeps:
             self._restore()
         self.restored.set()
+        tidied = time.monotonic()
         while True:
             with self._work:
                 if self._stop:
@@ -358,6 +368,9 @@ class Host:
             for batch in self._batches(turn):  # one chunk each, in turn
                 busy |= self._one_turn(*batch[0]) if len(batch) == 1 else self._batch_turn(batch)
             busy |= self._one_job()
+            if busy and time.monotonic() - tidied > _TIDY:
+                give_back()
+                tidied = time.monotonic()
             if not busy:
                 with self._work:
                     if not self._stop and not self._calls:
@@ -404,11 +417,16 @@ class Host:
                 self._one_turn(name, held)
             return True
         seconds = time.monotonic() - begun
+        taken = {
+            held.live: self._encoders.submit(held.live.take, block, seconds)
+            for (_, held), block in zip(batch, blocks, strict=True)
+            if not isinstance(block, Exception)
+        }
         for (name, held), block in zip(batch, blocks, strict=True):
             if isinstance(block, Exception):
                 held.live.fail(block)
             else:
-                held.live.take(block, seconds)
+                taken[held.live].result()
                 self._made(name, held, chunks=1, frames=len(block))
             self._end_in_time(name, held)
         self._count_batch(len(batch), seconds)
@@ -431,7 +449,8 @@ class Host:
             held.seen = now
         if now - held.begun > self.limits.life or now - held.seen > self.limits.idle:
             _log.info("stream ended", extra={"stream": name, "frames": held.live.frames})
-            self.end(name)
+            with suppress(RehyatError):  # a client ended it meanwhile
+                self.end(name)
 
     def _one_turn(self, name: str, held: _Held) -> bool:
         live, begun = held.live, time.monotonic()

@@ -6,7 +6,6 @@ no queues: each reads the growing file at its own pace, so that a slow one never
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import io
 import os
@@ -20,13 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.serve.snapshots import Snapshots
+from rehyat_jax.serve.thumbnails import Thumbnails, last_frame
 from rehyat_jax.video.growing import GrowingVideo
-
-#: Pixels of a thumbnail's longer side.
-_THUMBNAIL = 64
 
 
 @runtime_checkable
@@ -40,6 +37,7 @@ class Steerable(Protocol):
     def frames_done(self) -> int: ...
     def __next__(self) -> np.ndarray: ...
     def fork(self, *, seed: int | None = None) -> Steerable: ...
+    def snapshot(self) -> Steerable: ...
     def change_prompt(self, prompt: str) -> None: ...
     def save(self, folder: str | os.PathLike[str]) -> None: ...
 
@@ -57,15 +55,14 @@ class Chunk:
     prompt: str
     #: Seconds that it took to make.
     seconds: float
-    #: Its last frame, small, as a PNG.
-    thumbnail: bytes = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"thumbnail": base64.b64encode(self.thumbnail).decode()}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Chunk:
-        return cls(**{**source, "thumbnail": base64.b64decode(source["thumbnail"])})
+        # Servers of before kept each chunk's picture beside it.
+        return cls(**{name: value for name, value in source.items() if name != "thumbnail"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +144,8 @@ class LiveStream:
         self._video = GrowingVideo(path, fps=pace.fps)
         self._lock = threading.RLock()
         self._chunks: list[Chunk] = []
-        self._snapshots: dict[int, Steerable] = {0: stream.fork()}
+        self._snapshots = Snapshots(pace.snapshot_bytes, {0: stream.snapshot()})
+        self._thumbnails = Thumbnails()
         self._events: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._viewers: set[Viewer] = set()
         self._watchers: set[Callable[[], object]] = set()
@@ -180,7 +178,7 @@ class LiveStream:
             raise RehyatError(f"{path} does not belong to the stream beside it")
         live._video.cut(after=done)
         live._head, live._codec = live._video.head, live._video.codec
-        live._snapshots = {len(live._chunks): live._snapshots[0]}
+        live._snapshots = Snapshots(pace.snapshot_bytes, {len(live._chunks): live._snapshots[0]})
         return live
 
     # What any thread may read.
@@ -246,6 +244,21 @@ class LiveStream:
             with open(self.path, "rb") as file:
                 file.seek(start)
                 return file.read(self._chunks[number].end - start)
+
+    def thumbnail(self, number: int) -> bytes:
+        """A chunk's last frame, small, as a PNG.
+
+        Raises:
+            RehyatError: there is no such chunk.
+        """
+        with self._lock:
+            kept = self._thumbnails.get(number)
+            fragment = None if kept else self.fragment(number, epoch=self.epoch)
+            if fragment is not None:
+                return self._thumbnails.put(number, last_frame(self._head + fragment))
+        if kept is None:
+            raise RehyatError(f"there is no such chunk: {number}")
+        return kept
 
     # What any thread may ask for.
 
@@ -344,13 +357,17 @@ class LiveStream:
         self.close()
 
     def take(self, block: np.ndarray, seconds: float) -> None:
-        """Append the chunk that `stream` made in so many seconds."""
+        """Append the chunk that `stream` made in so many seconds; the stream ends where it cannot be written."""
         with self._lock:
             if self._closed:
                 return
             first = self.frames
             self._video.begin_chapter(self._stream.prompt)
-            self._video.append(block)
+            try:
+                self._video.append(block)
+            except RehyatError as error:
+                self.fail(error)
+                return
             self._head, self._codec = self._video.head, self._video.codec
             self._chunks.append(
                 Chunk(
@@ -360,11 +377,10 @@ class LiveStream:
                     end=self._video.size,
                     prompt=self._stream.prompt,
                     seconds=seconds,
-                    thumbnail=_png(block[-1]),
                 )
             )
-            self._snapshots[len(self._chunks)] = self._stream.fork()
-            self._thin_snapshots()
+            self._thumbnails.put(self._chunks[-1].number, block[-1])
+            self._snapshots.put(len(self._chunks), self._stream.snapshot())
         self.changed()
 
     def save_now(self, folder: Path) -> None:
@@ -398,21 +414,11 @@ class LiveStream:
         self.changed()
         return future
 
-    def _thin_snapshots(self) -> None:
-        """Drop every second of the older snapshots while they take too much; the first and the newest stay."""
-        each = max(1, _bytes_of(self._snapshots[min(self._snapshots)].state))
-        most = max(2, self.pace.snapshot_bytes // each)
-        while len(self._snapshots) > most:
-            numbers = sorted(self._snapshots)
-            for number in numbers[1:-1:2] or numbers[:1]:
-                del self._snapshots[number]
-
     def _at(self, number: int) -> Steerable:
         """The stream after so many chunks: from the nearest snapshot before, the chunks after it made again."""
-        earlier = [kept for kept in self._snapshots if kept <= number]
-        if not earlier:
-            raise RehyatError(f"the stream was resumed at chunk {min(self._snapshots)}: it cannot go back further")
-        nearest = max(earlier)
+        nearest = self._snapshots.nearest(number)
+        if nearest is None:
+            raise RehyatError(f"the stream was resumed at chunk {self._snapshots.first}: it cannot go back further")
         stream = self._snapshots[nearest].fork()
         for chunk in self._chunks[nearest:number]:
             if stream.prompt != chunk.prompt:
@@ -432,7 +438,8 @@ class LiveStream:
         with self._lock:
             self._stream = stream
             del self._chunks[number:]
-            self._snapshots = {kept: snapshot for kept, snapshot in self._snapshots.items() if kept <= number}
+            self._snapshots.cut(number)
+            self._thumbnails.cut(number)
             self._cuts.append(number)
             for viewer in self._viewers:
                 viewer.at(min(viewer.position, self.seconds))
@@ -454,8 +461,8 @@ class LiveStream:
             other._chunks = chunks
             other._video.go_on(after=other.frames)
             other._head, other._codec = self._head, self._codec
-            kept = {at: snapshot for at, snapshot in self._snapshots.items() if at <= number}
-            other._snapshots = kept | {number: stream.fork()}
+            kept = self._snapshots.up_to(number) | {number: stream.snapshot()}
+            other._snapshots = Snapshots(self.pace.snapshot_bytes, kept)
         if stream.prompt != self._stream.prompt:
             stream.change_prompt(self._stream.prompt)
         return other
@@ -471,17 +478,3 @@ class _Limited(io.RawIOBase):
         data = self._file.read(self._left if size < 0 else min(size, self._left))
         self._left -= len(data)
         return data
-
-
-def _png(frame: np.ndarray) -> bytes:
-    image = Image.fromarray(frame)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def _bytes_of(tree: Any) -> int:
-    import jax
-
-    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(tree))

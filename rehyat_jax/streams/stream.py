@@ -245,9 +245,16 @@ class Stream(Iterator[np.ndarray]):
         """
         other, state = copy.copy(self), self._living()
         # The text and the condition are never donated; so both go on with what was precomputed of them.
-        other.state = jax.tree.map(jnp.copy, state)._replace(text=state.text, condition=state.condition)
+        shared: dict[str, Any] = {"text": state.text, "condition": state.condition}
+        other.state = _copied(state, **dict.fromkeys(shared))._replace(**shared)
         if seed is not None:
             other.state = other.state._replace(keys=video_keys(seed, count=len(state.keys)))
+        return other
+
+    def snapshot(self) -> Stream:
+        """As `fork`, to be kept: without what was made of the state and can be made again."""
+        other = self.fork()
+        other._text_kv = other._newest = None
         return other
 
     def change_prompt(self, prompt: Prompts, negative_prompt: str | None = None) -> None:
@@ -297,3 +304,14 @@ class Stream(Iterator[np.ndarray]):
     @cached_property
     def _fingerprint(self) -> str:
         return self._model()
+
+
+def _copied(state: StreamState, **left: Any) -> StreamState:
+    """By one program, where a copy for each array would be as many; but for what is given."""
+    copied: StreamState = _copies(state._replace(**left))
+    return copied
+
+
+@jax.jit
+def _copies(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)

@@ -92,6 +92,10 @@ class Together:
         """`advance_together`; of one stream, its next block."""
         return [next(streams[0])] if len(streams) == 1 else advance_together(streams)
 
+    def know(self, size: int, stream: Stream) -> None:
+        """Batches of this size of streams like this one are compiled already."""
+        self._ready[size].append(stream)
+
     def close(self) -> None:
         """Wait for what is being compiled."""
         if self._compiling is not None:
@@ -101,19 +105,21 @@ class Together:
         return any(kind.shares(like) for kind in self._ready[size])
 
     def _prepare(self, streams: list[Stream]) -> None:
-        """Compile, in a thread of its own, the smallest size that these would fill and that is not there."""
+        """Compile, in a thread of its own, the largest size that these would fill; then those below it, into which
+        they fall apart when one leaves."""
         wanted = [size for size in self._sizes if size <= len(streams) and not self._is_ready(size, streams[0])]
         if not wanted or (self._compiling is not None and self._compiling.is_alive()):
             return
-        copies = [stream.fork() for stream in streams[: wanted[0]]]
+        size = wanted[-1]
+        copies = [stream.fork() for stream in streams[:size]]
 
         def compiled() -> None:
             try:
                 advance_together(copies)
-                self._ready[wanted[0]].append(copies[0])
+                self.know(size, copies[0])
             except Exception:
-                _log.exception("streams cannot be advanced %d at a time", wanted[0])
-                self._sizes = [size for size in self._sizes if size != wanted[0]]
+                _log.exception("streams cannot be advanced %d at a time", size)
+                self._sizes = [other for other in self._sizes if other != size]
 
         self._compiling = threading.Thread(target=compiled, name="rehyat-compile", daemon=True)
         self._compiling.start()

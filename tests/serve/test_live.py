@@ -1,7 +1,10 @@
 """A live stream, with a stream of numbered frames in a model's place: what is made, gone back to, branched, paced."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 from shared.numbered import Numbered
 
 from rehyat_jax.errors import RehyatError
@@ -134,3 +137,26 @@ def test_a_stream_that_fails_ends_with_its_reason(tmp_path):
     live.work()
     assert live.closed
     assert live.failed == "not finite"
+
+
+def test_a_stream_whose_file_cannot_be_written_ends_with_the_reason(tmp_path):
+    live = LiveStream(Numbered("a cat"), tmp_path / "live.mp4", pace=Pace(ahead=1e9))
+    live.join()
+    make(live, 1)
+    live.path.unlink()
+    live.work()
+    assert live.closed
+    assert "it was removed meanwhile" in live.failed
+
+
+def test_pictures_of_chunks_are_at_hand_or_read_from_the_file(live, monkeypatch):
+    """Of the last frame: made when the chunk was, or, once others took its place, of the video (H.264: three levels of
+    plain colours)."""
+    make(live, 2)
+    first = live.thumbnail(0)
+    live._thumbnails.cut(0)
+    again = live.thumbnail(0)
+    pictures = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB").resize((1, 1))) for png in (first, again)]
+    assert np.abs(np.subtract(*(p.astype(int) for p in pictures))).max() <= 3
+    with pytest.raises(RehyatError, match="no such chunk: 2"):
+        live.thumbnail(2)

@@ -288,7 +288,7 @@ def test_streams_in_a_kept_folder_go_on_with_another_server(tmp_path, torn, hand
     host = _kept(tmp_path)
     _until(lambda: host.names() == [name])
     live = host.get(name)
-    assert live.chunks[0].thumbnail.startswith(b"\x89PNG")
+    assert live.thumbnail(0).startswith(b"\x89PNG")
     live.join()
     _until(lambda: live.path.stat().st_size > len(before))
     with live._lock:

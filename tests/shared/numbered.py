@@ -27,6 +27,9 @@ class Numbered:
     def fork(self, *, seed: int | None = None) -> "Numbered":
         return Numbered(self.prompt, self._seed if seed is None else seed, self._past, self.frames_done)
 
+    def snapshot(self) -> "Numbered":
+        return self.fork()
+
     def change_prompt(self, prompt: str) -> None:
         self.prompt = prompt
 
