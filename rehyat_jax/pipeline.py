@@ -147,6 +147,10 @@ class TextToVideo(HasLoras):
             CheckpointError, ConfigError: no such model, or one that cannot be used.
         """
         dtype = arguments.float_dtype("dtype", dtype, ("float32", "bfloat16", "float16"))
+        if not isinstance(repair_prompts, bool):
+            raise arguments.wrong("repair_prompts", repair_prompts, "True or False")
+        if cache_dir is not None:
+            cache_dir = arguments.user_path("cache_dir", cache_dir)
         if hybrid not in ("auto", None) and not isinstance(hybrid, Conversion):
             raise arguments.wrong("hybrid", hybrid, '"auto", None or a HybridConfig')
         folder = find_model(name_or_path)
@@ -472,6 +476,8 @@ class TextToVideo(HasLoras):
     ) -> UInt8[np.ndarray, "*B F H W 3"] | Float[np.ndarray, "*B F H W 3"]:
         """As a call, with settings resolved beforehand; ``phases`` takes times and memory."""
         arguments.choice("output", output, tuple(_PIXELS))
+        if on_step is not None and not callable(on_step):
+            raise arguments.wrong("on_step", on_step, "a function of a phase, the steps done and those in all")
         images = images or Images()
         self._conditioning.check(images)
         session = self.session(settings)

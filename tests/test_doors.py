@@ -28,6 +28,18 @@ CASES = {
     "pipe('a', **SMALL, noise='x')": "noise must be an array, not 'x'",
     "pipe('a', **SMALL, schedule='x')": "schedule must be a FlowSchedule, not 'x'",
     "pipe('a', **SMALL, solver=3)": "solver must be a solver as Euler() or UniPC(), not 3",
+    "pipe('a', **SMALL, on_step=5)": "on_step must be a function of a phase, the steps done and those in all, not 5",
+    "pipe.open_stream('a', first_chunk_steps='3')": "first_chunk_steps must be a whole number of 1 or more, not '3'",
+    "pipe.open_stream('a', first_chunk_steps=0)": "first_chunk_steps must be a whole number of 1 or more, not 0",
+    "pipe.open_stream('a', beginning=5)": "beginning must be an array of frames, or a video's path, not 5",
+    "stream.save(5)": "folder must be a path, not 5",
+    "rj.TextToVideo.from_pretrained('mini-sprites', cache_dir=5)": "cache_dir must be a path, not 5",
+    "rj.TextToVideo.from_pretrained('mini-sprites', repair_prompts='no')": "repair_prompts must be True or False, not",
+    "rj.TextToVideo.from_pretrained('mini-sprites', loras='a.safetensors')": "loras must be a list of LoRAs, not 'a.sa",
+    "rj.write_video(OUT, np.zeros((2, 16, 16, 3)))": "frames must be uint8 [F, H, W, 3], not float64 [2, 16, 16, 3]",
+    "rj.write_video(OUT, [5])": "frames must be uint8 [F, H, W, 3], not 5",
+    "rj.write_video(5, np.zeros((2, 16, 16, 3), np.uint8))": "path must be a path, not 5",
+    "rj.read_video(5)": "path must be a path, not 5",
     "pipe.open_stream(5)": "prompt must be a text or a list of texts that is not empty, not 5",
     "pipe.open_stream('a', seed=1.5)": "seed must be a whole number from 0 to",
     "pipe.open_stream('a', remember='x')": 'remember must be "steps" or a noise level from 0 to below 1, not',
@@ -58,6 +70,7 @@ import numpy as np
 import rehyat_jax as rj
 from rehyat_jax.errors import RehyatError
 
+OUT = "/nowhere/a.mp4"
 SMALL = {{"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0}}
 pipe = rj.TextToVideo.from_pretrained("mini-sprites")
 stream = pipe.open_stream("a", num_inference_steps=1, guidance_scale=1.0)

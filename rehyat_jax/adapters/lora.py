@@ -84,6 +84,8 @@ def loras_of(given: Iterable[Any]) -> tuple[Lora, ...]:
     Raises:
         RehyatError: one is none, or two have the same name.
     """
+    if isinstance(given, str | os.PathLike) or not isinstance(given, Iterable):
+        raise arguments.wrong("loras", given, "a list of LoRAs")
     loras = tuple(Lora.of(each) for each in given)
     for number, lora in enumerate(loras):
         if any(lora.name == other.name for other in loras[:number]):

@@ -100,6 +100,7 @@ def check_outputs(outputs: Outputs, *, resume: bool) -> None:
     if outputs.state.exists() and not outputs.state.is_dir():
         raise RehyatError(f"the stream's state cannot be kept in {outputs.state}: it is a file, not a folder")
     if resume and not outputs.saved() and not _is_hardly_begun(outputs.video):
+        outputs.forget()  # of a run that was killed with its last file removed, and not yet the folder
         raise RehyatError(
             f"{outputs.video} cannot be gone on with: {outputs.state}, which a video leaves until it is finished, is "
             "missing"

@@ -33,6 +33,9 @@ _BLOCK_ARRAYS = 4.0
 #: What the VAE's decoder keeps between latent frames, and holds at once for the four frames of one, in float32 numbers
 #: a pixel and base channel. Its encoder: for each frame of a step.
 _DECODER_STATE, _DECODER, _ENCODER = 25.0, 10.0, 9.0
+#: What a process takes beside its arrays once it has imported what it needs: compiler, programs, codecs. 270 to 370
+#: MB were seen of a tiny and the bundled model; on an accelerator it is the host's.
+_PROGRAM = 300_000_000
 #: How much more a residual decoder holds: its upsamplings keep their width.
 _RESIDUAL_DECODER = 2.0
 
@@ -186,7 +189,7 @@ def video_need(
     if streams:
         phases["denoising"] += phases.pop("decoding")
     largest = max(phases, key=lambda name: phases[name])
-    return Need(device=parts | {largest: phases[largest]}, host=0 if streams else 2 * pixels)
+    return Need(device=parts | {largest: phases[largest]}, host=_PROGRAM + (0 if streams else 2 * pixels))
 
 
 def size_unit(folder: Path) -> tuple[int, int]:

@@ -75,12 +75,21 @@ class OwnSettings:
             guidance_scale_2=self._second_guidance(guidance_scale, guidance_scale_2),
             schedule=_or(schedule, self.schedule_at(height=height, width=width)),
             solver=_or(solver, self.solver),
-            first_chunk_steps=_or(first_chunk_steps, self.defaults.first_chunk_steps),
+            first_chunk_steps=self._first_chunk_steps(first_chunk_steps),
             remember=check_context_noise(_or(remember, self.defaults.remember)),
         )
         # Each says what is wrong, before the text encoder is read.
         _ = settings.guidances, settings.steps(), settings.steps(of_first_chunk=True)
         return settings
+
+    def _first_chunk_steps(self, asked: Any) -> int | None:
+        """
+        Raises:
+            RehyatError: it is no whole number.
+        """
+        if asked is None:
+            return self.defaults.first_chunk_steps
+        return arguments.whole_number("first_chunk_steps", asked, least=1)
 
     def _second_guidance(self, guidance_scale: Any, guidance_scale_2: Any) -> float | None:
         """

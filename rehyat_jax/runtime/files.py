@@ -31,6 +31,7 @@ _REASONS = {
 }
 #: A hidden name keeps so much of the name that it stands for: with what is added, no file system finds it too long.
 _KEPT = 40
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial", re.DOTALL)
 
 
 def reason(error: OSError) -> str:
@@ -193,7 +194,10 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 
 def hidden(path: Path, ending: str) -> Path:
-    """A hidden name beside ``path`` that is its alone."""
+    """A hidden name beside ``path`` that is its alone; beside a partial name, that of the file it is to become."""
+    partial = _PARTIAL.fullmatch(path.name)
+    if partial:
+        return path.parent / f".{partial[1]}.{ending}"
     name = path.name
     if len(name.encode()) > _KEPT:
         name = f"{name[: _KEPT // 4]}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Shaped, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
+from rehyat_jax.runtime import arguments
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import seeds, video_keys
 from rehyat_jax.sampling.rollout import check_finite
@@ -106,6 +107,8 @@ class Stream(Iterator[np.ndarray]):
         embedded = session.embed(text, prompts, negative_prompt)
         state = init_state(session, keys=keys, text=embedded, condition=condition)
         if beginning is not None:
+            if not isinstance(beginning, np.ndarray | jax.Array):
+                raise arguments.wrong("beginning", beginning, "an array of frames, or a video's path")
             one = isinstance(prompt, str)
             state, beginning = prefill(session, state, beginning[None] if one else beginning)
             beginning = beginning[0] if one else beginning
@@ -235,7 +238,7 @@ class Stream(Iterator[np.ndarray]):
         record = StreamRecord(
             settings=self.settings, model=self._fingerprint, prompt=self.prompt, negative_prompt=self.negative_prompt
         )
-        save_stream(folder, self._living(), record)
+        save_stream(arguments.user_path("folder", folder), self._living(), record)
 
     def fork(self, *, seed: int | None = None) -> Stream:
         """A second stream that goes on from here with a copy of the state: the same way, or another with other noise.

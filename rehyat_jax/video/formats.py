@@ -75,7 +75,7 @@ def write_video(
     Raises:
         RehyatError: a name of no known kind, frames that are none, or a file that cannot be written.
     """
-    kind = format_of(path)
+    kind = format_of(path if path == "-" else arguments.user_path("path", path))
     if kind == "mp4":
         io.write_video(path, frames, fps=fps, scale=scale, codec=codec, metadata=metadata)
         return
@@ -161,8 +161,7 @@ def _write_animation(path: Path, pictures: Iterable[np.ndarray], *, kind: str, f
 def _pictures(frames: Blocks, scale: int, path: str | os.PathLike[str]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     shape, count = None, 0
     for block in [frames] if isinstance(frames, np.ndarray) else frames:
-        if block.dtype != np.uint8 or block.ndim != 4 or block.shape[-1] != 3:
-            raise RehyatError(f"frames are uint8 [F, H, W, 3], not {block.dtype} {list(block.shape)}")
+        io.checked_frames(block)
         if shape is not None and block.shape[1:] != shape:
             raise RehyatError(f"frames of {block.shape[1:3]} follow frames of {shape[:2]} in {os.fspath(path)}")
         shape = block.shape[1:]

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.files import check_room, whole_file
 from rehyat_jax.runtime.outputs import marker
 from rehyat_jax.video import colour
@@ -66,7 +67,7 @@ def write_video(
         RehyatError: there are no frames, blocks differ in size, a side is odd under "h264", or the file cannot be
             written (full disk, read-only folder, …). Nothing is left behind then, nor on an interrupt.
     """
-    blocks = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    blocks = (checked_frames(block) for block in ([frames] if isinstance(frames, np.ndarray) else frames))
     first = next((block for block in blocks if len(block)), None)
     if first is None:
         raise RehyatError(f"cannot write {path}: there are no frames")
@@ -81,6 +82,18 @@ def write_video(
             for frame in block:
                 container.mux(stream.encode(picture.image(frame)))
         container.mux(stream.encode())
+
+
+def checked_frames(block: Any) -> UInt8[np.ndarray, "F H W 3"]:
+    """
+    Raises:
+        RehyatError: it is no block of frames.
+    """
+    if not hasattr(block, "dtype"):
+        raise arguments.wrong("frames", block, "uint8 [F, H, W, 3]")
+    if block.dtype != np.uint8 or block.ndim != 4 or block.shape[-1] != 3:
+        raise RehyatError(f"frames must be uint8 [F, H, W, 3], not {block.dtype} {list(block.shape)}")
+    return np.asarray(block)
 
 
 def check_video_room(path: str | os.PathLike[str], frames: int, *, height: int, width: int) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime import arguments
 from rehyat_jax.video import colour
 from rehyat_jax.video.containers import OpenVideo, opened_video, unreadable
 
@@ -96,6 +97,7 @@ def read_video(path: str | os.PathLike[str], *, fps: float | int | None = None) 
     Raises:
         RehyatError: the file is missing, damaged or no video, or is HDR or otherwise not to be shown without a choice.
     """
+    path = arguments.user_path("path", path)
     if fps is not None and not 0 < fps < float("inf"):
         raise RehyatError(f"fps must be a number above 0, not {fps!r}")
     return np.stack([frame.pixels() for frame in (shown_frames(path) if fps is None else frames_at_rate(path, fps))])

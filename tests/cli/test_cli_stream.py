@@ -3,10 +3,13 @@
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -394,3 +397,80 @@ def test_states_that_are_none(rehyat, tmp_path):
     code, _, error = rehyat(out, "--frames", 6, "--overwrite")
     assert code == 0, error
     assert sorted(os.listdir(tmp_path)) == FILES
+
+
+#: Runs that make one video after the other, each gone on with where it was left: a line asks for a process, another
+#: tells how it ended. What does not change from process to process is imported once, and in a process read once.
+KILLED = f"""
+import functools, itertools, os, sys
+from pathlib import Path
+import rehyat_jax.streams.stream, rehyat_jax.video.growing, rehyat_jax.video.io
+from rehyat_jax import cli
+from rehyat_jax.cli import generate_stream
+from rehyat_jax.pipeline import TextToVideo
+
+read = TextToVideo.from_pretrained
+kept = functools.lru_cache(None)(lambda how: read(model, **dict(how)))
+TextToVideo.from_pretrained = lambda _, **how: kept(tuple((k, v) for k, v in how.items() if v))
+generate_stream._PATIENCE = 0  # a state after every chunk
+model, out = map(Path, sys.argv[1:])
+for _ in sys.stdin:
+    process = os.fork()
+    if not process:
+        os.dup2(2, 1)
+        for video in (out / f"{{number}}.mp4" for number in itertools.count()):
+            if not video.with_suffix(".json").exists() or video.with_suffix(".mp4.state").exists():
+                what = ["a cat", "--model", model, *{SMALL!r}, "--out", video, "--frames", {LONG}]
+                code = cli.main(["generate", "--resume", *map(str, what)])
+                if code and video.with_suffix(".mp4.state").exists():  # else it was whole, its state all but forgotten
+                    os._exit(code)
+    print(process, flush=True)
+    print(os.waitpid(process, 0)[1], flush=True)
+"""
+#: Every program is kept on disk, so that a process soon makes its first chunk.
+KEEPING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+
+@pytest.mark.full
+def test_killed_at_random_moments_it_loses_no_more_than_a_chunk(checkpoint, tmp_path):
+    """SIGKILL, fifty times, up to 1.2 times the seconds in which an undisturbed process has its first video: of what a
+    video had, at most the chunk in progress is made again; in the end each has the bytes of the undisturbed one, and
+    nothing else is left."""
+    chance, had = random.Random(4), {}
+    command = [sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=os.environ | KEEPING
+    ) as parent:
+
+        def killed_after(wait: Callable[[], None]) -> None:
+            parent.stdin.write("\n")
+            process = int(parent.stdout.readline())
+            wait()
+            os.kill(process, signal.SIGKILL)
+            assert int(parent.stdout.readline()) == signal.SIGKILL
+
+        def made(number: int) -> None:
+            while not (tmp_path / f"{number + 1}.mp4").exists():
+                time.sleep(0.01)
+
+        killed_after(lambda: made(0))  # compiles
+        begun = time.monotonic()
+        killed_after(lambda: made(1))
+        once = time.monotonic() - begun
+        for _ in range(50):
+            killed_after(lambda: time.sleep(chance.uniform(0, 1.2 * once)))
+            for video in tmp_path.glob("[0-9]*.mp4"):
+                finished = video.with_suffix(".json").exists()
+                frames = LONG if finished else max(whole_frames(video), default=0)
+                assert frames >= had.get(video, 0) - 8
+                had[video] = frames
+        parent.stdin.close()
+    assert len(had) > 5
+    last = tmp_path / f"{len(had) - 1}.mp4"
+    assert last in had
+    rest = run_alone(checkpoint, last, "--resume")
+    assert rest.returncode == 0 or "state, which a video leaves until it is finished, is missing" in rest.stderr
+    assert len({video.read_bytes() for video in had}) == 1
+    # The lock of a process that was killed between its result and its end is an empty file, and nobody's.
+    left = {name for name in os.listdir(tmp_path) if not (name.startswith(".") and name.endswith(".lock"))}
+    assert left == {f"{number}.{kind}" for number in range(len(had)) for kind in ("json", "mp4", "png")}

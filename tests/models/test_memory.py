@@ -1,7 +1,6 @@
 """Estimates of memory against XLA's account of programs and what processes used; refusals before loading."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 
@@ -22,7 +21,6 @@ from rehyat_jax.models.memory import (
     student_config,
     transformer_bytes,
     video_need,
-    weights_bytes,
 )
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
@@ -114,26 +112,39 @@ def test_encoding_is_estimated_to_a_factor_of_two(vae, frames, height, width, st
     assert 0.5 < estimate / true < 2, (estimate, true)
 
 
+#: A command, and what it took from when it asked for room: the estimate, and the growth to the process's peak.
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from rehyat_jax import cli
+from rehyat_jax.runtime import memory
+
+check, seen = memory.check_memory, []
+
+def asked(need, **how):
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    seen[:] = need.on_device + need.host, held
+    check(need, **how)
+
+memory.check_memory = asked
+assert cli.main(sys.argv[1:]) == 0
+print(seen[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - seen[1])
+"""
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("compiled_for_speed")
-@pytest.mark.parametrize("sweep", ["per-step", "per-chunk"])
-def test_the_bundled_models_peak_is_estimated_to_a_factor_of_three(tmp_path, sweep):
-    """Beside what a process without any video has, which is most of it for a model of 13 million parameters."""
-    out = tmp_path / "a.mp4"
-    command = [sys.executable, "-m", "rehyat_jax", "generate", "a lemon", "--sweep", sweep, "--size", "256x256"]
-    command += ["--frames", "65", "--steps", "2", "--out", str(out)]
+@pytest.mark.parametrize(
+    ("sweep", "side", "frames"), [("per-step", 256, 33), ("per-chunk", 256, 33), ("per-chunk", 64, 21)]
+)
+def test_the_peak_of_a_process_is_estimated_to_a_factor_of_two_and_a_half(tmp_path, sweep, side, frames):
+    """Of the bundled model, what its process takes from when it asks for room; seen: 0.9 to 2.0."""
+    options = ["generate", "a lemon", "--sweep", sweep, "--size", f"{side}x{side}", "--frames", str(frames)]
+    command = [sys.executable, "-c", _PEAK, *options, "--steps", "2", "--out", str(tmp_path / "a.mp4")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    phases = json.loads(out.with_suffix(".json").read_text())["phases"]
-    peak, loaded = (max(p["host_peak_bytes"] for name, p in phases.items() if (name == "load") == x) for x in (0, 1))
-    folder = find_model("mini-sprites")
-    shape = VideoShape(frames=65, height=256, width=256, steps=2, guided=True)
-    need = video_need(
-        folder, shape, dtype="float32", hybrid=student_config(folder), streams=sweep == "per-chunk", remember=0.0
-    )
-    weights = sum(weights_bytes(folder, name, dtype="float32") for name in ("transformer", "vae", "text_encoder"))
-    true, estimate = peak - loaded, need.on_device + need.host - weights
-    assert 1 / 3 < estimate / true < 3, (estimate, true)
+    estimate, true = map(int, done.stdout.split()[-2:])
+    assert 0.4 < estimate / true < 2.5, (estimate, true)
 
 
 def _room(monkeypatch, *, host: int | None, device: int | None = None, shared: bool = True) -> None:

@@ -218,12 +218,15 @@ def test_leftovers_of_long_names_are_not_mixed_up(tmp_path):
         take(one)
 
 
-def test_leftovers_of_a_process_that_was_killed_while_it_wrote(tmp_path):
-    script = """
+@pytest.mark.parametrize("inside", ["partial", "inner"])
+def test_leftovers_of_a_process_that_was_killed_while_it_wrote(tmp_path, inside):
+    """Also where what writes a file has a partial name for the partial name that it was given."""
+    script = f"""
 import os, signal, sys
 from rehyat_jax.runtime.files import whole_file
-with whole_file(sys.argv[1]) as partial:
-    partial.write_bytes(b"x" * 100)
+with whole_file(sys.argv[1]) as partial, whole_file(partial) as inner:
+    {inside}.write_bytes(b"x" * 100)
+    (partial if {inside!r} == "inner" else inner).unlink()
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.mp4")]).returncode == -signal.SIGKILL
