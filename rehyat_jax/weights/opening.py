@@ -27,8 +27,14 @@ _NO_WEIGHTS = {
     b"version https://git-lfs": "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`",
     b"<!doctype html": "is a web page, not the file itself: download it again",
     b"<html": "is a web page, not the file itself: download it again",
+    b"<?xml": "is a server's message in XML, not the file itself: download it again",
+    b'{"': "is JSON, not weights: a server's message, or an index or a configuration",
     b"PAR1": "is a parquet file of data, not of weights",
     b"\x1f\x8b": "is compressed (gzip): unpack it first",
+    b"BZh": "is compressed (bzip2): unpack it first",
+    b"\xfd7zxz": "is compressed (xz): unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd): unpack it first",
+    b"7z\xbc\xaf": "is compressed (7-Zip): unpack it first",
 }
 
 

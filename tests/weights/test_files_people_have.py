@@ -324,6 +324,10 @@ NO_WEIGHTS = {
     "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
     "a web page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
     "another web page": (b"<html>404</html>", "web page"),
+    "a store's refusal": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "server's message in XML"),
+    "a hub's refusal": (b'{"error":"Repository not found"}', "is JSON, not weights"),
+    "xz": (b"\xfd7zXZ\0" + bytes(64), "xz"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(64), "zstd"),
     "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "GGUF"),
     "gzip": (b"\x1f\x8b\x08\0" + bytes(64), "gzip"),
 }
