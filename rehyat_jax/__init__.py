@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rehyat_jax.models.umt5.config import TextEncoderConfig
     from rehyat_jax.models.wan.config import VAEConfig, WanConfig
     from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.runtime.mesh_config import MeshConfig
     from rehyat_jax.streams.state import StreamState
     from rehyat_jax.streams.stream import Stream
     from rehyat_jax.streams.timeline import Timeline
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "HybridConfig": "rehyat_jax.mixers.config",
+    "MeshConfig": "rehyat_jax.runtime.mesh_config",
     "Stream": "rehyat_jax.streams.stream",
     "StreamState": "rehyat_jax.streams.state",
     "TextEncoderConfig": "rehyat_jax.models.umt5.config",
@@ -55,6 +57,7 @@ _HOMES = {
 
 __all__ = [
     "HybridConfig",
+    "MeshConfig",
     "Stream",
     "StreamState",
     "TextEncoderConfig",

@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -24,13 +26,17 @@ from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints.loading import MergedExperts, load_vae, open_experts, open_transformer
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
+from rehyat_jax.models.memory import student_config
 from rehyat_jax.models.own_settings import OwnSettings
 from rehyat_jax.models.wan.conditions import Features, VideoSize, conditioning_of
+from rehyat_jax.models.wan.sharding import check_mesh, mesh_for_video
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.models.whole import push_model, save_model
 from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.runtime.notebook import NotebookProgress, in_notebook
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
@@ -64,6 +70,7 @@ class TextToVideo(HasLoras):
         weights: the transformer's on disk, from which it is had with other LoRAs; without them it has those it has.
         traits: how the networks work together.
         image_features: of images, for transformers that attend to them.
+        devices: over which the transformer is sharded.
 
     Raises:
         CheckpointError: the parts do not fit each other.
@@ -81,6 +88,7 @@ class TextToVideo(HasLoras):
         weights: Merged | MergedExperts | None = None,
         traits: Traits | None = None,
         image_features: Features | None = None,
+        devices: Devices = ONE_DEVICE,
     ) -> None:
         self.traits = traits or Traits()
         self._conditioning = conditioning_of(
@@ -98,6 +106,7 @@ class TextToVideo(HasLoras):
         self.vae, self.text = vae, text
         self.schedule, self.solver, self.defaults = schedule, solver, defaults
         self._weights = weights
+        self.devices = devices
 
     def why_not_stream(self) -> str | None:
         """None for a model whose videos need no end; else one sentence that says why."""
@@ -124,6 +133,7 @@ class TextToVideo(HasLoras):
         repair_prompts: bool = True,
         loras: Iterable[Any] = (),
         quantize: Literal["fp8", "int8"] | None = None,
+        mesh: MeshConfig | None = None,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -142,9 +152,13 @@ class TextToVideo(HasLoras):
                 ``[high:|low:]FILE[:strength]``.
             quantize: "fp8" or "int8": the matrices of the transformer's and the text encoder's blocks are kept so on
                 the device.
+            mesh: the devices to generate on: the transformer and the text encoder are sharded over them while they are
+                read, so that none holds the whole (`rehyat_jax.MeshConfig`). Fewer than there are: the first of them.
+                ``automatic``: all, divided as suits streams, or whole videos of the model's own size if it makes none.
 
         Raises:
-            CheckpointError, ConfigError: no such model, or one that cannot be used.
+            CheckpointError, ConfigError: no such model, or one that cannot be used; a mesh that does not divide the
+                model or the devices.
         """
         dtype = arguments.float_dtype("dtype", dtype, ("float32", "bfloat16", "float16"))
         if not isinstance(repair_prompts, bool):
@@ -159,7 +173,9 @@ class TextToVideo(HasLoras):
         student = hybrid == "auto"
         schedule, solver = read_scheduler(folder, student=student)
         traits = read_traits(folder)
+        devices = _devices(mesh, folder, hybrid)
         how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": loras, "quantize": quantize}
+        how["mesh"] = devices.mesh
         transformer: Any
         weights: Merged | MergedExperts
         if traits.boundary_ratio is None:
@@ -171,13 +187,19 @@ class TextToVideo(HasLoras):
             weights=weights,
             vae=load_vae(folder),
             text=PromptEncoder(
-                folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair_prompts, quantize=quantize
+                folder,
+                dtype=dtype,
+                cache=cache and cache / "prompts",
+                repair=repair_prompts,
+                quantize=quantize,
+                mesh=devices.mesh,
             ),
             schedule=schedule,
             solver=solver,
             defaults=read_defaults(folder, student=student),
             traits=traits,
             image_features=ImageFeatures(folder) if transformer.config.image_dim is not None else None,
+            devices=devices,
         )
 
     def __repr__(self) -> str:
@@ -430,7 +452,7 @@ class TextToVideo(HasLoras):
 
     def session(self, settings: Settings) -> Session:
         """The networks as they are now, ready to sample with these settings."""
-        return Session(transformer=self.transformer, vae=self.vae, settings=settings)
+        return Session(transformer=self.transformer, vae=self.vae, settings=settings, devices=self.devices)
 
     def _session_of_saved(self, settings: Settings) -> Session:
         """
@@ -482,6 +504,9 @@ class TextToVideo(HasLoras):
         self._conditioning.check(images)
         session = self.session(settings)
         prompts = prompt_list(prompt, negative_prompt)
+        if self.devices.mesh is not None and not settings.by_chunks:
+            hybrid = getattr(self.transformer, "hybrid", None)
+            check_mesh(self.devices.shape, self.transformer.config, hybrid=hybrid, latent_frames=session.shape[0])
         if settings.by_chunks and noise is not None:
             raise RehyatError(
                 f"the solver {type(settings.solver).__name__} draws its own noise: give a seed in its place"
@@ -527,6 +552,30 @@ def _noise(
     if noise.shape != (count, *shape):
         raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
     return jnp.asarray(noise, jnp.float32)
+
+
+def _devices(mesh: MeshConfig | None, folder: Path, hybrid: Conversion | Literal["auto"] | None) -> Devices:
+    """
+    Raises:
+        ConfigError: the mesh does not divide the model, or the devices that there are.
+    """
+    found = jax.devices()
+    if (len(found) == 1 and (mesh is None or mesh.automatic)) or (mesh is None and jax.process_count() > 1):
+        return ONE_DEVICE
+    conversion = student_config(folder) if hybrid == "auto" else hybrid
+    defaults = read_defaults(folder, student=hybrid == "auto")
+    chosen = mesh_for_video(
+        # One of several devices is a mesh too: kernels run where a program knows its devices.
+        mesh or MeshConfig(fsdp=1),
+        folder,
+        hybrid=conversion,
+        # Videos of other lengths are checked when they are asked for.
+        frames=defaults.num_frames if mesh is not None and mesh.automatic else None,
+        guided=defaults.guidance_scale > 1,
+        streams=True,
+        devices=len(found),
+    )
+    return Devices.first(chosen, found)
 
 
 _PIXELS: dict[str, Pixels] = {"uint8": to_uint8, "float": to_float}

@@ -24,10 +24,14 @@ from rehyat_jax.attention.linear import LinearState
 from rehyat_jax.attention.softmax import softmax_attention
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.runtime.mesh import ALONG, devices_along, mesh_in_force, spec
+from rehyat_jax.runtime.mesh import ALONG, devices_along, mesh_in_force, spec_of
 
 _CONTEXT = "context"
-_TOKENS = spec("batch", "time", "heads", None)
+
+#: The axes of a hybrid attention's state in a stream.
+_KEPT: Any = ("batch", None, "stream heads", None)
+_SUMS: Any = ("batch", "stream heads", None, None)
+STATE = HybridState(s=_SUMS, z=_SUMS[:3], k=_KEPT, v=_KEPT, features_k=_KEPT, seen=())  # type: ignore[arg-type]
 
 
 def hybrid_over_devices(
@@ -73,10 +77,38 @@ def hybrid_over_devices(
             past = _past(k, v, features_k, chunk=chunk, overlap=overlap, decay=decay, devices=devices)
         return attention(q, k, v, features_q, features_k, decay=decay, initial_state=past)
 
-    cut = jax.shard_map(
-        local, in_specs=(*[_TOKENS] * 5, PartitionSpec(ALONG["heads"])), out_specs=_TOKENS, check_vma=False
-    )
-    return cut(*arrays, decay)
+    whole = _tokens(q)
+    specs = (*[whole] * 5, PartitionSpec(ALONG["heads"]))
+    return jax.shard_map(local, in_specs=specs, out_specs=whole, check_vma=False)(*arrays, decay)
+
+
+def hybrid_step_over_devices(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    features_q: Float[Array, "B N H F"],
+    features_k: Float[Array, "B N H F"],
+    state: HybridState,
+    *,
+    decay: Float[Array, " H"] | None,
+    **settings: Any,
+) -> tuple[Float[Array, "B N H D"], HybridState]:
+    """`hybrid_attention` of a stream's next chunks, on every device of the mesh in force: each has some of the heads,
+    all tokens of these, and their states. Settings as of `hybrid_over_devices`."""
+
+    def local(
+        q: Array, k: Array, v: Array, features_q: Array, features_k: Array, state: HybridState, decay: Array | None
+    ) -> tuple[Array, HybridState]:
+        arrays = q, k, v, features_q, features_k
+        return hybrid_attention(*arrays, **settings, decay=decay, initial_state=state, return_state=True)
+
+    arrays = q, k, v, features_q, features_k, state, decay
+    if mesh_in_force() is None:
+        return local(*arrays)
+    tokens, heads = spec_of(q.shape, "batch", None, "stream heads", None), spec_of(q.shape[2:3], "stream heads")
+    states: Any = jax.tree.map(lambda x, axes: spec_of(x.shape, *axes), state, STATE)
+    specs = (*[tokens] * 5, states, heads)
+    return jax.shard_map(local, in_specs=specs, out_specs=(tokens, states), check_vma=False)(*arrays)
 
 
 def softmax_over_devices(
@@ -111,7 +143,8 @@ def softmax_over_devices(
         y = jnp.pad(y, ((0, 0), (0, query.shape[1] - real), (0, 0), (0, 0)))
         return jax.lax.all_to_all(y, _CONTEXT, split_axis=1, concat_axis=2, tiled=True)[:, :, :heads]
 
-    return jax.shard_map(local, in_specs=(_TOKENS,) * 3, out_specs=_TOKENS, check_vma=False)(query, key, value)
+    whole = _tokens(query)
+    return jax.shard_map(local, in_specs=(whole,) * 3, out_specs=whole, check_vma=False)(query, key, value)
 
 
 def softmax_to_text(
@@ -121,9 +154,13 @@ def softmax_to_text(
     attend = partial(softmax_attention, repeats=repeats)
     if mesh_in_force() is None:
         return attend(query, key, value)
-    text = spec("batch", None, "heads", None)
-    cut = jax.shard_map(attend, in_specs=(_TOKENS, text, text), out_specs=_TOKENS, check_vma=False)
+    video, text = _tokens(query), spec_of(key.shape, "batch", None, "heads", None)
+    cut = jax.shard_map(attend, in_specs=(video, text, text), out_specs=video, check_vma=False)
     return cut(query, key, value)
+
+
+def _tokens(x: Float[Array, "B N H D"]) -> PartitionSpec:
+    return spec_of(x.shape, "batch", "time", "heads", None)
 
 
 def _past(

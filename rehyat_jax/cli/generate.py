@@ -19,6 +19,7 @@ from rehyat_jax.cli.generate_stream import Outputs, Request, described, stream_v
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.runtime.mesh_config import MeshConfig
 
 if TYPE_CHECKING:
     from rehyat_jax.mixers.config import HybridConfig
@@ -140,6 +141,9 @@ class Generate:
     repair_prompts: bool = True
     """Repair the prompts' text (curly quotes, full-width letters, mistaken encodings), as Wan's own code does."""
 
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    """Devices to generate on, over which the model is divided; one when not given."""
+
     cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of compiled programs and prompt embeddings (else $REHYAT_CACHE_DIR, else the user's cache folder)."""
 
@@ -150,7 +154,7 @@ class Generate:
 #: What the record has of the options beside the settings.
 _ASKED = (
     *("prompt", "timeline", "beginning", "image", "last_image"),
-    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "out"),
+    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "mesh", "out"),
 )
 
 
@@ -187,7 +191,7 @@ def _run(options: Generate) -> None:
 
             from rehyat_jax.pipeline import TextToVideo
 
-            _check_room(options, hybrid, remember, steps)
+            mesh = _check_room(options, hybrid, remember, steps)
             pipe = TextToVideo.from_pretrained(
                 options.model,
                 dtype=jnp.dtype(options.dtype),
@@ -196,6 +200,7 @@ def _run(options: Generate) -> None:
                 repair_prompts=options.repair_prompts,
                 loras=options.lora,
                 quantize=options.quantize,
+                mesh=mesh,
             )
         if options.hybrid is not None:
             _note(
@@ -329,14 +334,20 @@ def _check_room(
     hybrid: HybridConfig | Literal["auto"],
     remember: ContextNoise | None,
     steps: int | Literal["auto"] | None,
-) -> None:
+) -> MeshConfig | None:
     """
+    Returns:
+        The mesh to generate on, as it is or as it is chosen for this video.
+
     Raises:
-        ConfigError: this machine has no room for the video.
+        ConfigError: this machine has no room for the video, or the mesh does not divide it.
     """
+    import jax
+
     from rehyat_jax.models.folder import find_model, read_defaults
     from rehyat_jax.models.memory import VideoShape, fitting_size, size_unit, student_config, video_need
     from rehyat_jax.models.own_settings import LARGEST_SIDE, MOST_TOKENS
+    from rehyat_jax.models.wan.sharding import mesh_for_video
     from rehyat_jax.runtime.memory import Need, check_memory
 
     folder = find_model(options.model)
@@ -352,7 +363,18 @@ def _check_room(
         guided=guidance > 1,
     )
     if max(shape.height, shape.width) > LARGEST_SIDE or shape.frames > 4 * MOST_TOKENS:
-        return  # of no machine: the pipeline says so
+        return None  # of no machine: the pipeline says so
+    streams, mesh = options.sweep != "per-step", None
+    if not options.mesh.single:
+        mesh = mesh_for_video(
+            options.mesh,
+            folder,
+            hybrid=converted,
+            frames=shape.frames,
+            guided=shape.guided,
+            streams=streams,
+            devices=len(jax.devices()),
+        )
 
     def need(height: int, width: int) -> Need:
         sized = dataclasses.replace(shape, height=height, width=width)
@@ -362,9 +384,10 @@ def _check_room(
             sized,
             dtype=options.dtype,
             hybrid=converted,
-            streams=options.sweep != "per-step",
+            streams=streams,
             remember=past,
             eight_bits=options.quantize is not None,
+            mesh=mesh,
         )
 
     check_memory(
@@ -373,6 +396,7 @@ def _check_room(
         smaller=lambda: fitting_size(need, height=shape.height, width=shape.width, multiple=size_unit(folder)),
         force=options.force,
     )
+    return mesh
 
 
 def _parse_hybrid(text: str | None) -> HybridConfig | Literal["auto"]:

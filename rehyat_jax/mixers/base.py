@@ -12,12 +12,14 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+import jax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.runtime.mesh import Dimension
+from rehyat_jax.runtime.mesh import Dimension, mesh_in_force, spec_of
 
 #: More than any video has; small enough that products of them stay meaningful.
 MOST_FRAMES = 1 << 16
@@ -76,9 +78,26 @@ class Mixer(nnx.Module):
         """The next chunks of a video, from its frame ``first`` on, and the state after them."""
         raise NotImplementedError
 
+    def state_dimensions(self) -> Any:
+        """The dimensions of a state's axes, by which a mesh shards them: a tree like the state, a tuple for each array.
+        By default None: every device has the whole state."""
+        return None
+
+    def state_specs(self, state: Any, *, leading: int = 0) -> Any:
+        """How a state is sharded over the mesh in force, a `PartitionSpec` for each array.
+
+        Args:
+            leading: axes that stand before the state's own.
+        """
+        if (dimensions := self.state_dimensions()) is None:
+            return jax.tree.map(lambda _: PartitionSpec(), state)
+        return jax.tree.map(lambda x, axes: spec_of(x.shape, *[None] * leading, *axes), state, dimensions)
+
     def sharded(self, state: Any) -> Any:
-        """A state under the sharding constraints of the mesh in force; by default there are none."""
-        return state
+        """A state under the sharding constraints of the mesh in force."""
+        if mesh_in_force() is None or self.state_dimensions() is None:
+            return state
+        return jax.tree.map(jax.lax.with_sharding_constraint, state, self.state_specs(state))
 
     def weights(
         self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], *, queries: Int[Array, " Q"], frame: int

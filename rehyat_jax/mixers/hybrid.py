@@ -15,15 +15,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.merge import stabilizer_of
 from pallas_kernels.options import Positive, Stabilizer
-from rehyat_jax.attention.api import Implementation, hybrid_attention
+from rehyat_jax.attention.api import Implementation
 from rehyat_jax.attention.features import Activation
-from rehyat_jax.attention.sharded import hybrid_over_devices
+from rehyat_jax.attention.sharded import STATE, hybrid_over_devices, hybrid_step_over_devices
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.base import MOST_FRAMES, Mixer, MixerConfig, Weights, register, unwritten, whole
 from rehyat_jax.mixers.parts import decay_of, feature_maps, linear_flops, not_below_zero
 from rehyat_jax.mixers.window import window_pairs
-from rehyat_jax.runtime.mesh import Dimension, laid_out
+from rehyat_jax.runtime.mesh import Dimension
 from rehyat_jax.runtime.variables import GateParam
 
 
@@ -140,12 +140,10 @@ class HybridMixer(Mixer):
         first: int | Int[Array, ""],
     ) -> tuple[Float[Array, "B N H D"], HybridState]:
         features = self._features(q, k, frame=frame, first=first)
-        return hybrid_attention(q, k, v, *features, **self._settings(frame), initial_state=state, return_state=True)
+        return hybrid_step_over_devices(q, k, v, *features, state, **self._settings(frame))
 
-    def sharded(self, state: HybridState) -> HybridState:
-        sums = {"s": laid_out(state.s, "batch", "heads", None, None), "z": laid_out(state.z, "batch", "heads", None)}
-        kept = {name: laid_out(getattr(state, name), "batch", None, "heads", None) for name in ("k", "v", "features_k")}
-        return state._replace(**sums, **kept)
+    def state_dimensions(self) -> HybridState:
+        return STATE
 
     def weights(
         self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], *, queries: Int[Array, " Q"], frame: int

@@ -23,7 +23,7 @@ from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.base import MOST_FRAMES, Mixer, MixerConfig, Weights, register, unwritten, whole
 from rehyat_jax.mixers.checks import check_alike, check_state
 from rehyat_jax.mixers.parts import decay_of, feature_maps, linear_flops
-from rehyat_jax.runtime.mesh import Dimension, devices_along, laid_out
+from rehyat_jax.runtime.mesh import Dimension, devices_along
 from rehyat_jax.runtime.variables import GateParam
 
 
@@ -125,8 +125,9 @@ class LinearMixer(Mixer):
             *self._features(q, k), v, chunk=chunk, decay=self.decay, initial_state=state, return_state=True
         )
 
-    def sharded(self, state: LinearState) -> LinearState:
-        return LinearState(laid_out(state.s, "batch", "heads", None, None), laid_out(state.z, "batch", "heads", None))
+    def state_dimensions(self) -> LinearState:
+        axes: Any = ("batch", "stream heads", None, None)
+        return LinearState(axes, axes[:3])
 
     def weights(
         self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], *, queries: Int[Array, " Q"], frame: int

@@ -18,7 +18,7 @@ from rehyat_jax.attention.state import empty_places
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.base import MOST_FRAMES, Mixer, MixerConfig, Weights, register, whole
 from rehyat_jax.mixers.checks import check_alike, check_state
-from rehyat_jax.runtime.mesh import devices_along, laid_out
+from rehyat_jax.runtime.mesh import devices_along
 
 
 @register
@@ -84,9 +84,9 @@ class WindowMixer(Mixer):
     ) -> tuple[Float[Array, "B N H D"], WindowState]:
         return window_attention(q, k, v, **self._settings(frame), initial_state=state, return_state=True)
 
-    def sharded(self, state: WindowState) -> WindowState:
-        tokens = {name: laid_out(x, "batch", None, "heads", None) for name, x in state._asdict().items() if x.ndim}
-        return state._replace(**tokens)
+    def state_dimensions(self) -> WindowState:
+        tokens: Any = ("batch", None, "stream heads", None)
+        return WindowState(tokens, tokens, tokens, tokens, seen=())  # type: ignore[arg-type]
 
     def weights(
         self, q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], *, queries: Int[Array, " Q"], frame: int

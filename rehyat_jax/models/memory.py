@@ -21,6 +21,7 @@ from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.runtime.memory import Need, Room
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.runtime.platform import platform
 from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.sampling.rollout import ContextNoise
@@ -149,6 +150,7 @@ def video_need(
     streams: bool,
     remember: ContextNoise = "steps",
     eight_bits: bool = False,
+    mesh: MeshConfig | None = None,
 ) -> Need:
     """What making a video takes.
 
@@ -156,6 +158,7 @@ def video_need(
         hybrid: how blocks are converted.
         streams: a chunk at a time, where the model can; else as a whole.
         eight_bits: the matrices of the transformer and of the text encoder are kept so.
+        mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
 
     Raises:
         CheckpointError, ConfigError: the folder has not all three networks.
@@ -175,17 +178,24 @@ def video_need(
         levels = shape.steps if remember == "steps" else 1
         cache = mixer_cache_bytes(model, mixing, frame_tokens=frame, batch=batch, levels=levels, dtype=dtype)
     work = transformer_bytes(model, tokens=max(latents * frame, 1), batch=batch, dtype=dtype, weights=weights)
+    of_text = weights_bytes(folder, "text_encoder", dtype=dtype, eight_bits=eight_bits)
+    laid_out_again = _laid_out_again(of_text, dtype)
+    if mesh is not None and platform() != "cpu":  # whose virtual devices share one memory
+        held = (mesh.fsdp or 1) * mesh.context * mesh.tensor
+        weights, of_text = weights // held, of_text // held
+        work //= mesh.context * mesh.tensor * math.gcd(batch, mesh.data * (mesh.fsdp or 1))
+        cache //= math.gcd(mesh.context * mesh.tensor, model.num_attention_heads)
     decoding = decoder_bytes(vae, height=shape.height, width=shape.width)
     pixels = shape.frames * shape.height * shape.width * 3
     parts = {
-        "the text encoder": (text := weights_bytes(folder, "text_encoder", dtype=dtype, eight_bits=eight_bits)),
+        "the text encoder": of_text,
         "the transformer": weights,
         "the VAE": weights_bytes(folder, "vae", dtype=jnp.float32),
         "the past of the stream": cache,
     }
     # One after the other: the prompt is embedded, the video denoised, then decoded; a stream does the last two in turn,
     # and what its decoder keeps stays.
-    phases = {"embedding the prompt": _laid_out_again(text, dtype), "denoising": work, "decoding": decoding}
+    phases = {"embedding the prompt": laid_out_again, "denoising": work, "decoding": decoding}
     if streams:
         phases["denoising"] += phases.pop("decoding")
     largest = max(phases, key=lambda name: phases[name])

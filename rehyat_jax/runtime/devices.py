@@ -63,6 +63,20 @@ class Devices:
             return cls(None)
         return cls(config.make(among, chunks=chunks, batch=batch))
 
+    @classmethod
+    def first(cls, config: MeshConfig, among: Sequence[jax.Device]) -> Devices:
+        """A mesh of the first devices, as many as it takes; every process of a run must have its part of it.
+
+        Raises:
+            ConfigError: processes would be left without a device.
+        """
+        count = config.count
+        if count == 1 and len(among) == 1:
+            return cls(None)
+        if jax.process_count() > 1 and count != len(among):
+            raise ConfigError(f"a mesh of {count} devices leaves some of {jax.process_count()} processes without any")
+        return cls(config.make(among[:count]))
+
     @property
     def count(self) -> int:
         return 1 if self.mesh is None else self.mesh.size
@@ -97,7 +111,7 @@ class Devices:
 
     def parameter_shardings(self, tree: PyTree) -> PyTree:
         """By `rehyat_jax.runtime.sharding.parameter_specs`; None on one device."""
-        return None if self.mesh is None else on_mesh(self.mesh, parameter_specs(tree))
+        return None if self.mesh is None else on_mesh(self.mesh, parameter_specs(tree, mesh=self.mesh))
 
     def batch_shardings(self, tree: PyTree) -> PyTree:
         """By the first axis where that divides, else replicated; None on one device."""
@@ -119,6 +133,18 @@ class Devices:
     def replicate(self, tree: PyTree) -> PyTree:
         """Arrays that every process has, replicated."""
         return self._put(tree, jax.tree.map(lambda _: self.replicated, tree))
+
+    def in_force(self) -> AbstractContextManager[Any]:
+        """In which programs run on these devices; on one device as they are."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def local(self, tree: PyTree) -> PyTree:
+        """Replicated arrays of a mesh, on this process's default device; on one device, as they are."""
+        return tree if self.mesh is None else jax.tree.map(lambda x: jax.device_put(np.asarray(x)), tree)
+
+    def placed(self, tree: PyTree, specs: PyTree) -> PyTree:
+        """Arrays that every process has, sharded by these `PartitionSpec`; on one device, as they are."""
+        return tree if self.mesh is None else self._put(tree, on_mesh(self.mesh, specs))
 
     def parameters(self, tree: PyTree) -> PyTree:
         """Arrays that every process has, by `parameter_shardings`."""
@@ -172,6 +198,8 @@ class Devices:
         whole = jax.jit(lambda x: x, out_shardings=self.replicated)
 
         def fetch(x: jax.Array) -> np.ndarray:
+            if x.is_fully_addressable:
+                return np.asarray(x)
             if x.nbytes > _AT_ONCE and x.ndim > 1:
                 return np.stack([fetch(x[index]) for index in range(x.shape[0])])
             return np.asarray(whole(x))
@@ -184,11 +212,15 @@ class Devices:
 
         def put(x: Any, sharding: NamedSharding) -> jax.Array:
             if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+                return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
             host = np.asarray(x)
             return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
         return jax.tree.map(put, tree, shardings)
+
+
+#: Where there is no mesh.
+ONE_DEVICE = Devices(None)
 
 
 class Agreement:

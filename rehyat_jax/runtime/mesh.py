@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from rehyat_jax.errors import RehyatError
@@ -51,10 +51,13 @@ def devices_along(dimension: Dimension) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ALONG[dimension])
 
 
-def spec_of(shape: Sequence[int], *dimensions: Dimension | None) -> PartitionSpec:
-    """As `spec`, of an array of this shape on the mesh in force: along an axis that does not divide a dimension, after
-    those before it, that is not cut. One video over many devices is no batch to be cut, and every device has it."""
-    if (mesh := mesh_in_force()) is None:
+def spec_of(
+    shape: Sequence[int], *dimensions: Dimension | None, mesh: Mesh | AbstractMesh | None = None
+) -> PartitionSpec:
+    """As `spec`, of an array of this shape on a mesh (that in force by default): along an axis that does not divide a
+    dimension, after those before it, that is not cut. One video over many devices is no batch to be cut, and every
+    device has it."""
+    if (mesh := mesh or mesh_in_force()) is None:
         return PartitionSpec()
     cuts: list[tuple[str, ...] | None] = []
     for size, dimension in zip(shape, dimensions, strict=True):

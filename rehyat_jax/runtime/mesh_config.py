@@ -32,12 +32,16 @@ class MeshConfig:
     """Devices along each axis."""
 
     data: int = 1
-    #: None: all devices that the other axes leave.
+    """Parts of a batch, guidance's two evaluations among them: each device with all weights."""
     fsdp: int | None = None
+    """Parts of a batch, and of the weights, which are gathered layer by layer. None: all devices that the others
+    leave."""
     context: int = 1
+    """Parts of a video's time in whole chunks, or of a chunk's tokens; again of the weights."""
     tensor: int = 1
-    #: As `for_devices` has it for the devices that there are, in place of the sizes above.
+    """Parts of the heads and of the feed-forward's hidden units, whose weights stay where they are."""
     automatic: bool = False
+    """A sensible division of all devices that there are, in place of these sizes."""
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -49,6 +53,11 @@ class MeshConfig:
     def single(self) -> bool:
         """Whether this is one device."""
         return not self.automatic and (self.data, self.fsdp, self.context, self.tensor) == (1, 1, 1, 1)
+
+    @property
+    def count(self) -> int:
+        """Of its devices, where none is left to be filled in."""
+        return self.data * (self.fsdp or 1) * self.context * self.tensor
 
     @classmethod
     def for_devices(cls, devices: int, *, chunks: int = 1, batch: int | None = None) -> MeshConfig:

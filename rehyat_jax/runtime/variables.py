@@ -53,9 +53,9 @@ def kernel(*dimensions: Dimension | None, inputs: int | None = None) -> dict[str
     return {"axes": Axes(dimensions, len(dimensions) - 1 if inputs is None else inputs, decays=True)}
 
 
-def table() -> dict[str, Any]:
-    """Metadata of a table whose rows are looked up."""
-    return {"axes": Axes((None, None), decays=True)}
+def table(width: Dimension | None = None) -> dict[str, Any]:
+    """Metadata of a table whose rows, of this dimension, are looked up."""
+    return {"axes": Axes((None, width), decays=True)}
 
 
 def sharded(*dimensions: Dimension | None) -> dict[str, Any]:

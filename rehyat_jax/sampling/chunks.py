@@ -65,6 +65,11 @@ class Chunks:
 
         return self._joined([of(number) for number in self.numbers])
 
+    def state_specs(self, states: Any) -> Any:
+        """How states are sharded over the mesh in force."""
+        parts = zip(self.numbers, self._parted(states), strict=True)
+        return self._joined([self._experts.members[n].outline.state_specs(part, leading=2) for n, part in parts])
+
     def precompute_text_kv(self, text: Padded, image: Array | None) -> Any:
         """The prompts, and an image's features, as `denoise` takes them."""
 

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
+from rehyat_jax.runtime.mesh import mesh_in_force, replicated
 from rehyat_jax.runtime.platform import inference_jit
 from rehyat_jax.sampling import rollout
 from rehyat_jax.sampling.condition import Condition
@@ -39,7 +40,8 @@ def denoise_step(
     model = nnx.merge(graph, weights)
     padded = partial(model, text_tokens=text.tokens)
     velocity = guided_velocity(padded, text.values, guidance=sampler.guidance, dtype=model.dtype, condition=condition)
-    return rollout.sampling_step(velocity, state, step=step, solver=sampler.solver)
+    # Latents are small; all that is large is sharded within the model.
+    return replicated(rollout.sampling_step(velocity, state, step=step, solver=sampler.solver))
 
 
 @inference_jit(static_argnames="graph")
@@ -63,8 +65,9 @@ def denoise_chunk(
     sampler: Sampler,
 ) -> tuple[Array, States]:
     """A chunk from its noise to its latents: one program for every chunk of a video."""
-    return rollout.denoise_chunk(
-        nnx.merge(graph, weights),
+    model = nnx.merge(graph, weights)
+    latents, states = rollout.denoise_chunk(
+        model,
         states,
         ChunkNoise(keys, first_frame),
         text_kv,
@@ -74,12 +77,13 @@ def denoise_chunk(
         sampler=sampler,
         condition=condition,
     )
+    return replicated(latents), rollout.sharded(model, states)
 
 
 @inference_jit(static_argnames=("shape", "solver"))
 def begin_chunk(keys: Key[Array, " B"], first_frame: Int[Array, ""], *, shape: Shape, solver: Any) -> Any:
     """The solver's state before a chunk."""
-    return solver.init(ChunkNoise(keys, first_frame).initial(shape))
+    return replicated(solver.init(ChunkNoise(keys, first_frame).initial(shape)))
 
 
 @inference_jit(static_argnames=("graph", "sampler"), donate_argnames=("states", "state"))
@@ -97,8 +101,9 @@ def advance_chunk(
     sampler: Sampler,
 ) -> tuple[Any, States]:
     """A chunk through the steps of one of several transformers: the solver's state, and the transformer's."""
+    model = nnx.merge(graph, weights)
     state, states, _ = rollout.advance_chunk(
-        nnx.merge(graph, weights),
+        model,
         states,
         state,
         ChunkNoise(keys, first_frame),
@@ -108,7 +113,7 @@ def advance_chunk(
         sampler=sampler,
         condition=condition,
     )
-    return state, states
+    return replicated(state), rollout.sharded(model, states)
 
 
 class Row(NamedTuple):
@@ -138,8 +143,14 @@ def denoise_chunks(
         how: dict[str, Any] = {"shape": shape, "first_frame": row.first_frame, "steps": steps, "sampler": sampler}
         return rollout.denoise_chunk(model, states, noise, row.text_kv, **how)
 
-    latents, after = jax.vmap(one)(stacked(states), stacked(rows))
-    return latents, unstacked(after, len(states))
+    # Over data each device has some of the streams.
+    latents, after = jax.vmap(one, spmd_axis_name=_axis_of(len(states)))(stacked(states), stacked(rows))
+    return replicated(latents), tuple(rollout.sharded(model, each) for each in unstacked(after, len(states)))
+
+
+def _axis_of(streams: int) -> str | None:
+    mesh = mesh_in_force()
+    return "data" if mesh is not None and mesh.shape["data"] > 1 and streams % mesh.shape["data"] == 0 else None
 
 
 @inference_jit(static_argnames=("graph", "context_noise"), donate_argnames="states")
@@ -157,8 +168,9 @@ def commit_chunk(
     context_noise: ContextNoise,
 ) -> States:
     """The states after a chunk of a video's prefix, which is given."""
-    return rollout.commit_chunk(
-        nnx.merge(graph, weights),
+    model = nnx.merge(graph, weights)
+    states = rollout.commit_chunk(
+        model,
         states,
         latents,
         ChunkNoise(keys, first_frame),
@@ -168,3 +180,4 @@ def commit_chunk(
         context_noise=context_noise,
         condition=condition,
     )
+    return rollout.sharded(model, states)

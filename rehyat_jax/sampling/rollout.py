@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rehyat_jax.errors import ConfigError, NotFiniteError
+from rehyat_jax.runtime.mesh import mesh_in_force
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.guidance import Guidance, Velocity
 from rehyat_jax.sampling.noise import ChunkNoise, Shape
@@ -54,6 +55,8 @@ class Transformer(Protocol):
     def chunk_frames(self) -> int: ...
 
     def init_stream(self, batch: int, height: int, width: int) -> Any: ...
+
+    def state_specs(self, states: Any, *, leading: int) -> Any: ...
 
     def read_text(self, text: Array, text_tokens: int | None, image: Array | None = None) -> Any: ...
 
@@ -158,7 +161,14 @@ def init_states(model: Transformer, sampler: Sampler, *, num_steps: int, batch: 
     """
     leading = num_steps if sampler.context_noise == "steps" else 1, sampler.guidance.evaluations
     state = model.init_stream(batch, height, width)
-    return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), state)
+    return sharded(model, jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), state))
+
+
+def sharded(model: Transformer, states: States) -> States:
+    """The states under the sharding constraints of the mesh in force."""
+    if mesh_in_force() is None:
+        return states
+    return jax.tree.map(jax.lax.with_sharding_constraint, states, model.state_specs(states, leading=2))
 
 
 def precompute_text_kv(model: Transformer, text: Padded, image: Float[Array, "B L D"] | None = None) -> Padded:

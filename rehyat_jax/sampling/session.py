@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from rehyat_jax.runtime import arguments
+from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
+from rehyat_jax.runtime.mesh import mesh_in_force
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling import programs, rollout
 from rehyat_jax.sampling.chunks import Chunks
@@ -45,10 +48,13 @@ class Session:
         transformer: a `rehyat_jax.sampling.rollout.Transformer`, or several by noise level.
         vae: a `rehyat_jax.sampling.codec.Autoencoder`.
         settings: every value resolved.
+        devices: over which the transformer's weights are sharded, and which its programs run on. What goes in and comes
+            out (noise, texts, latents) is on this process's default device; a stream's states stay sharded.
     """
 
-    def __init__(self, *, transformer: Any, vae: Any, settings: Settings) -> None:
+    def __init__(self, *, transformer: Any, vae: Any, settings: Settings, devices: Devices = ONE_DEVICE) -> None:
         self.settings, self.codec = settings, Codec(vae, compute=transformer.dtype)
+        self.devices = devices
         self._transformer = transformer
         self._experts = transformer if isinstance(transformer, Experts) else Experts.of_one(transformer)
         self.samplers = tuple(
@@ -73,13 +79,13 @@ class Session:
 
     @cached_property
     def steps(self) -> SamplingSteps:
-        """On the device."""
-        return jax.tree.map(jnp.asarray, self.settings.steps())
+        """On the devices."""
+        return self.devices.replicate(jax.tree.map(jnp.asarray, self.settings.steps()))
 
     @cached_property
     def first_chunk_steps(self) -> SamplingSteps:
         """As `steps`: of a stream's first chunk, where it has more."""
-        return jax.tree.map(jnp.asarray, self.settings.steps(of_first_chunk=True))
+        return self.devices.replicate(jax.tree.map(jnp.asarray, self.settings.steps(of_first_chunk=True)))
 
     def _steps_from(self, first_frame: Int[Array, ""]) -> SamplingSteps:
         more = (self.settings.first_chunk_steps or 0) > self.settings.num_inference_steps
@@ -153,9 +159,8 @@ class Session:
         on_step: Callable[[int], None] = lambda done: None,
     ) -> Float[Array, "B T h w z"]:
         """The latents of whole videos, all frames at each step."""
-        condition = Condition() if condition is None else condition
-        with precision(self._transformer.dtype):
-            short = trimmed(text)
+        short, noise, condition = self.devices.replicate((trimmed(text), noise, condition or Condition()))
+        with self.computing():
 
             def advance(state: Any, step: SamplingSteps) -> Any:
                 expert = self._experts.at(float(step.timestep))
@@ -166,7 +171,7 @@ class Session:
 
             steps, solver = self.settings.steps(), self.sampler.solver
             latents = rollout.per_step(advance, noise, steps=steps, solver=solver, on_step=on_step)
-            return condition.finished(latents)
+            return self.devices.local(condition.finished(latents))
 
     def denoise_by_chunks(
         self,
@@ -202,7 +207,28 @@ class Session:
             RehyatError: the transformer cannot stream.
         """
         _, height, width, _ = self.shape
-        return self._chunks.init_states(batch, height=height, width=width)
+
+        def made() -> States:
+            return self._chunks.init_states(batch, height=height, width=width)
+
+        if self.devices.mesh is None or mesh_in_force() is not None:
+            return made()
+        with self.computing():  # as one program, which makes on each device what is its own
+            return jax.jit(made)()
+
+    def placed(self, states: Any) -> States:
+        """States of the host, on the devices as `init_states`' are."""
+        if self.devices.mesh is None:
+            return jax.tree.map(jnp.asarray, states)
+        with self.computing():
+            return self.devices.placed(states, self._chunks.state_specs(states))
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """In which programs of the transformer run."""
+        stack = ExitStack()
+        stack.enter_context(precision(self._transformer.dtype))
+        stack.enter_context(self.devices.in_force())
+        return stack
 
     def init_decoder(self, batch: int) -> Any:
         """The decoder's state before the first latent frame of so many videos."""
@@ -211,8 +237,9 @@ class Session:
 
     def precompute_text_kv(self, text: Float[Array, "evaluations B L D"], condition: Condition | None = None) -> Any:
         """The prompts as `denoise_chunk` and `commit_chunk` take them, and the image features of the condition."""
-        with precision(self._transformer.dtype):
-            return self._chunks.precompute_text_kv(trimmed(text), None if condition is None else condition.image)
+        given = self.devices.replicate((trimmed(text), None if condition is None else condition.image))
+        with self.computing():
+            return self._chunks.precompute_text_kv(*given)
 
     def denoise_chunk(
         self,
@@ -224,16 +251,19 @@ class Session:
     ) -> tuple[Float[Array, "B T h w z"], States]:
         """The latents of the next chunk, and the states after it; ``states`` is donated, ``condition`` is the
         video's."""
-        with precision(self._transformer.dtype):
-            return self._chunks.denoise(
+        steps = self._steps_from(first_frame)
+        given = self.devices.replicate((keys, first_frame, self._of_chunk(condition, first_frame)))
+        with self.computing():
+            latents, states = self._chunks.denoise(
                 states,
-                keys,
+                given[0],
                 text_kv,
-                first_frame,
-                self._steps_from(first_frame),
-                self._of_chunk(condition, first_frame),
+                given[1],
+                steps,
+                given[2],
                 shape=self.chunk_shape,
             )
+        return self.devices.local(latents), states
 
     def _of_chunk(self, condition: Condition | None, first_frame: Int[Array, ""]) -> Condition:
         return Condition() if condition is None else condition.chunk(first_frame, self.chunk_shape[0])
@@ -242,8 +272,12 @@ class Session:
         self, states: tuple[States, ...], rows: tuple[programs.Row, ...]
     ) -> tuple[Float[Array, "rows B T h w z"], tuple[States, ...]]:
         """As `denoise_chunk`, the next chunk of each of several streams, none of which stands at its first."""
-        with precision(self._transformer.dtype):
-            return programs.denoise_chunks(
+        rows = tuple(
+            row._replace(keys=self.devices.replicate(row.keys), first_frame=self.devices.replicate(row.first_frame))
+            for row in rows
+        )
+        with self.computing():
+            latents, states = programs.denoise_chunks(
                 self.weights,
                 states,
                 rows,
@@ -252,12 +286,17 @@ class Session:
                 shape=self.chunk_shape,
                 sampler=self.sampler,
             )
+        return self.devices.local(latents), states
 
     def is_as(self, other: Session) -> bool:
         """Whether the other makes the same of the same state: equal settings, and weights that are the same arrays."""
         if self is other:
             return True
-        if self.settings != other.settings or (self.graph, self.codec.graph) != (other.graph, other.codec.graph):
+        if (
+            self.settings != other.settings
+            or self.devices.mesh != other.devices.mesh
+            or (self.graph, self.codec.graph) != (other.graph, other.codec.graph)
+        ):
             return False
         mine, others = (jax.tree.leaves((s.weights, s.codec.weights)) for s in (self, other))
         return all(a is b for a, b in zip(mine, others, strict=True))
@@ -272,6 +311,7 @@ class Session:
         condition: Condition | None = None,
     ) -> States:
         """The states after a chunk that is given; ``states`` is donated, ``condition`` is the video's."""
-        with precision(self._transformer.dtype):
-            seen = self._of_chunk(condition, first_frame)
+        seen = self._of_chunk(condition, first_frame)
+        latents, keys, first_frame, seen = self.devices.replicate((latents, keys, first_frame, seen))
+        with self.computing():
             return self._chunks.commit(states, latents, keys, text_kv, first_frame, self.steps, seen)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -154,7 +154,7 @@ def save_stream(folder: str | os.PathLike[str], state: StreamState, record: Stre
             left.unlink()
 
 
-def _outgoing(name: str, leaf: Array) -> Outgoing:
+def _outgoing(name: str, leaf: Any) -> Outgoing:
     return Outgoing(name=name, dtype=leaf.dtype, shape=leaf.shape, blocks=lambda: [_bytes(np.asarray(leaf))])
 
 
@@ -167,11 +167,18 @@ def read_record(folder: str | os.PathLike[str]) -> StreamRecord:
     return _record(_header(Path(folder) / _FILE), Path(folder) / _FILE)
 
 
-def load_state(folder: str | os.PathLike[str], template: StreamState) -> StreamState:
+def _to_device(states: Any) -> States:
+    return jax.tree.map(jnp.asarray, states)
+
+
+def load_state(
+    folder: str | os.PathLike[str], template: StreamState, *, place: Callable[[States], States] = _to_device
+) -> StreamState:
     """A saved stream's arrays, each checked before it is believed.
 
     Args:
         template: arrays or shapes of the same stream, as ``jax.eval_shape`` of `init_state` gives them.
+        place: the transformer's states to their devices.
 
     Raises:
         CheckpointError: the file is damaged, or not of a stream like the template.
@@ -189,10 +196,11 @@ def load_state(folder: str | os.PathLike[str], template: StreamState) -> StreamS
     state = cast(StreamState, tree)
     if not 0 <= int(state.first_frame) <= MOST_FRAMES:
         raise CheckpointError(f"{path} says that {int(state.first_frame)} latent frames came before")
-    return state._replace(keys=jax.random.wrap_key_data(state.keys, impl=RANDOM))
+    own = jax.tree.map(jnp.asarray, state._replace(states=None))
+    return own._replace(states=place(state.states), keys=jax.random.wrap_key_data(own.keys, impl=RANDOM))
 
 
-def _checked(file: Any, name: str, like: Any, path: Path) -> Array:
+def _checked(file: Any, name: str, like: Any, path: Path) -> np.ndarray:
     """One array, once its shape and type are known to be right, and all its numbers."""
     entry = file.get_slice(name)
     shape, dtype = tuple(entry.get_shape()), (DTYPES | INTEGERS).get(entry.get_dtype())
@@ -205,7 +213,7 @@ def _checked(file: Any, name: str, like: Any, path: Path) -> Array:
     whole = np.issubdtype(array.dtype, np.integer)
     if (array < 0).any() if whole else not all(np.isfinite(part).all() for part in _parts(array)):
         raise CheckpointError(f"{path}: {name!r} holds {'a negative count' if whole else 'NaN or infinity'}")
-    return jnp.asarray(array)
+    return array
 
 
 def _parts(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -159,7 +159,9 @@ class Stream(Iterator[np.ndarray]):
             text = jnp.zeros(text_shape, jnp.float32)
             return init_state(made, keys=video_keys(0, count=count), text=text, condition=condition)
 
-        state = load_state(folder, jax.eval_shape(template, condition(record.settings, count)))
+        with made.computing():
+            wanted = jax.eval_shape(template, condition(record.settings, count))
+        state = load_state(folder, wanted, place=made.placed)
         if int(state.first_frame) % made.chunk_shape[0]:
             raise CheckpointError(f"the stream in {os.fspath(folder)} is damaged: it stands in the middle of a chunk")
         stream = cls(made, state, text=text, model=model, prompt=record.prompt, negative_prompt=record.negative_prompt)
@@ -238,7 +240,10 @@ class Stream(Iterator[np.ndarray]):
         record = StreamRecord(
             settings=self.settings, model=self._fingerprint, prompt=self.prompt, negative_prompt=self.negative_prompt
         )
-        save_stream(arguments.user_path("folder", folder), self._living(), record)
+        state = self._living()
+        if jax.process_count() > 1:  # which have each a part of the states
+            state = state._replace(states=self._session.devices.on_host(state.states))
+        save_stream(arguments.user_path("folder", folder), state, record)
 
     def fork(self, *, seed: int | None = None) -> Stream:
         """A second stream that goes on from here with a copy of the state: the same way, or another with other noise.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -38,6 +41,7 @@ class PromptEncoder:
         repair: bool = True,
         warn: bool = True,
         quantize: Literal["fp8", "int8"] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """Open a checkpoint's text part: sizes and headers are checked, the weights not yet read.
 
@@ -47,12 +51,13 @@ class PromptEncoder:
             cache: a folder for embeddings; ``None``: made each time.
             warn: tell of a prompt that is cut when it is first met; False where the caller counts them.
             quantize: as `load_text_encoder` takes it.
+            mesh: over whose devices the encoder is sharded and computes.
             repair: have ftfy repair prompts, as :func:`~rehyat_jax.text.tokenizer.clean_prompt` says.
 
         Raises:
             CheckpointError, ConfigError: tokenizer or encoder is missing, damaged or foreign, or they do not fit.
         """
-        self.folder, self._dtype, self._quantize = folder, dtype, quantize
+        self.folder, self._dtype, self._quantize, self._mesh = folder, dtype, quantize, mesh
         self._cache = None if cache is None else PromptCache(cache)
         self._warn, self._told = warn, set[str]()
         opened = open_component(folder, "text_encoder")
@@ -71,7 +76,7 @@ class PromptEncoder:
     @cached_property
     def encoder(self) -> UMT5Encoder:
         """The network, read at the first use."""
-        return load_text_encoder(self.folder, dtype=self._dtype, quantize=self._quantize)
+        return load_text_encoder(self.folder, dtype=self._dtype, quantize=self._quantize, mesh=self._mesh)
 
     def __call__(self, prompt: str) -> Float[Array, "1 L D"]:
         """The prompt's embedding in float32, zero beyond its last token, as ``WanPipeline`` makes it.
@@ -86,7 +91,8 @@ class PromptEncoder:
         key = f"{self._identity} {tokens.ids.tolist()} {tokens.mask.sum()}"
         rows = None if self._cache is None else self._cache.get(key, shape=(1, TEXT_LENGTH, self.text_dim))
         if rows is None:
-            rows = np.asarray(embed_tokens(self.encoder, tokens).astype(jnp.float32))
+            with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+                rows = np.asarray(embed_tokens(self.encoder, tokens).astype(jnp.float32))
             if not np.isfinite(rows).all():
                 raise NotFiniteError(
                     f"the text encoder's embedding of a prompt is not finite: it overflows in {jnp.dtype(self._dtype)}"

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.runtime.files import whole_file
+from rehyat_jax.runtime.mesh import replicated
 from rehyat_jax.text.sentencepiece import from_sentencepiece
 
 _log = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ def embed_tokens(encoder: UMT5Encoder, tokens: Tokens) -> Float[Array, "B L D"]:
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(graphdef: Any, params: Any, ids: Int32[Array, "B L"], mask: Int32[Array, "B L"]) -> Float[Array, "B L D"]:
     hidden = nnx.merge(graphdef, params)(ids, mask)
-    return jnp.where(mask[..., None].astype(bool), hidden, jnp.zeros((), hidden.dtype))
+    return replicated(jnp.where(mask[..., None].astype(bool), hidden, jnp.zeros((), hidden.dtype)))
 
 
 class PromptCache:

@@ -198,8 +198,8 @@ def test_mixer_states_are_sharded_by_batch_and_heads():
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(lambda: model.init_stream(2, 4, 6))()
     found = {str(eqn.params["sharding"].spec) for eqn in program.eqns if eqn.primitive.name == "sharding_constraint"}
-    assert str(spec("batch", "heads", None, None)) in found
-    assert str(spec("batch", None, "heads", None)) in found
+    assert str(spec("batch", "stream heads", None, None)) in found
+    assert str(spec("batch", None, "stream heads", None)) in found
 
 
 def test_softmax_is_the_teachers():

@@ -85,9 +85,9 @@ def means_of(loss: Callable[[Any], Mapping[str, Mean]], batch: Any, *, parts: in
 
 def _as_parameters(gradients: PyTree) -> PyTree:
     """On a mesh in force, sharded as the parameters are: what devices sum goes to the one that needs it alone."""
-    if mesh_in_force() is None:
+    if (mesh := mesh_in_force()) is None:
         return gradients
-    return jax.tree.map(jax.lax.with_sharding_constraint, gradients, parameter_specs(gradients))
+    return jax.tree.map(jax.lax.with_sharding_constraint, gradients, parameter_specs(gradients, mesh=mesh))
 
 
 def cut(batch: PyTree, parts: int) -> PyTree:

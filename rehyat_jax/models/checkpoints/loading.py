@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from rehyat_jax.adapters.linear import keep_in_eight_bits
 from rehyat_jax.adapters.lora import Into, Lora, loras_of, of_expert
@@ -28,7 +29,7 @@ from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.sampling.experts import Expert, Experts
 from rehyat_jax.weights.convert import attached_to
 from rehyat_jax.weights.files import EIGHT_BITS
-from rehyat_jax.weights.load import filled, known_dtype
+from rehyat_jax.weights.load import filled, known_dtype, on_mesh
 
 #: In which eight bits the matrices of blocks are kept.
 Quantize = Literal["fp8", "int8"]
@@ -41,6 +42,7 @@ def load_transformer(
     hybrid: Conversion | Literal["auto"] | None = "auto",
     loras: Iterable[Any] = (),
     quantize: Quantize | None = None,
+    mesh: Mesh | None = None,
 ) -> WanTransformer:
     """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
 
@@ -58,12 +60,14 @@ def load_transformer(
         quantize: "fp8" or "int8": the blocks' matrices are kept so on the device, with a scale for each output: half of
             what bfloat16 takes. A file of the same kind is kept as it is; other weights, and those with a LoRA, are
             rounded.
+        mesh: of the axes of `rehyat_jax.runtime.mesh`: the weights are sharded over it while they are read. Calls are
+            then made with it in force (``jax.set_mesh``).
 
     Raises:
         CheckpointError: missing, truncated, foreign, incomplete, misshapen or not finite, in either part.
         ConfigError: a configuration is impossible or another architecture's, or ``hybrid`` names a block too many.
     """
-    return open_transformer(path, dtype=dtype, hybrid=hybrid, loras=loras, quantize=quantize)[0]
+    return open_transformer(path, dtype=dtype, hybrid=hybrid, loras=loras, quantize=quantize, mesh=mesh)[0]
 
 
 def open_transformer(
@@ -75,6 +79,7 @@ def open_transformer(
     hybrid: Conversion | Literal["auto"] | None = "auto",
     loras: Iterable[Any] = (),
     quantize: Quantize | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[WanTransformer, Merged]:
     """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs; ``name`` and
     ``expert`` are which of two experts."""
@@ -86,12 +91,15 @@ def open_transformer(
         keep_in_eight_bits(base.abstract, kind)
     chosen = of_expert(loras_of(loras), expert)
     merged = Merged(base=dataclasses.replace(base, abstract=None), dtype=dtype, loras=chosen)
-    module = cast(WanTransformer, filled(with_loras(base, merged.loras), dtype=dtype))
+    module = cast(WanTransformer, filled(with_loras(base, merged.loras), dtype=dtype, mesh=mesh))
     if isinstance(hybrid, Conversion):
-        return module.with_hybrid(hybrid, rngs=nnx.Rngs(0)), merged
+        module = module.with_hybrid(hybrid, rngs=nnx.Rngs(0))
+        if mesh is not None:
+            on_mesh(module, mesh)
+        return module, merged
     if student is None:
         return module, merged
-    blocks = cast(Any, filled(student.plan, dtype=dtype))
+    blocks = cast(Any, filled(student.plan, dtype=dtype, mesh=mesh))
     return module.with_hybrid(student.plan.config, blocks=blocks), merged
 
 
@@ -122,6 +130,7 @@ def open_experts(
     hybrid: Conversion | Literal["auto"] | None,
     loras: Iterable[Any] = (),
     quantize: Quantize | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Experts, MergedExperts]:
     """Two transformers by noise level, each read when a step first asks for it. Arguments as `open_transformer`.
 
@@ -147,7 +156,8 @@ def open_experts(
         def member(name: Literal["transformer", "transformer_2"], least: float) -> Expert:
             own = of_expert(chosen, EXPERTS[name])
             with_loras(plans[name], own)  # now, not when a step asks for it
-            how = {"expert": EXPERTS[name], "dtype": dtype, "hybrid": hybrid, "loras": own, "quantize": quantize}
+            how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": own, "quantize": quantize, "mesh": mesh}
+            how["expert"] = EXPERTS[name]
             return Expert(
                 name=name,
                 least=least,
@@ -178,11 +188,15 @@ def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVA
 
 
 def load_text_encoder(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, quantize: Quantize | None = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    quantize: Quantize | None = None,
+    mesh: Mesh | None = None,
 ) -> UMT5Encoder:
     """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
     dtype = known_dtype(dtype)
     plan = make_plan(find_checkpoint(path), "text_encoder", dtype=dtype)
     if (kind := kept_as(quantize)) is not None:
         keep_in_eight_bits(plan.abstract, kind)
-    return cast(UMT5Encoder, filled(plan, dtype=dtype))
+    return cast(UMT5Encoder, filled(plan, dtype=dtype, mesh=mesh))

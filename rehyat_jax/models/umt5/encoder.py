@@ -79,11 +79,12 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.d_model, config.num_heads * config.d_kv
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         # T5 folds 1/sqrt(d_kv) into q's initialisation.
-        self.q = _linear(width, inner, (width * config.d_kv) ** -0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.k = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.v = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.o = _linear(inner, width, inner**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.q = _linear(width, inner, (width * config.d_kv) ** -0.5, kernel("width", "heads"), **kinds)
+        self.k = _linear(width, inner, width**-0.5, kernel("width", "heads"), **kinds)
+        self.v = _linear(width, inner, width**-0.5, kernel("width", "heads"), **kinds)
+        self.o = _linear(inner, width, inner**-0.5, kernel("heads", "width"), **kinds)
         self.relative_attention_bias = nnx.Embed(
             config.relative_attention_num_buckets,
             config.num_heads,
@@ -112,10 +113,12 @@ class GatedFeedForward(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.d_model, config.d_ff
-        self.wi_0 = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.wi_1 = _linear(width, inner, width**-0.5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.wi_0 = _linear(width, inner, width**-0.5, kernel("width", "hidden"), **kinds)
+        self.wi_1 = _linear(width, inner, width**-0.5, kernel("width", "hidden"), **kinds)
         self.wide, stored = _residual_dtype(dtype), _residual_dtype(param_dtype)
-        self.wo = _linear(inner, width, inner**-0.5, dtype=self.wide, param_dtype=stored, rngs=rngs)
+        wide: dict[str, Any] = {"dtype": self.wide, "param_dtype": stored, "rngs": rngs}
+        self.wo = _linear(inner, width, inner**-0.5, kernel("hidden", "width"), **wide)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         gate = jax.nn.gelu(self.wi_0(x), approximate=True).astype(self.wide)
@@ -179,7 +182,7 @@ class UMT5Encoder(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             embedding_init=nnx.initializers.normal(1.0),
-            embedding_metadata=table(),
+            embedding_metadata=table("width"),
             rngs=rngs,
         )
 
@@ -231,7 +234,14 @@ def _residual_dtype(dtype: DTypeLike) -> Any:
 
 
 def _linear(
-    inputs: int, outputs: int, std: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    inputs: int,
+    outputs: int,
+    std: float,
+    metadata: dict[str, Any],
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
 ) -> Linear:
     return Linear(
         inputs,
@@ -240,6 +250,6 @@ def _linear(
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=nnx.initializers.normal(std),
-        kernel_metadata=kernel(None, None),
+        kernel_metadata=metadata,
         rngs=rngs,
     )

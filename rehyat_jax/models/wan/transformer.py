@@ -290,6 +290,14 @@ class WanTransformer(nnx.Module):
 
         return jax.lax.map(read, layers)
 
+    def state_specs(self, states: Any, *, leading: int) -> Any:
+        """How stream states are sharded over the mesh in force: `init_stream`'s, with so many axes before the layers'.
+
+        States are by heads: they neither meet nor move while a stream goes on.
+        """
+        parts = zip(self._mixers(), self.mixing.parted(states), strict=True)
+        return self.mixing.joined([mixer.state_specs(part, leading=leading + 1) for mixer, part in parts])
+
     def stream(
         self,
         latents: Float[Array, "B T H W {self.config.in_channels}"],
@@ -325,6 +333,7 @@ class WanTransformer(nnx.Module):
         first = jnp.asarray(first_frame, jnp.int32) // self.config.patch_size[0]
 
         def attend(mixer: Mixer, state: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            q, k, v = (laid_out(each, "batch", None, "stream heads", None) for each in (q, k, v))
             return mixer.step(q, k, v, mixer.sharded(state), frame=rows * columns, first=first)
 
         x, states = self.recur(inputs, text, state, attend, text_tokens=text_tokens)
@@ -354,7 +363,7 @@ class WanTransformer(nnx.Module):
         def step(mixer_graph: Any) -> Callable[..., tuple[Array, Any]]:
             def layer(x: Array, params: tuple[tuple[Any, TextKV], tuple[Any, Any]]) -> tuple[Array, Any]:
                 (block, text), (own, state) = params
-                mixer = nnx.merge(mixer_graph, own)
+                x, mixer = laid_out(x, "batch", "time", None), nnx.merge(mixer_graph, own)
 
                 def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                     y, after = attend(mixer, state, q, k, v)

@@ -1,0 +1,227 @@
+"""Generation on virtual devices: the video of one device, streams that change their devices, what is exchanged."""
+
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from shared.devices import on_devices
+from shared.tiers import chosen
+from shared.training import write_teacher
+
+from rehyat_jax import HybridConfig, MeshConfig, TextToVideo
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.sharding import generation_mesh
+from rehyat_jax.runtime.hlo import work
+from rehyat_jax.sampling import programs
+from rehyat_jax.sampling.condition import Condition
+from rehyat_jax.sampling.noise import video_keys
+from rehyat_jax.weights import load
+
+#: Chunks of two latent frames of sixteen tokens; the video is four of them, and has guidance.
+HYBRID = HybridConfig(chunk_frames=2, overlap_frames=1, decay=True, length_norm=True)
+FRAMES = 15
+PUBLISHED = HybridConfig()
+MESHES = [
+    {"fsdp": 2, "context": 2, "tensor": 2},
+    {"data": 2},
+    {"fsdp": 8},
+    {"context": 4},
+    {"tensor": 2},
+    {"data": 2, "context": 4},
+]
+
+
+def _mesh(sizes) -> MeshConfig:
+    return MeshConfig(**{"fsdp": 1, **sizes})
+
+
+def _pipe(folder: Path, *, hybrid: HybridConfig | None = HYBRID, mesh: MeshConfig | None = None) -> TextToVideo:
+    return TextToVideo.from_pretrained(folder, hybrid=hybrid, mesh=mesh, cache_dir=folder / "cache")
+
+
+def _latents(pipe: TextToVideo) -> np.ndarray:
+    """Of a whole video with guidance, from the noise of a seed."""
+    session = pipe.session(pipe.settings(num_frames=FRAMES))
+    noise = np.random.default_rng(0).normal(size=(1, *session.shape)).astype(np.float32)
+    return np.asarray(session.denoise(jnp.asarray(noise), session.embed(pipe.text, ["a red square"], "dull")))
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one - other).max() / np.abs(one).max())
+
+
+def _whole_videos() -> dict[str, float]:
+    """The largest difference of the latents from those of one device, as a share of their largest number."""
+    folder, found = write_teacher(Path(tempfile.mkdtemp())), {}
+    for hybrid in chosen((HYBRID, None), test=1):
+        one = _latents(_pipe(folder, hybrid=hybrid))
+        for sizes in chosen(MESHES, test=1):
+            on_mesh = _latents(_pipe(folder, hybrid=hybrid, mesh=_mesh(sizes)))
+            found[f"{'student' if hybrid else 'teacher'} {sizes}"] = _apart(one, on_mesh)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole_videos():
+    return on_devices("test_generation_on_mesh", "_whole_videos")
+
+
+def test_a_mesh_makes_the_video_of_one_device(whole_videos):
+    """Two steps of UniPC with guidance; float32 sums in another order, of 36 numbers at most: some 1e-6."""
+    assert max(whole_videos.values()) < 1e-5, whole_videos
+
+
+def _streamed() -> dict[str, list]:
+    """Of a stream's blocks on each mesh, in levels of 255: how far from one device's; of what was saved there and gone
+    on with, there and on one device; whether a layer's matrix was on the host alone while the weights were read, and
+    whether all layers' were; and into how many parts the linear states are cut."""
+    folder, found = write_teacher(Path(tempfile.mkdtemp())), {}
+
+    def frames(stream, count: int) -> np.ndarray:
+        return np.concatenate([next(stream) for _ in range(count)]).astype(int)
+
+    def far(one: np.ndarray, other: np.ndarray) -> int:
+        return int(np.abs(one - other).max())
+
+    one = _pipe(folder)
+    stream = one.open_stream("a red square")
+    begun = frames(stream, 1)
+    stream.save(folder / "saved")
+    rest = frames(stream, 2)
+    aligned, held = load._aligned, []
+
+    def counted(shape, dtype):
+        held.append(tuple(shape))
+        return aligned(shape, dtype)
+
+    for sizes in chosen([{"tensor": 2, "context": 2}, {"automatic": True}, *MESHES[:-1]], test=1):
+        held.clear()
+        load._aligned = counted
+        pipe = _pipe(folder, mesh=_mesh(sizes))
+        load._aligned = aligned
+        by_layer = [(*layers, WAN_DIM, WAN_FFN) in held for layers in ((), (2,))]
+        stream = pipe.open_stream("a red square")
+        here = frames(stream, 1)
+        stream.save(folder / "here")
+        after = frames(stream, 2)
+        state = stream.state.states.s
+        found[str(sizes)] = [
+            far(here, begun),
+            far(after, rest),
+            far(frames(pipe.resume_stream(folder / "saved"), 2), rest),
+            far(frames(one.resume_stream(folder / "here"), 2), rest),
+            far(frames(pipe.resume_stream(folder / "here"), 2), after),
+            by_layer,
+            state.nbytes // state.addressable_shards[0].data.nbytes,
+        ]
+    return found
+
+
+#: Of `shared.training.WAN`, whose feed-forward has the largest matrix.
+WAN_DIM, WAN_FFN = 24, 32
+
+
+@pytest.fixture(scope="module")
+def streamed():
+    return on_devices("test_generation_on_mesh", "_streamed")
+
+
+def test_a_stream_goes_on_upon_other_devices(streamed):
+    """One level of 255 is a rounding of the latents (some 1e-6) at the edge of a pixel's; on the same mesh there is
+    none."""
+    for sizes, (here, after, taken_over, given_back, again, *_) in streamed.items():
+        assert max(here, after, taken_over, given_back) <= 1, sizes
+        assert again == 0, sizes
+
+
+def test_weights_are_read_a_tensor_at_a_time(streamed):
+    assert all(by_layer == [True, False] for *_, by_layer, _ in streamed.values())
+
+
+def test_states_lie_by_heads(streamed):
+    """Two heads: over the two devices of tensor, where context would divide them further."""
+    assert streamed["{'tensor': 2, 'context': 2}"][-1] == 2
+
+
+def _exchanged() -> dict[str, list]:
+    """Collectives of a compiled chunk and of a step of a whole video: kinds, and the sizes of what is gathered in the
+    loop over blocks."""
+    folder, found = write_teacher(Path(tempfile.mkdtemp())), {}
+    for name, sizes in {"chunk": {"tensor": 2}, "step": {"context": 2}}.items():
+        pipe = _pipe(folder, mesh=_mesh(sizes))
+        session = pipe.session(pipe.settings(num_frames=FRAMES))
+        text, steps = session.embed(pipe.text, ["a red square"], "dull"), session.settings.steps()
+        with session.computing():
+            if name == "chunk":
+                given = session.init_states(1), *session.devices.replicate((video_keys(0, count=1),))
+                program = programs.denoise_chunk.lower(
+                    session.weights,
+                    *given,
+                    session.precompute_text_kv(text),
+                    jnp.int32(0),
+                    steps,
+                    Condition(),
+                    graph=session.graph,
+                    shape=session.chunk_shape,
+                    sampler=session.sampler,
+                )
+            else:
+                state = session.sampler.solver.init(jnp.zeros((1, *session.shape), jnp.float32))
+                program = programs.denoise_step.lower(
+                    session.weights,
+                    jax.tree.map(jnp.asarray, state),
+                    steps.at(0),
+                    programs.Padded(text, 512),
+                    Condition(),
+                    graph=session.graph,
+                    sampler=session.sampler,
+                )
+            text_of_program = program.compile().as_text()
+        collectives = work(text_of_program, devices=2).collectives
+        gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(.*/while/", text_of_program)
+        sizes = {int(np.prod([int(n) for n in each.split(",")])) for each in gathers}
+        found[name] = [sorted({c.kind for c in collectives}), sorted(sizes)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def exchanged():
+    return on_devices("test_generation_on_mesh", "_exchanged", devices=2)
+
+
+def test_in_a_stream_cut_by_heads_no_weight_is_gathered(exchanged):
+    """Products are summed where heads and hidden units meet; nothing else moves."""
+    assert exchanged["chunk"] == [["all-reduce"], []]
+
+
+def test_converted_blocks_gather_weights_and_no_activations(exchanged):
+    """What crosses time are the overlap and the states, by permutes; a layer's matrices are gathered, of 24 x 24, 24 x
+    32 and 12 x 24 or 24 x 24 of two heads. Tokens and their keys would be 2 x 32 x 24 numbers."""
+    kinds, gathered = exchanged["step"]
+    assert "collective-permute" in kinds
+    assert "all-to-all" not in kinds
+    assert gathered
+    assert set(gathered) <= {WAN_DIM * WAN_DIM, WAN_DIM * WAN_FFN, 2 * 12 * 24, 2 * 24 * 24}
+
+
+def test_impossible_meshes_are_sentences():
+    model, of_one = WanConfig.t2v_1_3b(), {"rows": 2, "devices": 8}
+
+    def chosen_mesh(sizes, frames: int | None, hybrid=PUBLISHED) -> MeshConfig:
+        return generation_mesh(MeshConfig(**sizes), model, hybrid=hybrid, latent_frames=frames, **of_one)
+
+    with pytest.raises(ConfigError, match="12 heads do not divide by tensor = 8"):
+        chosen_mesh({"tensor": 8, "fsdp": 1}, None)
+    with pytest.raises(ConfigError, match="is 16 devices, and there are 8"):
+        chosen_mesh({"data": 16, "fsdp": 1}, None)
+    with pytest.raises(ConfigError, match="whole chunks of 3"):
+        chosen_mesh({"context": 8, "fsdp": 1}, 21)
+    # Both of guidance's evaluations, then time; a stream by heads.
+    assert chosen_mesh({"automatic": True}, 21) == MeshConfig(fsdp=2, context=4)
+    assert chosen_mesh({"automatic": True}, None) == MeshConfig(fsdp=1, context=2, tensor=4)
+    assert chosen_mesh({"automatic": True}, 21, hybrid=None) == MeshConfig(fsdp=2, context=4)
