@@ -60,9 +60,9 @@ class HeadLinear(nnx.Module):
         self.kernel = MixerParam(normal * (spread * inputs**-0.5), **kernel("heads", "channels", "features", inputs=1))
         self.bias = MixerParam(jnp.tile(bias.astype(param_dtype), (heads, 1)), **sharded("heads", None))
 
-    def __call__(self, x: Float[Array, "B N H I"]) -> Float[Array, "B N H O"]:
+    def __call__(self, x: Float[Array, "H B N I"]) -> Float[Array, "H B N O"]:
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return jnp.einsum("bnhi,hio->bnho", x.astype(self.dtype), kernel) + bias[None, None]
+        return jnp.einsum("hbni,hio->hbno", x.astype(self.dtype), kernel) + bias[:, None, None]
 
 
 class FeatureMap(nnx.Module):
@@ -169,9 +169,10 @@ class FeatureMap(nnx.Module):
         return gpu.feature_kernels(device_kind(), x, degree=self.degree)
 
     def _plain(self, x: Float[Array, "B N H D"], weight: Float[Array, "N H"] | None) -> Float[Array, "B N H F"]:
+        x = x.transpose(2, 0, 1, 3)  # heads outermost, as the products have them: else a CPU turns each one's result
         for layer in self.layers[:-1]:
             x = _ACTIVATIONS[self.activation](layer(x))
         x = _POSITIVES[self.positive](self.layers[-1](x).astype(accumulator(self.dtype)))
         parts = jnp.split(x, self.degree, axis=-1)
-        x = jnp.concatenate([part**i for i, part in enumerate(parts, 1)], axis=-1)
+        x = jnp.concatenate([part**i for i, part in enumerate(parts, 1)], axis=-1).transpose(1, 2, 0, 3)
         return (x if weight is None else x * weight[None, :, :, None]).astype(self.dtype)
