@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -16,8 +16,6 @@ from rehyat_jax.errors import RehyatError
 
 if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
-    from rehyat_jax.serve.wish import Wish
-    from rehyat_jax.streams.stream import Stream
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 #: A model that knows no more words than these has them suggested.
@@ -32,8 +30,9 @@ class Serve:
     Only this machine can reach it, unless another --host is given; then a token is needed, which is printed.
     """
 
-    model: Annotated[str, tyro.conf.arg(metavar="NAME|DIR")] = "mini-sprites"
-    """A bundled model's name, or a model's folder; all of its blocks must be converted."""
+    model: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME|DIR")] = ()
+    """A bundled model's name, or a model's folder; all of its blocks must be converted. mini-sprites when not given.
+    Again for another to choose from, of as many frames a second; the first is meant where a client names none."""
 
     host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
     """Where to listen. Any other than this machine's own needs a token."""
@@ -51,8 +50,9 @@ class Serve:
     browser: bool = False
     """Open the page in a browser."""
 
-    ahead: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 4.0
-    """Video that is made beyond what the furthest viewer is shown."""
+    ahead: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 1.0
+    """A chunk is begun while less video than this is ready for the furthest viewer: more is safer on a machine with
+    other work, less shows a changed sentence sooner."""
 
     streams: Annotated[int, tyro.conf.arg(metavar="N")] = 8
     """Streams at once."""
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         raise RehyatError(f"rehyat serve needs {error.name}: pip install 'rehyat-jax[serve]'") from error
 
+    from rehyat_jax.cli.serve_models import Models
     from rehyat_jax.pipeline import TextToVideo
     from rehyat_jax.runtime.platform import device_kind, platform
     from rehyat_jax.serve.app import About, make_app
@@ -120,14 +121,12 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.serve.live import Pace
     from rehyat_jax.streams.together import Together
 
-    _check_room(options, steps)
-    pipe = TextToVideo.from_pretrained(
-        options.model, dtype=options.dtype, loras=options.lora, quantize=options.quantize
-    )
-    if (why := pipe.why_not_stream()) is not None:
-        raise RehyatError(why)
-    if steps == "auto":
-        steps = _measured(pipe)
+    names = tuple(dict.fromkeys(options.model or ("mini-sprites",)))
+    for name in names:
+        _check_room(options, name, steps)
+    how: Any = {"dtype": options.dtype, "loras": options.lora, "quantize": options.quantize}
+    models = Models({name: TextToVideo.from_pretrained(name, **how) for name in names}, steps)
+    pipe = models.pipes[names[0]]
     batch = options.batch or (1 if platform() == "cpu" else 8)
     token = (
         options.token
@@ -137,20 +136,23 @@ def main(argv: list[str]) -> None:
     access = Access(hosts=(*Access().hosts, *_named(options.host), *options.names), token=token)
     words = _words(pipe)
     about = About(
-        model=options.model,
+        model=names[0],
+        models=models.about(),
         device=device_kind(),
         words=words,
         example=_EXAMPLE if set(_EXAMPLE.split()) <= set(words) else "",
     )
     host = Host(
-        lambda wish: _opened(pipe, wish, steps),
-        resume=pipe.resume_stream,
+        models.opened,
+        resume=models.resumed,
+        describe=models.described,
         together=Together(batch) if batch > 1 else None,
         folder=options.folder,
         pace=Pace(fps=pipe.fps, ahead=options.ahead),
         limits=Limits(streams=options.streams, idle=options.idle),
     )
     host.restored.wait()  # whoever comes back finds the stream
+    host.call(models.warm_up)
     config = uvicorn.Config(
         make_app(host, about, access=access),
         host=options.host,
@@ -166,7 +168,7 @@ def main(argv: list[str]) -> None:
     host.close()
 
 
-def _check_room(options: Serve, steps: int | Literal["auto"] | None) -> None:
+def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) -> None:
     """
     Raises:
         ConfigError: this machine has no room for one stream of the model's own size.
@@ -175,7 +177,7 @@ def _check_room(options: Serve, steps: int | Literal["auto"] | None) -> None:
     from rehyat_jax.models.memory import VideoShape, student_config, video_need
     from rehyat_jax.runtime.memory import check_memory
 
-    folder = find_model(options.model)
+    folder = find_model(name)
     defaults = read_defaults(folder)
     shape = VideoShape(
         frames=defaults.num_frames,
@@ -194,29 +196,6 @@ def _check_room(options: Serve, steps: int | Literal["auto"] | None) -> None:
         eight_bits=options.quantize is not None,
     )
     check_memory(need, what=f"streams of {defaults.width}x{defaults.height}", force=options.force)
-
-
-def _measured(pipe: TextToVideo) -> int:
-    measured = pipe.real_time_steps()
-    slower = "" if measured.real_time else f", fewer than the {pipe.fps} of the video: playback slows evenly"
-    print(
-        f"rehyat: {measured.steps} steps make {measured.frames_per_second:.1f} frames a second here{slower}",
-        file=sys.stderr,
-    )
-    return measured.steps
-
-
-def _opened(pipe: TextToVideo, wish: Wish, steps: int | None) -> Stream:
-    return pipe.open_stream(
-        wish.prompt,
-        negative_prompt=wish.negative_prompt,
-        seed=wish.seed,
-        num_inference_steps=wish.num_inference_steps or steps,
-        guidance_scale=wish.guidance_scale,
-        image=wish.image,
-        width=wish.width,
-        height=wish.height,
-    )
 
 
 def _Announced(config, options: Serve, token: str | None):

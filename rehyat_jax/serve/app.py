@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket
 from rehyat_jax import __version__
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.guard import Access, Guard
-from rehyat_jax.serve.host import Full, Host, keep_copy
+from rehyat_jax.serve.host import Full, Host
 from rehyat_jax.serve.live import LiveStream
 from rehyat_jax.serve.realtime import realtime
 from rehyat_jax.serve.videos import video_routes
@@ -29,11 +29,24 @@ _PAGE = Path(__file__).parent / "page"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What the page is told of a model: what it is run with where a client asks for nothing else."""
+
+    name: str
+    steps: int = 1
+    offered_steps: tuple[int, ...] = ()
+    guidance: float = 1.0
+    #: Whether guidance is of use: a student that was trained to need none has no use for it.
+    guided: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class About:
-    """What the page is told of the model."""
+    """What the page is told of the server; ``model`` is the one that is meant where a client names none."""
 
     model: str
     device: str
+    models: tuple[Model, ...] = ()
     words: tuple[str, ...] = ()
     example: str = ""
 
@@ -88,18 +101,14 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
 
     async def whole(request: Request) -> Response:
         name = request.path_params["name"]
-        live = host.get(name)
-        if not live.frames:
-            raise RehyatError("nothing was made yet")
-        made = await asyncio.wrap_future(host.call(lambda: keep_copy(live, host.folder / f"{name}.whole.mp4")))
+        made = await asyncio.wrap_future(host.whole(name))
         return FileResponse(made, media_type="video/mp4", filename=f"rehyat-{name}.mp4")
 
     async def state(request: Request) -> Response:
         name = request.path_params["name"]
-        folder = host.folder / f"{name}.state"
-        await asyncio.wrap_future(host.get(name).save(folder))
+        await asyncio.wrap_future(host.save(name))
         return FileResponse(
-            folder / "stream.safetensors",
+            host.state_of(name),
             media_type="application/octet-stream",
             filename=f"rehyat-{name}.stream.safetensors",
         )
@@ -131,7 +140,7 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
             Route("/v1/streams/{name}/whole.mp4", whole),
             Route("/v1/streams/{name}/state", state),
             Route("/v1/streams/{name}/thumbnails/{number:int}.png", thumbnail),
-            *video_routes(host, about.model),
+            *video_routes(host, [about.model, *(m.name for m in about.models if m.name != about.model)]),
             WebSocketRoute("/v1/realtime/video", socket),
             Mount("/page", StaticFiles(directory=_PAGE)),
         ],

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +23,7 @@ from rehyat_jax.runtime.memory import give_back
 from rehyat_jax.serve.jobs import Job
 from rehyat_jax.serve.live import Batches, Chunk, LiveStream, Pace, Steerable
 from rehyat_jax.serve.wish import Wish
+from rehyat_jax.video.growing import finish_video
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Limits:
 
 #: Makes a stream of a wish, or raises RehyatError.
 Open = Callable[[Wish], Steerable]
+#: What a saved video says of how it was made, of a stream and its sentences by second.
+Describe = Callable[[Any, Mapping[float, str]], Mapping[str, str]]
 #: The stream that was saved in a folder; raises RehyatError where there is none that can be trusted.
 Resume = Callable[[Path], Steerable]
 #: Of a stream's time, at most a quarter goes into saving it.
@@ -82,6 +85,7 @@ class Host:
         open_stream: makes a stream of the model; called on the host's thread alone, as all that a model does.
         resume: reads a saved stream; without it none can be handed in.
         together: makes chunks of several streams as rows of one batch; without it, each by itself.
+        describe: metadata of the videos that are handed out; the stream is that of the newest chunk.
         folder: where files are kept; a temporary one, removed with the host, by default. With ``resume``, streams are
             saved in it as they grow, and those of an earlier host go on.
     """
@@ -92,12 +96,13 @@ class Host:
         *,
         resume: Resume | None = None,
         together: Batches | None = None,
+        describe: Describe | None = None,
         pace: Pace | None = None,
         limits: Limits | None = None,
         folder: Path | None = None,
     ) -> None:
         self.pace, self.limits = pace or Pace(), limits or Limits()
-        self._open, self._resume, self._together = open_stream, resume, together
+        self._open, self._resume, self._together, self._describe = open_stream, resume, together, describe
         self._keeps = folder is not None and resume is not None
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="rehyat-serve-")
         self.folder = folder or Path(self._own.name if self._own else "")
@@ -174,6 +179,37 @@ class Host:
         live.branch(number, self.folder / f"{other}.mp4", seed=seed).add_done_callback(held)
         return done
 
+    def whole(self, name: str) -> Future[Path]:
+        """A finished mp4 of what a live stream has made: an index, a chapter for each sentence, how it was made.
+
+        Raises:
+            RehyatError: there is no such stream, or nothing was made yet.
+        """
+        live = self.get(name)
+        if not live.frames:
+            raise RehyatError("nothing was made yet")
+        target = self.folder / f"{name}.whole.mp4"
+
+        def make() -> Path:
+            metadata = {} if self._describe is None else self._describe(live.stream, live.sentences)
+            copy = target.with_suffix(".part")
+            shutil.copyfile(live.path, copy)
+            try:
+                finish_video(copy, target, metadata=metadata)
+            finally:
+                copy.unlink()
+            return target
+
+        return self.call(make)
+
+    def save(self, name: str) -> Future[None]:
+        """Keep the state after a live stream's newest chunk, as `state_of` finds it."""
+        return self.get(name).save(self._state_folder(name))
+
+    def state_of(self, name: str) -> Path:
+        """The file of a live stream's state that was kept last."""
+        return self._state_folder(name) / "stream.safetensors"
+
     def get(self, name: str) -> LiveStream:
         """
         Raises:
@@ -198,6 +234,7 @@ class Host:
         with self._saving:
             live.path.unlink(missing_ok=True)
             self._chunks_file(name).unlink(missing_ok=True)
+            (self.folder / f"{name}.whole.mp4").unlink(missing_ok=True)
             shutil.rmtree(self._state_folder(name), ignore_errors=True)
 
     def queue(self, wish: Wish, *, frames: int) -> Job:
@@ -466,14 +503,3 @@ class Host:
             self._made(name, held, chunks=made, frames=live.frames - frames)
         self._end_in_time(name, held)
         return busy
-
-
-def keep_copy(live: LiveStream, target: Path) -> Path:
-    """A finished mp4 of what a live stream has made, with an index."""
-    from rehyat_jax.video.growing import finish_video
-
-    copy = target.with_suffix(".part")
-    shutil.copyfile(live.path, copy)
-    finish_video(copy, target)
-    copy.unlink()
-    return target

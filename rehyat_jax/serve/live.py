@@ -34,6 +34,11 @@ class Steerable(Protocol):
     state: Any
 
     @property
+    def how(self) -> Mapping[str, Any]:
+        """Width, height, steps, guidance, …, by the names that clients ask for them with."""
+        ...
+
+    @property
     def frames_done(self) -> int: ...
     def __next__(self) -> np.ndarray: ...
     def fork(self, *, seed: int | None = None) -> Steerable: ...
@@ -216,6 +221,20 @@ class LiveStream:
     @property
     def prompt(self) -> str:
         return self._stream.prompt
+
+    @property
+    def how(self) -> Mapping[str, Any]:
+        """As `Steerable`; the file's frames may be larger than the model's."""
+        return self._stream.how
+
+    @property
+    def sentences(self) -> dict[float, str]:
+        """What was made so far shows, by the seconds from which on it does."""
+        told: dict[float, str] = {}
+        for chunk in self.chunks:
+            if not told or told[max(told)] != chunk.prompt:
+                told[chunk.first_frame / self.pace.fps] = chunk.prompt
+        return told
 
     @property
     def closed(self) -> bool:

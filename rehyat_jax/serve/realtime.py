@@ -1,9 +1,9 @@
 """A live stream over a WebSocket, by the message names of vLLM-Omni's ``/v1/realtime/video``.
 
 The client says ``session.start`` (or ``session.join`` with a stream's id), then ``session.interaction``,
-``session.playback``, ``session.ping``, ``session.stop``; and of our own ``session.rewind``, ``session.fork``. The
-server says ``video.start``, then ``video.chunk_metadata`` before each binary fragment of the growing mp4, of our own
-``video.rewind``, and ``session.…`` or ``error`` in answer.
+``session.playback``, ``session.ping``, ``session.stop``; and of our own ``session.rewind``, ``session.fork``,
+``session.save``. The server says ``video.start``, then ``video.chunk_metadata`` before each binary fragment of the
+growing mp4, of our own ``video.rewind``, and ``session.…`` or ``error`` in answer.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class _Connection:
                         "format": "m4s",
                         "mime_type": f'video/mp4; codecs="{live.codec}"',
                         "fps": live.pace.fps,
+                        **live.how,
                     },
                     live.head,
                 )
@@ -152,6 +153,7 @@ class _Connection:
             "session.ping": self._ping,
             "session.rewind": self._rewind,
             "session.fork": self._fork,
+            "session.save": self._save,
         }
         while True:
             message = await _message(self._socket)
@@ -194,6 +196,10 @@ class _Connection:
         seed = None if message.get("seed") is None else _whole(message, "seed")
         name = await _result(self._host.branch(self._name, _whole(message, "chunk"), seed=seed))
         await self._say({"type": "session.forked", "id": name, "from": self._name})
+
+    async def _save(self, message: Mapping[str, Any]) -> None:
+        await _result(self._host.save(self._name))
+        await self._say({"type": "session.saved", "id": self._name, "state": f"/v1/streams/{self._name}/state"})
 
     async def _say(self, message: Mapping[str, Any], data: bytes | None = None) -> None:
         async with self._sending:  # a fragment follows its metadata

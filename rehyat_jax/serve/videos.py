@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+from collections.abc import Sequence
 from email.parser import BytesParser
 from email.policy import HTTP
 from typing import Any
@@ -30,16 +31,24 @@ _WHOLE, _REAL = ("seed", "num_frames", "num_inference_steps", "fps"), ("guidance
 _MOST_PIXELS = 1 << 24
 
 
-def video_routes(host: Host, model: str) -> list[Route]:
-    """The routes ``/v1/models``, ``/v1/videos``, ``/v1/videos/ID`` and ``/v1/videos/ID/content``."""
+def video_routes(host: Host, names: Sequence[str]) -> list[Route]:
+    """The routes ``/v1/models``, ``/v1/videos``, ``/v1/videos/ID`` and ``/v1/videos/ID/content``.
+
+    Args:
+        names: of the models; the first is meant where a client names none.
+    """
 
     async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": model, "object": "model", "owned_by": "rehyat"}]})
+        return JSONResponse(
+            {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "rehyat"} for name in names]}
+        )
 
     async def create(request: Request) -> Response:
         fields = await _fields(request)
-        if fields.get("model") not in (None, "", model):
-            raise RehyatError(f"there is no model {str(fields['model'])[:80]!r} here; the model is {model!r}")
+        if fields.get("model") in (None, ""):
+            fields["model"] = names[0]
+        if fields["model"] not in names:
+            raise RehyatError(f"there is no model {str(fields['model'])[:80]!r} here, only {', '.join(names)}")
         image = fields.pop("input_reference", None)
         if fields.get("fps") not in (None, host.pace.fps):
             raise RehyatError(f"fps must be {host.pace.fps}, the model's own, not {fields['fps']}")
@@ -48,18 +57,18 @@ def video_routes(host: Host, model: str) -> list[Route]:
         if image is not None:
             wish = dataclasses.replace(wish, image=await asyncio.to_thread(_image, image))
         job = host.queue(wish, frames=_frames(fields, host.pace.fps))
-        return JSONResponse(_told(job, model))
+        return JSONResponse(_told(job))
 
     async def listed(_: Request) -> Response:
         jobs = sorted(host.jobs(), key=lambda job: -job.created)
-        return JSONResponse({"object": "list", "data": [_told(job, model) for job in jobs], "has_more": False})
+        return JSONResponse({"object": "list", "data": [_told(job) for job in jobs], "has_more": False})
 
     async def one(request: Request) -> Response:
         name = request.path_params["name"]
         if request.method == "DELETE":
             host.drop(name)
             return JSONResponse({"id": name, "object": "video.deleted", "deleted": True})
-        return JSONResponse(_told(host.job(name), model))
+        return JSONResponse(_told(host.job(name)))
 
     async def content(request: Request) -> Response:
         job = host.job(request.path_params["name"])
@@ -76,12 +85,12 @@ def video_routes(host: Host, model: str) -> list[Route]:
     ]
 
 
-def _told(job: Job, model: str) -> dict[str, Any]:
+def _told(job: Job) -> dict[str, Any]:
     wish = job.wish
     return {
         "id": job.name,
         "object": "video",
-        "model": model,
+        "model": wish.model,
         "status": job.status,
         "progress": int(100 * job.done / job.frames),
         "created_at": int(job.created),

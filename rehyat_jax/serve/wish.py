@@ -24,6 +24,8 @@ class Wish:
     """How a new video is to be made; what is None is the model's own."""
 
     prompt: str
+    #: By its name; None: the server's first.
+    model: str | None = None
     negative_prompt: str = ""
     seed: int = 0
     num_inference_steps: int | None = None
@@ -48,7 +50,11 @@ class Wish:
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
                 raise RehyatError(f"{name} must be a number, not {str(value)[:80]!r}")
             numbers[name] = value
-        texts = {name: message[name] for name in ("prompt", "negative_prompt") if message.get(name) is not None}
+        if message.get("image_reference") is not None:
+            raise RehyatError("a live stream takes no image_reference; POST /v1/videos takes an input_reference")
+        texts = {
+            name: message[name] for name in ("prompt", "negative_prompt", "model") if message.get(name) is not None
+        }
         if "prompt" not in texts:
             raise RehyatError("a prompt is missing")
         for name, text in texts.items():

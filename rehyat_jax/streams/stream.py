@@ -74,6 +74,8 @@ class Stream(Iterator[np.ndarray]):
         self.beginning: np.ndarray | None = None
         #: Frames a second that it is shown at.
         self.fps = 16
+        #: What whoever opened it calls the model; forks have it too.
+        self.label = ""
         #: What was handed out last, for `_repr_html_`.
         self._newest: np.ndarray | None = None
         self._text_kv: tuple[Array, Any] | None = None
@@ -172,6 +174,12 @@ class Stream(Iterator[np.ndarray]):
     def settings(self) -> Settings:
         """How it is made, every value resolved."""
         return self._session.settings
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What clients of a server are told of it, by the names that they ask with."""
+        names = ("width", "height", "num_inference_steps", "guidance_scale")
+        return {"model": self.label} | {name: getattr(self.settings, name) for name in names}
 
     @property
     def seeds(self) -> tuple[int, ...]:

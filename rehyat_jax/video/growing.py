@@ -238,14 +238,20 @@ def whole_frames(path: str | os.PathLike[str]) -> Iterator[int]:
             yield fragment.frames
 
 
-def finish_video(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def finish_video(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
+) -> None:
     """An ordinary mp4, with an index, a length and chapters, of a growing one: the same packets, none encoded again.
+
+    Args:
+        metadata: beside what the growing one has, or in its place.
 
     Raises:
         RehyatError: it cannot be read or written.
     """
     with whole_file(target) as partial:
-        _copy_packets(source, partial, FREE_NAMES | {"fflags": "+bitexact"}, chapters=_chapters(source))
+        how = FREE_NAMES | {"fflags": "+bitexact"}
+        _copy_packets(source, partial, how, chapters=_chapters(source), metadata=metadata)
 
 
 def reopen_video(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -315,9 +321,11 @@ def _copy_packets(
     options: dict[str, str],
     *,
     chapters: list[av.container.core.Chapter],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     with opened_video(source) as given, av.open(address(partial), "w", format="mp4", options=options) as made:
         made.metadata.update({name: text for name, text in given.container.metadata.items() if name not in _BRANDS})
+        made.metadata.update(metadata or {})
         made.set_chapters(chapters)
         copy = made.add_stream_from_template(given.stream)
         for packet in given.container.demux(given.stream):

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 import uvicorn
-from shared.numbered import Numbered
+from shared.numbered import Numbered, resumed
 
-from rehyat_jax.serve.app import About, make_app
+from rehyat_jax.serve.app import About, Model, make_app
 from rehyat_jax.serve.host import Host
 from rehyat_jax.serve.live import Pace
 
@@ -42,8 +42,23 @@ class Plain(Numbered):
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    host = Host(lambda wish: Plain(wish.prompt), pace=Pace(ahead=2.0), folder=tmp_path_factory.mktemp("streams"))
-    app = make_app(host, About(model="plain", device="none", words=("red", "blue"), example="a red ground"))
+    host = Host(
+        lambda wish: Plain(wish.prompt),
+        resume=lambda folder: Plain(resumed(folder).prompt),
+        pace=Pace(ahead=2.0),
+        folder=tmp_path_factory.mktemp("streams"),
+    )
+    about = About(
+        model="plain",
+        models=(
+            Model(name="plain", steps=4, offered_steps=(1, 2, 4)),
+            Model(name="guided", steps=20, offered_steps=(5, 10, 20), guidance=4.0, guided=True),
+        ),
+        device="none",
+        words=("red", "blue"),
+        example="a red ground",
+    )
+    app = make_app(host, about)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -54,8 +69,9 @@ def address(tmp_path_factory):
     thread.join(20)
 
 
-@pytest.fixture
-def page(address):
+@pytest.fixture(params=[""])
+def page(address, request):
+    """A script may run in it before its own."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -64,9 +80,12 @@ def page(address):
         page = browser.new_page()
         mistakes: list[str] = []
         page.on("pageerror", lambda error: mistakes.append(str(error)))
+        page.add_init_script(request.param)
         page.goto(address)
         page.wait_for_selector("#words button")
         yield page
+        for stream in page.evaluate("fetch('/v1/streams').then((answer) => answer.json())")["data"]:
+            page.evaluate(f"fetch('/v1/streams/{stream['id']}', {{ method: 'DELETE' }})")
         browser.close()
     assert not mistakes
 
@@ -94,7 +113,10 @@ def test_a_sentence_plays_is_changed_and_gone_back_to(page):
 
     page.fill("#prompt", "a blue ground")
     page.click("#go")
-    sentence = until(page, "document.querySelectorAll('#line li.sentence').length > 1 && view.chunks.length - 1")
+    asked = page.evaluate("view.chunks.length")
+    until(page, "document.querySelectorAll('#line li.sentence').length > 1")
+    sentence = page.evaluate("view.chunks.findIndex((chunk) => chunk.prompt === 'a blue ground')")
+    assert sentence <= asked + 2  # the one under way is finished first
     until(page, f"video.currentTime > view.chunks[{sentence}].first_frame / 16 + 0.2")
     assert near(page.evaluate(PIXEL), COLOURS["a blue ground"])
 
@@ -106,15 +128,92 @@ def test_a_sentence_plays_is_changed_and_gone_back_to(page):
 
     page.locator("#line button").nth(1).focus()
     page.keyboard.press("b")
-    until(page, "document.querySelectorAll('#streams button').length === 2")
+    until(page, "document.querySelectorAll('#streams .watch').length >= 2")
+    until(page, "document.querySelectorAll('#streams [aria-pressed=true]').length === 1")
 
 
-def test_every_part_has_a_name_and_narrow_screens_do_not_scroll_sideways(page):
+UNNAMED = """() => [...document.querySelectorAll("button, input, select, a, video")].filter(
+  (part) => !(part.getAttribute("aria-label") || part.textContent.trim() || (part.labels && part.labels.length))
+).map((part) => part.outerHTML)"""
+#: The least contrast of the text to its ground, as WCAG counts it.
+CONTRAST = """() => {
+  const light = (colour) => {
+    const parts = colour.match(/[0-9.]+/g).slice(0, 3).map((value) => value / 255)
+      .map((value) => (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const ground = light(getComputedStyle(document.body).backgroundColor);
+  return Math.min(...[...document.querySelectorAll("h1, label, dt, dd, .hint, #told, #words button")].map((part) => {
+    const [low, high] = [ground, light(getComputedStyle(part).color)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  }));
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_part_has_a_name_and_narrow_screens_do_not_scroll_sideways(page, scheme):
+    page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth <= 360")
     page.click("#go")
+    until(page, "document.querySelectorAll('#line button').length > 2 && document.querySelector('#streams img')")
+    page.click("summary")
+    assert page.evaluate("document.documentElement.scrollWidth <= 360")
+    assert page.evaluate(UNNAMED) == []
+    # Whole multiples of the model's own 32 pixels.
+    until(page, "parseFloat(video.style.width) % 32 === 0 && parseFloat(video.style.width) <= 328")
+    assert page.evaluate(CONTRAST) >= 4.5  # level AA
+
+
+@pytest.mark.parametrize("page", ["delete window.MediaSource;"], indirect=True)
+def test_a_browser_without_media_source_plays_the_same_stream(page):
+    page.click("#go")
+    until(page, "video.currentTime > 1 && video.currentSrc.includes('/v1/streams/')")
+    assert near(page.evaluate(PIXEL), COLOURS["a red ground"])
+    page.fill("#prompt", "a blue ground")
+    page.click("#go")
+    until(page, "document.querySelectorAll('#line li.sentence').length > 1")
+    page.locator("#line button").nth(1).click()
+    until(page, "video.currentSrc.includes('v=1') && video.currentTime > 0.9")
+    assert near(page.evaluate(PIXEL), COLOURS["a blue ground"])
+
+
+def test_guidance_is_for_models_that_have_a_use_for_it(page):
+    page.click("summary")
+    assert page.is_disabled("#guidance")
+    assert page.get_attribute("#steps", "placeholder") == "4"
+    page.select_option("#model", "guided")
+    assert page.is_enabled("#guidance")
+    offered = page.evaluate("[...document.querySelectorAll('#offered option')].map((each) => each.value)")
+    assert offered == ["5", "10", "20"]
+
+
+def test_all_of_it_by_the_keyboard(page):
+    """Start, pause, choose, branch, a new stream, save the video and the state, load it again, end a stream."""
+    page.keyboard.press("/")
+    page.keyboard.press("Enter")
+    until(page, "document.querySelectorAll('#line button').length > 3 && !video.paused")
+    before = page.locator("#streams li").count()
+    page.locator("h1").click()
+    page.keyboard.press("Space")
+    assert page.evaluate("video.paused")
+    page.keyboard.press("Space")
+    with page.expect_download() as saved:
+        page.keyboard.press("s")
+    assert saved.value.suggested_filename.endswith(".mp4")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("b")
+    until(page, f"document.querySelectorAll('#streams li').length > {before}")
+    page.keyboard.press("n")
+    until(page, f"document.querySelectorAll('#streams li').length > {before + 1}")
+    with page.expect_download() as saved:
+        page.focus("#state")
+        page.keyboard.press("Enter")
+    page.set_input_files("#load", saved.value.path())
+    until(page, f"document.querySelectorAll('#streams li').length > {before + 2}")
     until(page, "document.querySelectorAll('#line button').length > 0")
-    unnamed = """() => [...document.querySelectorAll("button, input, a")].filter(
-      (part) => !(part.getAttribute("aria-label") || part.textContent.trim() || (part.labels && part.labels.length))
-    ).map((part) => part.outerHTML)"""
-    assert page.evaluate(unnamed) == []
+    while count := page.locator("#streams li").count():
+        page.locator("#streams li button:last-child").first.focus()
+        page.keyboard.press("Enter")
+        until(page, f"document.querySelectorAll('#streams li').length < {count}")

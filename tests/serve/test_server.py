@@ -336,3 +336,37 @@ def test_a_stream_that_ends_while_it_is_kept_leaves_nothing(tmp_path):
     host._save(name, held)
     host.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_is_handed_out_says_how_it_was_made(tmp_path):
+    """The sentences by second, as the host's description has them, and as chapters; a state by a message."""
+    told = []
+
+    def described(stream, sentences):
+        told.append(dict(sentences))
+        return {"comment": "by the test"}
+
+    host = Host(lambda wish: Numbered(wish.prompt), describe=described, pace=Pace(ahead=1e9), folder=tmp_path)
+    app = make_app(host, About(model="numbered", device="none"))
+    with TestClient(app, base_url="http://localhost:8765") as client, client.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "prompt": "a cat"})
+        start = heard(socket, "video.start")
+        assert (start["width"], start["height"], start["num_inference_steps"]) == (32, 32, 1)
+        fragment(socket)
+        socket.send_json({"type": "session.interaction", "interaction": {"event": {"prompt": "a dog"}}})
+        while fragment(socket)[0]["prompt"] != "a dog":
+            pass
+        whole = client.get(f"/v1/streams/{start['id']}/whole.mp4")
+        with av.open(io.BytesIO(whole.content)) as container:
+            assert container.metadata["comment"] == "by the test"
+            assert [chapter["metadata"]["title"] for chapter in container.chapters()] == ["a cat", "a dog"]
+        assert list(told[0].values()) == ["a cat", "a dog"]
+        assert min(told[0]) == 0
+        socket.send_json({"type": "session.save"})
+        assert client.get(heard(socket, "session.saved")["state"]).status_code == 200
+
+
+def test_what_a_live_stream_does_not_take_is_said(client):
+    with client.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "prompt": "a cat", "image_reference": "data:…"})
+        assert "image_reference" in heard(socket, "error")["error"]["message"]

@@ -14,6 +14,8 @@ FRAMES = 4
 class Numbered:
     """A stream whose frames depend on the sentence, the seed and all that came before, as a model's do."""
 
+    how = {"model": "numbered", "width": 32, "height": 32, "num_inference_steps": 1, "guidance_scale": 1.0}  # noqa: RUF012
+
     def __init__(self, prompt: str, seed: int = 0, past: int = 0, frames: int = 0) -> None:
         self.frames_done = frames
         self.prompt, self.state, self._seed, self._past = prompt, (np.zeros(8, np.float32),), seed, past

@@ -5,7 +5,9 @@ const at = (id) => document.getElementById(id);
 const video = at("video");
 const token = new URLSearchParams(location.search).get("token");
 const withToken = (path) => (token ? `${path}${path.includes("?") ? "&" : "?"}token=${encodeURIComponent(token)}` : path);
-const known = [];
+// Of phones that have no MediaSource of the old kind.
+const Source = window.ManagedMediaSource || window.MediaSource;
+let models = [];
 let view = null;
 
 class View {
@@ -20,6 +22,8 @@ class View {
     this.made = [];
     this.ended = false;
     this.source = null;
+    this.size = [0, 0];
+    this.turns = 0;
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     this.socket = new WebSocket(`${scheme}://${location.host}${withToken("/v1/realtime/video")}`);
     this.socket.binaryType = "arraybuffer";
@@ -44,23 +48,25 @@ class View {
     else if (message.type === "video.rewind") this.rewound(message);
     else if (message.type === "session.forked") watch(message.id);
     else if (message.type === "session.interaction.queued") tell("The new sentence begins with the next chunk.");
-    else if (message.type === "session.done") { this.ended = true; tell("The stream has ended."); }
-    else if (message.type === "error") tell(message.error.message);
+    else if (message.type === "session.done") { this.ended = true; tell("The stream has ended."); list(); }
+    else if (message.type === "error") { tell(message.error.message); if (!this.id) this.ended = true; }
   }
 
   start(message) {
     this.id = message.id;
     this.fps = message.fps;
-    remember(this.id);
+    this.size = [message.width, message.height];
+    at("how").textContent = message.num_inference_steps + (message.guidance_scale > 1 ? `, guidance ${message.guidance_scale}` : "");
+    list();
     at("save").href = withToken(`/v1/streams/${this.id}/whole.mp4`);
     at("state").href = withToken(`/v1/streams/${this.id}/state`);
     at("save").hidden = at("state").hidden = false;
-    if (!("MediaSource" in window) || !MediaSource.isTypeSupported(message.mime_type)) {
-      video.src = withToken(`/v1/streams/${this.id}.mp4`);
-      video.play().catch(() => {});
+    if (!Source || !Source.isTypeSupported(message.mime_type)) {
+      this.plain(0);
       return;
     }
-    this.source = new MediaSource();
+    this.source = new Source();
+    video.disableRemotePlayback = "ManagedMediaSource" in window;
     this.source.addEventListener("sourceopen", () => {
       URL.revokeObjectURL(video.src);
       this.buffer = this.source.addSourceBuffer(message.mime_type);
@@ -68,6 +74,13 @@ class View {
       this.next();
     }, { once: true });
     video.src = URL.createObjectURL(this.source);
+  }
+
+  plain(time) {
+    // The growing file itself, for a browser that cannot be given fragments: it ends where the stream goes back.
+    video.src = withToken(`/v1/streams/${this.id}.mp4?v=${this.turns++}`);
+    video.onloadedmetadata = () => { video.currentTime = time; };
+    video.play().catch(() => {});
   }
 
   append(data) {
@@ -112,9 +125,10 @@ class View {
     button.setAttribute("aria-label", `Chunk ${number}, ${(message.first_frame / this.fps).toFixed(1)} seconds: ${message.prompt}`);
     const image = document.createElement("img");
     image.alt = "";
+    image.loading = "lazy";
     image.src = withToken(`/v1/streams/${this.id}/thumbnails/${number}.png?v=${message.transport_chunk_index}`);
     button.append(image);
-    button.onclick = (event) => (event.shiftKey ? this.branch(number) : this.goBack(number));
+    button.onclick = (event) => (event.shiftKey || branching() ? this.branch(number) : this.goBack(number));
     item.append(button);
     at("line").append(item);
     if (this.marked === null) item.scrollIntoView({ block: "nearest", inline: "end" });
@@ -122,7 +136,10 @@ class View {
 
   goBack(number) { this.say({ type: "session.rewind", chunk: number }); }
 
-  branch(number) { this.say({ type: "session.fork", chunk: number }); }
+  branch(number) {
+    at("branching").setAttribute("aria-pressed", "false");
+    this.say({ type: "session.fork", chunk: number });
+  }
 
   rewound(message) {
     const offset = this.chunks.findIndex((chunk) => chunk);
@@ -136,7 +153,7 @@ class View {
         this.buffer.remove(time, Infinity);
       }];
       this.next();
-    }
+    } else this.plain(Math.max(0, time - 1));
     tell("Went back.");
   }
 
@@ -149,6 +166,9 @@ class View {
     // A machine that makes fewer frames than are shown: evenly slower, and said so, is better than stops.
     const speed = rate && this.made.length > 2 ? Math.min(1, Math.max(0.1, (0.97 * rate) / this.fps)) : 1;
     video.playbackRate = speed > 0.95 ? 1 : speed;
+    const real = rate >= this.fps;
+    at("badge").hidden = !(rate && this.made.length > 2);
+    at("badge").textContent = real ? "real time" : `${Math.round((100 * rate) / this.fps)} % of real time`;
     at("slow").textContent = video.playbackRate < 1 ? `, slowed to ${Math.round(video.playbackRate * 100)} %` : "";
     at("ahead").textContent = `${Math.max(0, end - video.currentTime).toFixed(1)} s`;
     at("time").textContent = `${video.currentTime.toFixed(1)} s`;
@@ -162,7 +182,12 @@ class View {
     this.say({ type: "session.playback", position_seconds: video.currentTime });
     const playing = this.chunks.findIndex((chunk) => chunk && (chunk.first_frame + chunk.num_frames) / this.fps > video.currentTime);
     const offset = this.chunks.findIndex((chunk) => chunk);
-    [...at("line").children].forEach((item, index) => item.classList.toggle("now", index + offset === playing));
+    [...at("line").children].forEach((item, index) => {
+      const now = index + offset === playing;
+      item.classList.toggle("now", now);
+      if (now) item.firstChild.setAttribute("aria-current", "true");
+      else item.firstChild.removeAttribute("aria-current");
+    });
   }
 
   close() {
@@ -175,16 +200,35 @@ class View {
 
 function tell(words) { at("told").textContent = words; }
 
-function remember(id) {
-  if (!known.includes(id)) known.push(id);
-  at("streams").replaceChildren(...known.map((name, index) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = `Stream ${index + 1}`;
-    button.setAttribute("aria-pressed", String(view && view.id === name));
-    button.onclick = () => watch(name);
-    return button;
+function branching() { return at("branching").getAttribute("aria-pressed") === "true"; }
+
+function element(name, attributes, ...children) {
+  const made = Object.assign(document.createElement(name), attributes);
+  made.append(...children);
+  return made;
+}
+
+async function list() {
+  // Every stream of the server, also those of another tab or of before a reload.
+  const answer = await fetch(withToken("/v1/streams"));
+  if (!answer.ok) return;
+  const { data } = await answer.json();
+  at("streams").replaceChildren(...data.map((stream, index) => {
+    const last = stream.chunks.length - 1;
+    const picture = last < 0 ? [] : [element("img", { alt: "", src: withToken(`/v1/streams/${stream.id}/thumbnails/${last}.png?v=${stream.frames}`) })];
+    const watching = element("button", { type: "button", className: "watch", onclick: () => watch(stream.id) },
+      ...picture, element("span", { textContent: `${index + 1}. ${stream.prompt}` }));
+    watching.setAttribute("aria-pressed", String(Boolean(view) && view.id === stream.id));
+    const ending = element("button", { type: "button", textContent: "×", onclick: () => end(stream.id) });
+    ending.setAttribute("aria-label", `End stream ${index + 1}`);
+    return element("li", {}, watching, ending);
   }));
+}
+
+async function end(id) {
+  if (view && view.id === id) view.ended = true;
+  await fetch(withToken(`/v1/streams/${id}`), { method: "DELETE" });
+  list();
 }
 
 function show(first) {
@@ -193,17 +237,20 @@ function show(first) {
   at("go").textContent = "Change";
 }
 
+setInterval(() => { if (!document.hidden) list(); }, 10000);
+
 function watch(id) { show({ type: "session.join", id, from_chunk: 0 }); }
 
 function begin() {
   const number = (id, parse) => (at(id).value === "" ? undefined : parse(at(id).value));
   show({
     type: "session.start",
+    model: at("model").value || undefined,
     prompt: at("prompt").value,
     format: "m4s",
     seed: number("seed", (text) => parseInt(text, 10)),
     num_inference_steps: number("steps", (text) => parseInt(text, 10)),
-    guidance_scale: number("guidance", parseFloat),
+    guidance_scale: at("guidance").disabled ? undefined : number("guidance", parseFloat),
   });
   tell("The first chunk is being made.");
 }
@@ -221,6 +268,8 @@ at("say").addEventListener("submit", (event) => {
 });
 at("anew").addEventListener("click", () => { if (at("say").reportValidity()) begin(); });
 at("pause").addEventListener("click", pause);
+at("branching").addEventListener("click", () => at("branching").setAttribute("aria-pressed", String(!branching())));
+at("model").addEventListener("change", settle);
 
 at("load").addEventListener("change", async () => {
   const [file] = at("load").files;
@@ -241,29 +290,48 @@ function pause() {
 }
 
 function scale() {
-  // Whole multiples of the picture's own size, so that its pixels stay square and sharp.
-  if (!video.videoWidth) return;
-  const times = Math.max(1, Math.floor(Math.min(at("stage").clientWidth, 512) / video.videoWidth));
-  video.style.width = `${video.videoWidth * times}px`;
+  // Whole multiples of the model's own picture, which the file has enlarged, so that its pixels stay square and sharp.
+  const width = (view && view.size[0]) || video.videoWidth;
+  if (!width) return;
+  const times = Math.max(1, Math.floor(Math.min(at("stage").clientWidth, 512) / width));
+  video.style.width = `${width * times}px`;
+}
+
+function settle() {
+  // What the chosen model is run with, and what it has no use for.
+  const model = models.find((each) => each.name === at("model").value);
+  if (!model) return;
+  at("steps").placeholder = String(model.steps);
+  at("offered").replaceChildren(...model.offered_steps.map((value) => element("option", { value })));
+  at("guidance").disabled = !model.guided;
+  at("guidance").placeholder = model.guided ? String(model.guidance) : "none";
+  at("guidance").title = model.guided ? "" : "This model was trained to need none.";
+  if (!model.guided) at("guidance").value = "";
 }
 video.addEventListener("loadedmetadata", scale);
 window.addEventListener("resize", scale);
 
 document.addEventListener("keydown", (event) => {
-  if (event.target instanceof HTMLInputElement) return;
+  if (event.target instanceof HTMLInputElement || event.target instanceof HTMLSelectElement) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
   const buttons = [...at("line").querySelectorAll("button")];
   const index = buttons.indexOf(document.activeElement);
   if (event.key === "/") at("prompt").focus();
   else if (event.key === " " && !(event.target instanceof HTMLButtonElement)) pause();
   else if (event.key === "ArrowLeft" && buttons.length) buttons[Math.max(0, (index < 0 ? buttons.length : index) - 1)].focus();
   else if (event.key === "ArrowRight" && buttons.length) buttons[Math.min(buttons.length - 1, index + 1)].focus();
+  else if (event.key.toLowerCase() === "n") at("anew").click();
+  else if (event.key.toLowerCase() === "s" && !at("save").hidden) at("save").click();
   else if (event.key.toLowerCase() === "b" && index >= 0) buttons[index].dispatchEvent(new MouseEvent("click", { shiftKey: true, bubbles: true }));
   else return;
   event.preventDefault();
 });
 
 fetch(withToken("/v1/about")).then((answer) => answer.json()).then((about) => {
-  at("device").textContent = `${about.model}, ${about.device}`;
+  at("device").textContent = `${about.model} on ${about.device}`;
+  models = about.models;
+  at("model").replaceChildren(...models.map(({ name }) => element("option", { value: name, textContent: name })));
+  settle();
   at("prompt").value = about.example;
   at("words").append(...about.words.map((word) => {
     const button = document.createElement("button");
@@ -276,3 +344,4 @@ fetch(withToken("/v1/about")).then((answer) => answer.json()).then((about) => {
     return button;
   }));
 });
+list();
