@@ -13,6 +13,7 @@ from shared.tiers import chosen
 from shared.training import write_teacher
 
 from rehyat_jax import HybridConfig, MeshConfig, TextToVideo
+from rehyat_jax.cli import main
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.sharding import generation_mesh
@@ -225,3 +226,12 @@ def test_impossible_meshes_are_sentences():
     assert chosen_mesh({"automatic": True}, 21) == MeshConfig(fsdp=2, context=4)
     assert chosen_mesh({"automatic": True}, None) == MeshConfig(fsdp=1, context=2, tensor=4)
     assert chosen_mesh({"automatic": True}, 21, hybrid=None) == MeshConfig(fsdp=2, context=4)
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "a koala", "--out", "koala.mp4"], ["serve"], ["eval", "sprites"]], ids=lambda c: c[0]
+)
+def test_a_mesh_of_more_devices_than_there_are_is_one_sentence(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--mesh.tensor", "2"]) == 2
+    assert "tensor 2 is 2 devices, and there are 1" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -13,6 +13,7 @@ from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.generate import parse_remember
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.runtime.outputs import owned_output
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class Sprites:
     overwrite: bool = False
     """Replace FILE.json if there is one."""
 
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    """Devices to generate on, over which the model is divided; one when not given."""
+
     cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of compiled programs and prompt embeddings (else $REHYAT_CACHE_DIR, else the user's cache folder)."""
 
@@ -123,10 +127,14 @@ def _run(options: Sprites) -> None:
         phases = Phases()
         sample = _sample(options)
         with phases.measure("load"):
-            pipe = TextToVideo.from_pretrained(options.model, cache_dir=options.cache_dir)
+            how: dict[str, Any] = {
+                "cache_dir": options.cache_dir,
+                "mesh": None if options.mesh.single else options.mesh,
+            }
+            pipe = TextToVideo.from_pretrained(options.model, **how)
             teacher = None
             if options.teacher is not None:
-                teacher = TextToVideo.from_pretrained(options.teacher, hybrid=None, cache_dir=options.cache_dir)
+                teacher = TextToVideo.from_pretrained(options.teacher, hybrid=None, **how)
         for each in (pipe, teacher):
             _check_world(each)
         why = pipe.transformer.why_not_stream()

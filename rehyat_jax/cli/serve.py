@@ -13,6 +13,7 @@ import tyro
 
 from rehyat_jax.cli.arguments import parse_options, parse_steps
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.mesh_config import MeshConfig
 
 if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
@@ -84,6 +85,9 @@ class Serve:
     quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
     """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device."""
 
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    """Devices to generate on, over which the model is divided; one when not given."""
+
     force: bool = False
     """Begin although memory is estimated to be too small."""
 
@@ -122,10 +126,10 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.streams.together import Together
 
     names = tuple(dict.fromkeys(options.model or ("mini-sprites",)))
-    for name in names:
-        _check_room(options, name, steps)
     how: Any = {"dtype": options.dtype, "loras": options.lora, "quantize": options.quantize}
-    models = Models({name: TextToVideo.from_pretrained(name, **how) for name in names}, steps)
+    meshes = {name: _check_room(options, name, steps) for name in names}
+    opened = {name: TextToVideo.from_pretrained(name, mesh=mesh, **how) for name, mesh in meshes.items()}
+    models = Models(opened, steps)
     pipe = models.pipes[names[0]]
     batch = options.batch or (1 if platform() == "cpu" else 8)
     token = (
@@ -168,13 +172,19 @@ def main(argv: list[str]) -> None:
     host.close()
 
 
-def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) -> None:
+def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) -> MeshConfig | None:
     """
+    Returns:
+        The mesh to generate on.
+
     Raises:
-        ConfigError: this machine has no room for one stream of the model's own size.
+        ConfigError: this machine has no room for one stream of the model's own size, or the mesh does not divide it.
     """
+    import jax
+
     from rehyat_jax.models.folder import find_model, read_defaults
     from rehyat_jax.models.memory import VideoShape, student_config, video_need
+    from rehyat_jax.models.wan.sharding import mesh_for_video
     from rehyat_jax.runtime.memory import check_memory
 
     folder = find_model(name)
@@ -186,6 +196,17 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
         steps=steps if isinstance(steps, int) else max([defaults.num_inference_steps, *defaults.offered_steps]),
         guided=defaults.guidance_scale > 1,
     )
+    mesh = None
+    if not options.mesh.single:
+        mesh = mesh_for_video(
+            options.mesh,
+            folder,
+            hybrid=student_config(folder),
+            frames=None,
+            guided=shape.guided,
+            streams=True,
+            devices=len(jax.devices()),
+        )
     need = video_need(
         folder,
         shape,
@@ -194,8 +215,10 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
         streams=True,
         remember=defaults.remember,
         eight_bits=options.quantize is not None,
+        mesh=mesh,
     )
     check_memory(need, what=f"streams of {defaults.width}x{defaults.height}", force=options.force)
+    return mesh
 
 
 def _Announced(config, options: Serve, token: str | None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
@@ -57,8 +58,14 @@ class Session:
         self.devices = devices
         self._transformer = transformer
         self._experts = transformer if isinstance(transformer, Experts) else Experts.of_one(transformer)
+        # Both of guidance's evaluations in one batch where a batch is sharded, else in the memory of one.
+        forward: dict[str, Any] = {"forward": "one"} if devices.batch_pieces > 1 else {}
         self.samplers = tuple(
-            Sampler(solver=settings.solver, guidance=guidance, context_noise=settings.remember)
+            Sampler(
+                solver=settings.solver,
+                guidance=dataclasses.replace(guidance, **forward),
+                context_noise=settings.remember,
+            )
             for guidance in settings.guidances[: len(self._experts.members)]
         )
 
