@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from shared.training import write_teacher
 
-from benchmarks import ablations, bench, eight_bits, hybrid_operator, peers, stream, timing
+from benchmarks import ablations, bench, eight_bits, hybrid_operator, peers, rounds, stream, timing
 from benchmarks import dit as of_dit
 from benchmarks import vae as of_vae
 from rehyat_jax import cli
@@ -172,6 +172,27 @@ def test_the_command_names_its_mistakes(tmp_path, capsys):
     assert "cuisine" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main(["bench", "--tiny", "--out", str(tmp_path / "file")]) == 2
+
+
+@pytest.mark.full
+def test_rounds_of_a_planned_training(tmp_path, capsys):
+    """A whole training's own programs, without weights or clips."""
+    config = tmp_path / "tiny.py"
+    config.write_text(
+        "import dataclasses\n"
+        "from configs.wan_1_3b_finetune import config as published\n"
+        "from rehyat_jax.mixers.config import HybridConfig\n"
+        "from rehyat_jax.models.wan.config import WanConfig\n"
+        "model = WanConfig(num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=24, text_dim=8)\n"
+        "hybrid = HybridConfig(implementation='scan')\n"
+        "from rehyat_jax.runtime.mesh_config import MeshConfig\n"
+        "config = dataclasses.replace(published, model=model, hybrid=hybrid, mesh=MeshConfig(), dtype='float32')\n"
+    )
+    sizes = ["--batch", "1", "--frames", "9", "--size", "32x32", "--samples", "1"]
+    rounds.main([str(config), *sizes])
+    (said,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (said["devices"], said["mesh"], len(said["seconds"])) == (1, {}, 1)
+    assert said["seconds"][0] > 0 and said["tflops_per_s"] >= 0
 
 
 @pytest.mark.full

@@ -172,7 +172,7 @@ class ForcingTraining(RunConfig):
             for rollouts in self.buckets
         )
         # XLA cannot divide the kernels of a stream among devices.
-        hybrid = (self.hybrid or HybridConfig()).implemented("scan")
+        hybrid = (self.hybrid or HybridConfig()).implemented("pallas" if len(among) == 1 else "scan")
         return PlannedForcing(dataclasses.replace(self, buckets=buckets, hybrid=hybrid), among, size=size)
 
     def roller(self, rollouts: Rollouts, schedule: FlowSchedule, *, shape: tuple[int, ...], chunk: int) -> Roller:
