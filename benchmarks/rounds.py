@@ -1,6 +1,6 @@
 """Rounds of any training that can be planned, run on the devices at hand with random numbers: seconds and memory.
 
-    python -m benchmarks.rounds wan_1_3b_forcing --batch 1                     # a cycle: five critic steps, one student's
+    python -m benchmarks.rounds wan_1_3b_forcing --batch 1                     # five critic steps, one student's
     python -m benchmarks.rounds wan_1_3b_finetune --batch 1 --samples 5
     python -m benchmarks.rounds wan_14b_forcing --batch 8 --mesh.fsdp 8        # on eight devices
     python -m benchmarks.rounds wan_1_3b_forcing --batch 1 --compile           # into JAX's cache, nothing is run

@@ -105,7 +105,8 @@ class ForcedTraining(FinetuneTraining):
         self, among: Sequence[Any], *, size: tuple[int, int], frames: int | None = None, batch: int | None = None
     ) -> PlannedForced:
         # XLA cannot divide the kernels of a stream among devices.
-        return PlannedForced(self._planned("pallas" if len(among) == 1 else "scan", frames=frames, batch=batch), among, size=size)
+        by: Literal["scan", "pallas"] = "pallas" if len(among) == 1 else "scan"
+        return PlannedForced(self._planned(by, frames=frames, batch=batch), among, size=size)
 
     def devices(self, *args: Any, **options: Any) -> Devices:
         """
