@@ -8,6 +8,7 @@ import pathlib
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.devices import is_hopper
 from pallas_kernels.gpu.cudnn import CudnnBackward
 from pallas_kernels.gpu.features import FeatureKernels, Layers, feature_map
 from pallas_kernels.gpu.hopper import HopperKernels
@@ -43,7 +44,7 @@ def kernels(
     Triton's."""
     tuned = functools.partial(TABLE.blocks, device_kind=device_kind, dtype=q.dtype, head_dim=q.shape[3])
     triton = TritonKernels(**tuned(TritonKernels))
-    for blocks in (tuned(HopperKernels), {}) if _is_hopper(device_kind) else ():
+    for blocks in (tuned(HopperKernels), {}) if is_hopper(device_kind) else ():
         size = {"multiprocessors": _multiprocessors(device_kind), **blocks}
         hopper = HopperKernels(**size, backward_kernels=CudnnBackward(otherwise=triton))
         if not hopper.lacking(q, chunk=chunk, overlap=overlap):
@@ -59,14 +60,10 @@ def feature_kernels(
     width = x.shape[3]
     blocks = TABLE.blocks(FeatureKernels, device_kind, x.dtype, head_dim=width, features=degree * width)
     kernels = FeatureKernels(**blocks)
-    return kernels if _is_hopper(device_kind) and not kernels.lacking(x, degree) else None
+    return kernels if is_hopper(device_kind) and not kernels.lacking(x, degree) else None
 
 
 def _multiprocessors(device_kind: str) -> int:
     """By NVIDIA's data sheets."""
     words = device_kind.split()
     return 78 if "H20" in words else 114 if {"H100", "PCIe"} <= set(words) else 132
-
-
-def _is_hopper(device_kind: str) -> bool:
-    return any(name in device_kind for name in ("H100", "H200", "GH200", "H800", "H20"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu
+from pallas_kernels.devices import is_hopper
 from pallas_kernels.options import KEPT_FEATURES, Positive
 from rehyat_jax.attention.pallas import whole_on_each_device
 from rehyat_jax.attention.state import accumulator
@@ -152,9 +152,11 @@ class FeatureMap(nnx.Module):
         x = x.astype(self.dtype)
         if implementation not in ("auto", "pallas") or not (kernels := self._kernels(x)):
             return checkpoint_name(self._plain(x, weight), KEPT_FEATURES)
+        from pallas_kernels import gpu
+
         layers = gpu.Layers(*(p[...].astype(self.dtype) for layer in self.layers for p in (layer.kernel, layer.bias)))
 
-        def fused(x: Array, layers: gpu.Layers, weight: Array | None) -> Array:
+        def fused(x: Array, layers: Any, weight: Array | None) -> Array:
             return gpu.feature_map(kernels, self.degree, self.positive, x, layers, weight)
 
         features = jax.lax.platform_dependent(
@@ -162,10 +164,13 @@ class FeatureMap(nnx.Module):
         )
         return checkpoint_name(features, KEPT_FEATURES)
 
-    def _kernels(self, x: Float[Array | jax.ShapeDtypeStruct, "B N H D"]) -> gpu.FeatureKernels | None:
+    def _kernels(self, x: Float[Array | jax.ShapeDtypeStruct, "B N H D"]) -> Any:
+        """A `pallas_kernels.gpu.FeatureKernels`, or None where there is none."""
         published = len(self.layers) == 2 and self.activation == "gelu" and self.positive in ("softplus", "exp")
-        if not published or not whole_on_each_device():
+        if not published or not is_hopper(device_kind()) or not whole_on_each_device():
             return None
+        from pallas_kernels import gpu  # here: Pallas takes half a second to import
+
         return gpu.feature_kernels(device_kind(), x, degree=self.degree)
 
     def _plain(self, x: Float[Array, "B N H D"], weight: Float[Array, "N H"] | None) -> Float[Array, "B N H F"]:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import gpu, tpu
 from pallas_kernels.options import Stabilizer
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.runtime.platform import device_kind, platform
@@ -55,6 +54,8 @@ def pallas(
     """
     if lack := lacking(q, v, features_q):
         raise NotImplementedError(f"hybrid attention's Pallas kernels lack {lack}")
+    from pallas_kernels import gpu, tpu  # here: Pallas takes half a second to import, and a CPU has no use for it
+
     device = device_kind()
 
     def run(hybrid: Callable[..., tuple[Array, Array, Array]], *arrays: Any) -> tuple[Array, Array, Array]:

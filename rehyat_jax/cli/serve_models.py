@@ -105,7 +105,8 @@ class Models:
 
     def warm_up(self) -> None:
         """Compile, or read what was compiled, before anybody waits for it: two chunks with each model's settings."""
-        for name in self.pipes:
+        for name, pipe in self.pipes.items():
+            pipe.text.warm_up()
             stream = self.opened(Wish(prompt="", model=name))
             for _ in itertools.islice(stream, 2):
                 stream.snapshot()

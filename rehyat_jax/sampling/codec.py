@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from rehyat_jax.errors import NotFiniteError
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling.noise import Shape
-from rehyat_jax.sampling.rows import stacked, unstacked
+from rehyat_jax.sampling.rows import stacked, unstacked, zeros
 
 #: From -1..1 to what is handed out.
 Pixels: TypeAlias = Callable[[Array], Array]
@@ -136,7 +136,7 @@ class Codec:
         """Zeros of the shapes that the decoder's state has; height and width are the latents'."""
         latents = jax.ShapeDtypeStruct((batch, 1, height, width, self.config.z_dim), jnp.float32)
         _, state = jax.eval_shape(partial(decode_first, graph=self.graph, pixels=to_uint8), self.weights, latents)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+        return zeros(state)
 
 
 @partial(jax.jit, static_argnames=("graph", "frames_per_step"))

@@ -27,6 +27,7 @@ from rehyat_jax.runtime.mesh import mesh_in_force
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.guidance import Guidance, Velocity
 from rehyat_jax.sampling.noise import ChunkNoise, Shape
+from rehyat_jax.sampling.rows import zeros
 from rehyat_jax.sampling.schedule import SamplingSteps
 from rehyat_jax.sampling.solvers import Solver
 from rehyat_jax.sampling.text import Padded
@@ -160,8 +161,8 @@ def init_states(model: Transformer, sampler: Sampler, *, num_steps: int, batch: 
         RehyatError: the model cannot stream, or height or width is not a multiple of the patch.
     """
     leading = num_steps if sampler.context_noise == "steps" else 1, sampler.guidance.evaluations
-    state = model.init_stream(batch, height, width)
-    return sharded(model, jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), state))
+    state = jax.eval_shape(lambda: model.init_stream(batch, height, width))
+    return sharded(model, zeros(jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), state)))
 
 
 def sharded(model: Transformer, states: States) -> States:

@@ -101,6 +101,10 @@ class PromptEncoder:
                 self._cache.put(key, rows)
         return jnp.asarray(rows)
 
+    def warm_up(self) -> None:
+        """Read and compile the encoder, which else waits for the first prompt that the cache does not hold."""
+        embed_tokens(self.encoder, self.tokenizer.encode("", TEXT_LENGTH)).block_until_ready()
+
     def tell_cut(self, prompts: Sequence[str]) -> None:
         """Warn, once for these prompts together and never again of one of them, of those that are too long.
 
