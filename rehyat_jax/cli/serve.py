@@ -156,7 +156,13 @@ def main(argv: list[str]) -> None:
         limits=Limits(streams=options.streams, idle=options.idle),
     )
     host.restored.wait()  # whoever comes back finds the stream
-    host.call(models.warm_up)
+    parts = models.warm_up()
+
+    def warm() -> None:  # a part a turn, and none once somebody is there, whose stream does the rest
+        if not host.names() and next(parts, False):
+            host.call(warm)
+
+    host.call(warm)
     config = uvicorn.Config(
         make_app(host, about, access=access),
         host=options.host,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -103,13 +103,16 @@ class Models:
             settings=settings | ({"timeline": dict(sentences)} if len(sentences) > 1 else {}),
         )
 
-    def warm_up(self) -> None:
-        """Compile, or read what was compiled, before anybody waits for it: two chunks with each model's settings."""
+    def warm_up(self) -> Iterator[bool]:
+        """Compile, or read what was compiled, before anybody waits for it: two chunks with each model's settings. True
+        after each part of it."""
         for name, pipe in self.pipes.items():
-            pipe.text.warm_up()
             stream = self.opened(Wish(prompt="", model=name))
             for _ in itertools.islice(stream, 2):
                 stream.snapshot()
+                yield True
+            pipe.text.warm_up()
+            yield True
 
 
 def _measured(name: str, pipe: TextToVideo) -> int:
