@@ -18,7 +18,7 @@ FIRST = [
 ]
 THEN = [
     "a koala moving up slowly on a yellow background",
-    "a lemon moving right slowly on a purple background",
+    "a lemon moving right slowly on a green background",
     "a mushroom moving down slowly on a red background",
 ]
 #: Chunks of each sentence: 33 frames, then 36 more.
@@ -28,7 +28,7 @@ OUT = Path(__file__).with_name("stream.webp")
 
 def main() -> None:
     pipe = rj.TextToVideo.from_pretrained("mini-sprites")
-    stream = pipe.open_stream(FIRST, seed=3)
+    stream = pipe.open_stream(FIRST, seed=8)
     blocks = list(itertools.islice(stream, CHUNKS))
     stream.change_prompt(THEN)
     blocks += itertools.islice(stream, CHUNKS)
