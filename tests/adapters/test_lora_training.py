@@ -16,7 +16,7 @@ from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.checkpoints import convert, describe, save_conversion, save_transformer
 from rehyat_jax.runtime.variables import AdapterParam, MixerParam
 from train.data.clips import Bucket
-from train.stages.finetune import write_adapters
+from train.stages.students import write_adapters
 
 CASE = Case(TINY, (3, 4, 4), text=5, times=(700.0,))
 CONVERSION = HybridConfig(chunk_frames=1, overlap_frames=1, decay=True)

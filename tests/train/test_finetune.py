@@ -26,8 +26,9 @@ from train.cli.finetune import main
 from train.data.clips import Bucket
 from train.engine.gradients import gradients_of
 from train.engine.stage import Models
-from train.stages.finetune import FinetuneTraining, History, student_of
+from train.stages.finetune import FinetuneTraining, History
 from train.stages.flow import Batch, Validation
+from train.stages.students import student_of
 
 
 @pytest.fixture(scope="module")

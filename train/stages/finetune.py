@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,27 +22,21 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from rehyat_jax.adapters.training import Form, LoraConfig, folded, header_of, lora_tensors, with_adapters
+from rehyat_jax.adapters.training import LoraConfig, with_adapters
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import BlockMixers, Conversion, HybridConfig
-from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae, save_transformer
-from rehyat_jax.models.folder import DEFAULTS_FILE, find_model
+from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer
+from rehyat_jax.models.folder import find_model
 from rehyat_jax.models.memory import weights_bytes
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
-from rehyat_jax.models.wan.conversion_file import write_conversion
-from rehyat_jax.models.wan.rows import TRANSFORMER
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices, loading
 from rehyat_jax.runtime.memory import Need
 from rehyat_jax.runtime.variables import AdapterParam, GateParam, MixerParam
 from rehyat_jax.sampling.rollout import check_context_noise
 from rehyat_jax.sprites import world
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
-from rehyat_jax.text.tokenizer import Tokenizer
-from rehyat_jax.weights.files import read_json
-from rehyat_jax.weights.writing import whole_folder, write_file, write_json
 from train.data.clips import Bucket
 from train.data.pools import Captions, Feed
 from train.data.prepared import Prepared, PreparedClips, open_prepared
@@ -52,13 +45,11 @@ from train.engine.gradients import Mean
 from train.engine.memory import backward_bytes, learner_bytes
 from train.engine.optimizer import OptimizerConfig, Shares
 from train.engine.stage import Models, Network
-from train.stages.flow import Batch, FlowStage, FlowTraining, Show, embed, flow_loss
+from train.stages.flow import Batch, FlowStage, FlowTraining, embed, flow_loss
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
 from train.stages.sizes import check_sizes, whole_model
-from train.stages.videos import showing
-
-#: What a result has from its source, as it is there.
-_KEPT = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", DEFAULTS_FILE)
+from train.stages.sourced import FromSource
+from train.stages.students import computing, student_of, write_student
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,18 +234,10 @@ class FinetuneTraining(FlowTraining):
         return {GateParam: self.gate_rate, MixerParam: self.hybrid_rate}
 
 
-class FinetuneStage(FlowStage):
+class FinetuneStage(FromSource, FlowStage):
     """A converted model learns whole, with or without a teacher beside it."""
 
     training: FinetuneTraining
-
-    @functools.cached_property
-    def source(self) -> Path:
-        return whole_model(self.training.source)
-
-    @functools.cached_property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.training.dtype)
 
     @functools.cached_property
     def student(self) -> WanTransformer:
@@ -263,18 +246,6 @@ class FinetuneStage(FlowStage):
             student = self.training.student(self.source)
         check_sizes(self.training.model, student.config, where=self.source)
         return student
-
-    @functools.cached_property
-    def vae(self) -> WanVAE:
-        return load_vae(self.source, dtype=self.dtype)
-
-    @functools.cached_property
-    def vae_config(self) -> VAEConfig:
-        return self.vae.config
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.source)
 
     @functools.cached_property
     def prepared(self) -> Mapping[Path, Prepared]:
@@ -340,18 +311,7 @@ class FinetuneStage(FlowStage):
 
     def latent_shape(self, number: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a bucket's clips."""
-        bucket = self.training.buckets[number]
-        if isinstance(bucket, PreparedClips):
-            frames, rows, columns = self.prepared[bucket.folder].plan.latents[:3]
-            return frames, rows, columns
-        return latent_shape(self.vae_config, frames=bucket.frames, height=world.HEIGHT, width=bucket.width)
-
-    @functools.cached_property
-    def show(self) -> Show | None:
-        validation = self.training.validation
-        if not (validation.every and validation.prompts):
-            return None
-        return showing(validation.prompts, folder=self.source, dtype=self.dtype, defaults=self.training.defaults)
+        return self.shape_of(self.training.buckets[number])
 
     def export(self, averages: Mapping[str, Any], folder: Path) -> None:
         self.training.write(folder, self.source, averages["student"])
@@ -403,81 +363,3 @@ def _causal_chunks(hybrid: Conversion | None) -> bool:
     """Whether the converted blocks have chunks of one length, which see no later ones."""
     mixers = () if hybrid is None else hybrid.distinct()
     return len({mixer.chunk_frames for mixer in mixers}) == 1 and not any(mixer.why_not_stream() for mixer in mixers)
-
-
-def write_adapters(folder: Path, student: WanTransformer, config: LoraConfig, *, base: str) -> None:
-    """A student's adapters in ComfyUI's and in diffusers' form, and with what its conversion adds as one file."""
-    form: Form
-    for form in ("comfyui", "diffusers"):
-        tensors = lora_tensors(student, TRANSFORMER, form=form, dtype=jnp.bfloat16)
-        header = header_of(config, base=base, form=form)
-        write_file(folder / f"lora_{form}.safetensors", tensors, metadata=header)
-    if student.hybrid is not None:
-        write_conversion(
-            folder / "conversion.safetensors",
-            student.config,
-            student.hybrid,
-            student.hybrid_blocks,
-            lora=lora_tensors(student, TRANSFORMER, form="comfyui", dtype=jnp.bfloat16),
-            header=header_of(config, base=base, form="comfyui"),
-            dtype=jnp.bfloat16,
-        )
-
-
-def student_of(model: WanTransformer, hybrid: Conversion | None, *, where: Path) -> WanTransformer:
-    """The student that finetuning begins with: the model itself, or with its blocks converted as ``hybrid`` says.
-
-    A student keeps its hybrid blocks' parameters; those that ``hybrid`` adds are at their start.
-
-    Raises:
-        ConfigError: ``model`` (which is at ``where``) is a teacher and there is no ``hybrid``, or its parameters are
-            not such a student's.
-    """
-    if hybrid is None:
-        if model.hybrid is None:
-            raise ConfigError(f"{where} is a softmax model: distil it first, or say by hybrid how it is converted")
-        return model
-    student = model.with_hybrid(hybrid, rngs=nnx.Rngs(0))
-    if model.hybrid is None:
-        return student
-    ours, theirs = (dict(nnx.to_flat_state(nnx.state(x.hybrid_blocks))) for x in (student, model))
-    if model.mixing.pattern != student.mixing.pattern or any(
-        path not in ours or ours[path].get_value().shape != leaf.get_value().shape for path, leaf in theirs.items()
-    ):
-        raise ConfigError(f"{where} has other hybrid blocks than this run's hybrid: their parameters do not fit")
-    nnx.update(student.hybrid_blocks, nnx.from_flat_state(list(theirs.items())))
-    return student
-
-
-def write_student(
-    folder: Path,
-    source: Path,
-    student: WanTransformer,
-    *,
-    defaults: Mapping[str, Any],
-    lora: LoraConfig | None = None,
-) -> None:
-    """A student's whole folder, or nothing: its transformer, the rest from the source's.
-
-    Args:
-        defaults: what it is sampled with unless a user says otherwise, where that is not the source's.
-        lora: of a student with adapters, which are folded in, and written as files of their own in it.
-    """
-    with whole_folder(folder) as partial:
-        for name in _KEPT:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, partial / name)
-            elif (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        theirs = dict(read_json(file)) if (file := source / DEFAULTS_FILE).is_file() else {}
-        if (ours := theirs | dict(defaults)) != {"remember": "steps"} | theirs:
-            write_json(partial / DEFAULTS_FILE, ours)
-        if lora is not None and lora.rank:
-            write_adapters(partial, student, lora, base=str(source))
-        save_transformer(folded(student), partial / "transformer", dtype=jnp.bfloat16)
-
-
-def computing(model: WanTransformer, dtype: jnp.dtype) -> WanTransformer:
-    """The same variables in a model that computes in ``dtype``."""
-    computing = nnx.eval_shape(lambda: WanTransformer(model.config, hybrid=model.hybrid, dtype=dtype, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(computing), nnx.state(model))

@@ -30,7 +30,9 @@ from train.engine.arithmetic import forward_flops
 from train.engine.gradients import Mean
 from train.engine.stage import Models, Network
 from train.stages.aims import Aim, aim_mean, consistency_aim, consistency_grid, noised, spread, spread_levels, wide
-from train.stages.finetune import FinetuneStage, FinetuneTraining, PlannedFinetune, computing, whole_model
+from train.stages.finetune import FinetuneStage, FinetuneTraining, PlannedFinetune
+from train.stages.sizes import whole_model
+from train.stages.students import computing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

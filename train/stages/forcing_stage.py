@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
+from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer
 from rehyat_jax.models.folder import find_model, read_scheduler
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
@@ -27,7 +27,6 @@ from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices, first_process, loading
 from rehyat_jax.sampling import FlowSchedule, Guidance
 from rehyat_jax.sprites import world
-from rehyat_jax.text.tokenizer import Tokenizer
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import write_json
 from train.data.clips import Bucket, choose
@@ -37,19 +36,19 @@ from train.data.rollouts import Rollouts
 from train.engine.arithmetic import forward_flops
 from train.engine.folder import RunFolder
 from train.engine.stage import Measure, Models, Network, Stage, Update
-from train.stages.finetune import computing, student_of, write_student
-from train.stages.flow import HELD_OUT, Show, embed, padded_captions
+from train.stages.flow import HELD_OUT, embed, padded_captions
 from train.stages.forcing import ForcingTraining
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
-from train.stages.sizes import check_sizes, whole_model
-from train.stages.videos import showing
+from train.stages.sizes import check_sizes
+from train.stages.sourced import FromSource
+from train.stages.students import computing, student_of, write_student
 from train.stages.windows import Windows
 
 #: In a run's folder: the averaged student of the highest reward in a validation, and beside it which that was.
 BEST = "best"
 
 
-class ForcingStage(Stage):
+class ForcingStage(FromSource, Stage):
     """A student learns from two scores, and a critic what the student makes."""
 
     def __init__(self, training: ForcingTraining) -> None:
@@ -62,28 +61,12 @@ class ForcingStage(Stage):
         )
 
     @functools.cached_property
-    def source(self) -> Path:
-        return whole_model(self.training.source)
-
-    @functools.cached_property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.training.dtype)
-
-    @functools.cached_property
     def student(self) -> WanTransformer:
         """Before it has learned."""
         with loading(self.training.mesh):
             student = student_of(load_transformer(self.source), self.training.hybrid, where=self.source)
         check_sizes(self.training.model, student.config, where=self.source)
         return computing(student, self.dtype)
-
-    @functools.cached_property
-    def vae(self) -> WanVAE:
-        return load_vae(self.source, dtype=self.dtype)
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.source)
 
     @functools.cached_property
     def schedule(self) -> FlowSchedule:
@@ -208,22 +191,7 @@ class ForcingStage(Stage):
 
     def latent_shape(self, number: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a bucket's windows."""
-        clips = self.training.buckets[number].clips
-        if isinstance(clips, PreparedClips):
-            frames, rows, columns = self.prepared[clips.folder].plan.latents[:3]
-            return frames, rows, columns
-        return latent_shape(self.vae_config, frames=clips.frames, height=world.HEIGHT, width=clips.width)
-
-    @property
-    def vae_config(self) -> VAEConfig:
-        return self.vae.config
-
-    @functools.cached_property
-    def show(self) -> Show | None:
-        validation = self.training.validation
-        if not (validation.every and validation.prompts):
-            return None
-        return showing(validation.prompts, folder=self.source, dtype=self.dtype, defaults=self.training.defaults)
+        return self.shape_of(self.training.buckets[number].clips)
 
     def measures(self) -> list[Measure]:
         training = self.training
