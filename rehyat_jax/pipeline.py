@@ -134,6 +134,7 @@ class TextToVideo(HasLoras):
         loras: Iterable[Any] = (),
         quantize: Literal["fp8", "int8"] | None = None,
         mesh: MeshConfig | None = None,
+        offload: bool = False,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -155,6 +156,8 @@ class TextToVideo(HasLoras):
             mesh: the devices to generate on: the transformer and the text encoder are sharded over them while they are
                 read, so that none holds the whole (`rehyat_jax.MeshConfig`). Fewer than there are: the first of them.
                 ``automatic``: all, divided as suits streams, or whole videos of the model's own size if it makes none.
+            offload: for a device with little memory: the transformer's blocks stay in the host's memory and are fetched
+                one at a time, and the text encoder leaves the device when a prompt is embedded. Slower.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used; a mesh that does not divide the
@@ -176,6 +179,7 @@ class TextToVideo(HasLoras):
         devices = _devices(mesh, folder, hybrid)
         how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": loras, "quantize": quantize}
         how["mesh"] = devices.mesh
+        how["offload"] = offload
         transformer: Any
         weights: Merged | MergedExperts
         if traits.boundary_ratio is None:
@@ -193,6 +197,7 @@ class TextToVideo(HasLoras):
                 repair=repair_prompts,
                 quantize=quantize,
                 mesh=devices.mesh,
+                keep=not offload,
             ),
             schedule=schedule,
             solver=solver,
@@ -504,10 +509,11 @@ class TextToVideo(HasLoras):
         self._conditioning.check(images)
         session = self.session(settings)
         prompts = prompt_list(prompt, negative_prompt)
-        if self.devices.mesh is not None and not settings.by_chunks:
+        by_chunks = settings.draws_noise and self.transformer.why_not_stream() is None
+        if self.devices.mesh is not None and not by_chunks:
             hybrid = getattr(self.transformer, "hybrid", None)
             check_mesh(self.devices.shape, self.transformer.config, hybrid=hybrid, latent_frames=session.shape[0])
-        if settings.by_chunks and noise is not None:
+        if settings.draws_noise and noise is not None:
             raise RehyatError(
                 f"the solver {type(settings.solver).__name__} draws its own noise: give a seed in its place"
             )
@@ -520,13 +526,15 @@ class TextToVideo(HasLoras):
             size = _video_size(settings, len(prompts))
             condition = self._conditioning.condition(images, size, codec=session.codec)
         with measure("denoise"):
-            if settings.by_chunks:
-                keys = video_keys(seed, count=len(prompts))
+            keys = video_keys(seed, count=len(prompts)) if settings.draws_noise else None
+            if by_chunks and keys is not None:
                 latents = session.denoise_by_chunks(keys, text, condition, on_chunk=partial(on_step, "denoise"))
             else:
                 total = settings.num_inference_steps
                 on_step("denoise", 0, total)
-                latents = session.denoise(noise, text, condition, on_step=lambda done: on_step("denoise", done, total))
+                latents = session.denoise(
+                    noise, text, condition, keys, on_step=lambda done: on_step("denoise", done, total)
+                )
         with measure("decode"):
             total, video = latents.shape[1], []
             on_step("decode", 0, total)

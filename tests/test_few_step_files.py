@@ -1,5 +1,7 @@
 """Few-step files as they are published: told apart, converted, and run block by block as a plain torch loop does."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -124,6 +126,41 @@ def test_a_published_file_runs_as_its_authors_loop(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_rcm_runs_as_its_authors_loop(tmp_path):
+    """NVlabs/rcm ``wan2pt1_t2v_rcm_infer.py``: angles into levels, the first noise times the first level, fresh noise
+    over all frames at once. Four passes of a network of order one in float32."""
+    theirs = save_tiny_checkpoint(tmp_path / "base", seed=12)
+    file = tmp_path / "published" / "rCM_Wan_tiny.pt"
+    theirs.transformer.save_config(file.parent)
+    named = {renamed(k, TRANSFORMER, "diffusers", "original")[0]: x for k, x in theirs.transformer.state_dict().items()}
+    torch.save({f"net.{name}": tensor for name, tensor in named.items()}, file)
+    folder = tmp_path / "base"
+    (folder / "transformer").rename(tmp_path / "teacher")
+    convert(file, folder / "transformer")
+    ours = TextToVideo.from_pretrained(folder, cache_dir=tmp_path / "cache")
+    settings = ours.settings(num_frames=9, height=16, width=32)
+    assert (settings.num_inference_steps, settings.guidance_scale, settings.draws_noise) == (4, 1.0, True)
+    how = {"num_frames": 9, "height": 16, "width": 32, "num_inference_steps": 4, "guidance_scale": 1.0}
+    found = latents_by_us(ours, None, seed=3, **how)
+
+    angles = torch.tensor([np.arctan(80.0), 1.5, 1.4, 1.0, 0.0], dtype=torch.float64)
+    levels = (torch.sin(angles) / (torch.cos(angles) + torch.sin(angles))).tolist()
+    noise, shape = ChunkNoise(video_keys(3, count=1)), (3, *LATENTS[1:])
+    text = torch.from_numpy(np.array(ours.text(PROMPT)))
+
+    def drawn(array):
+        return torch.from_numpy(np.array(array)).permute(0, 4, 1, 2, 3)
+
+    x = drawn(noise.initial(shape)) * levels[0]
+    for step, (level, following) in enumerate(itertools.pairwise(levels)):
+        v = theirs.transformer(x, torch.tensor([1000 * level]), text, return_dict=False)[0]
+        x = (1 - following) * (x - level * v) + following * drawn(noise.fresh(shape, step))
+    expected = x.permute(0, 2, 3, 4, 1).numpy()
+    assert 0.3 < expected.std() < 5
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("file", "names", "family"),
     [
@@ -158,3 +195,4 @@ def test_levels_are_the_published_ones():
         np.testing.assert_allclose(schedule.timesteps(steps), 1000 * np.array(expected[:-1]), atol=1e-2)
     with pytest.raises(ConfigError, match="trained at 3 noise levels"):
         FlowSchedule(grid="causvid").sigmas(4)
+    np.testing.assert_allclose(FlowSchedule(grid="rcm").sigmas(2), [80 / 81, 0.933781, 0], atol=1e-5)

@@ -89,6 +89,10 @@ class Generate:
     video is that of a per-step sweep. A noise level from 0 to below 1: the finished chunk with so much noise, in the
     memory of one step; for a model that was trained so. When not given: as the model was trained."""
 
+    offload: bool = False
+    """For a device with little memory: the transformer's blocks stay in the host's memory and are fetched one at a
+    time, and the text encoder leaves the device once a prompt is embedded. Slower."""
+
     resume: bool = False
     """Go on with a per-chunk video that was interrupted or killed, from FILE.mp4.state: the same command with
     --resume. With another prompt, the rest shows that."""
@@ -201,6 +205,7 @@ def _run(options: Generate) -> None:
                 loras=options.lora,
                 quantize=options.quantize,
                 mesh=mesh,
+                offload=options.offload,
             )
         if options.hybrid is not None:
             _note(
@@ -388,6 +393,7 @@ def _check_room(
             remember=past,
             eight_bits=options.quantize is not None,
             mesh=mesh,
+            offload=options.offload,
         )
 
     check_memory(

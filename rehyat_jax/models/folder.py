@@ -22,7 +22,8 @@ from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.layout import INDEX
 
 _ASSETS = Path(__file__).parents[1] / "assets"
-#: Beside ``model_index.json``: our file, because diffusers warns of keys in its own that it does not know.
+#: Beside ``model_index.json``, or with the transformer that it is of: our file, because diffusers warns of keys in its
+#: own that it does not know.
 DEFAULTS_FILE = "rehyat_defaults.json"
 SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
 #: Where a student's own defaults lie, when its teacher is in the same folder and has others: with the student.
@@ -186,7 +187,8 @@ def defaults_files(folder: Path, *, student: bool = True) -> list[Path]:
     Args:
         student: those of the student in the folder too, if there is one.
     """
-    files = (DEFAULTS_FILE, STUDENTS_DEFAULTS, Path("rehyat", DEFAULTS_FILE))[: 3 if student else 1]
+    own = (Path(DEFAULTS_FILE), Path("transformer", DEFAULTS_FILE))
+    files = own + ((STUDENTS_DEFAULTS, Path("rehyat", DEFAULTS_FILE)) if student else ())
     return [folder / file for file in files if (folder / file).is_file()]
 
 

@@ -53,7 +53,14 @@ def weights_bytes(folder: Path, name: str, *, dtype: DTypeLike, eight_bits: bool
 
 
 def transformer_bytes(
-    model: WanConfig, *, tokens: int, batch: int, dtype: DTypeLike, weights: int, text_tokens: int = 512
+    model: WanConfig,
+    *,
+    tokens: int,
+    batch: int,
+    dtype: DTypeLike,
+    weights: int,
+    text_tokens: int = 512,
+    on: str | None = None,
 ) -> int:
     """What a forward pass holds at its fullest, the weights themselves aside.
 
@@ -61,16 +68,17 @@ def transformer_bytes(
         tokens: of a video, or of a chunk.
         batch: rows: two of a video with guidance.
         weights: bytes of the transformer's weights.
+        on: the platform; this one when not given.
     """
     size = jnp.dtype(dtype).itemsize
-    cpu = platform() == "cpu"
+    cpu = (on or platform()) == "cpu"
     wide = 4 if cpu else size  # a CPU computes half precision in float32
     arrays = batch * tokens * (_BLOCK_ARRAYS * model.dim + model.ffn_dim / 2) * wide
     keys = max(tokens, text_tokens)
     scores = _SCORES * batch * model.num_attention_heads * min(tokens, _QUERIES) * keys * 4
     if not cpu and size == 2:  # flash attention
         scores = 0
-    return int(arrays + scores) + _laid_out_again(weights, dtype)
+    return int(arrays + scores) + _laid_out_again(weights, dtype, on)
 
 
 def mixer_cache_bytes(
@@ -109,9 +117,9 @@ def text_encoder_bytes(folder: Path, *, dtype: DTypeLike) -> int:
     return weights + _laid_out_again(weights, dtype)
 
 
-def _laid_out_again(weights: int, dtype: DTypeLike) -> int:
+def _laid_out_again(weights: int, dtype: DTypeLike, on: str | None = None) -> int:
     """XLA's CPU backend lays a network's weights out again for its products, in float32."""
-    return weights // jnp.dtype(dtype).itemsize * 4 if platform() == "cpu" else 0
+    return weights // jnp.dtype(dtype).itemsize * 4 if (on or platform()) == "cpu" else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +149,44 @@ def student_config(folder: Path) -> Conversion | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Networks:
+    """A model's networks, as far as memory is concerned; bytes of weights."""
+
+    model: WanConfig
+    vae: VAEConfig
+    dtype: DTypeLike
+    #: Of one transformer, and of its largest block, of which two are on the device where blocks come from the host.
+    transformer: int
+    blocks: int
+    text_encoder: int
+    decoder: int
+
+    @classmethod
+    def of_folder(cls, folder: Path, *, dtype: DTypeLike, eight_bits: bool = False) -> Networks:
+        """
+        Raises:
+            CheckpointError, ConfigError: the folder has not all three networks.
+        """
+        how: dict[str, Any] = {"dtype": dtype, "eight_bits": eight_bits}
+        model = open_component(folder, "transformer").config
+        return cls(
+            model=model,
+            vae=open_component(folder, "vae").config,
+            dtype=dtype,
+            transformer=weights_bytes(folder, "transformer", **how),
+            blocks=blocks_bytes(model, **how),
+            text_encoder=weights_bytes(folder, "text_encoder", **how),
+            decoder=weights_bytes(folder, "vae", dtype=jnp.float32),
+        )
+
+
+def blocks_bytes(model: WanConfig, *, dtype: DTypeLike, eight_bits: bool) -> int:
+    """Of all a transformer's blocks: their matrices, which are nearly all of it."""
+    matrices = 8 * model.dim**2 + 2 * model.dim * model.ffn_dim + (2 * model.dim**2 if model.image_dim else 0)
+    return model.num_layers * matrices * (1 if eight_bits else jnp.dtype(dtype).itemsize)
+
+
 def video_need(
     folder: Path,
     shape: VideoShape,
@@ -151,20 +197,39 @@ def video_need(
     remember: ContextNoise = "steps",
     eight_bits: bool = False,
     mesh: MeshConfig | None = None,
+    offload: bool = False,
 ) -> Need:
-    """What making a video takes.
-
-    Args:
-        hybrid: how blocks are converted.
-        streams: a chunk at a time, where the model can; else as a whole.
-        eight_bits: the matrices of the transformer and of the text encoder are kept so.
-        mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
+    """What making a video takes: `networks_need` of a model's folder.
 
     Raises:
         CheckpointError, ConfigError: the folder has not all three networks.
     """
-    model, vae = open_component(folder, "transformer").config, open_component(folder, "vae").config
-    weights = weights_bytes(folder, "transformer", dtype=dtype, eight_bits=eight_bits)
+    networks = Networks.of_folder(folder, dtype=dtype, eight_bits=eight_bits)
+    how: dict[str, Any] = {"remember": remember, "mesh": mesh, "offload": offload}
+    return networks_need(networks, shape, hybrid=hybrid, streams=streams, **how)
+
+
+def networks_need(
+    networks: Networks,
+    shape: VideoShape,
+    *,
+    hybrid: Conversion | None,
+    streams: bool,
+    remember: ContextNoise = "steps",
+    mesh: MeshConfig | None = None,
+    offload: bool = False,
+    on: str | None = None,
+) -> Need:
+    """What making a video takes; of two experts, with one at a time on the device.
+
+    Args:
+        hybrid: how blocks are converted.
+        streams: a chunk at a time, where the model can; else as a whole.
+        mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
+        offload: blocks come from the host, and the text encoder leaves once a prompt is embedded.
+        on: the platform; this one when not given.
+    """
+    model, vae, dtype = networks.model, networks.vae, networks.dtype
     latents = (shape.frames - 1) // vae.temporal_factor + 1
     sides = (
         side // (vae.spatial_factor * patch)
@@ -177,29 +242,34 @@ def video_need(
         latents = min(latents, mixing.chunk_frames)
         levels = shape.steps if remember == "steps" else 1
         cache = mixer_cache_bytes(model, mixing, frame_tokens=frame, batch=batch, levels=levels, dtype=dtype)
-    work = transformer_bytes(model, tokens=max(latents * frame, 1), batch=batch, dtype=dtype, weights=weights)
-    of_text = weights_bytes(folder, "text_encoder", dtype=dtype, eight_bits=eight_bits)
-    laid_out_again = _laid_out_again(of_text, dtype)
-    if mesh is not None and platform() != "cpu":  # whose virtual devices share one memory
+    weights, text = networks.transformer, networks.text_encoder
+    on_host = networks.blocks - 2 * networks.blocks // model.num_layers if offload else 0
+    work = transformer_bytes(
+        model, tokens=max(latents * frame, 1), batch=batch, dtype=dtype, weights=weights - on_host, on=on
+    )
+    laid_out_again = _laid_out_again(text, dtype, on)
+    if mesh is not None and (on or platform()) != "cpu":  # whose virtual devices share one memory
         held = (mesh.fsdp or 1) * mesh.context * mesh.tensor
-        weights, of_text = weights // held, of_text // held
+        weights, text = weights // held, text // held
         work //= mesh.context * mesh.tensor * math.gcd(batch, mesh.data * (mesh.fsdp or 1))
         cache //= math.gcd(mesh.context * mesh.tensor, model.num_attention_heads)
     decoding = decoder_bytes(vae, height=shape.height, width=shape.width)
-    pixels = shape.frames * shape.height * shape.width * 3
     parts = {
-        "the text encoder": of_text,
-        "the transformer": weights,
-        "the VAE": weights_bytes(folder, "vae", dtype=jnp.float32),
+        "the text encoder": 0 if offload else text,
+        "the transformer": weights - on_host,
+        "the VAE": networks.decoder,
         "the past of the stream": cache,
     }
     # One after the other: the prompt is embedded, the video denoised, then decoded; a stream does the last two in turn,
     # and what its decoder keeps stays.
-    phases = {"embedding the prompt": laid_out_again, "denoising": work, "decoding": decoding}
+    embedding = laid_out_again + (text if offload else 0)
+    phases = {"embedding the prompt": embedding, "denoising": work, "decoding": decoding}
     if streams:
         phases["denoising"] += phases.pop("decoding")
     largest = max(phases, key=lambda name: phases[name])
-    return Need(device=parts | {largest: phases[largest]}, host=_PROGRAM + (0 if streams else 2 * pixels))
+    pixels = shape.frames * shape.height * shape.width * 3
+    host = _PROGRAM + (0 if streams else 2 * pixels) + on_host
+    return Need(device=parts | {largest: phases[largest]}, host=host)
 
 
 def size_unit(folder: Path) -> tuple[int, int]:

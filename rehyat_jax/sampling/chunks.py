@@ -107,8 +107,7 @@ class Chunks:
                 sampler=sampler,
             )
         after, texts = dict(zip(self.numbers, states, strict=True)), dict(zip(self.numbers, text_kv, strict=True))
-        solver = self._samplers[0].solver
-        state = programs.begin_chunk(keys, first_frame, shape=shape, solver=solver)
+        state = programs.begin_chunk(keys, first_frame, shape=shape, sampler=self._samplers[0])
         for number, own in self._own[len(steps.timestep)].items():
             split = self._split(number)
             state, after[number] = programs.advance_chunk(

@@ -15,6 +15,7 @@ from flax import nnx
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.memory import Need, Room
+from rehyat_jax.runtime.offload import bytes_on_device
 from rehyat_jax.sampling.schedule import SamplingSteps
 
 
@@ -77,8 +78,10 @@ class Experts:
 
     def _room(self) -> bool:
         """For one as large as the largest that is there."""
-        nbytes = max(sum(x.nbytes for x in jax.tree.leaves(held.weights)) for held in self._held.values())
-        return Room.here().lacking(Need(device={"an expert": nbytes})) is None
+        weights = [held.weights for held in self._held.values()]
+        device = max(bytes_on_device(each) for each in weights)
+        host = max(sum(x.nbytes for x in jax.tree.leaves(each)) for each in weights) - device
+        return Room.here().lacking(Need(device={"an expert": device}, host=max(host, 0))) is None
 
     @property
     def held(self) -> tuple[str, ...]:

@@ -32,16 +32,18 @@ def denoise_step(
     step: SamplingSteps,
     text: Padded,
     condition: Condition | None = None,
+    keys: Key[Array, " B"] | None = None,
     *,
     graph: Any,
     sampler: Sampler,
 ) -> Any:
-    """A whole video from one noise level to the next."""
+    """A whole video from one noise level to the next; ``keys`` are of the noise that a stochastic solver takes."""
     model = nnx.merge(graph, weights)
     padded = partial(model, text_tokens=text.tokens)
     velocity = guided_velocity(padded, text.values, guidance=sampler.guidance, dtype=model.dtype, condition=condition)
+    noise = None if keys is None else ChunkNoise(keys)
     # Latents are small; all that is large is sharded within the model.
-    return replicated(rollout.sampling_step(velocity, state, step=step, solver=sampler.solver))
+    return replicated(rollout.sampling_step(velocity, state, step=step, solver=sampler.solver, noise=noise))
 
 
 @inference_jit(static_argnames="graph")
@@ -80,10 +82,10 @@ def denoise_chunk(
     return replicated(latents), rollout.sharded(model, states)
 
 
-@inference_jit(static_argnames=("shape", "solver"))
-def begin_chunk(keys: Key[Array, " B"], first_frame: Int[Array, ""], *, shape: Shape, solver: Any) -> Any:
+@inference_jit(static_argnames=("shape", "sampler"))
+def begin_chunk(keys: Key[Array, " B"], first_frame: Int[Array, ""], *, shape: Shape, sampler: Sampler) -> Any:
     """The solver's state before a chunk."""
-    return replicated(solver.init(ChunkNoise(keys, first_frame).initial(shape)))
+    return replicated(sampler.solver.init(sampler.scaled(ChunkNoise(keys, first_frame).initial(shape))))
 
 
 @inference_jit(static_argnames=("graph", "sampler"), donate_argnames=("states", "state"))

@@ -80,6 +80,12 @@ class Sampler:
     solver: Solver
     guidance: Guidance
     context_noise: ContextNoise = "steps"
+    #: `FlowSchedule.noise_scale`.
+    noise_scale: float = 1.0
+
+    def scaled(self, noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """What the solver begins with, from standard normal noise."""
+        return noise if self.noise_scale == 1 else noise * self.noise_scale
 
 
 class Recorded(NamedTuple):
@@ -102,11 +108,18 @@ def check_context_noise(value: Any) -> ContextNoise:
     raise ConfigError(f'remember must be "steps" or a noise level from 0 to below 1, not {str(value)[:80]!r}')
 
 
-def sampling_step(velocity: Velocity, state: Any, *, step: SamplingSteps, solver: Solver) -> Any:
-    """One denoising step: from the solver's state to its next one; ``step`` is a row of the sampling steps."""
+def sampling_step(
+    velocity: Velocity, state: Any, *, step: SamplingSteps, solver: Solver, noise: ChunkNoise | None = None
+) -> Any:
+    """One denoising step: from the solver's state to its next one; ``step`` is a row of the sampling steps.
+
+    Args:
+        noise: the video's, of which a stochastic solver takes the step's.
+    """
     latents = state.latents
     t = jnp.broadcast_to(jnp.asarray(step.timestep, jnp.float32), latents.shape[:1])
-    return solver.step(state, velocity(latents, t), coefficients=step.coefficients)
+    fresh = noise.fresh(_shape(latents), step.number) if solver.stochastic and noise is not None else None
+    return solver.step(state, velocity(latents, t), coefficients=step.coefficients, noise=fresh)
 
 
 def per_step(
@@ -239,7 +252,7 @@ def recorded_chunk(
     condition = Condition() if condition is None else condition
     how: Any = {"first_frame": first_frame, "sampler": sampler, "condition": condition}
     state, states, inputs = advance_chunk(
-        model, states, sampler.solver.init(noise.initial(shape)), noise, text_kv, steps=steps, **how
+        model, states, sampler.solver.init(sampler.scaled(noise.initial(shape))), noise, text_kv, steps=steps, **how
     )
     latents = condition.finished(state.latents)
     if sampler.context_noise != "steps":

@@ -74,6 +74,11 @@ class FlowSchedule:
             return levels.astype(np.float32) * np.float32(self.num_train_timesteps)
         return np.trunc(levels * self.num_train_timesteps).astype(np.float32)
 
+    @property
+    def noise_scale(self) -> float:
+        """What a sample's first noise is multiplied by: rCM's begins below all noise, without data in its place."""
+        return float(_RCM[0]) if self.grid == "rcm" else 1.0
+
     def _levels(self, num_steps: int) -> np.ndarray:
         if not 1 <= num_steps <= self.num_train_timesteps:
             raise ConfigError(f"the number of steps must be from 1 to {self.num_train_timesteps}, not {num_steps}")
@@ -138,11 +143,17 @@ def _warped(shift: float, num_train_timesteps: int, num_steps: int) -> np.ndarra
     return _shifted(np.linspace(1, 0, num_steps + 1)[:-1], shift)
 
 
-def _listed(*levels: float) -> Callable[[float, int, int], np.ndarray]:
+def _listed(*levels: float, fewer: bool = False) -> Callable[[float, int, int], np.ndarray]:
+    """
+    Args:
+        fewer: the first of them may be taken alone.
+    """
+
     def of_training(shift: float, num_train_timesteps: int, num_steps: int) -> np.ndarray:
-        if num_steps != len(levels):
-            raise ConfigError(f"this model was trained at {len(levels)} noise levels: it takes as many steps")
-        return np.array(levels)
+        if num_steps > len(levels) or (num_steps < len(levels) and not fewer):
+            takes = "as many steps or fewer" if fewer else "as many steps"
+            raise ConfigError(f"this model was trained at {len(levels)} noise levels: it takes {takes}")
+        return np.array(levels[:num_steps])
 
     return of_training
 
@@ -157,5 +168,5 @@ _LEVELS: dict[str, Callable[[float, int, int], np.ndarray]] = {
     "official": _official,
     "warped": _warped,
     "causvid": _listed(1.0, 0.757, 0.522),
-    "rcm": _listed(*_RCM),
+    "rcm": _listed(*_RCM, fewer=True),
 }

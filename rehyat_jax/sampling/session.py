@@ -65,6 +65,7 @@ class Session:
                 solver=settings.solver,
                 guidance=dataclasses.replace(guidance, **forward),
                 context_noise=settings.remember,
+                noise_scale=settings.schedule.noise_scale,
             )
             for guidance in settings.guidances[: len(self._experts.members)]
         )
@@ -162,22 +163,25 @@ class Session:
         noise: Float[Array, "B T h w z"],
         text: Float[Array, "evaluations B L D"],
         condition: Condition | None = None,
+        keys: Key[Array, " B"] | None = None,
         *,
         on_step: Callable[[int], None] = lambda done: None,
     ) -> Float[Array, "B T h w z"]:
-        """The latents of whole videos, all frames at each step."""
+        """The latents of whole videos, all frames at each step; ``keys`` are of the noise that a stochastic solver
+        takes on the way."""
         short, noise, condition = self.devices.replicate((trimmed(text), noise, condition or Condition()))
+        keys = None if keys is None else self.devices.replicate(keys)
         with self.computing():
 
             def advance(state: Any, step: SamplingSteps) -> Any:
                 expert = self._experts.at(float(step.timestep))
                 sampler = self.samplers[expert.number]
                 return programs.denoise_step(
-                    expert.weights, state, step, short, condition, graph=expert.graph, sampler=sampler
+                    expert.weights, state, step, short, condition, keys, graph=expert.graph, sampler=sampler
                 )
 
             steps, solver = self.settings.steps(), self.sampler.solver
-            latents = rollout.per_step(advance, noise, steps=steps, solver=solver, on_step=on_step)
+            latents = rollout.per_step(advance, self.sampler.scaled(noise), steps=steps, solver=solver, on_step=on_step)
             return self.devices.local(condition.finished(latents))
 
     def denoise_by_chunks(

@@ -58,8 +58,9 @@ class Settings:
         return tuple(Guidance(scale=scale, forward="two") for scale in (self.guidance_scale, low))
 
     @property
-    def by_chunks(self) -> bool:
-        """Whether a call makes its video as a stream does: a few-step student knows no past but finished chunks."""
+    def draws_noise(self) -> bool:
+        """Whether the solver draws noise on the way. A call of a model that streams then makes its video as a stream
+        does: a few-step student knows no past but finished chunks."""
         return self.solver.stochastic
 
     def steps(self, *, of_first_chunk: bool = False) -> SamplingSteps:

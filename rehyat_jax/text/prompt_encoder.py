@@ -42,6 +42,7 @@ class PromptEncoder:
         warn: bool = True,
         quantize: Literal["fp8", "int8"] | None = None,
         mesh: Mesh | None = None,
+        keep: bool = True,
     ) -> None:
         """Open a checkpoint's text part: sizes and headers are checked, the weights not yet read.
 
@@ -52,12 +53,15 @@ class PromptEncoder:
             warn: tell of a prompt that is cut when it is first met; False where the caller counts them.
             quantize: as `load_text_encoder` takes it.
             mesh: over whose devices the encoder is sharded and computes.
+            keep: hold the encoder for the prompts to come; else it leaves the device when a prompt is embedded, and is
+                read again for the next one.
             repair: have ftfy repair prompts, as :func:`~rehyat_jax.text.tokenizer.clean_prompt` says.
 
         Raises:
             CheckpointError, ConfigError: tokenizer or encoder is missing, damaged or foreign, or they do not fit.
         """
         self.folder, self._dtype, self._quantize, self._mesh = folder, dtype, quantize, mesh
+        self._keep = keep
         self._cache = None if cache is None else PromptCache(cache)
         self._warn, self._told = warn, set[str]()
         opened = open_component(folder, "text_encoder")
@@ -93,6 +97,8 @@ class PromptEncoder:
         if rows is None:
             with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
                 rows = np.asarray(embed_tokens(self.encoder, tokens).astype(jnp.float32))
+            if not self._keep:
+                del self.encoder
             if not np.isfinite(rows).all():
                 raise NotFiniteError(
                     f"the text encoder's embedding of a prompt is not finite: it overflows in {jnp.dtype(self._dtype)}"
@@ -126,7 +132,8 @@ class PromptEncoder:
     @cached_property
     def _identity(self) -> str:
         """What an embedding depends on beside the tokens: the encoder's files (their content), sizes and dtype."""
-        kept = jnp.dtype(self._dtype).name + (f" {self._quantize}" if self._quantize else "")
+        # fp8 was another before it was E3M4.
+        kept = jnp.dtype(self._dtype).name + (f" {self._quantize}, finest" if self._quantize else "")
         digest = hashlib.sha256(f"{self._config} {kept}".encode())
         for path in self._files:
             digest.update(sample_digest(path))

@@ -40,10 +40,14 @@ _OTHERS = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-#: In which matrices are kept, by name, and the largest number of each. fp8 has three bits behind the point at any size,
-#: int8 has even steps: of numbers that are spread as a Gaussian it loses a third of what fp8 does.
+#: In which matrices are written, by name. Files have no other fp8 with scales than this: three bits behind the point.
 EIGHT_BITS = {"fp8": np.dtype(ml_dtypes.float8_e4m3fn), "int8": np.dtype(np.int8)}
-LARGEST = {EIGHT_BITS["fp8"]: 448, EIGHT_BITS["int8"]: 127}
+#: In which wide matrices are kept on the device as fp8: four bits behind the point, and a range that a row's numbers
+#: fill. A float's error goes with the number itself, so that no choice of scales, groups or rotations helps the other
+#: (docs/notebook/decisions.md).
+FINE_FP8 = np.dtype(ml_dtypes.float8_e3m4)
+#: The largest number of each.
+LARGEST = {EIGHT_BITS["fp8"]: 448, FINE_FP8: 15.5, EIGHT_BITS["int8"]: 127}
 #: Every kind that is known by its size.
 KINDS = DTYPES | _OTHERS
 READABLE = f"only {', '.join(DTYPES)} are read"

@@ -50,7 +50,10 @@ def filled(plan: LoadPlan, *, dtype: Any, mesh: Mesh | None = None) -> nnx.Modul
     by_path, module = _by_path(plan), plan.abstract
     state = nnx.state(module)
     variables = parameters(state)
-    places = {} if mesh is None else {ours: _sharding(variable, mesh) for ours, variable in variables.items()}
+    if mesh is None:  # where the shapes say that they are to lie
+        places = {ours: variable.get_value().sharding for ours, variable in variables.items()}
+    else:
+        places = {ours: _sharding(variable, mesh) for ours, variable in variables.items()}
     for ours, slots in by_path.items():
         _fill(plan, slots, variables, ours, dtype, places)
     nnx.update(module, state)

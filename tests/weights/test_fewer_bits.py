@@ -292,7 +292,7 @@ def test_a_text_encoder_is_kept_so_too(models, tmp_path):
 
 
 def test_other_weights_are_rounded_by_rows(models, tmp_path):
-    """fp8 has three bits behind the point: 2⁻⁴ of a number, and 2⁻⁹ / 448 of a row's largest below its normals; int8's
+    """E3M4 has four bits behind the point: 2⁻⁵ of a number, and 2⁻⁷ / 15.5 of a row's largest below its normals; int8's
     steps are a 127th of that, half of which is lost at most."""
     models["transformer"].save_pretrained(tmp_path / "wan")
     plain = parameters(nnx.state(load_transformer(tmp_path / "wan")))
@@ -301,10 +301,10 @@ def test_other_weights_are_rounded_by_rows(models, tmp_path):
         for path, found in kept(load_transformer(tmp_path / "wan", quantize=kind)).items():
             wanted = np.asarray(plain[path].get_value())
             top = np.abs(wanted).max(axis=1, keepdims=True)
-            fp8 = np.maximum(np.abs(wanted) / 16, top / 448 / 2**9)
+            fp8 = np.maximum(np.abs(wanted) / 32, top / 15.5 / 2**7)
             assert (np.abs(found - wanted) <= (fp8 if kind == "fp8" else top / 127 * 0.5001)).all(), path
             errors[kind] = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-    assert errors["int8"] < 0.5 * errors["fp8"]  # of Gaussian numbers
+    assert errors["int8"] < errors["fp8"] < 0.015  # of Gaussian numbers; E4M3 loses 0.026
 
 
 @pytest.mark.parametrize("kind", breadth(["fp8", "int8"]))
@@ -313,8 +313,13 @@ def test_convert_writes_it_and_it_is_kept_so(kind, models, tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "wan"), str(tmp_path / "small"), "--quantize", kind]) == 0
     capsys.readouterr()
     again, at_once = (kept(load_transformer(tmp_path / name, quantize=kind)) for name in ("small", "wan"))
+    plain = parameters(nnx.state(load_transformer(tmp_path / "wan")))
     for path, found in again.items():
-        np.testing.assert_array_equal(found, at_once[path])
+        if kind == "int8":
+            np.testing.assert_array_equal(found, at_once[path])
+        else:  # files have no E3M4
+            lost = [np.linalg.norm(x - np.asarray(plain[path].get_value())) for x in (at_once[path], found)]
+            assert lost[0] < 0.6 * lost[1]
     read = parameters(nnx.state(load_transformer(tmp_path / "small")))
     for path, found in again.items():
         np.testing.assert_array_equal(np.asarray(read[path].get_value()), found)
@@ -326,14 +331,14 @@ def test_convert_writes_it_and_it_is_kept_so(kind, models, tmp_path, capsys):
 
 @pytest.mark.full
 def test_a_student_kept_in_fp8_is_nearly_the_one_in_float32(models, tmp_path):
-    """Random weights of order one: 2⁻⁴ at most of each, 2⁻⁵·⁵ in the mean, which a few layers add up: 5 %."""
+    """Random weights of order one: 2⁻⁵ at most of each, 2⁻⁶·⁵ in the mean, which a few layers add up: 2.5 %."""
     models["transformer"].save_pretrained(tmp_path / "wan")
     hybrid = HybridConfig(chunk_frames=1, overlap_frames=0)
     plain, small = (load_transformer(tmp_path / "wan", hybrid=hybrid, quantize=q) for q in (None, "fp8"))
     rng = np.random.default_rng(0)
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 2, 4, 4, 16), (1, 3, 32)))
     wanted, found = (m(latents, jnp.array([500.0]), text) for m in (plain, small))
-    assert 1e-4 < jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted) < 0.05
+    assert 1e-4 < jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted) < 0.025
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -186,7 +186,7 @@ class Inputs(Protocol):
         """Shapes and dtypes of a whole turn."""
         ...
 
-    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
+    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
         """What goes into the teacher; inside jit."""
         ...
 
@@ -224,7 +224,7 @@ class OwnTrajectories:
     def turn_shapes(self) -> Turn:
         return _shapes(self.turn(0))
 
-    def points(self, carried: PyTree, turn: Turn, frozen: PyTree) -> tuple[PyTree, Points]:
+    def points(self, carried: PyTree, turn: Turn, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
         rollouts = self._sampling.restart(carried, turn, frozen["key"])
         return rollouts, self._sampling.points(rollouts, frozen["table"].at(turn.places), frozen["negative"])
 
@@ -258,7 +258,7 @@ class NoisyClips:
         scenes = self._draw(draw)
         return scenes, noise, self._embed(captions(scenes))
 
-    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
+    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
         scenes, key, text = turn
         vae = nnx.merge(self._vae, frozen)
         video = self._bucket.render(scenes)
@@ -304,7 +304,7 @@ class PreparedInputs:
     def turn(self, index: int) -> PyTree:
         return self._feed.turn(index), jax.random.fold_in(self._key, index)
 
-    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree) -> tuple[PyTree, Points]:
+    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
         pool = self._feed.pool(turn[0], frozen, None)
         return None, _noisy(pool.latents, pool.text, turn[1], self._shifts)
 

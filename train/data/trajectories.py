@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ class Points(NamedTuple):
     """Inputs of a forward pass of the teacher."""
 
     latents: Float[Array, "R T h w z"]
-    #: 0 to 1000.
-    timesteps: Float[Array, " R"]
+    #: 0 to 1000; a row's, or each frame's own.
+    timesteps: Float[Array, "R *frames"]
     text: Float[Array, "R L D"]
 
 
@@ -50,6 +50,33 @@ class Turn(NamedTuple):
 
 #: Embeddings of the prompts of trajectories with these numbers.
 Prompts = Callable[[Int[np.ndarray, " R"]], Float[Array, "R L D"]]
+
+
+@runtime_checkable
+class Trajectories(Protocol):
+    """Whole trajectories of a teacher, all rows of which stand at one step: what measurements go along."""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    def begin(
+        self, key: Key[Array, ""], numbers: Int[Array, " R"], text: Float[Array, "R L D"], *, shape: tuple[int, ...]
+    ) -> Any:
+        """Before the first step; ``shape`` is their latents' [T, h, w, z]."""
+
+    def points_at(
+        self,
+        carried: Any,
+        place: Int[Array, ""],
+        negative: Float[Array, "1 L D"],
+        teacher: Any,
+        *,
+        shape: tuple[int, ...],
+    ) -> Points:
+        """What goes into the teacher at a step; ``shape`` as in `begin`."""
+
+    def after(self, carried: Any, place: Int[Array, ""], velocity: Float[Array, "R T h w z"]) -> Any:
+        """One step on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,3 +145,20 @@ class Sampling:
 
         solver = jax.vmap(step)(rollouts.solver, self.guidance.combine(parts), steps.coefficients)
         return Rollouts(solver, rollouts.text)
+
+    def points_at(
+        self,
+        carried: Rollouts,
+        place: Int[Array, ""],
+        negative: Float[Array, "1 L D"],
+        teacher: Any,
+        *,
+        shape: tuple[int, ...],
+    ) -> Points:
+        return self.points(carried, self._all_at(carried, place), negative)
+
+    def after(self, carried: Rollouts, place: Int[Array, ""], velocity: Float[Array, "R T h w z"]) -> Rollouts:
+        return self.advance(carried, self._all_at(carried, place), velocity)
+
+    def _all_at(self, rollouts: Rollouts, place: Int[Array, ""]) -> SamplingSteps:
+        return self.table.at(jnp.full(len(rollouts.text), place))

@@ -17,12 +17,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from rehyat_jax.attention.sharded import softmax_over_devices
 from rehyat_jax.mixers.base import Mixer
 from rehyat_jax.models.wan.transformer import WanTransformer, text_repeats
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
 from train.data.trajectories import Points
 from train.engine.optimizer import OptimizerConfig, TrainState
+from train.stages.attending import Attending, WholeVideo, taken
 from train.stages.attention_loss import LossName, health, relative_error, score_loss
 
 #: Queries of a video whose weights are looked at one by one.
@@ -41,6 +41,7 @@ class Seen(NamedTuple):
     y: Float[Array, "R N H D"]
 
 
+_WHOLE = WholeVideo()
 #: From what belongs to a block, what is seen of it, and the tokens of a frame: whatever the caller wants back.
 Visit = Callable[[PyTree, Seen, int], PyTree]
 
@@ -54,6 +55,7 @@ def observe(
     numbers: Sequence[int | None] | None = None,
     chunk: int = 1,
     text_tokens: int | None = None,
+    attending: Attending = _WHOLE,
 ) -> tuple[Float[Array, "R T h w z"], tuple[PyTree, ...]]:
     """The teacher's velocity, and each visit's results over an axis of the layers that it was to.
 
@@ -65,6 +67,7 @@ def observe(
             every layer.
         chunk: latent frames that stay together where time is sharded.
         text_tokens: see `WanTransformer`'s call.
+        attending: how its blocks attend.
     """
     frames = points.latents.shape[1]
     padding = frames_on_devices(frames, chunk) - frames
@@ -91,7 +94,7 @@ def observe(
         x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, params[0])
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            y = softmax_over_devices(q, k, v, tokens=tokens)
+            y = attending.teach(q, k, v, frame=frame, tokens=tokens)
             seen = Seen(q, k, v, y)
             makers = [
                 functools.partial(visit, mine, seen, frame) for visit, mine in zip(visits, params[1], strict=True)
@@ -142,14 +145,16 @@ def learn(
     loss: LossName,
     optimizer: OptimizerConfig,
     tokens: int | None = None,
+    attending: Attending = _WHOLE,
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One block after an optimiser step for each of ``order``'s, and the loss that the first of them saw.
 
     Args:
         graph: of the block's `Mixer`, whose parameters ``block`` has.
         tokens: how many there are; those after them are padding.
+        attending: how mixers are applied to rows, and how many of these belong together: ``order`` numbers them as one.
     """
-    rows = seen.q.shape[0]
+    rows = seen.q.shape[0] // attending.rows
 
     def objective(params: PyTree, part: Seen, queries: Array) -> Array:
         mixer: Mixer = nnx.merge(graph, params)
@@ -157,11 +162,12 @@ def learn(
             found = mixer.weights(part.q[:, :tokens], part.k[:, :tokens], queries=queries, frame=frame)
             assert found is not None, "a mixer that learns by its weights has some"
             return score_loss(found)
-        return error(mixer, part, frame=frame, tokens=tokens)
+        return error(mixer, part, frame=frame, tokens=tokens, attending=attending)
 
     def step(block: TrainState, x: Order) -> tuple[TrainState, Array]:
         # The whole needs no copy.
-        part = seen if x.rows.shape[0] == rows else jax.tree.map(lambda a: a[x.rows], seen)
+        whole = x.rows.shape[0] == rows
+        part = seen if whole else jax.tree.map(lambda a: taken(a, x.rows, together=attending.rows), seen)
         value, gradients = jax.value_and_grad(objective)(block.params, part, x.queries)
         return optimizer.apply(block, gradients, rate), value
 
@@ -180,20 +186,33 @@ class Figures(NamedTuple):
     normaliser: Float[Array | np.ndarray, "*shape"]
 
 
-def measure(params: PyTree, seen: Seen, *, graph: Any, frame: int, tokens: int | None = None) -> Figures:
-    """One block as it is; ``tokens`` as in `learn`."""
+def measure(
+    params: PyTree,
+    seen: Seen,
+    *,
+    graph: Any,
+    frame: int,
+    tokens: int | None = None,
+    attending: Attending = _WHOLE,
+) -> Figures:
+    """One block as it is; ``tokens`` and ``attending`` as in `learn`. Of rows that belong together, the weights are the
+    last one's."""
     mixer = nnx.merge(graph, params)
     tokens = seen.q.shape[1] if tokens is None else tokens
     # Evenly spread, the last token among them.
     queries = jnp.asarray(np.linspace(0, tokens - 1, min(_QUERIES, tokens)).astype(np.int32))
-    q, k = seen.q[:, :tokens], seen.k[:, :tokens]
+    last = slice(attending.rows - 1, None, attending.rows)
+    q, k = seen.q[last, :tokens], seen.k[last, :tokens]
     found = health(mixer.weights(q, k, queries=queries, frame=frame))
-    return Figures(error(mixer, seen, frame=frame, tokens=tokens), found.share, found.normaliser)
+    apart = error(mixer, seen, frame=frame, tokens=tokens, attending=attending)
+    return Figures(apart, found.share, found.normaliser)
 
 
-def error(mixer: Mixer, seen: Seen, *, frame: int, tokens: int | None) -> Float[Array, ""]:
-    """`relative_error` of a mixer's output; ``tokens`` as in `learn`."""
-    guess = mixer(seen.q, seen.k, seen.v, frame=frame, tokens=tokens)
+def error(
+    mixer: Mixer, seen: Seen, *, frame: int, tokens: int | None, attending: Attending = _WHOLE
+) -> Float[Array, ""]:
+    """`relative_error` of a mixer's output; ``tokens`` and ``attending`` as in `learn`."""
+    guess = attending.apply(mixer, seen.q, seen.k, seen.v, frame=frame, tokens=tokens)
     if tokens is not None and tokens < guess.shape[1]:
         real = jnp.arange(guess.shape[1], dtype=jnp.int32) < tokens
         guess = jnp.where(real[None, :, None, None], guess, jnp.zeros((), guess.dtype))

@@ -46,7 +46,7 @@ from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder
 from train.data.prepared import Prepared
 from train.data.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, prepared_sources
-from train.data.trajectories import Sampling
+from train.data.trajectories import Sampling, Trajectories
 from train.engine.arithmetic import distillation_flops
 from train.engine.folder import RunFolder
 from train.engine.optimizer import OptimizerConfig
@@ -69,7 +69,9 @@ _KEPT = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_
 class DistillTraining(RunConfig):
     """One run. ``out`` becomes the teacher's folder with a ``rehyat`` part, whole or not there."""
 
-    #: A bundled model's name, or a model's folder in the diffusers layout. Its own weights stay as they are.
+    #: A bundled model's name, or a model's folder in the diffusers layout. Its own weights stay as they are. A causal
+    #: few-step model, as `rehyat convert` makes one of a public file, teaches its own window of softmax, on videos that
+    #: it streams at its own levels; the student streams at these.
     teacher: Path = Path("mini-sprites")
     #: Its sizes, which `rehyat plan` needs before there is such a folder; none: whatever it has.
     model: tyro.conf.AvoidSubcommands[WanConfig | None] = None
@@ -158,7 +160,13 @@ class DistillTraining(RunConfig):
         super().run(phases, change=change, force=force)
 
     def stage(self) -> DistillStage:
-        return DistillStage(self if self.choice is None else self.chosen())
+        from train.stages.streamed_distill import StreamedDistillStage, causal_mixer  # which is such a stage itself
+
+        if (causal := causal_mixer(whole_model(self.teacher))) is None:
+            return DistillStage(self if self.choice is None else self.chosen())
+        if self.choice is not None:
+            raise ConfigError("mixers are chosen for a softmax teacher; of a causal one give a hybrid")
+        return StreamedDistillStage(self, causal)
 
     @property
     def choice_file(self) -> Path:
@@ -229,7 +237,7 @@ class DistillTraining(RunConfig):
                     )
         return devices
 
-    def learner(self, model: WanConfig, *, sampling: Sampling) -> Learner:
+    def learner(self, model: WanConfig, *, sampling: Trajectories) -> Learner:
         """What makes the programs."""
         return Learner(
             config=model,
@@ -392,8 +400,12 @@ class DistillStage(Stage):
         return Round(
             function=self.learner.round(inputs, place, shape=shape),
             inputs=_Points(inputs, rounds, seed=training.seed),
-            flops=float(training.flops(self.model, training.sources[place], shape)),
+            flops=self.round_flops(place),
         )
+
+    def round_flops(self, place: int) -> float:
+        """Floating-point operations of a round on a source."""
+        return float(self.training.flops(self.model, self.training.sources[place], self.shapes[place]))
 
     def title(self, data: int) -> str:
         source = self.training.sources[data]
@@ -499,6 +511,10 @@ class DistillStage(Stage):
                 elif (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, partial / name)
             write_student(partial / "transformer", self.model, hybrid, blocks)
+            self.write_beside(partial)
+
+    def write_beside(self, folder: Path) -> None:
+        """What a result has beside the teacher's files and its own part."""
 
     def _measured(self, groups: Mapping[str, Any]) -> np.ndarray:
         """Each block's error: of the last validation or, for a checkpoint's, measured now."""

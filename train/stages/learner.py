@@ -17,9 +17,10 @@ from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.clips import round_key
 from train.data.sources import Inputs
-from train.data.trajectories import Sampling
+from train.data.trajectories import Trajectories
 from train.engine.optimizer import OptimizerConfig, TrainState
 from train.engine.stage import Models, RoundFunction, State
+from train.stages.attending import Attending, WholeVideo
 from train.stages.attention_loss import LossName
 from train.stages.blockwise import Figures, Seen, Visit, draw_order, error, learn, measure, observe
 
@@ -30,11 +31,12 @@ class Learner:
 
     config: WanConfig
     mixing: Mixing
-    sampling: Sampling
+    sampling: Trajectories
     optimizer: OptimizerConfig
     loss: LossName
     updates_per_point: int
     minibatches: int
+    attending: Attending = WholeVideo()
 
     @property
     def roles(self) -> list[str]:
@@ -63,10 +65,10 @@ class Learner:
             state: State, models: Models, frozen: PyTree, host: PyTree, rates: Mapping[str, Array]
         ) -> tuple[State, dict[str, Array]]:
             turn, key = host
-            carried, points = inputs.points(state.carried[place], turn, frozen)
+            carried, points = inputs.points(state.carried[place], turn, frozen, models["teacher"])
             order = draw_order(
                 key,
-                rows=points.latents.shape[0],
+                rows=points.latents.shape[0] // self.attending.rows,
                 tokens=tokens,
                 passes=self.updates_per_point,
                 parts=self.minibatches,
@@ -78,7 +80,7 @@ class Learner:
                 def visit(block: TrainState | None, seen: Seen, frame: int) -> tuple[TrainState | None, Array]:
                     if block is None:
                         mixer = nnx.merge(graph, nnx.State({}))
-                        return None, error(mixer, seen, frame=frame, tokens=tokens)
+                        return None, error(mixer, seen, frame=frame, tokens=tokens, attending=self.attending)
                     return learn(
                         block,
                         seen,
@@ -89,6 +91,7 @@ class Learner:
                         loss=self.loss,
                         optimizer=self.optimizer,
                         tokens=tokens,
+                        attending=self.attending,
                     )
 
                 return visit
@@ -101,6 +104,7 @@ class Learner:
                 numbers=self.mixing.numbers,
                 chunk=self._chunk,
                 text_tokens=TEXT_LENGTH,
+                attending=self.attending,
             )
             learners = {role: block for role, (block, _) in zip(self.roles, given, strict=True) if block is not None}
             carried = inputs.after(carried, turn, frozen, velocity)
@@ -112,23 +116,21 @@ class Learner:
     def measure(self, *, shape: tuple[int, ...]) -> Callable[[Models, PyTree, PyTree], Figures]:
         """`Figures` over [step, block], all converted blocks in order, of whole trajectories of ``{"text",
         "negative"}``'s prompts."""
-        sampling, table, tokens = self.sampling, self.sampling.table, self._tokens(shape)
+        sampling, tokens = self.sampling, self._tokens(shape)
 
         def function(models: Models, frozen: PyTree, _: PyTree) -> Figures:
             teacher, text = models["teacher"], frozen["text"]
-            count = len(text)
-            begun = sampling.begin(round_key(0, 0), jnp.arange(count, dtype=jnp.int32), text, shape=shape)
+            begun = sampling.begin(round_key(0, 0), jnp.arange(len(text), dtype=jnp.int32), text, shape=shape)
             groups: list[tuple[Any, PyTree]] = [nnx.split(models[role]) for role in self.roles]
 
             def visit(graph: Any) -> Visit:
                 def visit(params: PyTree, seen: Seen, frame: int) -> Figures:
-                    return measure(params, seen, graph=graph, frame=frame, tokens=tokens)
+                    return measure(params, seen, graph=graph, frame=frame, tokens=tokens, attending=self.attending)
 
                 return visit
 
             def step(rollouts: PyTree, place: Array) -> tuple[PyTree, Figures]:
-                steps = table.at(jnp.full(count, place))
-                points = sampling.points(rollouts, steps, frozen["negative"])
+                points = sampling.points_at(rollouts, place, frozen["negative"], teacher, shape=shape)
                 velocity, figures = observe(
                     teacher,
                     points,
@@ -137,8 +139,9 @@ class Learner:
                     numbers=self.mixing.numbers,
                     chunk=self._chunk,
                     text_tokens=TEXT_LENGTH,
+                    attending=self.attending,
                 )
-                return sampling.advance(rollouts, steps, velocity), self.mixing.in_order(figures)
+                return sampling.after(rollouts, place, velocity), self.mixing.in_order(figures)
 
             return jax.lax.scan(step, begun, jnp.arange(sampling.num_steps, dtype=jnp.int32))[1]
 

@@ -72,7 +72,8 @@ def convert(
     those that say how it is run here without them, which is as its authors advise (`models.wan.advice`).
 
     A student's ``rehyat/`` part goes with its transformer. A file of a causal few-step model, as its authors publish it
-    (`models.wan.fewstep`), gets one that says how it attends and how it is run.
+    (`models.wan.fewstep`), gets one that says how it attends and how it is run; one that makes all frames
+    at once, a file that says how it is run.
 
     Args:
         dst: new or empty; it appears whole or not at all.
@@ -108,7 +109,8 @@ def convert(
         return open_conversion(file, plan, dtype=np.float32 if dtype is None else dtype)[0]
 
     family = few_step_of(user_path("src", src))
-    causal = family is not None and family.conversion is not None and file is None
+    published = family is not None and file is None
+    causal = published and family is not None and family.conversion is not None
 
     def windows(plan: LoadPlan) -> Attached:
         assert family is not None
@@ -117,7 +119,8 @@ def convert(
 
     def say_how(folder: Path) -> None:
         assert family is not None
-        write_json(folder / STUDENT.folder / DEFAULTS_FILE, dict(family.defaults))
+        part = folder / STUDENT.folder if causal else folder
+        write_json(part / DEFAULTS_FILE, dict(family.defaults))
 
     parts = {} if file is None else {"transformer": part}
     convert_weights(
@@ -129,7 +132,7 @@ def convert(
         changed=changes,
         kept=kept_as(quantize),
         parts={"transformer": windows} if causal else parts,
-        write_beside=say_how if causal else None,
+        write_beside=say_how if published else None,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rehyat_jax.adapters.linear import keep_in_eight_bits
 from rehyat_jax.adapters.lora import Into, Lora, loras_of, of_expert
 from rehyat_jax.adapters.merging import Merged, with_loras
-from rehyat_jax.errors import CheckpointError
+from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.folder import (
     find_checkpoint,
@@ -28,8 +28,9 @@ from rehyat_jax.runtime.arguments import choice
 from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.sampling.experts import Expert, Experts
 from rehyat_jax.weights.convert import attached_to
-from rehyat_jax.weights.files import EIGHT_BITS
+from rehyat_jax.weights.files import EIGHT_BITS, FINE_FP8, KINDS
 from rehyat_jax.weights.load import filled, known_dtype, on_mesh
+from rehyat_jax.weights.plan import LoadPlan
 
 #: In which eight bits the matrices of blocks are kept.
 Quantize = Literal["fp8", "int8"]
@@ -43,6 +44,7 @@ def load_transformer(
     loras: Iterable[Any] = (),
     quantize: Quantize | None = None,
     mesh: Mesh | None = None,
+    offload: bool = False,
 ) -> WanTransformer:
     """A Wan text-to-video transformer: the softmax teacher, or the student where the folder has a ``rehyat`` part.
 
@@ -59,15 +61,18 @@ def load_transformer(
             strength, or a text ``FILE[:strength]``.
         quantize: "fp8" or "int8": the blocks' matrices are kept so on the device, with a scale for each output: half of
             what bfloat16 takes. A file of the same kind is kept as it is; other weights, and those with a LoRA, are
-            rounded.
+            rounded (to ``float8_e3m4``, which loses half of what a file's ``float8_e4m3fn`` does).
         mesh: of the axes of `rehyat_jax.runtime.mesh`: the weights are sharded over it while they are read. Calls are
             then made with it in force (``jax.set_mesh``).
+        offload: the blocks stay in the host's memory; each comes to the device when the loop over blocks needs it. Not
+            on a mesh.
 
     Raises:
         CheckpointError: missing, truncated, foreign, incomplete, misshapen or not finite, in either part.
         ConfigError: a configuration is impossible or another architecture's, or ``hybrid`` names a block too many.
     """
-    return open_transformer(path, dtype=dtype, hybrid=hybrid, loras=loras, quantize=quantize, mesh=mesh)[0]
+    how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": loras, "quantize": quantize, "mesh": mesh}
+    return open_transformer(path, **how, offload=offload)[0]
 
 
 def open_transformer(
@@ -80,6 +85,7 @@ def open_transformer(
     loras: Iterable[Any] = (),
     quantize: Quantize | None = None,
     mesh: Mesh | None = None,
+    offload: bool = False,
 ) -> tuple[WanTransformer, Merged]:
     """As `load_transformer`, and the weights on disk, from which it can be had with other LoRAs; ``name`` and
     ``expert`` are which of two experts."""
@@ -87,8 +93,12 @@ def open_transformer(
     plan = make_plan(find_checkpoint(path), name, dtype=dtype)
     student = attached_to(name, plan, dtype=dtype) if hybrid == "auto" else None
     base = (student and student.instead) or plan
-    if (kind := kept_as(quantize)) is not None:
+    if (kind := kept_on_device(base, quantize)) is not None:
         keep_in_eight_bits(base.abstract, kind)
+    if offload and mesh is not None:
+        raise ConfigError("blocks come from the host to one device: leave offload or the mesh out")
+    if offload:
+        base.abstract.keep_blocks_on_host()
     chosen = of_expert(loras_of(loras), expert)
     merged = Merged(base=dataclasses.replace(base, abstract=None), dtype=dtype, loras=chosen)
     module = cast(WanTransformer, filled(with_loras(base, merged.loras), dtype=dtype, mesh=mesh))
@@ -131,6 +141,7 @@ def open_experts(
     loras: Iterable[Any] = (),
     quantize: Quantize | None = None,
     mesh: Mesh | None = None,
+    offload: bool = False,
 ) -> tuple[Experts, MergedExperts]:
     """Two transformers by noise level, each read when a step first asks for it. Arguments as `open_transformer`.
 
@@ -157,7 +168,7 @@ def open_experts(
             own = of_expert(chosen, EXPERTS[name])
             with_loras(plans[name], own)  # now, not when a step asks for it
             how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": own, "quantize": quantize, "mesh": mesh}
-            how["expert"] = EXPERTS[name]
+            how |= {"expert": EXPERTS[name], "offload": offload}
             return Expert(
                 name=name,
                 least=least,
@@ -180,6 +191,20 @@ def kept_as(quantize: Any) -> np.dtype | None:
     return None if quantize is None else EIGHT_BITS[choice("quantize", quantize, tuple(EIGHT_BITS))]
 
 
+def kept_on_device(plan: LoadPlan, quantize: Any) -> np.dtype | None:
+    """What the matrices of a plan's blocks are kept as: the file's own eight bits where it has such, which are exact;
+    of wide ones, in "fp8", the finer.
+
+    Raises:
+        RehyatError: as `kept_as`.
+    """
+    kind = kept_as(quantize)
+    if kind != EIGHT_BITS["fp8"]:
+        return kind
+    stored = (KINDS[name] for slot in plan.slots if (name := plan.info(slot).stored) in KINDS)
+    return kind if kind in stored else FINE_FP8
+
+
 def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVAE:
     """A Wan2.1 or Wan2.2 VAE. Arguments and errors as `load_transformer`; an original file has its release's latent
     statistics."""
@@ -197,6 +222,6 @@ def load_text_encoder(
     """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
     dtype = known_dtype(dtype)
     plan = make_plan(find_checkpoint(path), "text_encoder", dtype=dtype)
-    if (kind := kept_as(quantize)) is not None:
+    if (kind := kept_on_device(plan, quantize)) is not None:
         keep_in_eight_bits(plan.abstract, kind)
     return cast(UMT5Encoder, filled(plan, dtype=dtype, mesh=mesh))

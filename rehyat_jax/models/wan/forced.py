@@ -68,48 +68,73 @@ def forced(
     if stop < 0:
         raise ConfigError(f"stop must be a number of chunks, or 0 for no stop, not {stop}")
     dtype, patch = model.dtype, model.config.patch_size[0]
-    latents = _beside(noisy.astype(dtype), past.astype(dtype))
-    levels = _beside(times.astype(jnp.float32), past_times.astype(jnp.float32))
+    latents = beside(noisy.astype(dtype), past.astype(dtype))
+    levels = beside(times.astype(jnp.float32), past_times.astype(jnp.float32))
     inputs = model.embed(latents, levels, first_frame=first_frame)
-    frames, height, width = inputs.grid
-    first, chunk, frame = jnp.asarray(first_frame, jnp.int32) // patch, model.mixing.chunk_frames, height * width
-    count, rest = divmod(frames, chunk)
+    _, height, width = inputs.grid
+    first, chunk = jnp.asarray(first_frame, jnp.int32) // patch, model.mixing.chunk_frames
 
     def attend(mixer: Mixer, state: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-        def one(state: Any, x: tuple[tuple[Array, Array, Array], Int[Array, ""]]) -> tuple[Any, Array]:
-            qkv, number = x
-            if stop:
-                here = number % stop == 0
-                state = jax.tree.map(lambda s: jnp.where(here, jax.lax.stop_gradient(s), s), state)
-            both = mixer.sharded(jax.tree.map(_twice, mixer.sharded(state)))
-            y, after = mixer.step(*qkv, both, frame=frame, first=first + number * chunk)
-            return jax.tree.map(lambda a: a[1::2] if a.ndim else a, after), y
-
-        def chunks(x: Array) -> Array:
-            """A leading axis of chunks."""
-            whole = x[:, : count * chunk * frame]
-            return jnp.moveaxis(whole.reshape(x.shape[0], count, chunk * frame, *x.shape[2:]), 1, 0)
-
-        parts = []
-        if count:
-            numbers = jnp.arange(count, dtype=jnp.int32)
-            state, y = jax.lax.scan(one, state, ((chunks(q), chunks(k), chunks(v)), numbers))
-            parts.append(jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *v.shape[2:]))
-        if rest:
-            end = q[:, -rest * frame :], k[:, -rest * frame :], v[:, -rest * frame :]
-            state, y = one(state, (end, jnp.asarray(count, jnp.int32)))
-            parts.append(y)
-        return jnp.concatenate(parts, axis=1), state
+        return attend_forced(mixer, state, q, k, v, frame=height * width, chunk=chunk, first=first, stop=stop)
 
     x, state = model.recur(inputs, text, state, attend, text_tokens=text_tokens, text_rows=_twice, remat=remat)
     return Forced(model.unembed(x, inputs)[0::2], state)
 
 
-def _beside(noisy: Any, past: Any) -> Any:
+def attend_forced(
+    mixer: Mixer,
+    state: Any,
+    q: Float[Array, "R N H D"],
+    k: Float[Array, "R N H D"],
+    v: Float[Array, "R N H D"],
+    *,
+    frame: int,
+    chunk: int,
+    first: int | Int[Array, ""] = 0,
+    stop: int = 0,
+) -> tuple[Float[Array, "R N H D"], Any]:
+    """A block's self-attention on rows that lie side by side (`beside`), and the state after the past's.
+
+    Args:
+        state: of the rows of one of the two.
+        frame: tokens of one.
+        chunk: frames of one.
+        first: number of the first frame.
+        stop: as of `forced`.
+    """
+    count, rest = divmod(q.shape[1] // frame, chunk)
+
+    def one(state: Any, x: tuple[tuple[Array, Array, Array], Int[Array, ""]]) -> tuple[Any, Array]:
+        qkv, number = x
+        if stop:
+            here = number % stop == 0
+            state = jax.tree.map(lambda s: jnp.where(here, jax.lax.stop_gradient(s), s), state)
+        both = mixer.sharded(jax.tree.map(_twice, mixer.sharded(state)))
+        y, after = mixer.step(*qkv, both, frame=frame, first=first + number * chunk)
+        return jax.tree.map(lambda a: a[1::2] if a.ndim else a, after), y
+
+    def chunks(x: Array) -> Array:
+        """A leading axis of chunks."""
+        whole = x[:, : count * chunk * frame]
+        return jnp.moveaxis(whole.reshape(x.shape[0], count, chunk * frame, *x.shape[2:]), 1, 0)
+
+    parts = []
+    if count:
+        numbers = jnp.arange(count, dtype=jnp.int32)
+        state, y = jax.lax.scan(one, state, ((chunks(q), chunks(k), chunks(v)), numbers))
+        parts.append(jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *v.shape[2:]))
+    if rest:
+        end = q[:, -rest * frame :], k[:, -rest * frame :], v[:, -rest * frame :]
+        state, y = one(state, (end, jnp.asarray(count, jnp.int32)))
+        parts.append(y)
+    return jnp.concatenate(parts, axis=1), state
+
+
+def beside(noisy: Any, past: Any) -> Any:
     """Rows in turn, so that over devices a row's two are on one."""
-    return jnp.stack([noisy, past], axis=1).reshape(-1, *noisy.shape[1:])
+    return jnp.stack([noisy, past], axis=1).reshape(2 * len(noisy), *noisy.shape[1:])
 
 
 def _twice(x: Any) -> Any:
     """Each row two times; what is no row's own (the tokens seen so far) as it is."""
-    return _beside(x, x) if x.ndim else x
+    return beside(x, x) if x.ndim else x

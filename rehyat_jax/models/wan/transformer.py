@@ -28,6 +28,7 @@ from rehyat_jax.models.wan.mixing import Mixing, scan_layers, take_parameters
 from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
 from rehyat_jax.models.wan.remat import Keeps, rematerialised
 from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
+from rehyat_jax.runtime.offload import fetched, keep_on_host
 from rehyat_jax.runtime.variables import described, kernel
 
 _xavier = nnx.initializers.xavier_uniform()
@@ -151,6 +152,21 @@ class WanTransformer(nnx.Module):
         self.hybrid = hybrid
         self.mixing = Mixing.of(hybrid, config.num_layers)
         self.hybrid_blocks = nnx.data(self.mixing.make(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
+        #: Whether the blocks stay in the host's memory (`keep_blocks_on_host`).
+        self.offloaded = False
+
+    def keep_blocks_on_host(self) -> None:
+        """Of a model of shapes alone: its blocks will be filled into the host's memory, each to be fetched when the
+        loop over blocks comes to it.
+
+        Raises:
+            ConfigError: the device cannot read the host's memory.
+        """
+        keep_on_host(self.blocks)
+        self.offloaded = True
+
+    def _here(self, layer: Any) -> Any:
+        return fetched(layer) if self.offloaded else layer
 
     @property
     def converted(self) -> tuple[bool, ...]:
@@ -235,7 +251,7 @@ class WanTransformer(nnx.Module):
 
         def step(mixer_graph: Any) -> Callable[..., tuple[Array, None]]:
             def layer(x: Array, params: tuple[Any, Any]) -> tuple[Array, None]:
-                x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, params[0])
+                x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, self._here(params[0]))
                 mixer = nnx.merge(mixer_graph, params[1])
 
                 def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -285,7 +301,7 @@ class WanTransformer(nnx.Module):
         graph, layers = nnx.split(self.blocks)
 
         def read(layer: Any) -> TextKV:
-            seen = nnx.merge(graph, layer).read_text(embedded, features)
+            seen = nnx.merge(graph, self._here(layer)).read_text(embedded, features)
             return jax.tree.map(lambda x: laid_out(x, "batch", None, "heads", None), seen)
 
         return jax.lax.map(read, layers)
@@ -370,7 +386,9 @@ class WanTransformer(nnx.Module):
                     return y, mixer.sharded(after)
 
                 read: TextKV = jax.tree.map(text_rows, text)
-                return nnx.merge(graph, block).attending(x, read, inputs.modulation, inputs.rotary, attention, **how)
+                return nnx.merge(graph, self._here(block)).attending(
+                    x, read, inputs.modulation, inputs.rotary, attention, **how
+                )
 
             return layer if remat is None else rematerialised(layer, remat, in_loop=self._loops)
 

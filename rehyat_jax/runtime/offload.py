@@ -1,0 +1,38 @@
+"""Weights that stay in the host's memory and come to the device layer by layer, as the loop over layers needs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from rehyat_jax.errors import ConfigError
+
+#: What JAX calls the host's memory that a device reads by itself.
+_HOST = "pinned_host"
+
+
+def keep_on_host(module: Any) -> None:
+    """Make of a module of shapes alone one whose parameters are put into the host's memory when it is filled.
+
+    Raises:
+        ConfigError: the device cannot read the host's memory.
+    """
+    device = jax.local_devices()[0]
+    if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise ConfigError(f"a {device.platform} device cannot fetch layers from the host's memory: leave offload out")
+    place = SingleDeviceSharding(device, memory_kind=_HOST)
+    state = nnx.state(module)
+    nnx.update(module, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state))
+
+
+def fetched(layer: Any) -> Any:
+    """A layer's parameters on the device; inside jit."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), layer)
+
+
+def bytes_on_device(weights: Any) -> int:
+    """Of arrays, those that lie in a device's own memory."""
+    return sum(x.nbytes for x in jax.tree.leaves(weights) if x.sharding.memory_kind != _HOST)
