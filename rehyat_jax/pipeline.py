@@ -47,6 +47,7 @@ from rehyat_jax.sampling.noise import ChunkNoise, Shape, video_keys
 from rehyat_jax.sampling.rollout import ContextNoise
 from rehyat_jax.sampling.session import Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.sampling.tiles import TiledCodec
 from rehyat_jax.streams.pace import MeasuredSteps, most_steps
 from rehyat_jax.streams.prefill import check_prefix
 from rehyat_jax.streams.state import fingerprint
@@ -71,6 +72,7 @@ class TextToVideo(HasLoras):
         traits: how the networks work together.
         image_features: of images, for transformers that attend to them.
         devices: over which the transformer is sharded.
+        vae_tile: frames are decoded by tiles of so many pixels a side, with blended seams.
 
     Raises:
         CheckpointError: the parts do not fit each other.
@@ -89,6 +91,7 @@ class TextToVideo(HasLoras):
         traits: Traits | None = None,
         image_features: Features | None = None,
         devices: Devices = ONE_DEVICE,
+        vae_tile: int | None = None,
     ) -> None:
         self.traits = traits or Traits()
         self._conditioning = conditioning_of(
@@ -105,7 +108,9 @@ class TextToVideo(HasLoras):
         self.transformer: Any = transformer
         self.vae, self.text = vae, text
         self.schedule, self.solver, self.defaults = schedule, solver, defaults
-        self._weights = weights
+        self._weights, self._vae_tile = weights, vae_tile
+        if vae_tile is not None:
+            TiledCodec(vae, tile=arguments.whole_number("vae_tile", vae_tile, least=1))
         self.devices = devices
 
     def why_not_stream(self) -> str | None:
@@ -135,6 +140,7 @@ class TextToVideo(HasLoras):
         quantize: Literal["fp8", "int8"] | None = None,
         mesh: MeshConfig | None = None,
         offload: bool = False,
+        vae_tile: int | None = None,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -158,6 +164,8 @@ class TextToVideo(HasLoras):
                 ``automatic``: all, divided as suits streams, or whole videos of the model's own size if it makes none.
             offload: for a device with little memory: the transformer's blocks stay in the host's memory and are fetched
                 one at a time, and the text encoder leaves the device when a prompt is embedded. Slower.
+            vae_tile: for little memory as well: frames are decoded by tiles of so many pixels a side (256 as in
+                diffusers), a quarter of which goes over into the next one's.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used; a mesh that does not divide the
@@ -205,6 +213,7 @@ class TextToVideo(HasLoras):
             traits=traits,
             image_features=ImageFeatures(folder) if transformer.config.image_dim is not None else None,
             devices=devices,
+            vae_tile=vae_tile,
         )
 
     def __repr__(self) -> str:
@@ -457,7 +466,13 @@ class TextToVideo(HasLoras):
 
     def session(self, settings: Settings) -> Session:
         """The networks as they are now, ready to sample with these settings."""
-        return Session(transformer=self.transformer, vae=self.vae, settings=settings, devices=self.devices)
+        return Session(
+            transformer=self.transformer,
+            vae=self.vae,
+            settings=settings,
+            devices=self.devices,
+            vae_tile=self._vae_tile,
+        )
 
     def _session_of_saved(self, settings: Settings) -> Session:
         """

@@ -93,6 +93,9 @@ class Generate:
     """For a device with little memory: the transformer's blocks stay in the host's memory and are fetched one at a
     time, and the text encoder leaves the device once a prompt is embedded. Slower."""
 
+    vae_tile: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """For little memory as well: frames are decoded by tiles of so many pixels a side (256), with blended seams."""
+
     resume: bool = False
     """Go on with a per-chunk video that was interrupted or killed, from FILE.mp4.state: the same command with
     --resume. With another prompt, the rest shows that."""
@@ -158,7 +161,7 @@ class Generate:
 #: What the record has of the options beside the settings.
 _ASKED = (
     *("prompt", "timeline", "beginning", "image", "last_image"),
-    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "mesh", "out"),
+    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "mesh", "offload", "vae_tile", "out"),
 )
 
 
@@ -206,6 +209,7 @@ def _run(options: Generate) -> None:
                 quantize=options.quantize,
                 mesh=mesh,
                 offload=options.offload,
+                vae_tile=options.vae_tile,
             )
         if options.hybrid is not None:
             _note(
@@ -394,6 +398,7 @@ def _check_room(
             eight_bits=options.quantize is not None,
             mesh=mesh,
             offload=options.offload,
+            vae_tile=options.vae_tile,
         )
 
     check_memory(

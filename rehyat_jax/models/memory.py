@@ -198,6 +198,7 @@ def video_need(
     eight_bits: bool = False,
     mesh: MeshConfig | None = None,
     offload: bool = False,
+    vae_tile: int | None = None,
 ) -> Need:
     """What making a video takes: `networks_need` of a model's folder.
 
@@ -205,7 +206,7 @@ def video_need(
         CheckpointError, ConfigError: the folder has not all three networks.
     """
     networks = Networks.of_folder(folder, dtype=dtype, eight_bits=eight_bits)
-    how: dict[str, Any] = {"remember": remember, "mesh": mesh, "offload": offload}
+    how: dict[str, Any] = {"remember": remember, "mesh": mesh, "offload": offload, "vae_tile": vae_tile}
     return networks_need(networks, shape, hybrid=hybrid, streams=streams, **how)
 
 
@@ -218,6 +219,7 @@ def networks_need(
     remember: ContextNoise = "steps",
     mesh: MeshConfig | None = None,
     offload: bool = False,
+    vae_tile: int | None = None,
     on: str | None = None,
 ) -> Need:
     """What making a video takes; of two experts, with one at a time on the device.
@@ -227,6 +229,7 @@ def networks_need(
         streams: a chunk at a time, where the model can; else as a whole.
         mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
         offload: blocks come from the host, and the text encoder leaves once a prompt is embedded.
+        vae_tile: frames are decoded by tiles of so many pixels a side.
         on: the platform; this one when not given.
     """
     model, vae, dtype = networks.model, networks.vae, networks.dtype
@@ -253,7 +256,8 @@ def networks_need(
         weights, text = weights // held, text // held
         work //= mesh.context * mesh.tensor * math.gcd(batch, mesh.data * (mesh.fsdp or 1))
         cache //= math.gcd(mesh.context * mesh.tensor, model.num_attention_heads)
-    decoding = decoder_bytes(vae, height=shape.height, width=shape.width)
+    tile = min(vae_tile or shape.height, shape.height), min(vae_tile or shape.width, shape.width)
+    decoding = decoder_bytes(vae, height=tile[0], width=tile[1])
     parts = {
         "the text encoder": 0 if offload else text,
         "the transformer": weights - on_host,

@@ -14,6 +14,14 @@ from rehyat_jax.errors import ConfigError
 _HOST = "pinned_host"
 
 
+def host_memory() -> SingleDeviceSharding | None:
+    """The host's memory as the first device reads it; None where that is the device's own, or none it can read."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu" or _HOST not in {memory.kind for memory in device.addressable_memories()}:
+        return None
+    return SingleDeviceSharding(device, memory_kind=_HOST)
+
+
 def keep_on_host(module: Any) -> None:
     """Make of a module of shapes alone one whose parameters are put into the host's memory when it is filled.
 

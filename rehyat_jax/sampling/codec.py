@@ -18,7 +18,7 @@ from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling.noise import Shape
 from rehyat_jax.sampling.rows import stacked, unstacked, zeros
 
-#: From -1..1 to what is handed out.
+#: From -1..1, and what lies beyond it, to what is handed out.
 Pixels: TypeAlias = Callable[[Array], Array]
 
 
@@ -31,9 +31,9 @@ class Autoencoder(Protocol):
 
     def encode(self, video: Array, *, frames_per_step: int | None) -> Array: ...
 
-    def decode_first(self, latents: Array) -> tuple[Array, Any]: ...
+    def decode_first(self, latents: Array, *, clip: bool) -> tuple[Array, Any]: ...
 
-    def decode_next(self, latents: Array, state: Any) -> tuple[Array, Any]: ...
+    def decode_next(self, latents: Array, state: Any, *, clip: bool) -> tuple[Array, Any]: ...
 
     def normalize(self, latents: Array) -> Array: ...
 
@@ -157,7 +157,7 @@ def encode(
 def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Pixels) -> tuple[Shown, Any]:
     """A video's first latent frame, and what the decoder needs of it."""
     vae: Autoencoder = nnx.merge(graph, weights)
-    video, state = vae.decode_first(vae.denormalize(latents))
+    video, state = vae.decode_first(vae.denormalize(latents), clip=False)
     return Shown(pixels(video), jnp.isfinite(video).all()), state
 
 
@@ -165,7 +165,7 @@ def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Pixels) ->
 def decode_next(weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Pixels) -> tuple[Shown, Any]:
     """The next latent frame, and what the decoder needs of all so far."""
     vae: Autoencoder = nnx.merge(graph, weights)
-    video, state = vae.decode_next(vae.denormalize(latents), state)
+    video, state = vae.decode_next(vae.denormalize(latents), state, clip=False)
     return Shown(pixels(video), jnp.isfinite(video).all()), state
 
 
@@ -177,7 +177,7 @@ def decode_rows(
     vae: Autoencoder = nnx.merge(graph, weights)
 
     def one(latents: Array, state: Any) -> tuple[Shown, Any]:
-        video, state = vae.decode_next(vae.denormalize(latents), state)
+        video, state = vae.decode_next(vae.denormalize(latents), state, clip=False)
         return Shown(pixels(video), jnp.isfinite(video).all()), state
 
     shown, after = jax.vmap(one)(latents, stacked(states))

@@ -26,6 +26,7 @@ from rehyat_jax.sampling.rollout import Sampler, States
 from rehyat_jax.sampling.schedule import SamplingSteps
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.sampling.text import trimmed
+from rehyat_jax.sampling.tiles import TiledCodec
 
 #: A prompt's embedding.
 Embed: TypeAlias = Callable[[str], Float[Array, "1 L D"]]
@@ -51,10 +52,22 @@ class Session:
         settings: every value resolved.
         devices: over which the transformer's weights are sharded, and which its programs run on. What goes in and comes
             out (noise, texts, latents) is on this process's default device; a stream's states stay sharded.
+        vae_tile: frames are decoded by tiles of so many pixels a side (`rehyat_jax.sampling.tiles`).
     """
 
-    def __init__(self, *, transformer: Any, vae: Any, settings: Settings, devices: Devices = ONE_DEVICE) -> None:
-        self.settings, self.codec = settings, Codec(vae, compute=transformer.dtype)
+    def __init__(
+        self,
+        *,
+        transformer: Any,
+        vae: Any,
+        settings: Settings,
+        devices: Devices = ONE_DEVICE,
+        vae_tile: int | None = None,
+    ) -> None:
+        self.settings, compute = settings, transformer.dtype
+        self.codec = Codec(vae, compute=compute)
+        if vae_tile is not None:
+            self.codec = TiledCodec(vae, tile=vae_tile, compute=compute)
         self.devices = devices
         self._transformer = transformer
         self._experts = transformer if isinstance(transformer, Experts) else Experts.of_one(transformer)
@@ -112,8 +125,8 @@ class Session:
 
     @property
     def takes_rows(self) -> bool:
-        """Whether `denoise_chunks` is for it: one transformer takes all steps."""
-        return self._chunks.alone
+        """Whether `denoise_chunks` is for it: one transformer takes all steps, and whole frames are decoded."""
+        return self._chunks.alone and not isinstance(self.codec, TiledCodec)
 
     @cached_property
     def chunk_shape(self) -> Shape:

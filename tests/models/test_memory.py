@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from shared.tiers import full
 
+from benchmarks import memory_table
 from rehyat_jax import cli
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
@@ -217,3 +219,21 @@ def test_a_larger_video_needs_more_and_a_stream_no_more_for_more_frames():
     assert bytes_of(False, frames=321) > bytes_of(False)
     assert bytes_of(True, frames=3201) == bytes_of(True)
     assert bytes_of(True, height=512) > bytes_of(True)
+
+
+@pytest.mark.full
+def test_the_documents_table_is_the_commands():
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "lora.md").read_text(encoding="utf-8")
+    assert memory_table.table() in page
+
+
+def test_blocks_from_the_host_and_tiles_take_less(tmp_path):
+    folder = find_model("mini-sprites")
+    shape = VideoShape(frames=81, height=512, width=512, steps=4, guided=True)
+    how = {"dtype": "float32", "hybrid": student_config(folder), "streams": True, "remember": 0.0}
+    plain, small, tiled = (
+        video_need(folder, shape, **how, **more) for more in ({}, {"offload": True}, {"vae_tile": 128})
+    )
+    assert small.on_device < plain.on_device
+    assert small.host > plain.host
+    assert tiled.on_device < plain.on_device

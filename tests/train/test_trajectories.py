@@ -133,7 +133,7 @@ def test_clips_come_at_every_level_of_noise(folder):
         embed=lambda texts: jnp.asarray([[[len(text)]] for text in texts], jnp.float32),
     )
     turn = clips.turn(3)
-    _, points = jax.jit(clips.points)(None, turn, clips.frozen)
+    _, points = jax.jit(clips.points)(None, turn, clips.frozen, None)
     assert points.latents.shape == (8, *source.latent_shape(vae.config, load_transformer(folder).config))
     sigma = np.asarray(points.timesteps) / 1000
     shift = np.tile([3.0, 1.0], 4)

@@ -228,15 +228,19 @@ class WanVAE(nnx.Module):
         video = _in_steps(self._decode, latents, step=frames_per_step)
         return jnp.clip(video, -1.0, 1.0) if clip else video
 
-    def decode_first(self, latents: Float[Array, "B T h w z"]) -> tuple[Float[Array, "B F H W 3"], State]:
+    def decode_first(
+        self, latents: Float[Array, "B T h w z"], *, clip: bool = True
+    ) -> tuple[Float[Array, "B F H W 3"], State]:
         """The start of a stream: as `decode`, and the state for `decode_next`. One latent frame gives one frame."""
         video, state = self._decode(latents, None)
-        return jnp.clip(video, -1.0, 1.0), state
+        return jnp.clip(video, -1.0, 1.0) if clip else video, state
 
-    def decode_next(self, latents: Float[Array, "B T h w z"], state: State) -> tuple[Float[Array, "B F H W 3"], State]:
+    def decode_next(
+        self, latents: Float[Array, "B T h w z"], state: State, *, clip: bool = True
+    ) -> tuple[Float[Array, "B F H W 3"], State]:
         """A stream continued: four frames for each latent frame, and the next state, laid out as ``state``."""
         video, state = self._decode(latents, state)
-        return jnp.clip(video, -1.0, 1.0), state
+        return jnp.clip(video, -1.0, 1.0) if clip else video, state
 
     def normalize(self, latents: Float[Array, "B T h w z"]) -> Float[Array, "B T h w z"]:
         """From the autoencoder's units to the diffusion model's: (latents - mean) / std by channel."""
