@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python -m benchmarks.memory_table
 
-Nothing is loaded and no GPU is needed; ten seconds. Of each memory 0.95 count (`XLA_PYTHON_CLIENT_MEM_FRACTION=.95`; JAX takes 0.75). The estimate is one: it is
-compared with XLA's account of programs to a factor of two (`tests/models/test_memory.py`), and most rows were not run.
+Nothing is loaded and no GPU is needed; ten seconds. Of each memory 0.95 counts: that takes
+`XLA_PYTHON_CLIENT_MEM_FRACTION=.95`, for JAX takes 0.75 by itself. The estimate is one: it is compared with XLA's
+account of programs to a factor of two (`tests/models/test_memory.py`), and most rows were not run.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def test_the_student_streams_in_the_files_own_levels_with_a_constant_state(train
         assert np.isfinite(next(stream)).all()
         assert [x.shape for x in jax.tree.leaves(stream.state)] == first
         kept.append({x.shape[4] for x in jax.tree.leaves(stream.state.states) if x.ndim == 7})
-    # Frames of four tokens: the one before a chunk, and the 18 of the teacher's window (without sinks).
-    assert kept == [{4}, {0, 72}]
+    # Frames of four tokens: the one before a chunk and the sums of two heads, and the 18 of the teacher's window.
+    assert kept == [{4, 2}, {72, 0}]
     streams[0].save(tmp_path / "kept")
     block = next(streams[0])
     np.testing.assert_array_equal(next(student.resume_stream(tmp_path / "kept")), block)
