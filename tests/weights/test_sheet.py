@@ -30,7 +30,9 @@ SIZES = {
 def original(**more):
     """A transformer's tensors by the original's names: a file without a configuration, whose heads are of 128."""
     state = WanTransformer3DModel(**SIZES | more).state_dict()
-    return {renamed(name, TRANSFORMER, "diffusers", "original")[0]: x.contiguous() for name, x in state.items()}
+    named = {name: renamed(name, TRANSFORMER, "diffusers", "original") for name in state}
+    # Nothing reads a norm that diffusers has beside an image's keys.
+    return {names[0]: state[name].contiguous() for name, names in named.items() if names}
 
 
 I2V = {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 256}
@@ -59,7 +61,7 @@ def test_transformers_are_told_apart(more, words, tmp_path):
 def test_loras_are_told(dialect, tmp_path):
     shapes = {name: x.shape for name, x in WanTransformer3DModel(**SIZES).state_dict().items()}
     path, _ = written(dialect, random_lora(shapes, everywhere(1)), tmp_path / "lora")
-    assert "LoRA" in str(describe(path))
+    assert "lora: " in str(describe(path))
 
 
 def vace():
@@ -76,12 +78,8 @@ def adapter(end):
 
 
 def taehv():
-    shapes = {
-        "encoder.0.weight": (8, 3, 3, 3),
-        "decoder.1.weight": (8, 16, 3, 3),
-        "decoder.3.conv.0.weight": (8, 16, 3, 3),
-    }
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+    names = "encoder.0.weight", "decoder.1.weight", "decoder.3.conv.0.weight"
+    return {name: torch.zeros(8, 16, 3, 3) for name in names}
 
 
 @pytest.mark.parametrize(
