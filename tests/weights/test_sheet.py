@@ -11,11 +11,12 @@ from shared.lora import OTHERS, everywhere, random_lora, written
 
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.models.checkpoints import describe
-from rehyat_jax.models.wan.config import VAEConfig
-from rehyat_jax.models.wan.rows import TRANSFORMER
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.rows import transformer_rows
 from rehyat_jax.weights.rows import renamed
 
 ROOT = Path(__file__).parents[2]
+ROWS = transformer_rows(WanConfig.flf2v_14b())
 SIZES = {
     "num_attention_heads": 2,
     "attention_head_dim": 128,
@@ -30,7 +31,7 @@ SIZES = {
 def original(**more):
     """A transformer's tensors by the original's names: a file without a configuration, whose heads are of 128."""
     state = WanTransformer3DModel(**SIZES | more).state_dict()
-    named = {name: renamed(name, TRANSFORMER, "diffusers", "original") for name in state}
+    named = {name: renamed(name, ROWS, "diffusers", "original") for name in state}
     # Nothing reads a norm that diffusers has beside an image's keys.
     return {names[0]: state[name].contiguous() for name, names in named.items() if names}
 
