@@ -45,8 +45,7 @@ def kernels(
     tuned = functools.partial(TABLE.blocks, device_kind=device_kind, dtype=q.dtype, head_dim=q.shape[3])
     triton = TritonKernels(**tuned(TritonKernels))
     for blocks in (tuned(HopperKernels), {}) if is_hopper(device_kind) else ():
-        size = {"multiprocessors": _multiprocessors(device_kind), **blocks}
-        hopper = HopperKernels(**size, backward_kernels=CudnnBackward(otherwise=triton))
+        hopper = HopperKernels(**blocks, backward_kernels=CudnnBackward(otherwise=triton))
         if not hopper.lacking(q, chunk=chunk, overlap=overlap):
             return hopper
     return triton
@@ -61,9 +60,3 @@ def feature_kernels(
     blocks = TABLE.blocks(FeatureKernels, device_kind, x.dtype, head_dim=width, features=degree * width)
     kernels = FeatureKernels(**blocks)
     return kernels if is_hopper(device_kind) and not kernels.lacking(x, degree) else None
-
-
-def _multiprocessors(device_kind: str) -> int:
-    """By NVIDIA's data sheets."""
-    words = device_kind.split()
-    return 78 if "H20" in words else 114 if {"H100", "PCIe"} <= set(words) else 132

@@ -37,8 +37,6 @@ class HopperKernels:
     keys: int = 128
     #: Blocks of keys that are copied ahead.
     stages: int = 2
-    #: Of the device: a stream's chunk is few programs, and in parts of its keys they fill its last round better.
-    multiprocessors: int = 132
     backward_kernels: CudnnBackward | TritonKernels = CudnnBackward()
 
     def lacking(self, q: Array | jax.ShapeDtypeStruct, *, chunk: int, overlap: int) -> str | None:
@@ -57,35 +55,18 @@ class HopperKernels:
                 return f"{count} {name}: they must be a multiple of {_TILE}"
         return None
 
-    def parts(self, windows: Windows, *, heads: int, batch: int) -> int:
-        """Into which a window's keys are divided, each a program's: those of the least rounds of programs, each part a
-        round's share of work. As many programs as fill the device run at once; in a last round that is not full the
-        others wait. Every part has all of its copies ahead to make."""
-        whole, rest = divmod(windows.length, windows.chunk)
-        shortest = rest or windows.chunk
-        queries = self.queries * _COMPUTE
-        programs = (whole * pl.cdiv(windows.chunk, queries) + pl.cdiv(rest, queries)) * heads * batch
-        least = self.keys * (self.stages + 1)
-
-        def rounds(parts: int) -> float:
-            # Merging is a pass over as many outputs: a twentieth of the work for each part.
-            return pl.cdiv(programs * parts, self.multiprocessors) / parts * (1 + 0.05 * (parts - 1))
-
-        return min((n for n in (1, 2, 3) if n == 1 or shortest >= n * least), key=rounds)
-
     def forward(self, windows: Windows, q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, Array, Array]:
         batch, length, heads, width = q.shape
         if lack := self.lacking(q, chunk=windows.chunk, overlap=windows.overlap):
             raise NotImplementedError(f"Hopper's kernels lack {lack}")
-        parts = self.parts(windows, heads=heads, batch=batch)
-        rows = jax.ShapeDtypeStruct((parts * batch, heads, length), jnp.float32)
+        rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
         queries = self.queries * _COMPUTE
         whole, rest = divmod(length, windows.chunk)
         tiled = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
 
         def entry(*refs: Any) -> None:
             pl.run_scoped(
-                functools.partial(_forward, *refs, kernels=self, windows=windows, parts=parts),
+                functools.partial(_forward, *refs, kernels=self, windows=windows),
                 [
                     mgpu.SMEM((_COMPUTE, self.queries, width), q.dtype, transforms=tiled),
                     *(mgpu.SMEM((self.stages, self.keys, width), q.dtype, transforms=tiled) for _ in range(2)),
@@ -102,14 +83,14 @@ class HopperKernels:
 
         out, total, largest = mgpu.kernel(
             entry,
-            out_type=[jax.ShapeDtypeStruct((parts * batch, *q.shape[1:]), v.dtype), rows, rows],
-            grid=(whole * pl.cdiv(windows.chunk, queries) + pl.cdiv(rest, queries), heads, parts * batch),
+            out_type=[jax.ShapeDtypeStruct(q.shape, v.dtype), rows, rows],
+            grid=(whole * pl.cdiv(windows.chunk, queries) + pl.cdiv(rest, queries), heads, batch),
             grid_names=("block", "head", "sample"),
             num_threads=_COMPUTE + 1,
             thread_name="wg",
             compiler_params=mgpu.CompilerParams(approx_math=True),
         )(q, k, v, seen[None])
-        return _merged(out, total, largest, parts=parts)
+        return out, total, largest
 
     def backward(
         self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, y: Array, d_y: Array, rows: Array
@@ -117,33 +98,16 @@ class HopperKernels:
         return self.backward_kernels.backward(windows, q, k, v, seen, y, d_y, rows)
 
 
-def _merged(out: Array, total: Array, largest: Array, *, parts: int) -> tuple[Array, Array, Array]:
-    """Of parts of the keys, each normalised: as of all keys. By XLA, within what reads the result."""
-    if parts == 1:
-        return out, total, largest
-    out, total, largest = (x.reshape(parts, -1, *x.shape[1:]) for x in (out, total, largest))
-    most = total.max(axis=0, keepdims=True)
-    shares = jnp.exp2(total - most)
-    sums = shares.sum(axis=0, keepdims=True)
-    weights = (shares / sums).swapaxes(2, 3)[..., None]
-    y = (out.astype(jnp.float32) * weights).sum(axis=0).astype(out.dtype)
-    return y, (most + jnp.log2(sums))[0], largest.max(axis=0)
-
-
-def _forward(
-    q_ref, k_ref, v_ref, seen_ref, out_ref, total_ref, largest_ref, memory, barriers, *, kernels, windows, parts
-):
+def _forward(q_ref, k_ref, v_ref, seen_ref, out_ref, total_ref, largest_ref, memory, barriers, *, kernels, windows):
     q_memory, k_memory, v_memory, total_memory, largest_memory = memory
     q_here, k_here, v_here, k_used, v_used, turn = barriers
-    head, place_out, group = (jax.lax.axis_index(name) for name in ("head", "sample", "wg"))
-    part, sample = _divided(place_out, q_ref.shape[0])
+    head, sample, group = (jax.lax.axis_index(name) for name in ("head", "sample", "wg"))
     size, keys, stages, width = kernels.queries, kernels.keys, kernels.stages, q_ref.shape[3]
 
     t, block = _divided(jax.lax.axis_index("block"), pl.cdiv(windows.chunk, size * _COMPUTE))
     last = windows.end(t) - size * _COMPUTE
     first = pl.multiple_of(jnp.minimum(t * windows.chunk + block * (size * _COMPUTE), last) + group * size, _TILE)
     visible, end = windows.keys(t, seen_ref[0] if windows.past else 0)
-    visible, end = _part_of(visible, end, part, parts)
     begin = _divided(visible, _TILE)[0] * _TILE
     steps, _ = _divided(end - begin + (keys - 1), keys)
 
@@ -214,8 +178,8 @@ def _forward(
         total_memory[group] = largest + jnp.log(total) * math.log2(math.e)
         largest_memory[group] = largest
         mgpu.commit_smem()
-        mgpu.copy_smem_to_gmem(q, out_ref.at[place_out, pl.ds(first, size), head])
-        of_rows = (place_out, head, pl.ds(first, size))
+        mgpu.copy_smem_to_gmem(q, out_ref.at[here])
+        of_rows = (sample, head, pl.ds(first, size))
         mgpu.copy_smem_to_gmem(total_memory.at[group], total_ref.at[of_rows])
         mgpu.copy_smem_to_gmem(largest_memory.at[group], largest_ref.at[of_rows])
         mgpu.wait_smem_to_gmem(0)
@@ -239,16 +203,6 @@ def _forward(
 
     pl.when(group < _COMPUTE)(compute)
     pl.when(group == _COMPUTE)(copy_ahead)
-
-
-def _part_of(visible: Any, end: Any, part: Any, parts: int) -> tuple[Any, Any]:
-    """The keys from ``visible`` to before ``end``, in parts that begin at tiles: the one of a number."""
-    if parts == 1:
-        return visible, end
-    begin = _divided(visible, _TILE)[0] * _TILE
-    tiles = _divided(end - begin + (_TILE - 1), _TILE)[0]
-    share = _divided(tiles + (parts - 1), parts)[0] * _TILE
-    return jnp.maximum(visible, begin + part * share), jnp.minimum(end, begin + (part + 1) * share)
 
 
 def _added(sums: Array, product: Any) -> Array:

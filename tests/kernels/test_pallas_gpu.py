@@ -15,7 +15,6 @@ from shared.devices import on_devices
 
 from pallas_kernels import gpu
 from pallas_kernels.gpu import CudnnBackward, FeatureKernels, Layers, TritonKernels, cudnn, feature_map
-from pallas_kernels.gpu.hopper import _merged, _part_of
 from pallas_kernels.gpu.hybrid import _states
 from pallas_kernels.gpu.windows import Windows, attend
 from rehyat_jax import hybrid_attention
@@ -123,58 +122,6 @@ def test_lowers_for_an_h200_without_one(head_dim, begins):
     text = lowered.as_text()
     targets = ("mosaic_gpu_v2", "__cudnn$fmhaSoftmaxBackward", "__gpu$xla.gpu.triton")
     assert [text.count(f"@{target}(") for target in targets] == ([1, 2, 0] if begins else [1, 0, 2])
-
-
-@pytest.mark.parametrize(("visible", "end"), [(0, 4680), (1560, 6240), (3, 1440), (1557, 2120), (8, 1168)])
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_parts_of_keys_are_all_keys_once(visible, end, parts):
-    """Each begins at a tile but where nothing is visible before, and copies two blocks ahead at least."""
-    bounds = [tuple(map(int, _part_of(jnp.int32(visible), jnp.int32(end), part, parts))) for part in range(parts)]
-    assert [b for b, _ in bounds] == [visible, *(e for _, e in bounds[:-1])]
-    assert bounds[-1][1] == end
-    assert all(begin % 8 == 0 for begin, _ in bounds[1:])
-    assert all(e - begin // 8 * 8 > 128 for begin, e in bounds)
-
-
-def test_parts_of_keys_are_merged_to_the_whole():
-    """In float64 by the definition: rows of maxima that differ by 40, and in either part."""
-    rng = np.random.default_rng(0)
-    scores, v = rng.normal(size=(2, 3, 5, 24)) * 4, rng.normal(size=(2, 24, 3, 8))
-    scores[:, :, 1, 3] += 40
-    scores[:, :, 2, 20] += 40
-    whole, halves = np.exp2(scores), [slice(0, 16), slice(16, 24)]
-    out, total, largest = [], [], []
-    for keys in halves:
-        weights = np.exp2(scores[..., keys])
-        out.append(np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v[:, keys]))
-        total.append(np.log2(weights.sum(-1)))
-        largest.append(scores[..., keys].max(-1))
-    arrays = (jnp.asarray(np.concatenate(x), jnp.float32) for x in (out, total, largest))
-    y, rows, most = _merged(*arrays, parts=2)
-    expected = np.einsum("bhnm,bmhd->bnhd", whole / whole.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(y, expected, atol=2e-6)
-    np.testing.assert_allclose(rows, np.log2(whole.sum(-1)), rtol=2e-6)
-    np.testing.assert_array_equal(most, scores.max(-1).astype(np.float32))
-
-
-@pytest.mark.parametrize(
-    ("length", "heads", "batch", "parts"),
-    [(4680, 12, 1, 2), (32760, 12, 1, 1), (4680, 12, 7, 1), (1440, 2, 1, 3), (480, 2, 1, 1)],
-)
-def test_a_streams_chunk_is_divided_and_a_video_is_not(length, heads, batch, parts):
-    """Of an H200's 132 multiprocessors: 444 programs of Wan-1.3B's chunk are 4 rounds, 888 halves 7."""
-    chunk = min(length, 4680)
-    windows = Windows(chunk=chunk, overlap=0, past=0, length=length)
-    assert gpu.HopperKernels().parts(windows, heads=heads, batch=batch) == parts
-
-
-def test_parts_of_keys_lower_for_an_h200_without_one():
-    q, k = (jax.ShapeDtypeStruct((2, length, 2, 128), jnp.bfloat16) for length in (960, 960 + 160))
-    windows, kernels = Windows(chunk=960, overlap=160, past=160, length=960), gpu.HopperKernels()
-    assert kernels.parts(windows, heads=2, batch=2) == 2
-    forward = jax.jit(functools.partial(kernels.forward, windows))
-    text = forward.trace(q, k, k, jnp.zeros((), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
-    assert re.search(r"@mosaic_gpu_v2\(.*tensor<4x960x2x128xbf16>", text)
 
 
 @pytest.mark.parametrize(
