@@ -100,7 +100,7 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
             jax.ShapeDtypeStruct(q.shape, segments[0][1].dtype),
             jax.ShapeDtypeStruct((batch, heads, chunks, 3, count), jnp.float32),
         ],
-        scratch=[*(pltpu.VMEM((rows, sizes.queries), jnp.float32) for rows in (1, 1, width)), scratch],
+        scratch=[*(pltpu.VMEM((rows, sizes.queries), jnp.float32) for rows in (1, 1, 1, width)), scratch],
         flops=batch * heads * chunks * count * (4 * window * width + 2 * features * (width + 1)),
         exponentials=batch * heads * chunks * count * window,
         vmem=plan.vmem,
@@ -111,40 +111,67 @@ def _forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
     return out, (*arguments, out, rows)
 
 
-def _forward_kernel(seen, q, segments, features_q, s, z, out, rows, maximum, total, sums, window, *, plan):
+#: By how many powers of two a query's scores may exceed the exponent that its sums lack, before these get another one;
+#: and from where on what was summed before is nothing beside one weight: 2⁶ times as many keys as there are below 2⁻²⁴.
+_LAG, _NOTHING = 6.0, 64.0
+
+
+def _forward_kernel(seen, q, segments, features_q, s, z, out, rows, exponent, maximum, total, sums, window, *, plan):
+    """Exponentials are of a lagged maximum: a block's weights are 2^(score − exponent) by the largest score of earlier
+    blocks, while its own is found beside; seldom is that so much larger that the sums have to be rescaled."""
     k, v = _put_together(plan, segments, window, at=pl.program_id(3))
 
-    @pl.when(pl.program_id(4) == 0)
-    def _():
-        maximum[...] = jnp.full_like(maximum, -jnp.inf)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+    def weighted(here, only, exponents):
+        """A block's part of the total and the sums, and its largest scores; by exponents or, without, by these."""
+        scores = only(product(k[here, :], q[...], ROWS_ROWS), -jnp.inf)
+        largest = scores.max(axis=0, keepdims=True)
+        weights = jnp.exp2(scores - (largest if exponents is None else exponents))
+        values = v[here, :] if plan.starts else only(v[here, :], 0.0)
+        part = product(values, weights.astype(v.dtype), COLUMNS_COLUMNS)
+        return weights.sum(axis=0, keepdims=True), part, largest
+
+    def begin(here, only):
+        total[...], sums[...], maximum[...] = weighted(here, only, None)
+        exponent[...] = maximum[...]
 
     def step(here, only):
-        scores = only(product(k[here, :], q[...], ROWS_ROWS), -jnp.inf)
-        before = maximum[...]
-        m = jnp.maximum(before, scores.max(axis=0, keepdims=True))
-        weights = jnp.exp2(scores - m)
-        rescale = jnp.exp2(before - m)
-        maximum[...] = m
-        total[...] = rescale * total[...] + weights.sum(axis=0, keepdims=True)
-        values = v[here, :] if plan.starts else only(v[here, :], 0.0)
-        sums[...] = rescale * sums[...] + product(values, weights.astype(v.dtype), COLUMNS_COLUMNS)
+        more, part, largest = weighted(here, only, exponent[...])
+        total[...] += more
+        sums[...] += part
+        growth = largest - exponent[...]
+        maximum[...] = jnp.maximum(maximum[...], largest)
+        _when_grown(growth, functools.partial(grow, here, only))
 
-    _over_keys(seen, pl.program_id(4), plan.forward, step)
+    def grow(here, only):
+        # Of some queries what was added may have overflowed: with so large a growth, this block is all that counts.
+        alone, part, largest = weighted(here, only, None)
+        growth = largest - exponent[...]
+        rescale = jnp.exp2(-growth)
+        grown, anew = growth > _LAG, growth > _NOTHING
+        total[...] = jnp.where(anew, alone, jnp.where(grown, rescale * total[...], total[...]))
+        sums[...] = jnp.where(anew, part, jnp.where(grown, rescale * sums[...], sums[...]))
+        exponent[...] = jnp.where(grown, largest, exponent[...])
+
+    _over_keys(seen, pl.program_id(4), plan.forward, step, begin, single=bool(plan.starts))
 
     @pl.when(pl.program_id(4) == pl.num_programs(4) - 1)
     def _():
-        phi, m, n = features_q[...], maximum[...], total[...]
+        lag = jnp.exp2(exponent[...] - maximum[...])
+        phi, m, n = features_q[...], maximum[...], total[...] * lag
         a_linear = product(s[...].astype(phi.dtype), phi, ROWS_ROWS)
         n_linear = product(z[...].astype(phi.dtype), phi, ROWS_ROWS)
         c = stabilizer_of(plan.stabilizer, m, lambda: m + jnp.log2(n))
         common, local, past = shares(m, c, n_linear, base="2")
         inverse = 1 / (n * local + n_linear * past)
-        out[...] = ((sums[...] * local + a_linear * past) * inverse).T.astype(out.dtype)
+        out[...] = ((sums[...] * (local * lag) + a_linear * past) * inverse).T.astype(out.dtype)
         rows[0:1, :] = common
         rows[1:2, :] = inverse
         rows[2:3, :] = past
+
+
+def _when_grown(growth: Any, grow: Callable[[], None]) -> None:
+    """A seldom branch: what overhangs the queries may be no number, and does not count."""
+    pl.when(jnp.where(growth > _LAG, 1.0, 0.0).max() > 0)(grow)
 
 
 def _backward(plan: Plan, kept: Any, d_out: Array) -> tuple[Any, ...]:
@@ -329,28 +356,44 @@ def _put_together(plan: Plan, segments: Any, window: Any, *, at: Any) -> Any:
     return window
 
 
-def _over_keys(seen: Any, block: Any, sizes: Sizes, step: Callable[..., None]) -> None:
-    """``step`` over those keys of a resident block of which some are seen, given what replaces all else in an array."""
+def _over_keys(
+    seen: Any,
+    block: Any,
+    sizes: Sizes,
+    step: Callable[..., None],
+    begin: Callable[..., None] | None = None,
+    *,
+    single: bool = False,
+) -> None:
+    """``step`` over those keys of a resident block of which some are seen, given what replaces all else in an array;
+    ``begin`` in its place over a window's first keys, some of which every chunk sees; ``single``: there is one resident
+    block."""
     seen = [(seen[pl.program_id(2), i], seen[pl.program_id(2), i + 1]) for i in (0, 2)]
 
     def either(compare: Callable[[Any, Any], Any]) -> Any:
         return functools.reduce(jnp.logical_or, (compare(*ends) for ends in seen))
 
+    def place(j: Any) -> tuple[Any, Any]:
+        return block * sizes.resident + j * sizes.keys, pl.ds(pl.multiple_of(j * sizes.keys, TILE), sizes.keys)
+
+    def only(at: Any, x: Array, other: float) -> Array:
+        key = at + jax.lax.broadcasted_iota(jnp.int32, (sizes.keys, 1), 0)
+        visible = either(lambda begin, end: (begin <= key) & (key < end))
+        return jnp.where(visible, x.astype(jnp.float32), other).astype(x.dtype)
+
     def some(j: Any, carry: None) -> None:
-        at = block * sizes.resident + j * sizes.keys
-        here = pl.ds(pl.multiple_of(j * sizes.keys, TILE), sizes.keys)
+        at, here = place(j)
         whole = either(lambda begin, end: (begin <= at) & (at + sizes.keys <= end))
         partly = either(lambda begin, end: (begin < at + sizes.keys) & (at < end))
-
-        def only(x: Array, other: float) -> Array:
-            key = at + jax.lax.broadcasted_iota(jnp.int32, (sizes.keys, 1), 0)
-            visible = either(lambda begin, end: (begin <= key) & (key < end))
-            return jnp.where(visible, x.astype(jnp.float32), other).astype(x.dtype)
-
         pl.when(whole)(lambda: step(here, lambda x, other: x))
-        pl.when(partly & jnp.logical_not(whole))(lambda: step(here, only))
+        pl.when(partly & jnp.logical_not(whole))(lambda: step(here, functools.partial(only, at)))
 
-    jax.lax.fori_loop(0, sizes.resident // sizes.keys, some, None)
+    first: Any = 0
+    if begin is not None:
+        # Seldom are there several resident blocks.
+        first = 1 if single else jnp.where(block == 0, 1, 0)
+        pl.when(block == 0)(lambda: begin(place(0)[1], functools.partial(only, 0)))
+    jax.lax.fori_loop(first, sizes.resident // sizes.keys, some, None)
 
 
 def _spec(dimension: int | None) -> Callable[[int, int], pl.BlockSpec]:

@@ -80,7 +80,7 @@ def hybrid(
         starts=starts,
         vmem=blocks.vmem,
         interpret=interpret,
-        forward=_sizes(chunk, window, blocks.queries, blocks.keys, blocks.resident),
+        forward=_sizes(chunk, window, blocks.queries * 2 // q.dtype.itemsize, blocks.keys, blocks.resident),
         backward=_sizes(chunk, window, blocks.queries_backward, blocks.keys_backward, blocks.resident),
     )
     visible = [
@@ -95,7 +95,7 @@ def hybrid(
 
 
 def _sizes(chunk: int, window: int, queries: int, keys: int, resident: int) -> attend.Sizes:
-    keys = min(keys, -(-window // TILE) * TILE, resident)
+    keys = divided(window, min(keys, resident), TILE)
     blocks = -(-window // keys)
     return attend.Sizes(
         queries=divided(chunk, queries, _LANES), keys=keys, resident=keys * min(blocks, max(resident // keys, 1))

@@ -4,11 +4,25 @@ The TPU kernels' interpreter fills outputs, scratch and what lies beyond an arra
 """
 
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from shared import tiers
-from shared.attention import CASES, TOLERANCES, TRITON, Backend, Case, by_gpu_kernels, by_name, by_tpu_kernels, errors
+from shared.attention import (
+    CASES,
+    TOLERANCES,
+    TRITON,
+    Backend,
+    Case,
+    by_gpu_kernels,
+    by_name,
+    by_tpu_kernels,
+    errors,
+    inputs,
+)
 from shared.devices import on_devices
 
 from pallas_kernels import tpu
@@ -85,3 +99,38 @@ def test_output_state_and_gradients(name, number, dtype, request):
         found = errors(backend, backend.cases[number], dtype)
     assert len(found) >= 6  # the output, and gradients to q, k, v and both features
     assert max(found) <= TOLERANCES[dtype], found
+
+
+#: Scores in powers of two of the six blocks of 32 keys, the last two of the overlap: what grows by less than a lag, by
+#: more, and by so much that nothing of before counts; late, early, after all, and between.
+GROWTHS = {
+    "late": [0, 40, 80, 120, 160, 200],
+    "early": [200, 80, 40, 20, 0, 0],
+    "small": [0, 5, 10, 15, 20, 25],
+    "at the end": [0, 0, 0, 0, 5, 200],
+    "far, then a little": [0, 140, 145, 150, 0, 157],
+}
+
+
+@pytest.mark.full
+def test_maxima_that_grow_over_the_blocks_of_the_tpu_kernel():
+    """Against the equation in float64; half of the queries have the scores with the other sign, and the unseen half of
+    the overlap, in a block that is masked, larger scores than any. Float32 rounds scores of 200 to 2e-5, and has
+    no weight of 2¹²⁸."""
+    case = Case(128, 128, 64, 64, 32, "row_max", earlier=48)
+    (q, k, v, features_q, features_k), state, decay = inputs(case, "float32")
+    sign = jnp.where(jnp.arange(128) % 2, 1.0, -1.0)[None, :, None]
+    q = q.at[..., 0].set(sign * 64**0.5 * math.log(2))
+    run = jax.jit(lambda *given: by_tpu_kernels(case, *given, decay, blocks=BLOCKS)[0])
+    wide = jax.jit(functools.partial(by_name, "reference", case))
+    for name, levels in GROWTHS.items():
+        own, past = (jnp.repeat(jnp.asarray(x, jnp.float32), 32) for x in (levels[:4], levels[4:]))
+        # The past's last 48 places hold a token.
+        past = jnp.where(jnp.arange(64) < 16, 500.0, past)
+        arrays = [q, k.at[..., 0].set(own[None, :, None]), v, features_q, features_k]
+        given = state._replace(k=state.k.at[..., 0].set(past[None, :, None]))
+        found = np.asarray(run(arrays, given[:5]), np.float64)
+        with jax.enable_x64(True):
+            as64 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), (arrays, given[:5], decay))
+            exact = np.asarray(wide(*as64)[0])
+        assert np.linalg.norm(found - exact) <= 1e-4 * np.linalg.norm(exact), name
