@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks.recorded import floor
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, timed
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
+from train.engine.arithmetic import forward_flops
 
 TINY = WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=48, text_dim=32, freq_dim=32)
 #: Longest video for full softmax: beyond, one forward takes more than two seconds.
@@ -56,6 +58,9 @@ def cases(config: WanConfig, lengths: Sequence[int], size: tuple[int, int]) -> I
             peers[what, frames] = figures["ms"]
         elif (what, frames) in peers:
             figures["times_faster_than_softmax"] = round(peers[what, frames] / figures["ms"], 2)
+        how = HybridConfig(chunk_frames=3, overlap_frames=1) if hybrid else None
+        flops = forward_flops(config, how, shape=(frames, *size)) * (1 if what == "forward" else 3)
+        figures |= floor(flops, figures["ms"])
         return {**figures, "ms_a_frame": round(figures["ms"] / frames, 3), "peak_gib": peak_gib()}
 
     def forward(hybrid: bool, frames: int) -> dict[str, Any]:

@@ -18,13 +18,16 @@ from flax import nnx
 
 from benchmarks import dit
 from benchmarks import vae as of_vae
+from benchmarks.recorded import floor
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, walked
+from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.sampling import FlowSchedule, UniPC
 from rehyat_jax.sampling.noise import video_keys
 from rehyat_jax.sampling.session import Session
 from rehyat_jax.sampling.settings import Settings
+from train.engine.arithmetic import forward_flops
 
 CHUNK, STEPS = 3, 4
 
@@ -70,7 +73,8 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
 
     def transformer_alone() -> dict[str, Any]:
         step, state = chunks(session(with_vae=False))
-        return told(walked(step, state))
+        ms = walked(step, state)
+        return told(ms) | floor(STEPS * _of_a_chunk(config, size), ms)
 
     def with_vae() -> dict[str, Any]:
         made = session(with_vae=True)
@@ -87,6 +91,13 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
 
     yield f"stream, {STEPS} steps, transformer alone", transformer_alone
     yield f"stream, {STEPS} steps, with VAE", with_vae
+
+
+def _of_a_chunk(config: WanConfig, size: tuple[int, int]) -> int:
+    """Operations of one evaluation of a chunk that has a past and reads its text's keys and values."""
+    hybrid = HybridConfig(chunk_frames=CHUNK, overlap_frames=1)
+    longer, shorter = (forward_flops(config, hybrid, shape=(CHUNK * n, *size)) for n in (3, 2))
+    return longer - shorter
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import kernels
+from benchmarks import kernels, recorded
 
 GIB = 1 << 30
 #: What is left out when the time is over, and what is run: a name and what gives its figures.
@@ -30,10 +30,11 @@ class Report:
     def __init__(self, path: pathlib.Path, seconds: float) -> None:
         self.path, self.seconds, self.start = path, seconds, time.perf_counter()
         self.lines: list[dict[str, Any]] = []
-        self.add("machine", device=jax.devices()[0].device_kind, jax=jax.__version__)
+        self.add("machine", device=jax.devices()[0].device_kind, jax=jax.__version__, commit=recorded.commit())
 
     def add(self, case: str, **figures: Any) -> None:
-        line = {"case": case, **figures, "at_s": round(time.perf_counter() - self.start, 1)}
+        before = recorded.beside(case, figures, jax.devices()[0].device_kind)
+        line = {"case": case, **figures, **before, "at_s": round(time.perf_counter() - self.start, 1)}
         self.lines.append(line)
         print(json.dumps(line, ensure_ascii=False), flush=True)
         body = ",\n".join(json.dumps(line, ensure_ascii=False) for line in self.lines)

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from shared.training import write_teacher
 
-from benchmarks import ablations, bench, eight_bits, hybrid_operator, peers, rounds, stream, timing
+from benchmarks import ablations, bench, eight_bits, hybrid_operator, peers, recorded, rounds, stream, timing
 from benchmarks import dit as of_dit
 from benchmarks import vae as of_vae
 from rehyat_jax import cli
@@ -19,6 +19,28 @@ def lines_of(path):
     machine, *lines = json.loads(path.read_text())
     assert machine["case"] == "machine"
     return lines
+
+
+def test_a_case_is_told_beside_what_was_recorded(tmp_path, capsys):
+    """Of this kind of device alone; a run slower by more than 5 % says so."""
+    for name, device, ms in (("a", "X1", 10.0), ("b", "X2", 1.0)):
+        lines = [{"case": "machine", "device": device, "commit": "abc"}, {"case": "forward", "ms_a_chunk": ms}]
+        (tmp_path / f"{name}.json").write_text(json.dumps(lines))
+    told = recorded.beside("forward", {"ms_a_chunk": 10.4}, "X1", tmp_path)
+    assert told == {"recorded_ms": 10.0, "recorded_commit": "abc", "of_recorded": 1.04}
+    assert capsys.readouterr().err == ""
+    recorded.beside("forward", {"ms_a_chunk": 10.6}, "X1", tmp_path)
+    assert capsys.readouterr().err == "SLOWER by 6 %: forward: 10.6 ms, 10.0 at commit abc\n"
+    assert recorded.beside("another", {"ms_a_chunk": 1.0}, "X1", tmp_path) == {}
+    assert recorded.beside("forward", {"error": "none"}, "X1", tmp_path) == {}
+
+
+def test_the_recorded_lines_say_their_commit():
+    """Of the figures in docs/notebook/performance.md: its cases are found by the names that they have now."""
+    of_h200 = recorded.recorded("NVIDIA H200")
+    assert of_h200["hybrid, forward, 21 frames"] == (256.493, "1a76642")
+    names = [name for name, _ in stream.cases(of_dit.WanConfig.t2v_1_3b(), of_vae.VAEConfig(), (60, 104))]
+    assert names[0] in of_h200
 
 
 def test_operator_beside_its_peer(tmp_path):
