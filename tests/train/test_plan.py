@@ -140,3 +140,30 @@ def test_what_does_not_fit_is_refused_and_its_largest_arrays_named(config):
     assert done.returncode == 2, done.stdout
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(r"it does not fit: \S+ of \S+ a chip .* the largest arrays .* are \w+\[[\d,]+\] [\d.]+ GiB;", last)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--model", "nobody"], "--model must be one of wan_1_3b"),
+        (["--size", "100x64"], "--size must be multiples of 16 and 16"),
+        (["--frames", "80"], "--frames must be 4k . 1"),
+        (["--sweep", "per-chunk", "--hybrid", "none"], "the softmax teacher cannot stream"),
+        (["--steps", "0"], "--steps must be 1 to 1000"),
+    ],
+)
+def test_impossible_plans_of_generation_are_sentences(asked, said):
+    with pytest.raises(ConfigError, match=said):
+        main(["generate", "--topology", "v5e:2x2", *asked])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sweep", ["per-step", "per-chunk"])
+def test_a_plan_of_generation(sweep, capsys):
+    """Four chips, of which a stream's are by heads; what a small model's weights and decoder take of a chip."""
+    asked = ["--model", "mini_sprites", "--topology", "v5e:2x2", "--size", "64x64", "--frames", "33", "--steps", "4"]
+    assert main(["generate", *asked, "--sweep", sweep]) == 0
+    said = capsys.readouterr().out
+    assert ("tensor 4" if sweep == "per-chunk" else "fsdp 2 x context 2") in said
+    assert re.search(r"memory a chip   0\.\d\d of 15\.75 GiB", said)
+    assert ("a stream        first frame after" if sweep == "per-chunk" else "a video         ") in said

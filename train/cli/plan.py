@@ -2,6 +2,7 @@
 take?
 
     rehyat plan CONFIG --topology v5p:8x8x8 [--frames N] [--size WxH] [--batch N] [--field value …]
+    rehyat plan generate --topology v6e:2x4 …  (of a video or a stream: rehyat plan generate --help)
 
 Works on a machine without any accelerator; needs the compiler, `pip install 'jax[tpu]'`. CONFIG is what `rehyat
 finetune` or `rehyat distill` takes; no weights and no data are read. What does not fit is refused. Of a step that is
@@ -238,6 +239,10 @@ def main(argv: list[str]) -> int:
         ConfigError: a mistake in the configuration or the topology.
         RehyatError: it does not fit.
     """
+    if argv and argv[0] == "generate":
+        from train.cli import plan_generate
+
+        return plan_generate.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="rehyat plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
