@@ -25,7 +25,8 @@ def main() -> None:
     with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as server, sync_playwright() as playwright:
         assert server.stderr is not None
         address = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+", line)))
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         page = browser.new_page(viewport={"width": 900, "height": 900}, color_scheme="light")
         page.goto(address)
         page.wait_for_selector("#words button")

@@ -119,6 +119,7 @@ class View {
     if (!before || before.prompt !== message.prompt) {
       item.className = "sentence";
       tell(message.prompt);
+      list();
     }
     const button = document.createElement("button");
     button.type = "button";
@@ -168,6 +169,7 @@ class View {
     video.playbackRate = speed > 0.95 ? 1 : speed;
     const real = rate >= this.fps;
     at("badge").hidden = !(rate && this.made.length > 2);
+    at("badge").classList.toggle("slower", !real);
     at("badge").textContent = real ? "real time" : `${Math.round((100 * rate) / this.fps)} % of real time`;
     at("slow").textContent = video.playbackRate < 1 ? `, slowed to ${Math.round(video.playbackRate * 100)} %` : "";
     at("ahead").textContent = `${Math.max(0, end - video.currentTime).toFixed(1)} s`;
