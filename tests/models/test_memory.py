@@ -1,6 +1,7 @@
 """Estimates of memory against XLA's account of programs and what processes used; refusals before loading."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -143,7 +144,10 @@ def test_the_peak_of_a_process_is_estimated_to_a_factor_of_two_and_a_half(tmp_pa
     """Of the bundled model, what its process takes from when it asks for room; seen: 0.9 to 2.0."""
     options = ["generate", "a lemon", "--sweep", sweep, "--size", f"{side}x{side}", "--frames", str(frames)]
     command = [sys.executable, "-c", _PEAK, *options, "--steps", "2", "--out", str(tmp_path / "a.mp4")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Compiling is part of what a first run holds.
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    )
     assert done.returncode == 0, done.stderr
     estimate, true = map(int, done.stdout.split()[-2:])
     assert 0.4 < estimate / true < 2.5, (estimate, true)
