@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from flax import nnx
-from shared.training import HYBRID, finetuning, log_of, write_teacher
+from shared.training import HYBRID, WAN, finetuning, log_of, write_teacher
 from shared.wan import TINY, Case, by_diffusers, by_us, inputs, reference, relative
 
 from rehyat_jax import HybridConfig, cli, load_transformer
+from rehyat_jax.adapters.linear import linear_layers
 from rehyat_jax.adapters.lora import open_lora
 from rehyat_jax.adapters.training import LoraConfig, adapters_of, folded, with_adapters
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.checkpoints import convert, describe, save_conversion, save_transformer
+from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.sharding import parameter_spec
 from rehyat_jax.runtime.variables import AdapterParam, MixerParam
 from train.data.clips import Bucket
 from train.stages.students import write_adapters
@@ -180,3 +183,22 @@ def test_a_training_moves_the_adapters_and_leaves_the_base(hybrid, tmp_path):
         assert moved == bool(np.abs(ours - before).max() > 0), path
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-8 * np.abs(theirs).max() + 2**-7 * added)
     assert describe(lora).ranks == (2,)
+
+
+def test_adapters_are_sharded_as_the_kernels_beside_them():
+    """By the axes that they declare: down by the kernel's input, up by its output, and the rank by nothing."""
+    model = nnx.eval_shape(lambda: WanTransformer(WAN, rngs=nnx.Rngs(0)))
+    with_adapters(model, LORA, within=model.blocks, rngs=nnx.Rngs(0))
+
+    def axes(variable):
+        found = tuple(parameter_spec(variable, variable.get_value().shape))
+        return (*found, *[None] * (3 - len(found)))
+
+    layers = linear_layers(model.blocks).values()
+    assert len(layers) == 10
+    for layer in layers:
+        stack, inputs, outputs = axes(layer.kernel)
+        assert inputs is not None
+        assert outputs is not None
+        assert axes(layer.adapter.down) == (stack, inputs, None)
+        assert axes(layer.adapter.up) == (stack, None, outputs)

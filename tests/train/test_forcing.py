@@ -13,7 +13,9 @@ from flax import nnx
 from shared.training import forcing, log_of, models_of, write_teacher
 
 from rehyat_jax import TextToVideo
+from rehyat_jax.adapters.training import LoraConfig
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.wan.forced import forced
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.devices import Devices
@@ -22,6 +24,7 @@ from rehyat_jax.sampling.noise import RANDOM
 from rehyat_jax.sampling.text import Padded
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.plan import parameters
 from train.cli.config_files import load_config
 from train.data.clips import Bucket
 from train.data.rollouts import Rollouts, turn
@@ -266,3 +269,38 @@ def test_windows_are_whole_chunks_and_something_is_made() -> None:
         Rollouts(clips=CLIPS).chunks(4, chunk=3)
     with pytest.raises(ConfigError, match="2 given chunks leave none of the 2"):
         Rollouts(clips=CLIPS, given=2).chunks(4, chunk=2)
+
+
+@pytest.mark.full
+def test_adapters_learn_in_the_place_of_both_networks(teacher, tmp_path):
+    """The student's base stays as it was, and the LoRA that is written is all that it has learned; the critic has no
+    second copy in float32. Folded and cast to bfloat16: 2⁻⁸ of each number."""
+    folder, lora = teacher, LoraConfig(rank=2, alpha=4.0)
+    training = forcing(folder, tmp_path / "student", lora=lora, critic_lora=lora)
+    stage = training.stage()
+    networks = stage.networks
+    for role in ("student", "critic"):
+        module = networks[role].make()
+        learned = nnx.state(module, networks[role].trainable)
+        assert (
+            0
+            < sum(x.size for x in jax.tree.leaves(learned))
+            < 0.5 * sum(x.size for x in jax.tree.leaves(nnx.state(module)))
+        )
+    training.run()
+    base, made = (load_transformer(path, hybrid=None) for path in (folder, training.out))
+    (file,) = training.out.glob("lora_comfyui.safetensors")
+    again = load_transformer(folder, hybrid=None, loras=[file])
+    changed = 0
+    for path, variable in parameters(nnx.state(made)).items():
+        found, wanted, before = (
+            np.asarray(x, np.float32)
+            for x in (
+                variable.get_value(),
+                parameters(nnx.state(again))[path].get_value(),
+                parameters(nnx.state(base))[path].get_value(),
+            )
+        )
+        np.testing.assert_allclose(found, wanted, rtol=2**-7, atol=1e-4)
+        changed += not np.array_equal(wanted, before)
+    assert changed == 10

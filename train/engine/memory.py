@@ -26,6 +26,17 @@ def learner_bytes(parameters: int, optimizer: OptimizerConfig) -> int:
     return parameters * 4 * (4 + moments)
 
 
+def adapted_learner_bytes(
+    model: WanConfig, parameters: int, optimizer: OptimizerConfig, *, rank: int, base: int = 4
+) -> int:
+    """As `learner_bytes`, or of adapters of a rank above 0 beside frozen parameters of so many bytes each: a pair for
+    each of a block's eight square layers and the two of its feed-forward."""
+    if not rank:
+        return learner_bytes(parameters, optimizer)
+    wide = model.num_layers * (8 * 2 * model.dim + 2 * (model.dim + model.ffn_dim)) * rank
+    return base * parameters + learner_bytes(wide, optimizer)
+
+
 def backward_bytes(
     model: WanConfig, *, tokens: int, clips: int, dtype: DTypeLike, remat: Keeps | None, text_tokens: int = 512
 ) -> int:

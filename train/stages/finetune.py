@@ -42,7 +42,7 @@ from train.data.pools import Captions, Feed
 from train.data.prepared import Prepared, PreparedClips, open_prepared
 from train.engine.arithmetic import forward_flops
 from train.engine.gradients import Mean
-from train.engine.memory import backward_bytes, learner_bytes
+from train.engine.memory import adapted_learner_bytes, backward_bytes
 from train.engine.optimizer import OptimizerConfig, Shares
 from train.engine.stage import Models, Network
 from train.stages.flow import Batch, FlowStage, FlowTraining, embed, flow_loss
@@ -222,11 +222,7 @@ class FinetuneTraining(FlowTraining):
         return Need(device=parts | {"a step's clips": max(passes)})
 
     def _learner_bytes(self, model: WanConfig, parameters: int) -> int:
-        if not self.lora.rank:
-            return learner_bytes(parameters, self.optimizer)
-        # Eight square layers and two of the feed-forward a block, each a pair; and the frozen base in float32.
-        wide = model.num_layers * (8 * 2 * model.dim + 2 * (model.dim + model.ffn_dim)) * self.lora.rank
-        return 4 * parameters + learner_bytes(wide, self.optimizer)
+        return adapted_learner_bytes(model, parameters, self.optimizer, rank=self.lora.rank)
 
     @property
     def shares(self) -> Shares:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import tyro
 from jaxtyping import Array, Float
 
+from rehyat_jax.adapters.training import LoraConfig
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import BlockMixers, HybridConfig
 from rehyat_jax.models.folder import find_model
@@ -42,7 +43,7 @@ from train.data.clips import AnyBucket, Bucket, check_rounds
 from train.data.prepared import Prepared, PreparedClips
 from train.data.rollouts import Roller, Rollouts, rows_back
 from train.engine.gradients import Mean
-from train.engine.memory import backward_bytes, learner_bytes
+from train.engine.memory import adapted_learner_bytes, backward_bytes
 from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.engine.stage import Models, Stage
@@ -69,6 +70,11 @@ class ForcingTraining(RunConfig):
     teacher: Path
     #: Whose copy the critic begins as; none: the teacher's.
     critic: Path | None = None
+    #: Adapters that the student learns in place of its weights, beside what its mixers have of their own.
+    lora: LoraConfig = LoraConfig()
+    #: Adapters that the critic is, on the frozen weights that it would begin as a copy of: no second set of weights in
+    #: float32, and no optimiser's state of them.
+    critic_lora: LoraConfig = LoraConfig()
     #: The student's sizes, and the teacher's where they are others, which `rehyat plan` needs before there are folders.
     model: tyro.conf.AvoidSubcommands[WanConfig | None] = None
     teacher_model: tyro.conf.AvoidSubcommands[WanConfig | None] = None
@@ -271,13 +277,20 @@ class ForcingTraining(RunConfig):
         teacher = find_model(self.teacher)
         critic = find_model(self.critic) if self.critic is not None else teacher
         score = open_component(teacher, "transformer").config
-        learning = ((source, "the student", self.optimizer), (critic, "the critic", self.critic_optimizer))
+        learning = (
+            (source, model, "the student", self.optimizer, self.lora, 4),
+            (critic, score, "the critic", self.critic_optimizer, self.critic_lora, jnp.dtype(self.dtype).itemsize),
+        )
         parts = {
-            f"{what} and its optimiser": learner_bytes(
-                weights_bytes(folder, "transformer", dtype=jnp.float32) // 4, optimizer
+            f"{what} and its optimiser": adapted_learner_bytes(
+                config,
+                weights_bytes(folder, "transformer", dtype=jnp.float32) // 4,
+                optimizer,
+                rank=lora.rank,
+                base=base,
             )
             // devices
-            for folder, what, optimizer in learning
+            for folder, config, what, optimizer, lora, base in learning
         }
         parts |= {
             "the teacher": weights_bytes(teacher, "transformer", dtype=self.dtype) // devices,

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from rehyat_jax.adapters.training import LoraConfig, with_adapters
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer
@@ -25,6 +26,7 @@ from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices, first_process, loading
+from rehyat_jax.runtime.variables import AdapterParam, MixerParam
 from rehyat_jax.sampling import FlowSchedule, Guidance
 from rehyat_jax.sprites import world
 from rehyat_jax.weights.files import read_json
@@ -43,6 +45,12 @@ from train.stages.sizes import check_sizes
 from train.stages.sourced import FromSource
 from train.stages.students import computing, student_of, write_student
 from train.stages.windows import Windows
+
+
+def adapted(model: WanTransformer, lora: LoraConfig) -> WanTransformer:
+    """The model, with adapters beside its blocks' linear layers where it is to have some."""
+    return with_adapters(model, lora, within=model.blocks, rngs=nnx.Rngs(0)) if lora.rank else model
+
 
 #: In a run's folder: the averaged student of the highest reward in a validation, and beside it which that was.
 BEST = "best"
@@ -86,8 +94,16 @@ class ForcingStage(FromSource, Stage):
     def networks(self) -> dict[str, Network]:
         training = self.training
         found = {
-            "student": Network(make=lambda: self.student, optimizer=training.optimizer),
-            "critic": Network(make=self._critic, optimizer=training.critic_optimizer),
+            "student": Network(
+                make=lambda: adapted(self.student, training.lora),
+                optimizer=training.optimizer,
+                trainable=(AdapterParam, MixerParam) if training.lora.rank else nnx.Param,
+            ),
+            "critic": Network(
+                make=lambda: adapted(self._critic(), training.critic_lora),
+                optimizer=training.critic_optimizer,
+                trainable=AdapterParam if training.critic_lora.rank else nnx.Param,
+            ),
             "teacher": Network(make=self._teacher),
         }
         if any(isinstance(clips, Bucket) for clips in training.clips):  # captions of prepared clips are embedded
@@ -101,7 +117,12 @@ class ForcingStage(FromSource, Stage):
 
     def _critic(self) -> WanTransformer:
         name = self.training.critic or self.training.teacher
-        return computing(self._softmax(name, said=None, dtype=jnp.dtype(jnp.float32)), self.dtype)
+        return computing(self._softmax(name, said=None, dtype=self._critic_dtype), self.dtype)
+
+    @property
+    def _critic_dtype(self) -> jnp.dtype:
+        """Of its weights: what learns is in float32."""
+        return self.dtype if self.training.critic_lora.rank else jnp.dtype(jnp.float32)
 
     def _softmax(self, name: Path, *, said: WanConfig | None, dtype: jnp.dtype) -> WanTransformer:
         folder = find_model(name)
@@ -231,7 +252,8 @@ class ForcingStage(FromSource, Stage):
         return named
 
     def export(self, averages: Mapping[str, Any], folder: Path) -> None:
-        write_student(folder, self.source, averages["student"], defaults=self.training.defaults)
+        training = self.training
+        write_student(folder, self.source, averages["student"], defaults=training.defaults, lora=training.lora)
 
 
 def _reward_of(best: Path) -> float:
@@ -281,7 +303,8 @@ class PlannedForcing(ForcingStage):
     def _critic(self) -> WanTransformer:
         """Of the teacher's sizes, or where it is another's copy of the student's."""
         own = self.training.critic is not None
-        return self._by_shapes(self.student.config if own else self._score_config, None)
+        config = self.student.config if own else self._score_config
+        return self._by_shapes(config, None, param_dtype=self._critic_dtype)
 
     def _by_shapes(
         self, config: WanConfig, hybrid: Conversion | None, *, param_dtype: Any = jnp.float32
