@@ -85,6 +85,13 @@ class Serve:
     quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
     """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device."""
 
+    offload: bool = False
+    """For a device with little memory: the transformer's blocks stay in the host's memory and are fetched one at a
+    time, and the text encoder leaves the device once a prompt is embedded. Slower."""
+
+    vae_tile: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """For little memory as well: frames are decoded by tiles of so many pixels a side (256), with blended seams."""
+
     mesh: MeshConfig = MeshConfig(fsdp=1)
     """Devices to generate on, over which the model is divided; one when not given."""
 
@@ -127,6 +134,7 @@ def main(argv: list[str]) -> None:
 
     names = tuple(dict.fromkeys(options.model or ("mini-sprites",)))
     how: Any = {"dtype": options.dtype, "loras": options.lora, "quantize": options.quantize}
+    how |= {"offload": options.offload, "vae_tile": options.vae_tile}
     meshes = {name: _check_room(options, name, steps) for name in names}
     opened = {name: TextToVideo.from_pretrained(name, mesh=mesh, **how) for name, mesh in meshes.items()}
     models = Models(opened, steps)
@@ -221,6 +229,8 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
         streams=True,
         remember=defaults.remember,
         eight_bits=options.quantize is not None,
+        offload=options.offload,
+        vae_tile=options.vae_tile,
         mesh=mesh,
     )
     check_memory(need, what=f"streams of {defaults.width}x{defaults.height}", force=options.force)
