@@ -178,13 +178,15 @@ class TextToVideo(HasLoras):
             cache_dir = arguments.user_path("cache_dir", cache_dir)
         if hybrid not in ("auto", None) and not isinstance(hybrid, Conversion):
             raise arguments.wrong("hybrid", hybrid, '"auto", None or a HybridConfig')
+        if mesh is not None and not isinstance(mesh, MeshConfig):
+            raise arguments.wrong("mesh", mesh, "a MeshConfig")
         folder = find_model(name_or_path)
         cache = cache_folder(cache_dir)
         keep_compiled(cache)
         student = hybrid == "auto"
         schedule, solver = read_scheduler(folder, student=student)
         traits = read_traits(folder)
-        devices = _devices(mesh, folder, hybrid)
+        devices = ONE_DEVICE if offload and mesh is None else _devices(mesh, folder, hybrid)
         how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": loras, "quantize": quantize}
         how["mesh"] = devices.mesh
         how["offload"] = offload
