@@ -83,7 +83,8 @@ def written(dialect: str, lora: dict[str, Pair], folder: Path) -> tuple[Path, fl
             save_file(ab(lora, lambda m: f"transformer.{diffusers_name(m)}"), file)
             return file, 1.0
         case "diffusers, header":
-            config = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA, "transformer.target_modules": ["to_q"]}
+            targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+            config = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA, "transformer.target_modules": targets}
             config |= {"transformer.rank_pattern": {}, "transformer.alpha_pattern": {}}
             metadata = {"lora_adapter_metadata": json.dumps(config), "format": "pt"}
             save_file(ab(lora, lambda m: f"transformer.{diffusers_name(m)}"), file, metadata=metadata)
