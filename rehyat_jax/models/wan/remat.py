@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
-from pallas_kernels.options import KEPT_ATTENTION, KEPT_FEATURES
+from rehyat_jax.attention.kept import KEPT_ATTENTION, KEPT_FEATURES
 
 #: Of a block beside its input, from the least memory to the least work: nothing; the self-attention's output and rows,
 #: so that its forward kernel runs once (a hundred MB a block at 32,760 tokens of Wan-1.3B); these, the results of all
