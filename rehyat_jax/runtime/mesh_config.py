@@ -15,13 +15,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rehyat_jax.errors import ConfigError
-
-if TYPE_CHECKING:
-    import jax
-    from jax.sharding import Mesh
 
 #: The names of a mesh's axes, slowest links first. All four are there, some of size 1.
 AXES = ("data", "fsdp", "context", "tensor")
@@ -99,8 +95,8 @@ class MeshConfig:
             )
         return self.data, fsdp, self.context, self.tensor
 
-    def make(self, devices: Sequence[jax.Device] | None = None, *, chunks: int = 1, batch: int | None = None) -> Mesh:
-        """The mesh over these devices, or all there are; ``jax.set_mesh`` puts it in force.
+    def make(self, devices: Sequence[Any] | None = None, *, chunks: int = 1, batch: int | None = None) -> Any:
+        """The `jax.sharding.Mesh` over these devices, or all there are; ``jax.set_mesh`` puts it in force.
 
         Args:
             chunks, batch: as `for_devices` takes them, for an automatic mesh.
