@@ -9,7 +9,18 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from shared.training import write_teacher
 
-from benchmarks import ablations, bench, eight_bits, hybrid_operator, peers, recorded, rounds, stream, timing
+from benchmarks import (
+    ablations,
+    bench,
+    eight_bits,
+    generation,
+    hybrid_operator,
+    peers,
+    recorded,
+    rounds,
+    stream,
+    timing,
+)
 from benchmarks import dit as of_dit
 from benchmarks import vae as of_vae
 from rehyat_jax import cli
@@ -194,6 +205,14 @@ def test_the_command_names_its_mistakes(tmp_path, capsys):
     assert "cuisine" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main(["bench", "--tiny", "--out", str(tmp_path / "file")]) == 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("what", ["--stream", "--teacher", "--no-teacher"])
+def test_generation(capsys, what):
+    generation.main(["--model", "tiny", "--size", "64x32", "--frames", "9", "--samples", "1", what])
+    said = json.loads(capsys.readouterr().out)
+    assert (len(said["seconds"]), said["mesh"], "frames_a_second" in said) == (1, {}, what == "--stream")
 
 
 @pytest.mark.full
