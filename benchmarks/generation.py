@@ -78,7 +78,7 @@ def drawn(config: WanConfig, hybrid: HybridConfig | None, devices: Devices) -> W
 def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, description=__doc__, args=argv)
     keep_compiled(cache_folder())
-    devices = ONE_DEVICE if options.mesh.single else Devices.first(options.mesh, jax.devices())
+    devices = ONE_DEVICE if options.mesh.single else Devices.first(options.mesh)
     config = MODELS[options.model]
     model = drawn(config, None if options.teacher else HybridConfig(), devices)
     width, height = (int(side) for side in options.size.split("x"))

@@ -49,7 +49,7 @@ from rehyat_jax.sampling.session import Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.sampling.tiles import TiledCodec
 from rehyat_jax.streams.pace import MeasuredSteps, most_steps
-from rehyat_jax.streams.prefill import check_prefix
+from rehyat_jax.streams.prefill import check_prefix, rows_of
 from rehyat_jax.streams.state import fingerprint
 from rehyat_jax.streams.stream import Stream
 from rehyat_jax.text.prompt_encoder import PromptEncoder
@@ -429,7 +429,7 @@ class TextToVideo(HasLoras):
         else:
             if images.first is not None:
                 raise RehyatError("a stream begins with an image or goes on from a beginning, not both")
-            frames = beginning[None] if isinstance(prompt, str) else beginning
+            frames = rows_of(beginning, one=isinstance(prompt, str))
             check_prefix(session, frames, batch=count)
             condition = conditioning.going_on(frames, size, codec=session.codec)
         stream = Stream.start(
@@ -530,11 +530,12 @@ class TextToVideo(HasLoras):
         if self.devices.mesh is not None and not by_chunks:
             hybrid = getattr(self.transformer, "hybrid", None)
             check_mesh(self.devices.shape, self.transformer.config, hybrid=hybrid, latent_frames=session.shape[0])
-        if settings.draws_noise and noise is not None:
+        own = noise is None
+        noise = _noise(session.shape, count=len(prompts), seed=seed, noise=noise)
+        if settings.draws_noise and not own:
             raise RehyatError(
                 f"the solver {type(settings.solver).__name__} draws its own noise: give a seed in its place"
             )
-        noise = _noise(session.shape, count=len(prompts), seed=seed, noise=noise)
         measure: Callable[[str], AbstractContextManager[None]] = phases.measure if phases else lambda _: nullcontext()
         on_step = on_step or (NotebookProgress() if in_notebook() else lambda phase, done, total: None)
 
@@ -584,8 +585,8 @@ def _devices(mesh: MeshConfig | None, folder: Path, hybrid: Conversion | Literal
     Raises:
         ConfigError: the mesh does not divide the model, or the devices that there are.
     """
-    found = jax.devices()
-    if (len(found) == 1 and (mesh is None or mesh.automatic)) or (mesh is None and jax.process_count() > 1):
+    found = jax.device_count()
+    if (found == 1 and (mesh is None or mesh.automatic)) or (mesh is None and jax.process_count() > 1):
         return ONE_DEVICE
     conversion = student_config(folder) if hybrid == "auto" else hybrid
     defaults = read_defaults(folder, student=hybrid == "auto")
@@ -598,9 +599,9 @@ def _devices(mesh: MeshConfig | None, folder: Path, hybrid: Conversion | Literal
         frames=defaults.num_frames if mesh is not None and mesh.automatic else None,
         guided=defaults.guidance_scale > 1,
         streams=True,
-        devices=len(found),
+        devices=found,
     )
-    return Devices.first(chosen, found)
+    return Devices.first(chosen)
 
 
 _PIXELS: dict[str, Pixels] = {"uint8": to_uint8, "float": to_float}

@@ -382,7 +382,7 @@ def _check_room(
             frames=shape.frames,
             guided=shape.guided,
             streams=streams,
-            devices=len(jax.devices()),
+            devices=jax.device_count(),
         )
 
     def need(height: int, width: int) -> Need:

@@ -219,7 +219,7 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
             frames=None,
             guided=shape.guided,
             streams=True,
-            devices=len(jax.devices()),
+            devices=jax.device_count(),
         )
     need = video_need(
         folder,

@@ -64,13 +64,13 @@ class Devices:
         return cls(config.make(among, chunks=chunks, batch=batch))
 
     @classmethod
-    def first(cls, config: MeshConfig, among: Sequence[jax.Device]) -> Devices:
+    def first(cls, config: MeshConfig) -> Devices:
         """A mesh of the first devices, as many as it takes; every process of a run must have its part of it.
 
         Raises:
             ConfigError: processes would be left without a device.
         """
-        count = config.count
+        count, among = config.count, jax.devices()
         if count == 1 and len(among) == 1:
             return cls(None)
         if jax.process_count() > 1 and count != len(among):

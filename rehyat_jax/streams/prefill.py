@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Array, Shaped, UInt8
 
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime import arguments
 from rehyat_jax.sampling.session import Session
 from rehyat_jax.streams.state import StreamState
 
@@ -37,6 +40,18 @@ def prefill(
     decoded = list(session.codec.decode(latents, state.decoder))
     after = state._replace(states=states, decoder=decoded[-1][1], first_frame=jnp.asarray(latents.shape[1], jnp.int32))
     return after, np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)
+
+
+def rows_of(beginning: Any, *, one: bool) -> Shaped[np.ndarray, "..."]:
+    """A beginning as rows: that of ``one`` prompt is a row.
+
+    Raises:
+        RehyatError: it is no array.
+    """
+    if not isinstance(beginning, np.ndarray | Array):
+        raise arguments.wrong("beginning", beginning, "an array of frames, or a video's path")
+    frames = np.asarray(beginning)
+    return frames[None] if one else frames
 
 
 def check_prefix(session: Session, prefix: Shaped[np.ndarray, "..."], *, batch: int) -> None:

@@ -21,7 +21,7 @@ from rehyat_jax.sampling.noise import seeds, video_keys
 from rehyat_jax.sampling.rollout import check_finite
 from rehyat_jax.sampling.session import Embed, Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
-from rehyat_jax.streams.prefill import prefill
+from rehyat_jax.streams.prefill import prefill, rows_of
 from rehyat_jax.streams.state import (
     MOST_FRAMES,
     StreamRecord,
@@ -109,10 +109,8 @@ class Stream(Iterator[np.ndarray]):
         embedded = session.embed(text, prompts, negative_prompt)
         state = init_state(session, keys=keys, text=embedded, condition=condition)
         if beginning is not None:
-            if not isinstance(beginning, np.ndarray | jax.Array):
-                raise arguments.wrong("beginning", beginning, "an array of frames, or a video's path")
             one = isinstance(prompt, str)
-            state, beginning = prefill(session, state, beginning[None] if one else beginning)
+            state, beginning = prefill(session, state, rows_of(beginning, one=one))
             beginning = beginning[0] if one else beginning
         stream = cls(
             session,

@@ -221,8 +221,7 @@ def test_feature_map_lowers_for_cuda(head_dim, degree):
     ],
 )
 def test_what_feature_kernels_lack_goes_to_xla(options, head_dim, dtype, monkeypatch):
-    fitting = functools.partial(gpu.feature_kernels, "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(gpu, "feature_kernels", lambda _, *given, **degree: fitting(*given, **degree))
+    monkeypatch.setattr(features, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(features, "whole_on_each_device", lambda: True)
 
     def kernels(head_dim, dtype, **options):

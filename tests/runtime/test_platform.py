@@ -41,15 +41,17 @@ def test_float32_is_multiplied_as_float32_alone():
 
 
 def test_nowhere_else_is_a_platform_asked_for():
-    """In the package; a record names the machine's own devices, whatever was compiled."""
+    """In the package; a record names the machine's own devices, whatever was compiled, and a mesh takes those that
+    there are."""
     package = Path(rehyat_jax.__file__).parent
     asked = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr in ("default_backend", "devices")
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("jax.default_backend", "jax.devices")
     }
-    assert asked == {"runtime/platform.py", "runtime/record.py"}
+    meshes = {"runtime/devices.py", "runtime/mesh_config.py"}
+    assert asked == {"runtime/platform.py", "runtime/record.py", *meshes}
 
 
 def test_inference_on_gpus_is_compiled_by_options_that_this_compiler_knows():
