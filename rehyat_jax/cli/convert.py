@@ -12,8 +12,8 @@ import tyro
 from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.runtime.files import check_writable, real_path, remove_leftovers
-from rehyat_jax.runtime.outputs import check_ours, locked
+from rehyat_jax.runtime.files import real_path
+from rehyat_jax.runtime.outputs import owned_output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,6 @@ def main(argv: list[str]) -> None:
     options = parse_options(Convert, argv, command="convert")
     destination = real_path(options.destination.expanduser())
     record = destination.parent / f"{destination.name}.json"
-    check_writable(record)
     from rehyat_jax.models.checkpoints import convert, save_conversion
     from rehyat_jax.models.folder import find_checkpoint, find_model
     from rehyat_jax.runtime.record import Phases, write_record
@@ -69,12 +68,10 @@ def main(argv: list[str]) -> None:
         if options.lora or options.conversion or options.teacher or options.dtype or options.quantize:
             raise RehyatError("--only-conversion is alone: it takes no other option")
     with (
-        locked(destination, command="rehyat convert"),
+        owned_output(destination, command="rehyat convert", beside=(record,), is_folder=True),
         ProgressDisplay() as display,
         phases.measure("convert"),
     ):
-        check_ours(destination, beside=(record,))
-        remove_leftovers(destination)
         if alone is not None:
             save_conversion(find_checkpoint(options.source), destination, base=find_checkpoint(alone))
         else:
