@@ -127,12 +127,12 @@ def user_path(name: str, value: object) -> Path:
     Raises:
         RehyatError: it is no path.
     """
-    if not isinstance(value, str | os.PathLike) or "\0" in (path := os.fsdecode(value)):
+    if not isinstance(value, str | os.PathLike):
         raise wrong(name, value, "a path")
     try:
-        return Path(path).expanduser()
+        return Path(os.fsdecode(value)).expanduser()
     except RuntimeError:  # there is no such home
-        return Path(path)
+        return Path(os.fsdecode(value))
 
 
 def _range(least: float | int | None, most: float | int | None) -> str:

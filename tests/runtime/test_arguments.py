@@ -83,7 +83,7 @@ def test_arguments_that_are_no_number_formats(value):
         arguments.float_dtype("dtype", value)
 
 
-@pytest.mark.parametrize("value", [5, None, b"a", ["a"], "a\0b"])
+@pytest.mark.parametrize("value", [5, None, b"a", ["a"]])
 def test_arguments_that_are_no_paths(value):
     with pytest.raises(RehyatError, match=r"^path must be a path, not "):
         arguments.user_path("path", value)
