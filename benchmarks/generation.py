@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from benchmarks.multi_gpu import Sizes, model_of
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
-from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
@@ -40,7 +40,7 @@ GIB = 2**30
 MODELS = {
     "1.3b": WanConfig.t2v_1_3b(),
     "14b": WanConfig.t2v_14b(),
-    "tiny": WanConfig(num_layers=2, num_attention_heads=4, attention_head_dim=16, ffn_dim=64, text_dim=32, freq_dim=32),
+    "tiny": Sizes.tiny().model,
 }
 
 
@@ -63,24 +63,13 @@ class Options:
     mesh: Annotated[MeshConfig, tyro.conf.arg(name="mesh")] = MeshConfig(fsdp=1)
 
 
-def drawn(config: WanConfig, hybrid: HybridConfig | None, devices: Devices) -> WanTransformer:
-    """A transformer of small random weights, each device's part made on it."""
-    kinds: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, hybrid=hybrid, **kinds, rngs=nnx.Rngs(0))))
-
-    def numbers() -> Any:
-        keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
-        return jax.tree.map(lambda x: (0.02 * jax.random.normal(next(keys), x.shape)).astype(x.dtype), shapes)
-
-    return nnx.merge(graph, jax.jit(numbers, out_shardings=devices.parameter_shardings(shapes))())
-
-
 def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, description=__doc__, args=argv)
     keep_compiled(cache_folder())
     devices = ONE_DEVICE if options.mesh.single else Devices.first(options.mesh)
     config = MODELS[options.model]
-    model = drawn(config, None if options.teacher else HybridConfig(), devices)
+    sizes = Sizes(model=config, hybrid=None if options.teacher else HybridConfig())  # type: ignore[arg-type]
+    model = nnx.merge(*model_of(sizes, devices, param_dtype=jnp.bfloat16))
     width, height = (int(side) for side in options.size.split("x"))
     settings = Settings(
         num_frames=9 if options.stream else options.frames,

@@ -27,7 +27,7 @@ from benchmarks import dit, hybrid_operator, vae
 from benchmarks.timing import GIB, Case, Report, arguments
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 
-#: Of the peers' transformers: beyond, one forward takes many seconds.
+#: Latent frames that the peers' transformers are given at most: beyond, one forward takes many seconds.
 LONGEST_PEER = 41
 
 

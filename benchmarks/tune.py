@@ -58,7 +58,7 @@ class Search:
     kernels: type
     #: Sizes of each that are tried, in all combinations.
     fields: dict[str, Sequence[int]]
-    #: Of a dataclass and a set of inputs, and two such sets.
+    #: Runs a dataclass of the kernels on a set of inputs; `given` makes two such sets.
     run: Callable[..., Any]
     given: Callable[[], Given]
 

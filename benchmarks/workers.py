@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypeVar
 
-#: Of a GPU's memory, what its workers have together; the rest is for what CUDA itself keeps.
+#: The share of a GPU's memory that its workers have together; the rest is for what CUDA itself keeps.
 _MEMORY = 0.88
 
 Job = TypeVar("Job")

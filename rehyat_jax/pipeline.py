@@ -27,7 +27,7 @@ from rehyat_jax.models.checkpoints.loading import MergedExperts, load_vae, open_
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.memory import student_config
-from rehyat_jax.models.own_settings import OwnSettings
+from rehyat_jax.models.own_settings import OwnSettings, given_or
 from rehyat_jax.models.wan.conditions import Features, VideoSize, conditioning_of
 from rehyat_jax.models.wan.sharding import check_mesh, mesh_for_video
 from rehyat_jax.models.wan.transformer import WanTransformer
@@ -310,7 +310,7 @@ class TextToVideo(HasLoras):
         return self.run(
             prompt,
             settings,
-            negative_prompt=_or(negative_prompt, self.defaults.negative_prompt),
+            negative_prompt=given_or(negative_prompt, self.defaults.negative_prompt),
             seed=seed,
             noise=noise,
             images=Images.read(image, last_image),
@@ -386,7 +386,7 @@ class TextToVideo(HasLoras):
         return self.start_stream(
             prompt,
             settings,
-            negative_prompt=_or(negative_prompt, self.defaults.negative_prompt),
+            negative_prompt=given_or(negative_prompt, self.defaults.negative_prompt),
             seed=seed,
             beginning=beginning,
             images=Images.read(image, None),
@@ -605,7 +605,3 @@ def _devices(mesh: MeshConfig | None, folder: Path, hybrid: Conversion | Literal
 
 
 _PIXELS: dict[str, Pixels] = {"uint8": to_uint8, "float": to_float}
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

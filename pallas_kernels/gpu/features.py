@@ -35,7 +35,7 @@ class FeatureKernels:
     """
 
     tokens: int = 128
-    #: Of the hidden layer, at one product.
+    #: Columns of the hidden layer at one product.
     hidden: int = 128
     columns: int = 64
     #: Blocks of weights that are copied ahead, and one.

@@ -33,7 +33,7 @@ class OwnSettings:
 
     def schedule_at(self, *, height: int | None = None, width: int | None = None) -> FlowSchedule:
         """The noise levels of a video of this size (the model's own when not given), where none are asked for."""
-        size = {"height": _or(height, self.defaults.height), "width": _or(width, self.defaults.width)}
+        size = {"height": given_or(height, self.defaults.height), "width": given_or(width, self.defaults.width)}
         return self.defaults.advised_schedule(**size) or self.schedule
 
     def settings(
@@ -60,23 +60,23 @@ class OwnSettings:
         if solver is not None and not isinstance(solver, Solver):
             raise arguments.wrong("solver", solver, "a solver as Euler() or UniPC()")
         frames, height, width = self._size(
-            num_frames=_or(num_frames, self.defaults.num_frames),
-            height=_or(height, self.defaults.height),
-            width=_or(width, self.defaults.width),
+            num_frames=given_or(num_frames, self.defaults.num_frames),
+            height=given_or(height, self.defaults.height),
+            width=given_or(width, self.defaults.width),
         )
         settings = Settings(
             num_frames=frames,
             height=height,
             width=width,
             num_inference_steps=arguments.whole_number(
-                "num_inference_steps", _or(num_inference_steps, self.defaults.num_inference_steps), least=1
+                "num_inference_steps", given_or(num_inference_steps, self.defaults.num_inference_steps), least=1
             ),
-            guidance_scale=arguments.number("guidance_scale", _or(guidance_scale, self.defaults.guidance_scale)),
+            guidance_scale=arguments.number("guidance_scale", given_or(guidance_scale, self.defaults.guidance_scale)),
             guidance_scale_2=self._second_guidance(guidance_scale, guidance_scale_2),
-            schedule=_or(schedule, self.schedule_at(height=height, width=width)),
-            solver=_or(solver, self.solver),
+            schedule=given_or(schedule, self.schedule_at(height=height, width=width)),
+            solver=given_or(solver, self.solver),
             first_chunk_steps=self._first_chunk_steps(first_chunk_steps),
-            remember=check_context_noise(_or(remember, self.defaults.remember)),
+            remember=check_context_noise(given_or(remember, self.defaults.remember)),
         )
         # Each says what is wrong, before the text encoder is read.
         _ = settings.guidances, settings.steps(), settings.steps(of_first_chunk=True)
@@ -137,7 +137,8 @@ class OwnSettings:
         return frames, *size
 
 
-def _or(value: Any, default: Any) -> Any:
+def given_or(value: Any, default: Any) -> Any:
+    """An argument, or where it is None the model's own value."""
     return default if value is None else value
 
 
