@@ -124,7 +124,7 @@ def streamed(session: Session, text: Padded, *, samples: int) -> list[float]:
     """Seconds of a chunk."""
     with session.computing():
         text_kv = programs.precompute_text_kv(session.weights, text, None, graph=session.graph)
-    states, keys, seconds = session.init_states(1), video_keys(0, count=1), []
+    states, keys, seconds = session.init_state(1), video_keys(0, count=1), []
     for number in range(samples + 1):
         begun = time.perf_counter()
         latents, states = session.denoise_chunk(states, keys, text_kv, jnp.int32(3 * number))

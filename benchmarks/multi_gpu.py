@@ -224,7 +224,7 @@ def distill(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     blocks = devices.parameters(nnx.state(training.blocks(model)))
     state = sizes.made(jax.vmap(training.optimizer.init), blocks, cut=devices.parameter_shardings)
     carried, inputs.frozen = inputs.begin(devices), devices.replicate(inputs.frozen)
-    turn = devices.batch(inputs.turn(0), inputs.turn_shapes())
+    host_batch = devices.batch(inputs.host_batch(0), inputs.host_batch_shapes())
     round_ = training.learner(model, sampling=sampling).round(inputs, 0, shape=shape)
     student = nnx.graphdef(nnx.eval_shape(lambda: training.blocks(model)))
 
@@ -233,7 +233,7 @@ def distill(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
         return round_(state, models.after(state.learners), frozen, host, rates)
 
     whole = State(devices.replicate(jnp.zeros((), jnp.int32)), {"student": state}, (carried,))
-    host = turn, devices.replicate(jax.random.key(0))
+    host = host_batch, devices.replicate(jax.random.key(0))
     arrays = whole, params, inputs.frozen, host, devices.replicate({"student": jnp.float32(1e-3)})
     cut = None if devices.mesh is None else jax.tree.map(lambda x: x.sharding, whole)
     program = devices.lower(step, *arrays, donate=(0,), out=(cut, devices.replicated)).compile()

@@ -66,7 +66,7 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
             latents, states = session.denoise_chunk(states, keys, text_kv, first)
             return latents, (first + CHUNK, states)
 
-        return step, (jnp.zeros((), jnp.int32), session.init_states(1))
+        return step, (jnp.zeros((), jnp.int32), session.init_state(1))
 
     def told(ms: float) -> dict[str, Any]:
         return {"ms_a_chunk": round(ms, 2), "frames_a_second": round(1e3 * frames / ms, 1), "peak_gib": peak_gib()}

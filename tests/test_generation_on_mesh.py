@@ -159,7 +159,7 @@ def _exchanged() -> dict[str, list]:
         text, steps = session.embed(pipe.text, ["a red square"], "dull"), session.settings.steps()
         with session.computing():
             if name == "chunk":
-                given = session.init_states(1), *session.devices.replicate((video_keys(0, count=1),))
+                given = session.init_state(1), *session.devices.replicate((video_keys(0, count=1),))
                 program = programs.denoise_chunk.lower(
                     session.weights,
                     *given,

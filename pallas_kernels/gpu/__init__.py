@@ -46,7 +46,7 @@ def kernels(
     triton = TritonKernels(**tuned(TritonKernels))
     for blocks in (tuned(HopperKernels), {}) if is_hopper(device_kind) else ():
         hopper = HopperKernels(**blocks, backward_kernels=CudnnBackward(otherwise=triton))
-        if not hopper.lacking(q, chunk=chunk, overlap=overlap):
+        if not hopper.unsupported(q, chunk=chunk, overlap=overlap):
             return hopper
     return triton
 
@@ -59,4 +59,4 @@ def feature_kernels(
     width = x.shape[3]
     blocks = TABLE.blocks(FeatureKernels, device_kind, x.dtype, head_dim=width, features=degree * width)
     kernels = FeatureKernels(**blocks)
-    return kernels if is_hopper(device_kind) and not kernels.lacking(x, degree) else None
+    return kernels if is_hopper(device_kind) and not kernels.unsupported(x, degree) else None

@@ -34,7 +34,7 @@ class CudnnBackward:
     #: For what cuDNN lacks.
     otherwise: TritonKernels = TritonKernels()
 
-    def lacking(self, windows: Windows, q: Array | jax.ShapeDtypeStruct) -> str | None:
+    def unsupported(self, windows: Windows, q: Array | jax.ShapeDtypeStruct) -> str | None:
         """What it lacks for these windows; None where it can be used."""
         if not hasattr(_cudnn, "_dot_product_attention_bwd_p_wrapper"):
             return "JAX's primitive, which is not where it was"
@@ -49,7 +49,7 @@ class CudnnBackward:
     def backward(
         self, windows: Windows, q: Array, k: Array, v: Array, seen: Array, y: Array, d_y: Array, rows: Array
     ) -> tuple[Array, Array, Array]:
-        if self.lacking(windows, q):
+        if self.unsupported(windows, q):
             return self.otherwise.backward(windows, q, k, v, seen, y, d_y, rows)
         rows = rows.swapaxes(1, 2) * math.log(2)
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)

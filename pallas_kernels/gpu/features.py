@@ -43,7 +43,7 @@ class FeatureKernels:
     warps: int = 8
     interpret: bool = False
 
-    def lacking(self, x: Array | jax.ShapeDtypeStruct, degree: int) -> str | None:
+    def unsupported(self, x: Array | jax.ShapeDtypeStruct, degree: int) -> str | None:
         """What they lack for inputs like these; None where they can be used."""
         width = x.shape[3]
         if x.dtype not in (jnp.bfloat16, jnp.float16):

@@ -39,7 +39,7 @@ class HopperKernels:
     stages: int = 2
     backward_kernels: CudnnBackward | TritonKernels = CudnnBackward()
 
-    def lacking(self, q: Array | jax.ShapeDtypeStruct, *, chunk: int, overlap: int) -> str | None:
+    def unsupported(self, q: Array | jax.ShapeDtypeStruct, *, chunk: int, overlap: int) -> str | None:
         """What they lack for windows of these chunks; None where they can be used."""
         length, shortest = q.shape[1], (q.shape[1] - 1) % chunk + 1
         least = max(self.keys * self.stages, self.queries * _COMPUTE)
@@ -57,7 +57,7 @@ class HopperKernels:
 
     def forward(self, windows: Windows, q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, Array, Array]:
         batch, length, heads, width = q.shape
-        if lack := self.lacking(q, chunk=windows.chunk, overlap=windows.overlap):
+        if lack := self.unsupported(q, chunk=windows.chunk, overlap=windows.overlap):
             raise NotImplementedError(f"Hopper's kernels lack {lack}")
         rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
         queries = self.queries * _COMPUTE

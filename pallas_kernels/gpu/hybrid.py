@@ -13,7 +13,7 @@ from pallas_kernels.options import Stabilizer
 
 #: Σ φ vᵀ [B, H, T, F, D] and Σ φ [B, H, T, F] of chunks; of one, without T. All products here have a head's tokens
 #: together, as the kernel of φ writes features: no pass over memory turns them.
-Sums = tuple[Array, Array]
+LinearState = tuple[Array, Array]
 
 
 def hybrid(
@@ -67,7 +67,7 @@ def hybrid(
     return y, *last
 
 
-def _states(first: Sums, entering: Sums, decay: Array) -> tuple[Sums, Sums]:
+def _states(first: LinearState, entering: LinearState, decay: Array) -> tuple[LinearState, LinearState]:
     """The sums that each chunk reads, and those after the last: after a chunk they fade, and what left enters."""
     each = [jnp.concatenate([x[:, :, None], y], axis=2) for x, y in zip(first, entering, strict=True)]
     s, z = _faded((each[0], each[1]), decay)
@@ -75,12 +75,12 @@ def _states(first: Sums, entering: Sums, decay: Array) -> tuple[Sums, Sums]:
 
 
 @jax.custom_vjp
-def _faded(entering: Sums, decay: Array) -> Sums:
+def _faded(entering: LinearState, decay: Array) -> LinearState:
     """y_t = decay · y_{t-1} + x_t of every chunk t; its gradient is the same sum from the end."""
     return _prefix_sums(entering, decay)
 
 
-def _prefix_sums(entering: Sums, decay: Array, *, reverse: bool = False) -> Sums:
+def _prefix_sums(entering: LinearState, decay: Array, *, reverse: bool = False) -> LinearState:
     """In log₂ steps over all chunks.
 
     Not by `jax.lax.associative_scan`, which makes empty arrays of what depends on no input (the fades): a scan over
@@ -101,12 +101,12 @@ def _prefix_sums(entering: Sums, decay: Array, *, reverse: bool = False) -> Sums
     return s, z
 
 
-def _faded_forward(entering: Sums, decay: Array) -> tuple[Sums, Any]:
+def _faded_forward(entering: LinearState, decay: Array) -> tuple[LinearState, Any]:
     sums = _prefix_sums(entering, decay)
     return sums, (sums, decay)
 
 
-def _faded_backward(kept: tuple[Sums, Array], cotangents: Sums) -> tuple[Sums, Array]:
+def _faded_backward(kept: tuple[LinearState, Array], cotangents: LinearState) -> tuple[LinearState, Array]:
     sums, decay = kept
     s, z = _prefix_sums(cotangents, decay, reverse=True)
     d_decay = (s[:, :, 1:] * sums[0][:, :, :-1]).sum((0, 2, 3, 4)) + (z[:, :, 1:] * sums[1][:, :, :-1]).sum((0, 2, 3))
@@ -116,7 +116,7 @@ def _faded_backward(kept: tuple[Sums, Array], cotangents: Sums) -> tuple[Sums, A
 _faded.defvjp(_faded_forward, _faded_backward)
 
 
-def _after(own: Sums) -> Sums:
+def _after(own: LinearState) -> LinearState:
     """Of each chunk, the sums of all after it: summed from the end, for "total minus window" would cancel."""
 
     def after(x: Array) -> Array:
@@ -127,16 +127,16 @@ def _after(own: Sums) -> Sums:
 
 
 @jax.custom_vjp
-def _sums(features: Float[Array, "B H T C F"], v: Float[Array, "B H T C D"]) -> Sums:
+def _sums(features: Float[Array, "B H T C F"], v: Float[Array, "B H T C D"]) -> LinearState:
     """Of each chunk, in float32."""
     return _sums_forward(features, v)[0]
 
 
-def _sums_forward(features: Array, v: Array) -> tuple[Sums, Any]:
+def _sums_forward(features: Array, v: Array) -> tuple[LinearState, Any]:
     return (_product("bhtcf,bhtcd->bhtfd", features, v), features.sum(axis=3, dtype=jnp.float32)), (features, v)
 
 
-def _sums_backward(kept: tuple[Array, Array], cotangents: Sums) -> tuple[Array, Array]:
+def _sums_backward(kept: tuple[Array, Array], cotangents: LinearState) -> tuple[Array, Array]:
     # With the sums' gradient, and the products, as coarse as the inputs: else they would be of float32.
     features, v = kept
     ds, dz = cotangents
@@ -157,7 +157,7 @@ def _exact(x: Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _added(x: Sums, y: Sums) -> Sums:
+def _added(x: LinearState, y: LinearState) -> LinearState:
     return x[0] + y[0], x[1] + y[1]
 
 

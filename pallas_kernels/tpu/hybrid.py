@@ -1,4 +1,4 @@
-"""Hybrid attention on TPU: the arrays cut by chunk without copies, the states of all chunks at once, the kernels."""
+"""Hybrid attention on TPU: the arrays split by chunk without copies, the states of all chunks at once, the kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels.tpu.blocks import Blocks, divided
 from pallas_kernels.tpu.call import TILE
 
 #: Σ v φᵀ [B, H, D, F] and Σ φ [B, H, 1, F]; of all chunks, [B, H, T, …].
-Sums = tuple[Array, Array]
+LinearState = tuple[Array, Array]
 
 _LANES = 128
 
@@ -103,7 +103,7 @@ def _sizes(chunk: int, window: int, queries: int, keys: int, resident: int) -> a
 
 
 def _states(
-    first: Sums,
+    first: LinearState,
     past: tuple[Array, Array],
     tokens: tuple[Array, Array],
     *,
@@ -112,7 +112,7 @@ def _states(
     causal: bool,
     blocks: Blocks,
     interpret: bool,
-) -> tuple[Sums, Sums]:
+) -> tuple[LinearState, LinearState]:
     """The sums that each chunk reads, and those after the last, of features and values.
 
     After a chunk the sums fade, and what leaves the window enters: with O = m·chunk + r, the last r tokens of one chunk
@@ -131,10 +131,10 @@ def _states(
     )
     parts = sums.sums(plan, *tokens) if summed else ()
 
-    def faded(sums: Sums) -> Sums:
+    def faded(sums: LinearState) -> LinearState:
         return jax.tree.map(lambda x: decay[None, :, None, None] * x, sums)
 
-    def step(sums: Sums, entering: Sums) -> tuple[Sums, Sums]:
+    def step(sums: LinearState, entering: LinearState) -> tuple[LinearState, LinearState]:
         return _added(faded(sums), entering), sums
 
     each, before_last = _chunk(first), first
@@ -164,23 +164,23 @@ def _states(
     return each, last
 
 
-def _sum(tokens: tuple[Array, Array], begin: int, end: int) -> Sums:
+def _sum(tokens: tuple[Array, Array], begin: int, end: int) -> LinearState:
     """Of a few tokens [B, H, N, …], by XLA: nothing is done where nothing reads it."""
     exact = jax.lax.Precision.HIGHEST if jnp.float32 in [x.dtype for x in tokens] else None
     features, v = (x[:, :, begin:end].astype(jnp.float32) for x in tokens)
     return jnp.einsum("bhnd,bhnf->bhdf", v, features, precision=exact), features.sum(axis=2, keepdims=True)
 
 
-def _chunk(x: Sums) -> Sums:
+def _chunk(x: LinearState) -> LinearState:
     return x[0][:, :, None], x[1][:, :, None]
 
 
-def _joined(x: list[Sums]) -> Sums:
+def _joined(x: list[LinearState]) -> LinearState:
     s, z = zip(*x, strict=True)
     return jnp.concatenate(s, axis=2), jnp.concatenate(z, axis=2)
 
 
-def _added(x: Sums, y: Sums) -> Sums:
+def _added(x: LinearState, y: LinearState) -> LinearState:
     return x[0] + y[0], x[1] + y[1]
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.options import Stabilizer
 from rehyat_jax.attention.linear import LinearState
-from rehyat_jax.attention.pallas import lacking, pallas, whole_on_each_device
+from rehyat_jax.attention.pallas import pallas, unsupported, whole_on_each_device
 from rehyat_jax.attention.reference import reference
 from rehyat_jax.attention.scan import scan
 from rehyat_jax.attention.state import HybridState, empty_places
@@ -112,7 +112,7 @@ def hybrid_attention(
         }.items():
             if given:
                 raise ConfigError(f"non-causal hybrid attention has no past to carry: {name} needs causal=True")
-    state = empty_state(q, v, features_k, overlap) if initial_state is None else initial_state
+    state = init_state(q, v, features_k, overlap) if initial_state is None else initial_state
     _check_state(state, q, v, features_k, overlap)
     if decay is None:
         decay = jnp.ones(q.shape[2], state.s.dtype)
@@ -123,7 +123,7 @@ def hybrid_attention(
         "pallas": by_kernels,
     }
     if implementation == "auto":
-        fits = platform() in ("tpu", "gpu") and not lacking(q, v, features_q) and whole_on_each_device()
+        fits = platform() in ("tpu", "gpu") and not unsupported(q, v, features_q) and whole_on_each_device()
         implementation = "pallas" if fits else "scan"
         _log.debug("hybrid_attention of q %s %s: %s", q.dtype, q.shape, implementation)
     out, state = named[implementation](
@@ -142,7 +142,7 @@ def hybrid_attention(
     return (out, state) if return_state else out
 
 
-def empty_state(
+def init_state(
     q: Float[Array, "B N H D"], v: Float[Array, "B N H D"], features_k: Float[Array, "B N H F"], overlap: int
 ) -> HybridState:
     """``HybridState.zeros`` for these inputs, sharded as they are."""
@@ -194,7 +194,7 @@ def _check_arrays(
 
 
 def _check_state(state: HybridState, q: jax.Array, v: jax.Array, features_k: jax.Array, overlap: int) -> None:
-    expected = jax.eval_shape(functools.partial(empty_state, overlap=overlap), q, v, features_k)
+    expected = jax.eval_shape(functools.partial(init_state, overlap=overlap), q, v, features_k)
     for name, got, want in zip(HybridState._fields, state, expected, strict=True):
         if (got.shape, got.dtype) != (want.shape, want.dtype):
             raise RehyatError(

@@ -146,7 +146,7 @@ class FeatureMap(nnx.Module):
             weight: of each token and head, that φ is multiplied by.
             implementation: of the attention that φ is for. ``"auto"`` and ``"pallas"`` take one kernel forward where
                 there is one: on Hopper, where each device has its whole part, for two layers with GELU, softplus or
-                exp, in bfloat16, of heads of 16 to 128 (``pallas_kernels.gpu.FeatureKernels.lacking``). XLA has the
+                exp, in bfloat16, of heads of 16 to 128 (``pallas_kernels.gpu.FeatureKernels.unsupported``). XLA has the
                 rest, and all else that may be named.
         """
         x = x.astype(self.dtype)

@@ -15,7 +15,7 @@ from rehyat_jax.attention.state import HybridState
 from rehyat_jax.runtime.platform import device_kind, platform
 
 
-def lacking(*arrays: jax.Array) -> str | None:
+def unsupported(*arrays: jax.Array) -> str | None:
     """What the kernels lack for arrays like these on this machine; None where they can be used."""
     if any(a.dtype not in (jnp.float32, jnp.bfloat16) for a in arrays):
         return f"arrays other than float32 and bfloat16, as {', '.join(sorted({str(a.dtype) for a in arrays}))}"
@@ -52,7 +52,7 @@ def pallas(
     Raises:
         NotImplementedError: the kernels lack something, which is named.
     """
-    if lack := lacking(q, v, features_q):
+    if lack := unsupported(q, v, features_q):
         raise NotImplementedError(f"hybrid attention's Pallas kernels lack {lack}")
     from pallas_kernels import gpu, tpu  # here: Pallas takes half a second to import, and a CPU has no use for it
 

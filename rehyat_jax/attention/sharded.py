@@ -1,9 +1,9 @@
-"""Attention with time cut over devices: each has whole chunks, in order, and all heads or some.
+"""Attention with time sharded over devices: each has whole chunks, in order, and all heads or some.
 
 Hybrid attention is recurrent, so a device needs little of the others: the overlap's tokens from its left neighbour, and
 the state before its first chunk, which is the exclusive prefix sum of what the devices to its left add to it. Both come
 by collective permutes; no keys, values or activations are gathered. Softmax over the whole video has no such form: it
-is cut by heads instead, with two exchanges of tokens for heads.
+is sharded by heads instead, with two exchanges of tokens for heads.
 
 Without a mesh in force (`rehyat_jax.runtime.mesh`) these functions are those they wrap.
 """
@@ -51,8 +51,8 @@ def hybrid_over_devices(
     """`hybrid_attention` of a whole video, on every device of the mesh in force.
 
     Raises:
-        ConfigError: time is cut and ``causal`` is False.
-        RehyatError: time is cut, and not into whole chunks.
+        ConfigError: time is sharded and ``causal`` is False.
+        RehyatError: time is sharded, and not into whole chunks.
     """
     attention = partial(
         hybrid_attention,
@@ -155,8 +155,8 @@ def softmax_to_text(
     if mesh_in_force() is None:
         return attend(query, key, value)
     video, text = _tokens(query), spec_of(key.shape, "batch", None, "heads", None)
-    cut = jax.shard_map(attend, in_specs=(video, text, text), out_specs=video, check_vma=False)
-    return cut(query, key, value)
+    sharded = jax.shard_map(attend, in_specs=(video, text, text), out_specs=video, check_vma=False)
+    return sharded(query, key, value)
 
 
 def _tokens(x: Float[Array, "B N H D"]) -> PartitionSpec:

@@ -78,7 +78,7 @@ def transformer_bytes(
     scores = _SCORES * batch * model.num_attention_heads * min(tokens, _QUERIES) * keys * 4
     if not cpu and size == 2:  # flash attention
         scores = 0
-    return int(arrays + scores) + _laid_out_again(weights, dtype, on)
+    return int(arrays + scores) + _copied_for_layout(weights, dtype, on)
 
 
 def mixer_cache_bytes(
@@ -114,10 +114,10 @@ def encoder_bytes(vae: VAEConfig, *, frames: int, height: int, width: int, laten
 def text_encoder_bytes(folder: Path, *, dtype: DTypeLike) -> int:
     """The text encoder, and what embedding a prompt holds beside it."""
     weights = weights_bytes(folder, "text_encoder", dtype=dtype)
-    return weights + _laid_out_again(weights, dtype)
+    return weights + _copied_for_layout(weights, dtype)
 
 
-def _laid_out_again(weights: int, dtype: DTypeLike, on: str | None = None) -> int:
+def _copied_for_layout(weights: int, dtype: DTypeLike, on: str | None = None) -> int:
     """XLA's CPU backend lays a network's weights out again for its products, in float32."""
     return weights // jnp.dtype(dtype).itemsize * 4 if (on or platform()) == "cpu" else 0
 
@@ -250,7 +250,7 @@ def networks_need(
     work = transformer_bytes(
         model, tokens=max(latents * frame, 1), batch=batch, dtype=dtype, weights=weights - on_host, on=on
     )
-    laid_out_again = _laid_out_again(text, dtype, on)
+    copied_for_layout = _copied_for_layout(text, dtype, on)
     if mesh is not None and (on or platform()) != "cpu":  # whose virtual devices share one memory
         held = (mesh.fsdp or 1) * mesh.context * mesh.tensor
         weights, text = weights // held, text // held
@@ -266,7 +266,7 @@ def networks_need(
     }
     # One after the other: the prompt is embedded, the video denoised, then decoded; a stream does the last two in turn,
     # and what its decoder keeps stays.
-    embedding = laid_out_again + (text if offload else 0)
+    embedding = copied_for_layout + (text if offload else 0)
     phases = {"embedding the prompt": embedding, "denoising": work, "decoding": decoding}
     if streams:
         phases["denoising"] += phases.pop("decoding")

@@ -19,13 +19,13 @@ from rehyat_jax.runtime.mesh_config import AXES
 #: A dimension of a model's arrays.
 Dimension = Literal["batch", "time", "heads", "stream heads", "hidden", "width", "features", "channels"]
 
-#: The mesh axes that each dimension is cut along. Of parameters, ``width`` is cut by two axes although activations are
-#: cut by neither there: every device needs the weights of a layer whole, but only while it is at that layer.
+#: The mesh axes that each dimension is sharded along. ``width`` shards parameters by two axes and activations by none:
+#: every device needs the weights of a layer whole, but only while it is at that layer.
 ALONG: dict[Dimension, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "time": ("context",),
     "heads": ("tensor",),
-    # Of a stream's states and of attention within a chunk, where time is too short to be cut by chunks.
+    # Of a stream's states and of attention within a chunk, where time is too short to be sharded by chunks.
     "stream heads": ("tensor", "context"),
     "hidden": ("tensor",),
     "width": ("fsdp", "context"),
@@ -35,7 +35,7 @@ ALONG: dict[Dimension, tuple[str, ...]] = {
 
 
 def spec(*dimensions: Dimension | None) -> PartitionSpec:
-    """How an array of these dimensions is cut; None: a dimension that is whole on every device."""
+    """How an array of these dimensions is sharded; None: a dimension that is replicated."""
     return PartitionSpec(*(None if d is None else ALONG[d] for d in dimensions))
 
 
@@ -46,7 +46,7 @@ def mesh_in_force() -> AbstractMesh | None:
 
 
 def devices_along(dimension: Dimension) -> int:
-    """Into how many pieces the mesh in force cuts a dimension."""
+    """Into how many pieces the mesh in force shards a dimension."""
     mesh = mesh_in_force()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ALONG[dimension])
 
@@ -55,36 +55,36 @@ def spec_of(
     shape: Sequence[int], *dimensions: Dimension | None, mesh: Mesh | AbstractMesh | None = None
 ) -> PartitionSpec:
     """As `spec`, of an array of this shape on a mesh (that in force by default): along an axis that does not divide a
-    dimension, after those before it, that is not cut. One video over many devices is no batch to be cut, and every
-    device has it."""
+    dimension, after those before it, that is not sharded. One video over many devices is no batch to be sharded, and
+    every device has it."""
     if (mesh := mesh or mesh_in_force()) is None:
         return PartitionSpec()
-    cuts: list[tuple[str, ...] | None] = []
+    axes_of: list[tuple[str, ...] | None] = []
     for size, dimension in zip(shape, dimensions, strict=True):
         pieces, axes = 1, []
         for axis in () if dimension is None else ALONG[dimension]:
             if size % (pieces * mesh.shape[axis]) == 0:
                 pieces *= mesh.shape[axis]
                 axes.append(axis)
-        cuts.append(tuple(axes) or None)
-    return PartitionSpec(*cuts)
+        axes_of.append(tuple(axes) or None)
+    return PartitionSpec(*axes_of)
 
 
-def laid_out(x: Array, *dimensions: Dimension | None) -> Array:
-    """The same array, cut along these dimensions over the mesh in force, as `spec_of` has it."""
+def constrain_sharding(x: Array, *dimensions: Dimension | None) -> Array:
+    """The same array, sharded along these dimensions over the mesh in force, as `spec_of` has it."""
     return x if mesh_in_force() is None else jax.lax.with_sharding_constraint(x, spec_of(x.shape, *dimensions))
 
 
 def replicated(tree: PyTree) -> PyTree:
-    """The same arrays, whole on every device of the mesh in force."""
-    return jax.tree.map(lambda x: laid_out(x, *[None] * x.ndim), tree)
+    """The same arrays, on every device of the mesh in force."""
+    return jax.tree.map(lambda x: constrain_sharding(x, *[None] * x.ndim), tree)
 
 
 def frames_on_devices(frames: int, chunk: int) -> int:
     """Frames of a video that is padded at its end so that every device along time has whole chunks, and as many.
 
     Raises:
-        RehyatError: time is cut, and the video itself is no whole number of chunks: its last chunk would see padding.
+        RehyatError: time is sharded, and the video itself is not whole chunks: its last chunk would see padding.
     """
     devices = devices_along("time")
     if devices == 1:

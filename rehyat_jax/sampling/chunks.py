@@ -45,7 +45,7 @@ class Chunks:
         """Whether one transformer takes all steps."""
         return len(self.numbers) == 1
 
-    def init_states(self, batch: int, *, height: int, width: int) -> Any:
+    def init_state(self, batch: int, *, height: int, width: int) -> Any:
         """Before the first chunk; the latents' height and width.
 
         Raises:
@@ -54,7 +54,7 @@ class Chunks:
         own = self._own[self._steps]
 
         def of(number: int) -> States:
-            return rollout.init_states(
+            return rollout.init_state(
                 self._experts.members[number].outline,
                 self._samplers[number],
                 num_steps=len(own[number].timestep) if number in own else 1,

@@ -32,7 +32,7 @@ from rehyat_jax.sampling.schedule import SamplingSteps
 from rehyat_jax.sampling.solvers import Solver
 from rehyat_jax.sampling.text import Padded
 
-#: The transformer's stream states: every leaf is ``[steps, evaluations, …]``, see `init_states`.
+#: The transformer's stream states: every leaf is ``[steps, evaluations, …]``, see `init_state`.
 States: TypeAlias = PyTree[Array]
 
 #: The noise level at which later chunks see a chunk. ``"steps"``: every step's own, one state each, which makes the
@@ -55,11 +55,11 @@ class Transformer(Protocol):
 
     def chunk_frames(self) -> int: ...
 
-    def init_stream(self, batch: int, height: int, width: int) -> Any: ...
+    def init_state(self, batch: int, height: int, width: int) -> Any: ...
 
     def state_specs(self, states: Any, *, leading: int) -> Any: ...
 
-    def read_text(self, text: Array, text_tokens: int | None, image: Array | None = None) -> Any: ...
+    def precompute_text_kv(self, text: Array, text_tokens: int | None, image: Array | None = None) -> Any: ...
 
     def stream(
         self,
@@ -163,7 +163,7 @@ def _all_finite(numbers: Float[Array, "..."]) -> Bool[Array, ""]:
     return jnp.isfinite(numbers).all()
 
 
-def init_states(model: Transformer, sampler: Sampler, *, num_steps: int, batch: int, height: int, width: int) -> States:
+def init_state(model: Transformer, sampler: Sampler, *, num_steps: int, batch: int, height: int, width: int) -> States:
     """The states before a video's first chunk: the model's own under leading axes of steps and guidance's evaluations.
 
     Args:
@@ -174,7 +174,7 @@ def init_states(model: Transformer, sampler: Sampler, *, num_steps: int, batch: 
         RehyatError: the model cannot stream, or height or width is not a multiple of the patch.
     """
     leading = num_steps if sampler.context_noise == "steps" else 1, sampler.guidance.evaluations
-    state = jax.eval_shape(lambda: model.init_stream(batch, height, width))
+    state = jax.eval_shape(lambda: model.init_state(batch, height, width))
     return sharded(model, zeros(jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), state)))
 
 
@@ -190,7 +190,8 @@ def precompute_text_kv(model: Transformer, text: Padded, image: Float[Array, "B 
     an image's features, for models that attend to them."""
     more = {} if image is None else {"image": image}
     return Padded(
-        jax.lax.map(lambda row: model.read_text(row, text_tokens=text.tokens, **more), text.values), text.tokens
+        jax.lax.map(lambda row: model.precompute_text_kv(row, text_tokens=text.tokens, **more), text.values),
+        text.tokens,
     )
 
 
@@ -212,7 +213,7 @@ def denoise_chunk(
     versions of the one that is being replaced. They should be donated by a caller's jit.
 
     Args:
-        states: `init_states`', or those that came with the chunk before.
+        states: `init_state`', or those that came with the chunk before.
         noise: of the chunk's frames; the solver starts afresh with it.
         text_kv: `precompute_text_kv`'s; other prompts' from chunk to chunk, if one likes.
         shape: of the latents; a chunk shorter than the model's ends the video.

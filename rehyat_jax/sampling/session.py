@@ -120,7 +120,7 @@ class Session:
 
     @cached_property
     def _chunks(self) -> Chunks:
-        steps = self.settings.steps(), self.settings.steps(of_first_chunk=True)  # on the host: `init_states` is traced
+        steps = self.settings.steps(), self.settings.steps(of_first_chunk=True)  # on the host: `init_state` is traced
         return Chunks(self._experts, self.samplers, steps=steps[0], first_steps=steps[1])
 
     @property
@@ -214,7 +214,7 @@ class Session:
             RehyatError: the transformer cannot stream.
         """
         frames, chunk = self.shape[0], self.chunk_shape[0]
-        states, text_kv, parts = self.init_states(len(keys)), self.precompute_text_kv(text, condition), []
+        states, text_kv, parts = self.init_state(len(keys)), self.precompute_text_kv(text, condition), []
         total = -(-frames // chunk)
         on_chunk(0, total)
         for number in range(total):
@@ -224,7 +224,7 @@ class Session:
             on_chunk(number + 1, total)
         return jnp.concatenate(parts, axis=1)[:, :frames]
 
-    def init_states(self, batch: int) -> States:
+    def init_state(self, batch: int) -> States:
         """The transformer's states before the first chunk of so many videos (of several transformers, each one's).
 
         Raises:
@@ -233,7 +233,7 @@ class Session:
         _, height, width, _ = self.shape
 
         def made() -> States:
-            return self._chunks.init_states(batch, height=height, width=width)
+            return self._chunks.init_state(batch, height=height, width=width)
 
         if self.devices.mesh is None or mesh_in_force() is not None:
             return made()
@@ -241,7 +241,7 @@ class Session:
             return jax.jit(made)()
 
     def placed(self, states: Any) -> States:
-        """States of the host, on the devices as `init_states`' are."""
+        """States of the host, on the devices as `init_state`' are."""
         if self.devices.mesh is None:
             return jax.tree.map(jnp.asarray, states)
         with self.computing():

@@ -76,7 +76,7 @@ def init_state(
     """
     batch = keys.shape[0]
     return StreamState(
-        states=session.init_states(batch),
+        states=session.init_state(batch),
         decoder=session.init_decoder(batch),
         first_frame=jnp.zeros((), jnp.int32),
         keys=keys,

@@ -57,8 +57,8 @@ def test_a_whole_video_and_its_chunks_agree_in_a_model(toy):
     noise = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) * 0.1, p.dtype), nnx.state(model))
     nnx.update(model, noise)
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 5, 8, 16, 4), (1, 5, 16)))
-    times, read = jnp.full(1, 500.0), model.read_text(text)
-    whole, state, parts = model(latents, times, text), model.init_stream(1, 8, 16), []
+    times, read = jnp.full(1, 500.0), model.precompute_text_kv(text)
+    whole, state, parts = model(latents, times, text), model.init_state(1, 8, 16), []
     for first in (0, 2, 4):
         part, state = model.stream(latents[:, first : first + 2], times, read, state, first_frame=first)
         parts.append(part)

@@ -137,7 +137,7 @@ def test_lowers_for_an_h200_without_one(head_dim, begins):
 def test_what_hopper_kernels_lack_goes_to_triton(tokens, chunk, overlap, dtype):
     """Other dtypes, chunks under 256 tokens, also the last, and what is not a multiple of 8."""
     q = jax.ShapeDtypeStruct((1, tokens, 2, 128), dtype)
-    assert gpu.HopperKernels().lacking(q, chunk=chunk, overlap=overlap)
+    assert gpu.HopperKernels().unsupported(q, chunk=chunk, overlap=overlap)
     assert isinstance(gpu.kernels("NVIDIA H200", q, chunk=chunk, overlap=overlap), TritonKernels)
 
 

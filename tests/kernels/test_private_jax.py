@@ -18,14 +18,14 @@ def test_cudnns_backward_is_where_this_version_of_jax_is_said_to_have_it():
     """A failure here names a JAX to be looked at: its primitive has moved, or takes other arguments. The kernels would
     go on without it, slower."""
     rows = jax.ShapeDtypeStruct((1, 2, 64), jnp.float32)
-    assert CudnnBackward().lacking(_WINDOWS, _Q) is None, f"JAX {jax.__version__}"
+    assert CudnnBackward().unsupported(_WINDOWS, _Q) is None, f"JAX {jax.__version__}"
     gradients = jax.eval_shape(cudnn.attention_backward, _Q, _Q, _Q, rows, _Q, _Q)
     assert [(x.shape, x.dtype) for x in gradients] == [(_Q.shape, _Q.dtype)] * 3, f"JAX {jax.__version__}"
 
 
 def test_a_jax_without_it_is_done_without(monkeypatch):
     monkeypatch.setattr(cudnn, "_cudnn", None)
-    assert CudnnBackward().lacking(_WINDOWS, _Q) == "JAX's primitive, which is not where it was"
+    assert CudnnBackward().unsupported(_WINDOWS, _Q) == "JAX's primitive, which is not where it was"
 
 
 def test_nothing_else_is_imported_from_where_jax_promises_nothing():

@@ -61,8 +61,8 @@ def velocity_of(model: WanTransformer, stop: int = 0, remat: Keeps | None = "not
         model,
         noisy,
         times,
-        model.read_text(text),
-        model.init_stream(2, 4, 4),
+        model.precompute_text_kv(text),
+        model.init_state(2, 4, 4),
         past=past,
         past_times=past_times,
         stop=stop,
@@ -73,7 +73,7 @@ def velocity_of(model: WanTransformer, stop: int = 0, remat: Keeps | None = "not
 def by_two_calls(model: WanTransformer, *, detached: bool) -> jax.Array:
     """Chunk by chunk: the noisy one from the past's state, then the past's own."""
     noisy, times, past, past_times, text = inputs()
-    read, state, parts = model.read_text(text), model.init_stream(2, 4, 4), []
+    read, state, parts = model.precompute_text_kv(text), model.init_state(2, 4, 4), []
     for first in range(0, SHAPE[1], 2):
         frames = slice(first, first + 2)
         if detached:
@@ -101,8 +101,8 @@ def test_with_itself_as_its_past_it_is_the_whole_call(model: WanTransformer) -> 
             model,
             noisy,
             times,
-            model.read_text(text),
-            model.init_stream(2, 4, 4),
+            model.precompute_text_kv(text),
+            model.init_state(2, 4, 4),
             past=noisy,
             past_times=times,
         )
@@ -115,8 +115,8 @@ def test_it_goes_on_from_a_state(model: WanTransformer) -> None:
     noisy, times, past, past_times, text = inputs()
 
     def both(model: WanTransformer) -> tuple[jax.Array, jax.Array]:
-        read, whole = model.read_text(text), velocity_of(model)
-        state, parts = model.init_stream(2, 4, 4), []
+        read, whole = model.precompute_text_kv(text), velocity_of(model)
+        state, parts = model.init_state(2, 4, 4), []
         for frames in (slice(0, 2), slice(2, 5)):
             found = forced(
                 model,
@@ -204,7 +204,7 @@ def test_what_is_computed_again_is_the_same(model: WanTransformer, through: nnx.
 
 def test_what_cannot_be_is_a_sentence(model: WanTransformer) -> None:
     noisy, times, past, past_times, text = inputs()
-    read, state = model.read_text(text), model.init_stream(2, 4, 4)
+    read, state = model.precompute_text_kv(text), model.init_state(2, 4, 4)
     with pytest.raises(ConfigError, match="no stop, not -1"):
         forced(model, noisy, times, read, state, past=past, past_times=past_times, stop=-1)
     teacher = model.with_hybrid(None)

@@ -242,7 +242,7 @@ def test_a_state_does_not_know_how_long_the_video_is():
     model = nnx.eval_shape(
         lambda: WanTransformer(WanConfig(), hybrid=HybridConfig(), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     )
-    state = jax.eval_shape(lambda: model.init_stream(1, 60, 104))
+    state = jax.eval_shape(lambda: model.init_state(1, 60, 104))
     assert state.s.shape == (30, 1, 12, 256, 128)
     assert (state.s.size + state.z.size) * 4 / 30 == pytest.approx(1.585e6, rel=1e-3)
     assert state.k.shape == (30, 1, 1560, 12, 128)
@@ -255,7 +255,7 @@ def test_positions_far_into_a_stream(tmp_path):
     first frames would. 1e-4 of the output: float32 rounding of cos and sin, some 1e-6 a pair, across three blocks."""
     model = student(HybridConfig(chunk_frames=7), folder=tmp_path)
     latents, times, text = map(jnp.asarray, inputs(CASE))
-    state, read = model.init_stream(2, 4, 6), model.read_text(text)
+    state, read = model.init_state(2, 4, 6), model.precompute_text_kv(text)
     graph, weights = nnx.split(model)
     call = jax.jit(lambda w, first: nnx.merge(graph, w).stream(latents, times, read, state, first_frame=first)[0])
     near = np.asarray(call(weights, 0))
@@ -277,14 +277,14 @@ def test_a_model_that_cannot_stream_says_which_blocks_prevent_it(hybrid, named):
     model = nnx.eval_shape(lambda: WanTransformer(TINY, hybrid=hybrid, rngs=nnx.Rngs(0)))
     assert named in model.why_not_stream()
     with pytest.raises(RehyatError, match=named):
-        model.init_stream(1, 4, 6)
+        model.init_state(1, 4, 6)
 
 
 def test_pieces_that_cut_a_chunk_are_refused(tmp_path):
     model = student(HybridConfig(), folder=tmp_path)
     latents, times, text = map(jnp.asarray, inputs(CASE))
     with pytest.raises(RehyatError, match="7 frames are not a whole number of chunks of 3"):
-        model.stream(latents, times, model.read_text(text), model.init_stream(2, 4, 6), first_frame=0)
+        model.stream(latents, times, model.precompute_text_kv(text), model.init_state(2, 4, 6), first_frame=0)
 
 
 def test_uniform_is_attention_surgerys():
@@ -394,7 +394,7 @@ def test_a_block_hands_out_what_distillation_needs(tmp_path):
 
     def step(x, layer):
         block = nnx.merge(graph, layer)
-        return block.attending(x, block.read_text(text), given.modulation, given.rotary, attend)
+        return block.attending(x, block.precompute_text_kv(text), given.modulation, given.rotary, attend)
 
     x, (q, k, v, y) = jax.lax.scan(step, given.x, layers)
     assert q.shape == k.shape == v.shape == y.shape == (3, 2, 7 * FRAME, 2, 12)
@@ -415,7 +415,7 @@ def test_the_computation_in_bf16(tmp_path):
     error = relative(by_us(half, *inputs(case)), by_us(exact, *inputs(case)))
     teachers = relative(by_us(teacher, *inputs(case)), by_us(exact.with_hybrid(None), *inputs(case)))
     assert error < 2 * teachers
-    state = half.init_stream(2, 4, 6)
+    state = half.init_state(2, 4, 6)
     parts, _ = streamed(half, *map(jnp.asarray, inputs(case)), [3, 3, 1])
     assert state.s.dtype == state.z.dtype == jnp.float32
     assert relative(parts, by_us(exact, *inputs(case))) < 2 * teachers

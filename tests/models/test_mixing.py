@@ -106,7 +106,7 @@ def test_what_keeps_a_mixed_model_from_streaming_is_said(blocks, words):
     model = nnx.eval_shape(lambda: WanTransformer(FOUR, hybrid=BlockMixers(blocks), rngs=nnx.Rngs(0)))
     assert words in model.why_not_stream()
     with pytest.raises(RehyatError, match="the model cannot stream"):
-        model.init_stream(1, 4, 6)
+        model.init_state(1, 4, 6)
 
 
 def test_saved_loaded_and_described(tmp_path):
@@ -129,7 +129,7 @@ def test_a_form_of_one_mixer_has_the_places_of_a_flat_configuration():
     """So that checkpoints and streams of either are the other's: parameters by name, mixer states by name."""
     flat, named = (_model(hybrid) for hybrid in (HybridConfig(decay=True), BlockMixers((Hybrid(decay=True),) * 4)))
     assert flat.mixing == named.mixing
-    for trees in ([nnx.state(m) for m in (flat, named)], [m.init_stream(1, 4, 6) for m in (flat, named)]):
+    for trees in ([nnx.state(m) for m in (flat, named)], [m.init_state(1, 4, 6) for m in (flat, named)]):
         one, other = ([jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)] for tree in trees)
         assert one == other
 
@@ -196,7 +196,7 @@ def test_mixer_states_are_sharded_by_batch_and_heads():
     mesh = jax.sharding.AbstractMesh((2, 1, 1, 2), AXES)
     model = nnx.eval_shape(lambda: WanTransformer(FOUR, hybrid=STREAMING, rngs=nnx.Rngs(0)))
     with jax.sharding.use_abstract_mesh(mesh):
-        program = jax.make_jaxpr(lambda: model.init_stream(2, 4, 6))()
+        program = jax.make_jaxpr(lambda: model.init_state(2, 4, 6))()
     found = {str(eqn.params["sharding"].spec) for eqn in program.eqns if eqn.primitive.name == "sharding_constraint"}
     assert str(spec("batch", "stream heads", None, None)) in found
     assert str(spec("batch", None, "stream heads", None)) in found

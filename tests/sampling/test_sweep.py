@@ -20,7 +20,7 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, rollout, sampling_step, sampling_steps
 from rehyat_jax.sampling.noise import ChunkNoise, frame_noise, seeds, video_keys
-from rehyat_jax.sampling.rollout import Sampler, check_context_noise, init_states, precompute_text_kv
+from rehyat_jax.sampling.rollout import Sampler, check_context_noise, init_state, precompute_text_kv
 from rehyat_jax.sampling.text import Padded
 
 TINY = WanConfig(
@@ -75,7 +75,7 @@ def per_chunk(
     sampler = Sampler(solver=UniPC(), guidance=guidance, context_noise=context_noise)
     graph, weights = nnx.split(model)
     keys, chunk, size = video_keys(3, count=batch), model.chunk_frames(), {"height": shape[1], "width": shape[2]}
-    states = init_states(model, sampler, num_steps=len(steps.timestep), batch=batch, **size)
+    states = init_state(model, sampler, num_steps=len(steps.timestep), batch=batch, **size)
     text = random_text(guidance.evaluations, batch)
     text_kv = jax.jit(lambda w: precompute_text_kv(nnx.merge(graph, w), text))(weights)
 
@@ -209,7 +209,7 @@ def test_softmax_sees_differences_of_positions_alone_however_late():
 
     @jax.jit
     def two_chunks(first_frame):
-        states = init_states(model, sampler, num_steps=3, batch=1, height=4, width=6)
+        states = init_state(model, sampler, num_steps=3, batch=1, height=4, width=6)
         made, text_kv = [], precompute_text_kv(model, random_text(1, 1))
         for place in (0, 3):
             how = {"shape": (3, 4, 6, 4), "first_frame": first_frame + place, "steps": steps, "sampler": sampler}
@@ -249,7 +249,7 @@ def test_text_keys_and_values_are_computed_once_for_all_chunks_and_steps():
         how = {"shape": (1, 4, 6, 4), "first_frame": 0, "steps": STEPS, "sampler": sampler}
         return rollout.denoise_chunk(model, states, ChunkNoise(video_keys(0, count=1)), text_kv, **how)
 
-    states = init_states(model, sampler, num_steps=20, batch=1, height=4, width=6)
+    states = init_state(model, sampler, num_steps=20, batch=1, height=4, width=6)
     program = jax.make_jaxpr(chunk)(states, jax.eval_shape(lambda text: precompute_text_kv(model, text), text)).jaxpr
     assert products(program, of_features) == products(program, of_width) == 0
 

@@ -114,13 +114,13 @@ def streamed(
 ):
     """Velocities of consecutive pieces, and how many programs that took."""
     graph, weights = nnx.split(model)
-    read = jax.jit(lambda w, text: nnx.merge(graph, w).read_text(text, **tokens))(weights, text)
+    read = jax.jit(lambda w, text: nnx.merge(graph, w).precompute_text_kv(text, **tokens))(weights, text)
 
     @jax.jit
     def piece(weights, latents, state, first_frame):
         return nnx.merge(graph, weights).stream(latents, times, read, state, first_frame=first_frame, **tokens)
 
-    state, out, first = model.init_stream(latents.shape[0], *latents.shape[2:4]), [], 0
+    state, out, first = model.init_state(latents.shape[0], *latents.shape[2:4]), [], 0
     for frames in pieces:
         velocity, state = piece(weights, latents[:, first : first + frames], state, first)
         out.append(np.asarray(velocity.astype(jnp.float32)))

@@ -90,9 +90,9 @@ def test_finished_chunks_are_shown_to_both_experts(experts):
     graphs, weights = zip(*map(nnx.split, experts.transformer.modules()), strict=True)
     assert graphs[0] == graphs[1]
     model = functools.partial(nnx.merge, graphs[0])
-    read = jax.jit(lambda weights, text: model(weights).read_text(text, 512))
+    read = jax.jit(lambda weights, text: model(weights).precompute_text_kv(text, 512))
     texts = [[read(own, experts.text(text)) for text in (PROMPT, "")] for own in weights]
-    past = [[model(own).init_stream(1, 4, 6) for _ in range(2)] for own in weights]
+    past = [[model(own).init_state(1, 4, 6) for _ in range(2)] for own in weights]
 
     @jax.jit
     def stream_of(weights, latents, time, text, state, first):

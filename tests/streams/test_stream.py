@@ -15,7 +15,7 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.sampling import UniPC, programs
 from rehyat_jax.sampling.codec import Codec, to_uint8
 from rehyat_jax.sampling.noise import ChunkNoise, video_keys
-from rehyat_jax.sampling.rollout import Sampler, commit_chunk, denoise_chunk, init_states, precompute_text_kv
+from rehyat_jax.sampling.rollout import Sampler, commit_chunk, denoise_chunk, init_state, precompute_text_kv
 from rehyat_jax.sampling.text import Padded
 from rehyat_jax.streams.state import MOST_FRAMES
 
@@ -58,7 +58,7 @@ def test_a_stream_goes_on_from_a_beginning(pipe, tmp_path, remember):
         given = vae.normalize(vae.encode(video / 127.5 - 1))
         size, steps = given.shape[2:], settings.steps()
         text_kv = precompute_text_kv(transformer, Padded(text, 512))
-        states = init_states(transformer, sampler, num_steps=3, batch=1, height=size[0], width=size[1])
+        states = init_state(transformer, sampler, num_steps=3, batch=1, height=size[0], width=size[1])
         for first in (0, 2):
             how = {"first_frame": first, "steps": steps, "context_noise": remember}
             latents, noise = given[:, first : first + 2], ChunkNoise(keys, first)

@@ -103,7 +103,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(whole, folder, tmp_path
     assert student.hybrid == DISTILLED
     rng = np.random.default_rng(0)
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 3, 16, 16, 4), (1, 7, 16)))
-    state, read = student.init_stream(1, 16, 16), student.read_text(text)
+    state, read = student.init_state(1, 16, 16), student.precompute_text_kv(text)
     pieces, time = [], jnp.array([500.0])
     for first in range(3):
         velocity, state = student.stream(latents[:, first : first + 1], time, read, state, first_frame=first)

@@ -104,7 +104,7 @@ def test_the_result_is_a_whole_model_that_streams(whole, teacher):
         assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() > 0
     rng = np.random.default_rng(0)
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 5, 32, 32, 4), (1, 7, 16)))
-    state, read = student.init_stream(1, 32, 32), student.read_text(text)
+    state, read = student.init_state(1, 32, 32), student.precompute_text_kv(text)
     pieces, time = [], jnp.array([500.0])
     for first in range(5):
         velocity, state = student.stream(latents[:, first : first + 1], time, read, state, first_frame=first)

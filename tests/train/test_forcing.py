@@ -82,7 +82,7 @@ def test_rollouts_are_the_samplers_own_video_bit_for_bit(drawn) -> None:
     keys = jax.random.wrap_key_data(jax.random.bits(jax.random.split(key, 5)[0], (4, 2), jnp.uint32), impl=RANDOM)
     kv = programs.precompute_text_kv(weights, Padded(pool.text[None], TEXT_LENGTH), graph=graph)
     steps = jax.tree.map(jnp.asarray, roller.steps)
-    states = rollout.init_states(modules["student"], roller.sampler, num_steps=2, batch=4, height=32, width=32)
+    states = rollout.init_state(modules["student"], roller.sampler, num_steps=2, batch=4, height=32, width=32)
     chunks = [pool.latents[:, :2]]
     states = programs.commit_chunk(
         weights, states, chunks[0], keys, kv, jnp.int32(0), steps, graph=graph, context_noise=0.0
@@ -117,8 +117,8 @@ def test_the_replay_predicts_what_the_rollout_did_at_its_exit(drawn) -> None:
             student,
             batch.noisy,
             batch.times,
-            student.read_text(text, TEXT_LENGTH),
-            student.init_stream(4, 32, 32),
+            student.precompute_text_kv(text, TEXT_LENGTH),
+            student.init_state(4, 32, 32),
             past=batch.past,
             past_times=batch.past_times,
             text_tokens=TEXT_LENGTH,

@@ -66,17 +66,17 @@ def _own_videos():
     student, graphs, params = _models(training.hybrid)
     feed = PlannedFeed(8, SHAPE, WAN.text_dim, jnp.float32)
     rng = np.random.default_rng(0)
-    turn = {name: jnp.asarray(rng.normal(size=x.shape), x.dtype) for name, x in feed.turn_shapes().items()}
-    turn["text"] = turn["text"].at[:, 3:].set(0)
-    feed.frozen = {"empty": jnp.zeros((1, *turn["text"].shape[1:]))}
+    host_batch = {name: jnp.asarray(rng.normal(size=x.shape), x.dtype) for name, x in feed.host_batch_shapes().items()}
+    host_batch["text"] = host_batch["text"].at[:, 3:].set(0)
+    feed.frozen = {"empty": jnp.zeros((1, *host_batch["text"].shape[1:]))}
     roller = training.roller(rollouts, FlowSchedule(shift=3.0), shape=SHAPE, chunk=2)
     alone = dataclasses.replace(rollouts, windows=1)
     windows = Windows(training, alone, feed, roller=roller, student=student, place=lambda index: index)
-    host = turn, jax.random.key(1), np.asarray([0, 0], np.int32)
+    host = host_batch, jax.random.key(1), np.asarray([0, 0], np.int32)
 
-    def step(params, turn, key, numbers):
+    def step(params, host_batch, key, numbers):
         models = Models(graphs, params=params)
-        batch = windows.draw(models, None, (turn, key, numbers), feed.frozen)[1](jnp.int32(0))
+        batch = windows.draw(models, None, (host_batch, key, numbers), feed.frozen)[1](jnp.int32(0))
         found = {"video": batch.video}
         for role, loss in (("critic", training.critic_loss), ("student", training.student_loss)):
 

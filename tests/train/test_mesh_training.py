@@ -140,8 +140,10 @@ def _encoding():
     )
 
     def on(devices):
-        arrays = devices.batch(feed.turn(0), feed.turn_shapes()), devices.replicate(feed.frozen)
-        program = devices.lower(lambda turn, frozen: feed.pool(turn, frozen, None).latents, *arrays).compile()
+        arrays = devices.batch(feed.host_batch(0), feed.host_batch_shapes()), devices.replicate(feed.frozen)
+        program = devices.lower(
+            lambda host_batch, frozen: feed.pool(host_batch, frozen, None).latents, *arrays
+        ).compile()
         turns = re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', program.as_text())
         return np.asarray(program(*arrays)), program.cost_analysis()["flops"] * math.prod(map(int, turns))
 
@@ -157,11 +159,11 @@ def _streaming():
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 1, 16, 16, 4), (4, 7, 16)))
 
     def read(params, text):
-        return nnx.merge(graph, params).read_text(text)
+        return nnx.merge(graph, params).precompute_text_kv(text)
 
     def chunk(params, latents, text):
         model = nnx.merge(graph, params)
-        return model.stream(latents, jnp.linspace(50.0, 950.0, 4), text, model.init_stream(4, 16, 16), first_frame=0)[0]
+        return model.stream(latents, jnp.linspace(50.0, 950.0, 4), text, model.init_state(4, 16, 16), first_frame=0)[0]
 
     def on(devices):
         def run(function, params, *arrays):

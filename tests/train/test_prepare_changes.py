@@ -393,7 +393,7 @@ def test_training_reads_the_same_clips_whatever_the_shards(prepare, source, tmp_
         for folder in (tmp_path / "data", tmp_path / "single")
     )
     for index in (0, 1, 2, 7, 3):
-        left, right = one.turn(index), other.turn(index)
+        left, right = one.host_batch(index), other.host_batch(index)
         np.testing.assert_array_equal(left["latents"], right["latents"])
         np.testing.assert_array_equal(left["text"], right["text"])
 

@@ -106,7 +106,9 @@ def test_what_is_looked_at_is_the_streams_own(teacher):
     def both(weights):
         model = nnx.merge(graph, weights)
         how = {"past": past, "past_times": jnp.zeros((1, 9))}
-        expected = forced(model, noisy, times, model.read_text(text), model.init_stream(1, 16, 16), **how).velocity
+        expected = forced(
+            model, noisy, times, model.precompute_text_kv(text), model.init_state(1, 16, 16), **how
+        ).velocity
         rows = [jnp.concatenate(pair) for pair in ((noisy, past), (times, jnp.zeros((1, 9))), (text, text))]
         return expected, observe(model, Points(*rows), [], [], attending=Streamed(model.mixing.groups[0]))[0][0::2]
 

@@ -32,15 +32,15 @@ def test_turns_go_step_by_step_and_mix_the_levels(batch, steps):
     sampling = _sampling(steps, 3.0, 5.0)
     step, schedule, used = np.zeros(batch, int), np.arange(batch) % 2, set(range(batch))
     for index in range(3 * steps):
-        turn = sampling.turn(index, batch, lambda numbers: jnp.zeros((len(numbers), 1, 1)))
-        assert len(turn.fresh) == -(-batch // steps)
-        fresh = [int(row) for row in turn.fresh if row < batch]
-        for row, number in zip(turn.fresh, turn.numbers, strict=True):
+        host_batch = sampling.host_batch(index, batch, lambda numbers: jnp.zeros((len(numbers), 1, 1)))
+        assert len(host_batch.fresh) == -(-batch // steps)
+        fresh = [int(row) for row in host_batch.fresh if row < batch]
+        for row, number in zip(host_batch.fresh, host_batch.numbers, strict=True):
             if row < batch:
                 assert int(number) not in used
                 used.add(int(number))
         step[fresh], schedule[fresh] = 0, 1 - schedule[fresh]
-        np.testing.assert_array_equal(turn.places, schedule * steps + step)
+        np.testing.assert_array_equal(host_batch.places, schedule * steps + step)
         if index >= steps:  # all have begun anew once: levels are as different as can be
             counts = np.bincount(step, minlength=steps)
             assert counts.max() - counts.min() <= 1
@@ -49,7 +49,7 @@ def test_turns_go_step_by_step_and_mix_the_levels(batch, steps):
 
 
 def test_trajectories_are_those_of_sampling():
-    """A row that begins at some turn and ends S turns later has what `per_step` makes of its noise: to rounding."""
+    """A row that begins at some round and ends S rounds later has what `per_step` makes of its noise: to rounding."""
     steps, batch, shape = 4, 2, (1, 2, 2, 3)
     sampling, key = _sampling(steps, 3.0, 6.0), jax.random.key(5)
     texts = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2, 3)), jnp.float32)
@@ -59,19 +59,19 @@ def test_trajectories_are_those_of_sampling():
         return jnp.tanh(latents * text.mean((1, 2))[:, None, None, None, None] + t[:, None, None, None, None] / 1000)
 
     @jax.jit
-    def turn_of(rollouts, turn):
-        rollouts = sampling.restart(rollouts, turn, key)
-        points = sampling.points(rollouts, sampling.table.at(turn.places), negative)
-        return sampling.advance(rollouts, sampling.table.at(turn.places), model(*points))
+    def step(rollouts, host_batch):
+        rollouts = sampling.restart(rollouts, host_batch, key)
+        points = sampling.points(rollouts, sampling.table.at(host_batch.places), negative)
+        return sampling.advance(rollouts, sampling.table.at(host_batch.places), model(*points))
 
     rollouts = sampling.begin(key, jnp.arange(batch), texts[:batch], shape=shape)
     ended, running, began = {}, {0: 0, 1: 1}, {0: 0, 1: 0}
     for index in range(10):
-        turn = sampling.turn(index, batch, lambda numbers: texts[jnp.asarray(numbers)])
-        for row, number in zip(turn.fresh.tolist(), turn.numbers.tolist(), strict=True):
+        host_batch = sampling.host_batch(index, batch, lambda numbers: texts[jnp.asarray(numbers)])
+        for row, number in zip(host_batch.fresh.tolist(), host_batch.numbers.tolist(), strict=True):
             if row < batch:
                 running[row], began[row] = number, index
-        rollouts = turn_of(rollouts, turn)
+        rollouts = step(rollouts, host_batch)
         for row, number in running.items():
             if index + 1 - began[row] == steps:
                 ended[number] = (row, rollouts.solver.latents[row])
@@ -132,15 +132,15 @@ def test_clips_come_at_every_level_of_noise(folder):
         key=jax.random.key(0),
         embed=lambda texts: jnp.asarray([[[len(text)]] for text in texts], jnp.float32),
     )
-    turn = clips.turn(3)
-    _, points = jax.jit(clips.points)(None, turn, clips.frozen, None)
+    host_batch = clips.host_batch(3)
+    _, points = jax.jit(clips.points)(None, host_batch, clips.frozen, None)
     assert points.latents.shape == (8, *source.latent_shape(vae.config, load_transformer(folder).config))
     sigma = np.asarray(points.timesteps) / 1000
     shift = np.tile([3.0, 1.0], 4)
     even = sigma / (shift - (shift - 1) * sigma)
     assert np.all((even * 8 >= np.arange(8)) & (even * 8 < np.arange(8) + 1))
     # Nearly a clip at low noise, nearly noise (of variance 1) at high.
-    scenes, key, _ = turn
+    scenes, key, _ = host_batch
     clean = jax.jit(lambda scenes: vae.normalize(vae.encode(clips._bucket.render(scenes))))(scenes)
     assert float(jnp.abs(points.latents[0] - clean[0]).mean()) < 0.4
     noise = jax.random.normal(jax.random.split(key)[1], clean.shape)

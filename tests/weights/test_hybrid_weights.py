@@ -201,7 +201,7 @@ def test_described_with_the_bytes_of_its_state(tmp_path):
     (root / "rehyat_defaults.json").write_text(json.dumps({"height": 32, "width": 48}))
     for hybrid in (HybridConfig(overlap_frames=2), KINDS["window"], KINDS["linear"]):
         student = load_transformer(root, hybrid=hybrid, dtype=jnp.bfloat16)
-        state = student.init_stream(1, 4, 6)
+        state = student.init_state(1, 4, 6)
         shutil.rmtree(root / "transformer")
         save_transformer(student, root / "transformer")
         found = next(part for part in describe(root).components if part.name == "transformer").attached

@@ -187,7 +187,7 @@ def _chunk(asked: Asked, session: Session) -> Program:
     model: Any = session._transformer
 
     def states_of() -> Any:
-        return rollout.init_states(model, sampler, num_steps=count, batch=1, height=height, width=width)
+        return rollout.init_state(model, sampler, num_steps=count, batch=1, height=height, width=width)
 
     def read(weights: Any, text: Any) -> Any:
         return rollout.precompute_text_kv(nnx.merge(session.graph, weights), Padded(text, TEXT_LENGTH))

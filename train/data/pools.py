@@ -49,23 +49,23 @@ class Feed(Protocol):
     #: Arrays that its programs read.
     frozen: PyTree
 
-    def turn(self, index: int) -> PyTree:
+    def host_batch(self, index: int) -> PyTree:
         """For round ``index`` of the run, from the host: all of it, or this process's rows."""
         ...
 
-    def turn_shapes(self) -> PyTree:
-        """Shapes and dtypes of a whole turn."""
+    def host_batch_shapes(self) -> PyTree:
+        """Shapes and dtypes of a whole host batch."""
         ...
 
-    def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:
-        """The round's clips, inside jit; ``others`` are the stage's parameters that do not learn."""
+    def pool(self, host_batch: PyTree, frozen: PyTree, models: PyTree) -> Pool:
+        """The round's clips, inside jit; ``models`` are the stage's parameters that do not learn."""
         ...
 
-    def nothing(self, frozen: PyTree, others: PyTree) -> PyTree:
+    def null_embedding(self, frozen: PyTree, models: PyTree) -> PyTree:
         """The empty prompt, as a pool's text of one row; inside jit."""
         ...
 
-    def prompts(self, turn: PyTree) -> PyTree:
+    def prompts(self, host_batch: PyTree) -> PyTree:
         """What a reward is told of the clips: a row a clip."""
         ...
 
@@ -90,30 +90,30 @@ class SpriteFeed:
         self._sample = jax.jit(self._draw)
         self._empty = tokens([""])
 
-    def turn(self, index: int) -> PyTree:
+    def host_batch(self, index: int) -> PyTree:
         scenes = self._sample(jax.random.split(round_key(self._seed, index))[0])
         return scenes, self._tokens(captions(scenes))
 
-    def turn_shapes(self) -> PyTree:
+    def host_batch_shapes(self) -> PyTree:
         tokens = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self._count, *x.shape[1:]), x.dtype), self._empty)
         return jax.eval_shape(self._draw, round_key(0, 0)), tokens
 
-    def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:
-        scenes, tokens = turn
+    def pool(self, host_batch: PyTree, frozen: PyTree, models: PyTree) -> Pool:
+        scenes, tokens = host_batch
         encode, pieces = self._encode, devices_along("batch")
         if pieces > 1 and self._count % pieces == 0:
             # A loop over clips that are cut over devices would have each of them encode every clip.
             batch = spec("batch")
             encode = jax.shard_map(encode, in_specs=(batch, PartitionSpec()), out_specs=batch, check_vma=False)
         learned = self._bucket.learned(scenes, temporal_factor=self._temporal_factor)
-        return Pool(encode(scenes, frozen), self._read(others, tokens), learned)
+        return Pool(encode(scenes, frozen), self._read(models, tokens), learned)
 
-    def nothing(self, frozen: PyTree, others: PyTree) -> PyTree:
-        return self._read(others, self._empty)
+    def null_embedding(self, frozen: PyTree, models: PyTree) -> PyTree:
+        return self._read(models, self._empty)
 
-    def prompts(self, turn: PyTree) -> PyTree:
+    def prompts(self, host_batch: PyTree) -> PyTree:
         """The scenes."""
-        return turn[0]
+        return host_batch[0]
 
     def _encode(self, scenes: Any, frozen: PyTree) -> Float[Array, "M T h w z"]:
         count = scenes.grounds.shape[0]

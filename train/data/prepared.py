@@ -368,13 +368,13 @@ class PreparedFeed:
         self._next = 0
         self.frozen = {"empty": jnp.asarray(data.empty_text(), dtype)}
 
-    def turn(self, index: int) -> PyTree:
+    def host_batch(self, index: int) -> PyTree:
         if (wanted := self._place(index) * self._count) != self._next:
             self._rows.set_state({"next_index": wanted})
         self._next = wanted + self._count
         return next(self._rows)
 
-    def turn_shapes(self) -> PyTree:
+    def host_batch_shapes(self) -> PyTree:
         plan = self._data.plan
         stored = jnp.dtype(plan.dtype)
         return {
@@ -382,12 +382,12 @@ class PreparedFeed:
             "text": jax.ShapeDtypeStruct((self._whole, self._data.tokens, plan.text), stored),
         }
 
-    def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:
-        return Pool(turn["latents"].astype(jnp.float32), turn["text"].astype(self._dtype))
+    def pool(self, host_batch: PyTree, frozen: PyTree, models: PyTree) -> Pool:
+        return Pool(host_batch["latents"].astype(jnp.float32), host_batch["text"].astype(self._dtype))
 
-    def nothing(self, frozen: PyTree, others: PyTree) -> Array:
+    def null_embedding(self, frozen: PyTree, models: PyTree) -> Array:
         return frozen["empty"]
 
-    def prompts(self, turn: PyTree) -> PyTree:
+    def prompts(self, host_batch: PyTree) -> PyTree:
         """The captions' embeddings."""
-        return turn["text"]
+        return host_batch["text"]

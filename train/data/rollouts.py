@@ -133,7 +133,7 @@ class Roller:
         """The next window of every row; inside jit.
 
         Args:
-            states: `rehyat_jax.sampling.rollout.init_states`', or what the window before left.
+            states: `rehyat_jax.sampling.rollout.init_state`', or what the window before left.
             keys: of the rows' noise, the same for all windows of a row.
             exits: 0 to below 1: which of its steps each row is to leave at.
             window: of the rows, counted from 0.
@@ -201,7 +201,7 @@ def rows_first(states: PyTree, like: PyTree, *, rows: int, axis: int) -> PyTree:
     """Stream states with rows as the first axis of every leaf, as what is carried has them.
 
     Args:
-        like: the states of the model itself (`init_stream`'s), by which a leaf that is no row's own is known: it has a
+        like: the states of the model itself (`init_state`'s), by which a leaf that is no row's own is known: it has a
             leading axis of layers alone, and every row gets it.
         axis: of rows in ``states``.
     """

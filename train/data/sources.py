@@ -24,7 +24,7 @@ from rehyat_jax.sprites.captions import captions
 from rehyat_jax.text.files import numbered_lines, read_text
 from train.data.clips import Bucket
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
-from train.data.trajectories import Points, Prompts, Sampling, Turn
+from train.data.trajectories import HostBatch, Points, Prompts, Sampling
 
 #: Captions are drawn so many at a time.
 _CAPTIONS = 1024
@@ -178,19 +178,19 @@ class Inputs(Protocol):
         """What is carried, before the first round."""
         ...
 
-    def turn(self, index: int) -> PyTree:
+    def host_batch(self, index: int) -> PyTree:
         """For its round ``index``, from the host: all of it, or this process's rows."""
         ...
 
-    def turn_shapes(self) -> PyTree:
-        """Shapes and dtypes of a whole turn."""
+    def host_batch_shapes(self) -> PyTree:
+        """Shapes and dtypes of a whole host batch."""
         ...
 
-    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
+    def points(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
         """What goes into the teacher; inside jit."""
         ...
 
-    def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
+    def after(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         """What is carried on, after the teacher's answer; inside jit."""
         ...
 
@@ -218,18 +218,18 @@ class OwnTrajectories:
         begin = functools.partial(self._sampling.begin, shape=self._shape)
         return devices.made_batch(begin, self._key, numbers, self._prompts(numbers))
 
-    def turn(self, index: int) -> Turn:
-        return self._sampling.turn(index, self._batch, self._prompts)
+    def host_batch(self, index: int) -> HostBatch:
+        return self._sampling.host_batch(index, self._batch, self._prompts)
 
-    def turn_shapes(self) -> Turn:
-        return _shapes(self.turn(0))
+    def host_batch_shapes(self) -> HostBatch:
+        return _shapes(self.host_batch(0))
 
-    def points(self, carried: PyTree, turn: Turn, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
-        rollouts = self._sampling.restart(carried, turn, frozen["key"])
-        return rollouts, self._sampling.points(rollouts, frozen["table"].at(turn.places), frozen["negative"])
+    def points(self, carried: PyTree, host_batch: HostBatch, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
+        rollouts = self._sampling.restart(carried, host_batch, frozen["key"])
+        return rollouts, self._sampling.points(rollouts, frozen["table"].at(host_batch.places), frozen["negative"])
 
-    def after(self, carried: PyTree, turn: Turn, frozen: PyTree, velocity: Array) -> PyTree:
-        return self._sampling.advance(carried, frozen["table"].at(turn.places), velocity)
+    def after(self, carried: PyTree, host_batch: HostBatch, frozen: PyTree, velocity: Array) -> PyTree:
+        return self._sampling.advance(carried, frozen["table"].at(host_batch.places), velocity)
 
 
 class NoisyClips:
@@ -250,22 +250,22 @@ class NoisyClips:
     def begin(self, devices: Devices) -> PyTree:
         return None
 
-    def turn_shapes(self) -> PyTree:
-        return _shapes(self.turn(0))
+    def host_batch_shapes(self) -> PyTree:
+        return _shapes(self.host_batch(0))
 
-    def turn(self, index: int) -> PyTree:
+    def host_batch(self, index: int) -> PyTree:
         draw, noise = jax.random.split(jax.random.fold_in(self._key, index))
         scenes = self._draw(draw)
         return scenes, noise, self._embed(captions(scenes))
 
-    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
-        scenes, key, text = turn
+    def points(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
+        scenes, key, text = host_batch
         vae = nnx.merge(self._vae, frozen)
         video = self._bucket.render(scenes)
         latents = vae.normalize(vae.encode(video, frames_per_step=_ENCODE_FRAMES).astype(jnp.float32))
         return None, _noisy(latents, text, key, self._shifts)
 
-    def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
+    def after(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         return None
 
 
@@ -298,17 +298,17 @@ class PreparedInputs:
     def begin(self, devices: Devices) -> PyTree:
         return None
 
-    def turn_shapes(self) -> PyTree:
-        return self._feed.turn_shapes(), _shapes(self._key)
+    def host_batch_shapes(self) -> PyTree:
+        return self._feed.host_batch_shapes(), _shapes(self._key)
 
-    def turn(self, index: int) -> PyTree:
-        return self._feed.turn(index), jax.random.fold_in(self._key, index)
+    def host_batch(self, index: int) -> PyTree:
+        return self._feed.host_batch(index), jax.random.fold_in(self._key, index)
 
-    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
-        pool = self._feed.pool(turn[0], frozen, None)
-        return None, _noisy(pool.latents, pool.text, turn[1], self._shifts)
+    def points(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
+        pool = self._feed.pool(host_batch[0], frozen, None)
+        return None, _noisy(pool.latents, pool.text, host_batch[1], self._shifts)
 
-    def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
+    def after(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         return None
 
 

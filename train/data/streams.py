@@ -20,7 +20,7 @@ from rehyat_jax.models.wan.forced import beside
 from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.sampling import SamplingSteps
 from rehyat_jax.sampling.noise import ChunkNoise
-from rehyat_jax.sampling.rollout import Sampler, init_states, precompute_text_kv
+from rehyat_jax.sampling.rollout import Sampler, init_state, precompute_text_kv
 from rehyat_jax.sampling.text import Padded
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.rollouts import Roller
@@ -87,7 +87,7 @@ class StreamSampling:
             shape=(self.chunk, height, width, channels),
             chunks=frames // self.chunk,
         )
-        states = init_states(teacher, self.sampler, num_steps=1, batch=count, height=height, width=width)
+        states = init_state(teacher, self.sampler, num_steps=1, batch=count, height=height, width=width)
         text_kv = precompute_text_kv(teacher, Padded(streams.text[None], TEXT_LENGTH))
         window = jnp.zeros((), jnp.int32)
         made = roller.roll(teacher, states, streams.keys, text_kv, exits=exits, window=window, truth=None)
@@ -121,15 +121,15 @@ class OwnStreams:
     def begin(self, devices: Devices) -> PyTree:
         return None
 
-    def turn(self, index: int) -> tuple[Array, Array]:
+    def host_batch(self, index: int) -> tuple[Array, Array]:
         numbers = index * self._batch + np.arange(self._batch)
         return jnp.asarray(index, jnp.int32), self._embed([self._texts(int(number)) for number in numbers])
 
-    def turn_shapes(self) -> PyTree:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.turn(0))
+    def host_batch_shapes(self) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.host_batch(0))
 
-    def points(self, carried: PyTree, turn: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
-        index, text = turn
+    def points(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
+        index, text = host_batch
         rows = jnp.arange(self._batch, dtype=jnp.int32)
         key, exit_key = jax.random.split(jax.random.fold_in(frozen["key"], index))
         # Every step as often as any other.
@@ -138,5 +138,5 @@ class OwnStreams:
         streams = self._sampling.begin(key, rows, text, shape=self._shape)
         return None, self._sampling.made(streams, exits, teacher, shape=self._shape)
 
-    def after(self, carried: PyTree, turn: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
+    def after(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         return None

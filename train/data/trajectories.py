@@ -1,9 +1,9 @@
 """The teacher's own sampling, cut into turns: many trajectories side by side, each at a step of its own.
 
-A batch holds B trajectories. Turn after turn each goes one step on, and begins again, with another prompt and other
+A batch holds B trajectories. Round after round each goes one step on, and begins again, with another prompt and other
 noise, when it has ended. Row r is ⌊r·S/B⌋ steps ahead of row 0 (S steps in all), so that every batch has every level of
 noise; to get there its first trajectory is cut short. Which trajectory a row is at, and at which step of it, follows
-from the turn's number alone.
+from the round's number alone.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Rollouts(NamedTuple):
     text: Float[Array, "B L D"]
 
 
-class Turn(NamedTuple):
-    """What one turn needs to know."""
+class HostBatch(NamedTuple):
+    """What one round needs from the host."""
 
     #: Each row's place in `Sampling.table`.
     places: Int[Array, " B"]
@@ -98,8 +98,8 @@ class Sampling:
         tables = [sampling_steps(schedule, self.solver, num_steps=self.num_steps) for schedule in self.schedules]
         return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts), jnp.float32), *tables)
 
-    def turn(self, index: int, batch: int, prompts: Prompts) -> Turn:
-        """Turn ``index`` of a batch; before turn 0 stands `begin`."""
+    def host_batch(self, index: int, batch: int, prompts: Prompts) -> HostBatch:
+        """What round ``index`` of a batch needs; before round 0 stands `begin`."""
         steps = self.num_steps
         rows = np.arange(batch)
         ahead = rows * steps // batch
@@ -109,7 +109,7 @@ class Sampling:
         fresh = rows[(step == 0) & (begun > 0)]
         padding = np.full(-(-batch // steps) - len(fresh), batch)
         numbers = np.append(begun[fresh] * batch + fresh, np.zeros_like(padding))
-        return Turn(
+        return HostBatch(
             jnp.asarray(places, jnp.int32),
             jnp.asarray(np.append(fresh, padding), jnp.int32),
             jnp.asarray(numbers, jnp.int32),
@@ -123,10 +123,10 @@ class Sampling:
         noise = jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n), shape))(numbers)
         return Rollouts(jax.vmap(self.solver.init)(noise), text)
 
-    def restart(self, rollouts: Rollouts, turn: Turn, key: Key[Array, ""]) -> Rollouts:
-        """The turn's fresh rows at their beginning, the others as they are."""
-        fresh = self.begin(key, turn.numbers, turn.text, shape=rollouts.solver.latents.shape[1:])
-        return jax.tree.map(lambda old, new: old.at[turn.fresh].set(new, mode="drop"), rollouts, fresh)
+    def restart(self, rollouts: Rollouts, host_batch: HostBatch, key: Key[Array, ""]) -> Rollouts:
+        """The round's fresh rows at their beginning, the others as they are."""
+        fresh = self.begin(key, host_batch.numbers, host_batch.text, shape=rollouts.solver.latents.shape[1:])
+        return jax.tree.map(lambda old, new: old.at[host_batch.fresh].set(new, mode="drop"), rollouts, fresh)
 
     def points(self, rollouts: Rollouts, steps: SamplingSteps, negative: Float[Array, "1 L D"]) -> Points:
         """Where the trajectories stand: of the prompt, and of the negative prompt where that counts."""

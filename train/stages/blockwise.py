@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from rehyat_jax.mixers.base import Mixer
 from rehyat_jax.models.wan.transformer import WanTransformer, text_repeats
-from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
+from rehyat_jax.runtime.mesh import constrain_sharding, frames_on_devices
 from train.data.trajectories import Points
 from train.engine.optimizer import OptimizerConfig, TrainState
 from train.stages.attending import Attending, WholeVideo, taken
@@ -91,7 +91,7 @@ def observe(
     which = [len(visits) if number is None else number for number in numbers]
 
     def layer(x: Array, params: tuple[Any, Sequence[Any], Array]) -> tuple[Array, Any]:
-        x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, params[0])
+        x, block = constrain_sharding(x, "batch", "time", None), nnx.merge(graph, params[0])
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             y = attending.teach(q, k, v, frame=frame, tokens=tokens)

@@ -285,10 +285,10 @@ class _Points(RoundInputs):
         self.inputs, self.frozen, self._rounds, self._seed = inputs, inputs.frozen, rounds, seed
 
     def host(self, index: int) -> PyTree:
-        return self.inputs.turn(bisect.bisect_left(self._rounds, index)), _key(self._seed, 0, index)
+        return self.inputs.host_batch(bisect.bisect_left(self._rounds, index)), _key(self._seed, 0, index)
 
     def host_shapes(self) -> PyTree:
-        return self.inputs.turn_shapes(), jax.eval_shape(lambda: _key(0))
+        return self.inputs.host_batch_shapes(), jax.eval_shape(lambda: _key(0))
 
     def begin(self, devices: Devices) -> PyTree:
         return self.inputs.begin(devices)

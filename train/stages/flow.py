@@ -28,7 +28,7 @@ from rehyat_jax.models.wan.remat import Keeps
 from rehyat_jax.models.wan.sharding import check_mesh
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices, first_process
-from rehyat_jax.runtime.mesh import laid_out
+from rehyat_jax.runtime.mesh import constrain_sharding
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
 from train.data.clips import AnyBucket, Bucket, check_rounds, choose, round_key
@@ -231,23 +231,23 @@ class Clips(Data):
         self.training, self.bucket, self.feed, self.frozen = training, bucket, feed, feed.frozen
 
     def host(self, index: int) -> PyTree:
-        return self.feed.turn(index), jax.random.split(round_key(self.training.seed, index))[1]
+        return self.feed.host_batch(index), jax.random.split(round_key(self.training.seed, index))[1]
 
     def host_shapes(self) -> PyTree:
-        return self.feed.turn_shapes(), jax.eval_shape(lambda: round_key(0, 0))
+        return self.feed.host_batch_shapes(), jax.eval_shape(lambda: round_key(0, 0))
 
     def draw(
         self, models: Models, carried: PyTree, host: PyTree, frozen: PyTree
     ) -> tuple[PyTree, Callable[[Array], Any]]:
-        training, (turn, key) = self.training, host
-        pool, empty = self.feed.pool(turn, frozen, models), self.feed.nothing(frozen, models)
+        training, (host_batch, key) = self.training, host
+        pool, empty = self.feed.pool(host_batch, frozen, models), self.feed.null_embedding(frozen, models)
         order_key, key = jax.random.split(key)
         count, steps = training.pool(self.bucket), training.steps_per_round
         order = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, training.reuse))
         order, keys = order.reshape(steps, self.bucket.batch), jax.random.split(key, steps)
 
         def rows_sharded(x: Array) -> Array:
-            return laid_out(x, "batch", *[None] * (x.ndim - 1))
+            return constrain_sharding(x, "batch", *[None] * (x.ndim - 1))
 
         def batch(step: Array) -> Any:
             # A pool that is one batch stays where it is: to shuffle it would send every clip to every device.
@@ -362,11 +362,13 @@ class FlowStage(Stage):
         feed = self.feed(number, held_out=part * parts)
 
         def measure(models: Models, frozen: PyTree, host: PyTree) -> Array:
-            pool, empty = feed.pool(host, frozen, models), feed.nothing(frozen, models)
+            pool, empty = feed.pool(host, frozen, models), feed.null_embedding(frozen, models)
             batch = training.batch(pool, empty, round_key(0, 0), dropout=0.0)
             return means_of(functools.partial(self.loss, models), batch, parts=parts)["loss"]
 
-        return Measure(function=measure, frozen=feed.frozen, host=feed.turn(0), host_shapes=feed.turn_shapes())
+        return Measure(
+            function=measure, frozen=feed.frozen, host=feed.host_batch(0), host_shapes=feed.host_batch_shapes()
+        )
 
     def report(
         self, results: Sequence[PyTree], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder

@@ -231,12 +231,12 @@ class ForcingTraining(RunConfig):
         """The difference of the scores, at the student's guess where each chunk left its steps; and how far that is
         from the teacher's, which says more than the loss."""
         student, (rows, _, height, width, _) = models["student"], batch.video.shape
-        like = jax.eval_shape(lambda: student.init_stream(rows, height, width))
+        like = jax.eval_shape(lambda: student.init_state(rows, height, width))
         velocity = forced(
             student,
             batch.noisy,
             batch.times,
-            student.read_text(batch.text, TEXT_LENGTH),
+            student.precompute_text_kv(batch.text, TEXT_LENGTH),
             rows_back(batch.state, like, axis=1),
             past=batch.past,
             past_times=batch.past_times,

@@ -64,8 +64,8 @@ class Learner:
         def function(
             state: State, models: Models, frozen: PyTree, host: PyTree, rates: Mapping[str, Array]
         ) -> tuple[State, dict[str, Array]]:
-            turn, key = host
-            carried, points = inputs.points(state.carried[place], turn, frozen, models["teacher"])
+            host_batch, key = host
+            carried, points = inputs.points(state.carried[place], host_batch, frozen, models["teacher"])
             order = draw_order(
                 key,
                 rows=points.latents.shape[0] // self.attending.rows,
@@ -107,7 +107,7 @@ class Learner:
                 attending=self.attending,
             )
             learners = {role: block for role, (block, _) in zip(self.roles, given, strict=True) if block is not None}
-            carried = inputs.after(carried, turn, frozen, velocity)
+            carried = inputs.after(carried, host_batch, frozen, velocity)
             everything = (*state.carried[:place], carried, *state.carried[place + 1 :])
             return State(state.step, learners, everything), {"loss": self.mixing.in_order([e for _, e in given])}
 

@@ -52,18 +52,18 @@ class PlannedFeed:
         }
         self.frozen: PyTree = {"empty": jax.ShapeDtypeStruct((1, *text), dtype)}
 
-    def turn(self, index: int) -> PyTree:
+    def host_batch(self, index: int) -> PyTree:
         raise NotImplementedError
 
-    def turn_shapes(self) -> PyTree:
+    def host_batch_shapes(self) -> PyTree:
         return self._shapes
 
-    def pool(self, turn: PyTree, frozen: PyTree, others: PyTree) -> Pool:
-        return Pool(turn["latents"].astype(jnp.float32), turn["text"].astype(self._dtype))
+    def pool(self, host_batch: PyTree, frozen: PyTree, models: PyTree) -> Pool:
+        return Pool(host_batch["latents"].astype(jnp.float32), host_batch["text"].astype(self._dtype))
 
-    def nothing(self, frozen: PyTree, others: PyTree) -> Array:
+    def null_embedding(self, frozen: PyTree, models: PyTree) -> Array:
         return frozen["empty"]
 
-    def prompts(self, turn: PyTree) -> PyTree:
+    def prompts(self, host_batch: PyTree) -> PyTree:
         """The captions' embeddings."""
-        return turn["text"]
+        return host_batch["text"]

@@ -18,7 +18,7 @@ from rehyat_jax.models.checkpoints import save_vae
 from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices
-from rehyat_jax.runtime.mesh import laid_out
+from rehyat_jax.runtime.mesh import constrain_sharding
 from train.data.clips import Bucket, check_rounds, round_key
 from train.engine.gradients import Mean
 from train.engine.optimizer import OptimizerConfig
@@ -107,7 +107,7 @@ class _Videos(Data):
             noise_key, *keys = jax.random.split(steps[step], 1 + len(training.buckets))
             clips = zip(training.buckets, keys, strict=True)
             video = jnp.concatenate([bucket.draw(key, latest_start=training.latest_start) for bucket, key in clips])
-            return laid_out(video, "batch", *[None] * 4), noise_key
+            return constrain_sharding(video, "batch", *[None] * 4), noise_key
 
         return None, batch
 

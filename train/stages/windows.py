@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt32
 
 from rehyat_jax.runtime.devices import Devices
-from rehyat_jax.runtime.mesh import laid_out
+from rehyat_jax.runtime.mesh import constrain_sharding
 from rehyat_jax.sampling import rollout
 from rehyat_jax.sampling.noise import RANDOM, ChunkNoise
 from rehyat_jax.sampling.text import Padded
@@ -53,7 +53,7 @@ class OwnBatch(NamedTuple):
 class Carried(NamedTuple):
     """What rows carry from window to window; every leaf is [B, groups, …]."""
 
-    #: Of the feed's turn: caption and true clip.
+    #: Of the feed's host batch: caption and true clip.
     clips: PyTree
     #: Of a row's noise.
     keys: UInt32[Array, "B G words"]
@@ -97,16 +97,16 @@ class Windows(Data):
         _, height, width, _ = roller.shape
         rows = rollouts.clips.batch
         #: Of the model itself, by shapes.
-        self.like = jax.eval_shape(lambda: student.init_stream(rows, height, width))
+        self.like = jax.eval_shape(lambda: student.init_state(rows, height, width))
 
     def host(self, index: int) -> PyTree:
         now = turn(self.rollouts, self.setting.seed, self._place(index))
         numbers = np.asarray([now.group, now.window], np.int32)
-        return self.feed.turn(index), jax.random.split(round_key(self.setting.seed, index))[1], numbers
+        return self.feed.host_batch(index), jax.random.split(round_key(self.setting.seed, index))[1], numbers
 
     def host_shapes(self) -> PyTree:
         return (
-            self.feed.turn_shapes(),
+            self.feed.host_batch_shapes(),
             jax.eval_shape(lambda: round_key(0, 0)),
             jax.ShapeDtypeStruct((2,), jnp.int32),
         )
@@ -117,7 +117,7 @@ class Windows(Data):
         groups, rows = self.rollouts.groups, self.rollouts.clips.batch
         states = jax.eval_shape(lambda: self._by_rows(self._no_states()))
         shapes: Any = Carried(
-            self.feed.turn_shapes(),
+            self.feed.host_batch_shapes(),
             jax.ShapeDtypeStruct((rows, *self._words()), jnp.uint32),  # type: ignore[arg-type]
             states,
             jax.ShapeDtypeStruct((rows, *self.roller.shape), jnp.float32),  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ class Windows(Data):
             last = mine.latents
         forks = self.rollouts.forks
         clips = jax.tree.map(_by_batch, first_forks(clips, forks=forks))
-        pool, empty = self.feed.pool(clips, frozen, models), self.feed.nothing(frozen, models)
+        pool, empty = self.feed.pool(clips, frozen, models), self.feed.null_embedding(frozen, models)
         student = models["student"]
         noise_keys = jax.random.wrap_key_data(keys, impl=RANDOM)
         made = self.roller.roll(
@@ -216,7 +216,7 @@ class Windows(Data):
         return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=RANDOM))).shape
 
     def _no_states(self) -> PyTree:
-        """As `rehyat_jax.sampling.rollout.init_states` makes them, of one state and one evaluation."""
+        """As `rehyat_jax.sampling.rollout.init_state` makes them, of one state and one evaluation."""
         return jax.tree.map(lambda x: jnp.zeros((1, 1, *x.shape), x.dtype), self.like)
 
     def _by_rows(self, states: PyTree) -> PyTree:
@@ -241,7 +241,7 @@ class Windows(Data):
 
 
 def _by_batch(x: Array) -> Array:
-    return laid_out(x, "batch", *[None] * (x.ndim - 1))
+    return constrain_sharding(x, "batch", *[None] * (x.ndim - 1))
 
 
 def _wide(rows: Array, like: Array) -> Array:

@@ -130,7 +130,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B N C"]:
         return self.attending(x, text, modulation, rotary, _softmax)[0]
 
-    def read_text(self, text: Float[Array, "B L C"], image: Float[Array, "B I C"] | None = None) -> TextKV:
+    def precompute_text_kv(self, text: Float[Array, "B L C"], image: Float[Array, "B I C"] | None = None) -> TextKV:
         """What this block's cross-attention sees of the text, and of an image's features beside it."""
         kv = TextKV(self.attn2.k(text), self.attn2.v(text))
         return kv if image is None else TextKV(*kv[:2], *self.attn2.image_kv(image))
@@ -149,7 +149,7 @@ class Block(nnx.Module):
         """The block with another self-attention between its projections, and what that gives beside its output.
 
         Args:
-            text: embedded; or what `read_text` made of that, where calls share it.
+            text: embedded; or what `precompute_text_kv` made of that, where calls share it.
             modulation: of the time: one for all tokens, or one for each M-th part of them, in order.
             text_repeats: how many tokens of the text the last one stands for.
             image: features, embedded, where ``text`` is no `TextKV` that has read them.
@@ -161,7 +161,10 @@ class Block(nnx.Module):
         y, more = attend(self.attn1.q(normed, rotary), self.attn1.k(normed, rotary), self.attn1.v(normed))
         x = _gated(x, self.attn1.out(y), gate)
         # Read no earlier than needed: training would hold it for longer.
-        read, query = text if isinstance(text, TextKV) else self.read_text(text, image), self.attn2.q(self.norm2(x))
+        read, query = (
+            text if isinstance(text, TextKV) else self.precompute_text_kv(text, image),
+            self.attn2.q(self.norm2(x)),
+        )
         seen = softmax_to_text(query, read.k, read.v, repeats=text_repeats)
         if read.image_k is not None and read.image_v is not None:
             seen = seen + softmax_to_text(query, read.image_k, read.image_v)

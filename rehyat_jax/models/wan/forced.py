@@ -51,10 +51,10 @@ def forced(
     Args:
         noisy, past: latents of the same frames, whole chunks but for a shorter last one.
         times, past_times: diffusion time of each latent frame, 0…1000.
-        text: `WanTransformer.read_text`'s.
-        state: of the frames before: `WanTransformer.init_stream`'s, or what an earlier call returned.
+        text: `WanTransformer.precompute_text_kv`'s.
+        state: of the frames before: `WanTransformer.init_state`'s, or what an earlier call returned.
         first_frame: the first of these latent frames, counted from the video's beginning.
-        text_tokens: what `read_text` was told.
+        text_tokens: what `precompute_text_kv` was told.
         stop: gradients stop at the state after every so many chunks; 0: nowhere, 1: at each, as with a detached cache.
         remat: compute each block again in the backward pass, from its input and what is named.
 

@@ -98,19 +98,19 @@ def rotate(x: Float[Array, "B N H D"], rotary: CosSin) -> Float[Array, "B N H D"
     """Turn each interleaved pair (2i, 2i+1) of ``x`` by its position's angle, in float32.
 
     By neighbours along the channels, never as pairs along an axis of two, which a TPU would pad to a tile. The gradient
-    is turned back by the same angle; positions have none.
+    is rotated back by the same angle; positions have none.
     """
-    return _turned(x, rotary)
+    return _rotated(x, rotary)
 
 
 def _rotate_forward(x: Array, rotary: CosSin) -> tuple[Array, CosSin]:
-    return _turned(x, rotary), rotary
+    return _rotated(x, rotary), rotary
 
 
 def _rotate_backward(rotary: CosSin, gradient: Array) -> tuple[Array, CosSin]:
-    back = _turned(gradient, CosSin(rotary.cos, -rotary.sin))
+    back = _rotated(gradient, CosSin(rotary.cos, -rotary.sin))
     if platform() == "gpu":
-        # Else XLA turns back inside the norm's sums, each channel many times over: an eighth of a small model's step.
+        # Else XLA rotates back inside the norm's sums, each channel many times over: an eighth of a small model's step.
         back = jax.lax.optimization_barrier(back)
     return back, CosSin(*(jnp.zeros_like(x) for x in rotary))
 
@@ -118,7 +118,7 @@ def _rotate_backward(rotary: CosSin, gradient: Array) -> tuple[Array, CosSin]:
 rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
-def _turned(x: Float[Array, "B N H D"], rotary: CosSin) -> Float[Array, "B N H D"]:
+def _rotated(x: Float[Array, "B N H D"], rotary: CosSin) -> Float[Array, "B N H D"]:
     wide, even = x.astype(jnp.float32), jnp.arange(x.shape[-1]) % 2 == 0
     cos, sin = (jnp.repeat(half, 2, axis=-1)[None, :, None] for half in rotary)
     partner = jnp.where(even, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))

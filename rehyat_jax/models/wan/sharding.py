@@ -104,9 +104,9 @@ def generation_mesh(
 ) -> MeshConfig:
     """The mesh to generate on: as it is configured, or a sensible one of all devices where it is automatic.
 
-    Of whole videos guidance's evaluations and a batch's videos go to devices of their own first, and time is cut by
-    the rest, as far as there are chunks: that needs the fewest exchanges. Streams are cut by heads and hidden units,
-    where no weight is moved, and by a chunk's tokens over the devices that heads do not divide.
+    Of whole videos guidance's evaluations and a batch's videos go to devices of their own first, and time is sharded by
+    the rest, as far as there are chunks: that needs the fewest exchanges. Streams are sharded by heads and hidden
+    units, where no weight is moved, and by a chunk's tokens over the devices that heads do not divide.
 
     Args:
         devices: how many there are.

@@ -196,21 +196,21 @@ class MixerInfo:
 
     mixer: MixerConfig
     blocks: tuple[int, ...]
-    #: Bytes of one block's state whatever a frame's size: sums s and z.
-    sums_nbytes: int
+    #: Bytes of one block's state whatever a frame's size: the linear state s and z.
+    linear_nbytes: int
     #: Bytes of one block's kept tokens (overlap, sinks), in bfloat16: for each token of a frame.
     kept_nbytes: int
 
     def nbytes(self, tokens: int) -> int:
         """Of all its blocks, with so many tokens a frame."""
-        return len(self.blocks) * (self.sums_nbytes + self.kept_nbytes * tokens)
+        return len(self.blocks) * (self.linear_nbytes + self.kept_nbytes * tokens)
 
     def lines(self, tokens: int) -> list[str]:
         options = ", ".join(f"{key} {value}" for key, value in self.mixer.to_dict().items() if key != "mixer")
-        sums, kept = self.sums_nbytes, self.kept_nbytes * tokens
+        linear, kept = self.linear_nbytes, self.kept_nbytes * tokens
         return [
             f"mixer       {self.mixer.name} in {listed(self.blocks)}: {options}",
-            f"            state of a block: {sums:,} bytes of sums in float32, {kept:,} of kept tokens in bfloat16",
+            f"            state of a block: {linear:,} bytes of float32 linear state, {kept:,} of bfloat16 tokens",
         ]
 
 
@@ -258,12 +258,12 @@ def _abstract(config: WanConfig, hybrid: Conversion, dtype: Any) -> Any:
 def _state(mixer: MixerConfig, module: Mixer) -> dict[str, int]:
     """The bytes of a block's mixer state, of which a frame without tokens leaves the sums."""
     if mixer.why_not_stream() is not None:
-        return {"sums_nbytes": 0, "kept_nbytes": 0}
+        return {"linear_nbytes": 0, "kept_nbytes": 0}
     sums, state = (
         _nbytes(jax.eval_shape(lambda frame=frame: module.init_state(batch=1, frame=frame, dtype=jnp.bfloat16)))
         for frame in (0, 1)
     )
-    return {"sums_nbytes": sums, "kept_nbytes": state - sums}
+    return {"linear_nbytes": sums, "kept_nbytes": state - sums}
 
 
 def _nbytes(state: Any) -> int:

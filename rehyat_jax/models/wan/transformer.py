@@ -27,7 +27,7 @@ from rehyat_jax.models.wan.image import ImageEmbedder
 from rehyat_jax.models.wan.mixing import Mixing, scan_layers, take_parameters
 from rehyat_jax.models.wan.positions import CosSin, rotary_embedding, timestep_embedding
 from rehyat_jax.models.wan.remat import Keeps, rematerialised
-from rehyat_jax.runtime.mesh import frames_on_devices, laid_out
+from rehyat_jax.runtime.mesh import constrain_sharding, frames_on_devices
 from rehyat_jax.runtime.offload import fetched, keep_on_host
 from rehyat_jax.runtime.variables import described, kernel
 
@@ -251,7 +251,7 @@ class WanTransformer(nnx.Module):
 
         def step(mixer_graph: Any) -> Callable[..., tuple[Array, None]]:
             def layer(x: Array, params: tuple[Any, Any]) -> tuple[Array, None]:
-                x, block = laid_out(x, "batch", "time", None), nnx.merge(graph, self._here(params[0]))
+                x, block = constrain_sharding(x, "batch", "time", None), nnx.merge(graph, self._here(params[0]))
                 mixer = nnx.merge(mixer_graph, params[1])
 
                 def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -267,7 +267,7 @@ class WanTransformer(nnx.Module):
         )
         return self.unembed(x, inputs)[:, :frames]
 
-    def init_stream(self, batch: int, height: int, width: int) -> Any:
+    def init_state(self, batch: int, height: int, width: int) -> Any:
         """The mixer states before a video's first chunk: every block's, stacked over a leading axis of layers.
 
         Its size depends on the batch and on the latents' height and width, and on no number of frames but the overlap.
@@ -285,7 +285,7 @@ class WanTransformer(nnx.Module):
         counts = [len(self.mixing.blocks(mixer)) for mixer in self.mixing.groups]
         return self.mixing.joined([stacked(*each) for each in zip(self._mixers(), counts, strict=True)])
 
-    def read_text(
+    def precompute_text_kv(
         self,
         text: Float[Array, "B L {self.config.text_dim}"],
         text_tokens: int | None = None,
@@ -301,13 +301,13 @@ class WanTransformer(nnx.Module):
         graph, layers = nnx.split(self.blocks)
 
         def read(layer: Any) -> TextKV:
-            seen = nnx.merge(graph, self._here(layer)).read_text(embedded, features)
-            return jax.tree.map(lambda x: laid_out(x, "batch", None, "heads", None), seen)
+            seen = nnx.merge(graph, self._here(layer)).precompute_text_kv(embedded, features)
+            return jax.tree.map(lambda x: constrain_sharding(x, "batch", None, "heads", None), seen)
 
         return jax.lax.map(read, layers)
 
     def state_specs(self, states: Any, *, leading: int) -> Any:
-        """How stream states are sharded over the mesh in force: `init_stream`'s, with so many axes before the layers'.
+        """How stream states are sharded over the mesh in force: `init_state`'s, with so many axes before the layers'.
 
         States are by heads: they neither meet nor move while a stream goes on.
         """
@@ -331,11 +331,11 @@ class WanTransformer(nnx.Module):
 
         Args:
             latents: one chunk, or several; as in a call on a whole video.
-            text: `read_text`'s, which may change between calls.
-            state: of the frames before: `init_stream`'s, or what the call before this one returned.
+            text: `precompute_text_kv`'s, which may change between calls.
+            state: of the frames before: `init_state`'s, or what the call before this one returned.
             first_frame: the first of these latent frames, counted from the video's beginning; may be traced, so that
                 one compilation serves every chunk. Exact up to 2²⁴.
-            text_tokens: what `read_text` was told.
+            text_tokens: what `precompute_text_kv` was told.
 
         Raises:
             RehyatError: the model cannot stream; the sizes are not multiples of the patch; more than one chunk that
@@ -349,7 +349,7 @@ class WanTransformer(nnx.Module):
         first = jnp.asarray(first_frame, jnp.int32) // self.config.patch_size[0]
 
         def attend(mixer: Mixer, state: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            q, k, v = (laid_out(each, "batch", None, "stream heads", None) for each in (q, k, v))
+            q, k, v = (constrain_sharding(each, "batch", None, "stream heads", None) for each in (q, k, v))
             return mixer.step(q, k, v, mixer.sharded(state), frame=rows * columns, first=first)
 
         x, states = self.recur(inputs, text, state, attend, text_tokens=text_tokens)
@@ -379,7 +379,7 @@ class WanTransformer(nnx.Module):
         def step(mixer_graph: Any) -> Callable[..., tuple[Array, Any]]:
             def layer(x: Array, params: tuple[tuple[Any, TextKV], tuple[Any, Any]]) -> tuple[Array, Any]:
                 (block, text), (own, state) = params
-                x, mixer = laid_out(x, "batch", "time", None), nnx.merge(mixer_graph, own)
+                x, mixer = constrain_sharding(x, "batch", "time", None), nnx.merge(mixer_graph, own)
 
                 def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                     y, after = attend(mixer, state, q, k, v)
