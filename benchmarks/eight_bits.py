@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,8 @@ from benchmarks.timing import normal
 from rehyat_jax.models.checkpoints import load_transformer, save_transformer
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.runtime.eight_bits import KINDS, Kind
 from rehyat_jax.runtime.variables import axes_of, map_variables
-
-Kind = Literal["fp8", "int8"]
 
 
 def order_one(config: WanConfig) -> WanTransformer:
@@ -58,8 +57,7 @@ def measured(config: WanConfig, folder: Path, *, size: tuple[int, int] = (32, 32
         return sum(x.nbytes for x in jax.tree.leaves(weights)), np.asarray(velocity.astype(jnp.float32))
 
     nbytes, wanted = of(None)
-    kind: Kind
-    for kind in ("fp8", "int8"):
+    for kind in KINDS:
         kept, found = of(kind)
         yield {
             "kind": kind,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rehyat_jax.models.umt5.config import TextEncoderConfig
     from rehyat_jax.models.wan.config import VAEConfig, WanConfig
     from rehyat_jax.pipeline import TextToVideo
+    from rehyat_jax.runtime.eight_bits import EightBits
     from rehyat_jax.runtime.mesh_config import MeshConfig
     from rehyat_jax.streams.state import StreamState
     from rehyat_jax.streams.stream import Stream
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EightBits": "rehyat_jax.runtime.eight_bits",
     "HybridConfig": "rehyat_jax.mixers.config",
     "MeshConfig": "rehyat_jax.runtime.mesh_config",
     "Stream": "rehyat_jax.streams.stream",
@@ -56,6 +58,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "EightBits",
     "HybridConfig",
     "MeshConfig",
     "Stream",

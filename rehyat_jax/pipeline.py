@@ -23,7 +23,7 @@ from rehyat_jax.adapters.loading import HasLoras
 from rehyat_jax.adapters.merging import Merged
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.checkpoints.loading import MergedExperts, load_vae, open_experts, open_transformer
+from rehyat_jax.models.checkpoints.loading import MergedExperts, Quantize, load_vae, open_experts, open_transformer
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.memory import student_config
@@ -36,6 +36,7 @@ from rehyat_jax.models.whole import push_model, save_model
 from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
+from rehyat_jax.runtime.eight_bits import eight_bits_of
 from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.runtime.notebook import NotebookProgress, in_notebook
 from rehyat_jax.runtime.record import Phases
@@ -137,7 +138,7 @@ class TextToVideo(HasLoras):
         cache_dir: str | os.PathLike[str] | None = None,
         repair_prompts: bool = True,
         loras: Iterable[Any] = (),
-        quantize: Literal["fp8", "int8"] | None = None,
+        quantize: Quantize | None = None,
         mesh: MeshConfig | None = None,
         offload: bool = False,
         vae_tile: int | None = None,
@@ -157,8 +158,9 @@ class TextToVideo(HasLoras):
             repair_prompts: have ftfy repair prompts (curly quotes, full-width letters, …), as Wan's own code does.
             loras: as `load_lora` takes them one by one: paths, pairs of a path and a strength, or texts
                 ``[high:|low:]FILE[:strength]``.
-            quantize: "fp8" or "int8": the matrices of the transformer's and the text encoder's blocks are kept so on
-                the device.
+            quantize: "int8", "int8-weights" or "fp8": the matrices of the transformer's and the text encoder's blocks
+                are kept so on the device; with "int8" the transformer's products are made in int8. An
+                `rehyat_jax.EightBits` says also which layers are left out.
             mesh: the devices to generate on: the transformer and the text encoder are sharded over them while they are
                 read, so that none holds the whole (`rehyat_jax.MeshConfig`). Fewer than there are: the first of them.
                 ``automatic``: all, divided as suits streams, or whole videos of the model's own size if it makes none.
@@ -180,6 +182,7 @@ class TextToVideo(HasLoras):
             raise arguments.wrong("hybrid", hybrid, '"auto", None or a HybridConfig')
         if mesh is not None and not isinstance(mesh, MeshConfig):
             raise arguments.wrong("mesh", mesh, "a MeshConfig")
+        quantize = eight_bits_of(quantize)
         folder = find_model(name_or_path)
         cache = cache_folder(cache_dir)
         keep_compiled(cache)

@@ -12,6 +12,7 @@ import tyro
 from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.eight_bits import named
 from rehyat_jax.runtime.files import real_path
 from rehyat_jax.runtime.outputs import owned_output
 
@@ -43,6 +44,10 @@ class Convert:
     quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
     """Write the matrices of the transformer's and the text encoder's blocks in eight bits, a scale for each row."""
 
+    quantize_except: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAYER …")] = ()
+    """Layers of the transformer that --quantize leaves as they are in every block: attn1.to_q, or attn2 for all that is
+    in it."""
+
     conversion: Annotated[Path | None, tyro.conf.arg(name="with", metavar="FILE")] = None
     """A conversion in one small file, of which SRC is the base: the result is the student."""
 
@@ -61,6 +66,7 @@ def main(argv: list[str]) -> None:
 
     phases = Phases()
     alone = options.only_conversion
+    eight_bits = named(options.quantize, options.quantize_except)
     if alone is not None:
         if destination.suffix != ".safetensors" or destination.exists():
             what = "exists" if destination.exists() else "does not end in .safetensors"
@@ -82,7 +88,7 @@ def main(argv: list[str]) -> None:
                 teacher=None if options.teacher is None else find_model(options.teacher),
                 loras=options.lora,
                 conversion=options.conversion,
-                quantize=options.quantize,
+                quantize=eight_bits,
                 progress=lambda done, total: display("MB", math.ceil(done / 1e6), math.ceil(total / 1e6)),
             )
     write_record(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -13,6 +13,7 @@ from rehyat_jax.cli.arguments import parse_options
 from rehyat_jax.cli.generate import parse_remember
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.eight_bits import Kind, named
 from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.runtime.outputs import owned_output
 
@@ -84,6 +85,15 @@ class Sprites:
     remember: Annotated[str | None, tyro.conf.arg(metavar="steps|LEVEL")] = None
     """What later chunks of a stream see of one, as in ``rehyat generate``; as the model was trained when not given."""
 
+    dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="float32|bfloat16")] = "float32"
+    """Number format of the transformer and the text encoder."""
+
+    quantize: Annotated[Kind | None, tyro.conf.arg(metavar="int8|int8-weights|fp8")] = None
+    """Measure the model in eight bits, as ``rehyat generate`` has them; the teacher stays as it is."""
+
+    quantize_except: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAYER …")] = ()
+    """Layers that --quantize leaves as they are in every block: attn1.to_q, or attn2 for all that is in it."""
+
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")] = Path("sprites.json")
     """Where every figure and the record of the run are to stand; written anew whenever a subject is measured."""
 
@@ -128,10 +138,12 @@ def _run(options: Sprites) -> None:
         sample = _sample(options)
         with phases.measure("load"):
             how: dict[str, Any] = {
+                "dtype": options.dtype,
                 "cache_dir": options.cache_dir,
                 "mesh": None if options.mesh.single else options.mesh,
             }
-            pipe = TextToVideo.from_pretrained(options.model, **how)
+            quantize = named(options.quantize, options.quantize_except)
+            pipe = TextToVideo.from_pretrained(options.model, quantize=quantize, **how)
             teacher = None
             if options.teacher is not None:
                 teacher = TextToVideo.from_pretrained(options.teacher, hybrid=None, **how)

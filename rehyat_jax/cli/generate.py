@@ -18,6 +18,7 @@ from rehyat_jax.cli.generate_other import make_batch, read_batch, write_other
 from rehyat_jax.cli.generate_stream import Outputs, Request, described, stream_video
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.eight_bits import Kind, named
 from rehyat_jax.runtime.files import whole_file
 from rehyat_jax.runtime.mesh_config import MeshConfig
 
@@ -141,9 +142,14 @@ class Generate:
     dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="float32|bfloat16")] = "float32"
     """Number format of the transformer and the text encoder; the autoencoder stays in float32."""
 
-    quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
-    """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device: half of
-    what bfloat16 takes. int8 is nearer to the weights, fp8 keeps files in fp8 as they are."""
+    quantize: Annotated[Kind | None, tyro.conf.arg(metavar="int8|int8-weights|fp8")] = None
+    """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device: half of what
+    bfloat16 takes. int8: the transformer's products are made in int8 as well, as accelerators are fast at.
+    int8-weights: products stay as they are, nearer to the model's own. fp8: so too, and files in fp8 are kept as they
+    are."""
+
+    quantize_except: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAYER …")] = ()
+    """Layers that --quantize leaves as they are in every block: attn1.to_q, or attn2 for all that is in it."""
 
     repair_prompts: bool = True
     """Repair the prompts' text (curly quotes, full-width letters, mistaken encodings), as Wan's own code does."""
@@ -161,7 +167,7 @@ class Generate:
 #: What the record has of the options beside the settings.
 _ASKED = (
     *("prompt", "timeline", "beginning", "image", "last_image"),
-    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "mesh", "offload", "vae_tile", "out"),
+    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "quantize_except", "mesh", "offload", "vae_tile", "out"),
 )
 
 
@@ -206,7 +212,7 @@ def _run(options: Generate) -> None:
                 cache_dir=options.cache_dir,
                 repair_prompts=options.repair_prompts,
                 loras=options.lora,
-                quantize=options.quantize,
+                quantize=named(options.quantize, options.quantize_except),
                 mesh=mesh,
                 offload=options.offload,
                 vae_tile=options.vae_tile,
@@ -395,7 +401,7 @@ def _check_room(
             hybrid=converted,
             streams=streams,
             remember=past,
-            eight_bits=options.quantize is not None,
+            eight_bits=options.quantize is not None and not options.quantize_except,
             mesh=mesh,
             offload=options.offload,
             vae_tile=options.vae_tile,

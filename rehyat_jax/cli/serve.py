@@ -13,6 +13,7 @@ import tyro
 
 from rehyat_jax.cli.arguments import parse_options, parse_steps
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.eight_bits import Kind, named
 from rehyat_jax.runtime.mesh_config import MeshConfig
 
 if TYPE_CHECKING:
@@ -82,8 +83,12 @@ class Serve:
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[:STRENGTH]")] = ()
     """A LoRA file or folder of any dialect, merged into the transformer's weights. Again for another."""
 
-    quantize: Annotated[Literal["fp8", "int8"] | None, tyro.conf.arg(metavar="fp8|int8")] = None
-    """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device."""
+    quantize: Annotated[Kind | None, tyro.conf.arg(metavar="int8|int8-weights|fp8")] = None
+    """Keep the matrices of the transformer's and the text encoder's blocks in eight bits on the device, and with int8
+    make the transformer's products so (rehyat generate --help says more)."""
+
+    quantize_except: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAYER …")] = ()
+    """Layers that --quantize leaves as they are in every block: attn1.to_q, or attn2 for all that is in it."""
 
     offload: bool = False
     """For a device with little memory: the transformer's blocks stay in the host's memory and are fetched one at a
@@ -133,7 +138,8 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.streams.together import Together
 
     names = tuple(dict.fromkeys(options.model or ("mini-sprites",)))
-    how: Any = {"dtype": options.dtype, "loras": options.lora, "quantize": options.quantize}
+    how: Any = {"dtype": options.dtype, "loras": options.lora}
+    how |= {"quantize": named(options.quantize, options.quantize_except)}
     how |= {"offload": options.offload, "vae_tile": options.vae_tile}
     meshes = {name: _check_room(options, name, steps) for name in names}
     opened = {name: TextToVideo.from_pretrained(name, mesh=mesh, **how) for name, mesh in meshes.items()}
@@ -228,7 +234,7 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
         hybrid=student_config(folder),
         streams=True,
         remember=defaults.remember,
-        eight_bits=options.quantize is not None,
+        eight_bits=options.quantize is not None and not options.quantize_except,
         offload=options.offload,
         vae_tile=options.vae_tile,
         mesh=mesh,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,11 @@ from jaxtyping import Array, Float
 
 from rehyat_jax.errors import CheckpointError, NotFiniteError, RehyatWarning
 from rehyat_jax.models.checkpoints import load_text_encoder
+from rehyat_jax.models.checkpoints.loading import Quantize
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.umt5.rows import carried_tokenizer
+from rehyat_jax.runtime.eight_bits import eight_bits_of
 from rehyat_jax.runtime.files import sample_digest
 from rehyat_jax.text.tokenizer import PromptCache, Tokenizer, embed_tokens
 
@@ -40,7 +41,7 @@ class PromptEncoder:
         cache: Path | None = None,
         repair: bool = True,
         warn: bool = True,
-        quantize: Literal["fp8", "int8"] | None = None,
+        quantize: Quantize | None = None,
         mesh: Mesh | None = None,
         keep: bool = True,
     ) -> None:
@@ -60,7 +61,8 @@ class PromptEncoder:
         Raises:
             CheckpointError, ConfigError: tokenizer or encoder is missing, damaged or foreign, or they do not fit.
         """
-        self.folder, self._dtype, self._quantize, self._mesh = folder, dtype, quantize, mesh
+        self.folder, self._dtype, self._mesh = folder, dtype, mesh
+        self._quantize = eight_bits_of(quantize)
         self._keep = keep
         self._cache = None if cache is None else PromptCache(cache)
         self._warn, self._told = warn, set[str]()
@@ -133,7 +135,7 @@ class PromptEncoder:
     def _identity(self) -> str:
         """What an embedding depends on beside the tokens: the encoder's files (their content), sizes and dtype."""
         # fp8 was another before it was E3M4.
-        kept = jnp.dtype(self._dtype).name + (f" {self._quantize}, finest" if self._quantize else "")
+        kept = jnp.dtype(self._dtype).name + (f" {self._quantize.file_kind}, finest" if self._quantize else "")
         digest = hashlib.sha256(f"{self._config} {kept}".encode())
         for path in self._files:
             digest.update(sample_digest(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -33,7 +34,7 @@ def convert_weights(
     around: Path | None = None,
     changed: Mapping[str, Callable[[LoadPlan], LoadPlan]] = MappingProxyType({}),
     parts: Mapping[str, Callable[[LoadPlan], Attached]] = MappingProxyType({}),
-    kept: np.dtype | None = None,
+    kept: Callable[[str, str], np.dtype | None] = lambda network, path: None,
     write_beside: Callable[[Path], None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
@@ -49,7 +50,7 @@ def convert_weights(
         changed: by network, what is made of the plan of its weights: of its part's, where that has weights of its own.
         parts: by network, a part of its own that it gets, from the plan of its weights.
         write_beside: of a network alone: what lies beside its weights.
-        kept: blocks' matrices are written in these eight bits, with their scales.
+        kept: in which eight bits a network's matrix of blocks, by its path, is written, with its scales; or None.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
@@ -88,19 +89,22 @@ def convert_weights(
     with whole_folder(dst) as partial:
         writes: list[Callable[[], None]] = []
 
-        def later(plan: LoadPlan, folder: Path, *, dialect: str = WRITTEN, most: int | None = max_shard_bytes) -> None:
-            tensors = of_plan(plan, dialect=dialect, dtype=dtype, passing=counter.passing, kept=kept)
+        def later(
+            name: str, plan: LoadPlan, folder: Path, *, dialect: str = WRITTEN, most: int | None = max_shard_bytes
+        ) -> None:
+            how: dict[str, Any] = {"dtype": dtype, "passing": counter.passing, "kept": functools.partial(kept, name)}
+            tensors = of_plan(plan, dialect=dialect, **how)
             counter.total += sum(tensor.nbytes for tensor in tensors)
             writes.append(lambda: write_network(folder, plan.config, tensors, stem=plan.stem, max_shard_bytes=most))
 
         for name, plan in plans.items():
             folder = partial / name if whole else partial
-            later(plan, folder)
+            later(name, plan, folder)
             if name in attached:
                 kind = attachment_of(name)
-                later(attached[name].plan, folder / kind.folder, dialect=attached[name].plan.dialect, most=None)
+                later(name, attached[name].plan, folder / kind.folder, dialect=attached[name].plan.dialect, most=None)
                 if (own := attached[name].instead) is not None:
-                    later(own, folder / kind.folder / kind.instead)
+                    later(name, own, folder / kind.folder / kind.instead)
         check_room(dst, size=counter.total, what="the checkpoint")
         for write in writes:
             write()

@@ -54,31 +54,33 @@ def of_plan(
     dialect: str,
     dtype: Any,
     passing: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]],
-    kept: np.dtype | None = None,
+    kept: Callable[[str], np.dtype | None] = lambda path: None,
 ) -> list[Outgoing]:
     """A plan's tensors under a dialect's names, never all in memory.
 
     Args:
         dtype: None keeps each tensor's own.
         passing: sees the blocks on their way.
-        kept: stacked kernels in these eight bits, and a tensor ``weight_scale`` [out, 1] beside each.
+        kept: in which eight bits a stacked kernel, by its path, is written, and a tensor ``weight_scale`` [out, 1]
+            beside it.
     """
 
     def of_slot(slot: Slot) -> list[Outgoing]:
         target = plan.info(slot).dtype if dtype is None else narrow(slot.row, jnp.dtype(dtype))
         name = slot.row.name(dialect, slot.layer)
-        if kept is None or slot.row.layout != "linear" or slot.place is None:
+        kind = kept(slot.row.ours) if slot.row.layout == "linear" and slot.place is not None else None
+        if kind is None:
             return [
                 Outgoing(name=name, dtype=target, shape=slot.shape, blocks=lambda: passing(plan.read(slot, target)))
             ]
         rows = Outgoing(
-            name=name, dtype=kept, shape=slot.shape, blocks=lambda: passing(b for b, _ in plan.read_rows(slot, kept))
+            name=name, dtype=kind, shape=slot.shape, blocks=lambda: passing(b for b, _ in plan.read_rows(slot, kind))
         )
         scales = Outgoing(
             name=f"{name.removesuffix('.weight')}.weight_scale",
             dtype=np.dtype(np.float32),
             shape=(slot.shape[0], 1),
-            blocks=lambda: passing(np.ascontiguousarray(scales)[:, None] for _, scales in plan.read_rows(slot, kept)),
+            blocks=lambda: passing(np.ascontiguousarray(scales)[:, None] for _, scales in plan.read_rows(slot, kind)),
         )
         return [rows, scales]
 

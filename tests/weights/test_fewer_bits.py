@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from shared.tiers import breadth
 from shared.weights import original, tensors_of
 
-from rehyat_jax import HybridConfig, cli
-from rehyat_jax.errors import CheckpointError
+from rehyat_jax import EightBits, HybridConfig, cli
+from rehyat_jax.adapters.linear import stacked_layers
+from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.checkpoints import describe, load_text_encoder, load_transformer, save_transformer
 from rehyat_jax.models.umt5.rows import UMT5
 from rehyat_jax.models.wan.rows import TRANSFORMER
@@ -287,6 +288,8 @@ def test_a_text_encoder_is_kept_so_too(models, tmp_path):
     written("scaled, older", tensors_of(models["text_encoder"]), path)
     small, plain = (load_text_encoder(path, quantize=quantize) for quantize in ("fp8", None))
     assert len(kept(small)) == 7
+    # Its activations have outliers: products stay in its own type.
+    assert not any(x.rounds_inputs for x in stacked_layers(load_text_encoder(path, quantize="int8")).values())
     ids, mask = jnp.arange(5, dtype=jnp.int32)[None], jnp.ones((1, 5), jnp.int32)
     np.testing.assert_allclose(small(ids, mask), plain(ids, mask), rtol=0, atol=1e-4)
 
@@ -339,6 +342,51 @@ def test_a_student_kept_in_fp8_is_nearly_the_one_in_float32(models, tmp_path):
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 2, 4, 4, 16), (1, 3, 32)))
     wanted, found = (m(latents, jnp.array([500.0]), text) for m in (plain, small))
     assert 1e-4 < jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted) < 0.025
+
+
+def test_a_product_in_int8_is_that_of_the_rounded_numbers(models, tmp_path):
+    """The sum of integers is exact: what is left are four roundings of float32, 1e-6 of the largest, against NumPy in
+    float64. A row of zeros, one with an outlier and one that is not finite are rows by themselves."""
+    models["transformer"].save_pretrained(tmp_path / "wan")
+    module = load_transformer(tmp_path / "wan", quantize="int8").with_hybrid(HybridConfig(), rngs=nnx.Rngs(0))
+    weights = kept(module)["blocks.attn1.to_q.kernel"][1]
+    layer = nnx.merge(*nnx.split(module.blocks.attn1.to_q))
+    for each in (layer.kernel, layer.scale, layer.bias):
+        each.set_value(each.get_value()[1])
+    x = np.random.default_rng(0).standard_normal((2, 3, 256), np.float32)
+    x[0, 0], x[0, 1, 7] = 0, 1e4
+    step = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(1e-30))
+    rounded = np.rint(x / step).astype(np.float64) * step
+    wanted = rounded @ weights.astype(np.float64) + np.asarray(layer.bias.get_value(), np.float64)
+    found = layer(jnp.asarray(x))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+    np.testing.assert_array_equal(found[0, 0], layer.bias.get_value())
+    for value in (np.nan, np.inf):
+        x[1, 2, 5] = value
+        again = np.asarray(layer(jnp.asarray(x)))
+        assert np.isnan(again[1, 2]).all()
+        np.testing.assert_array_equal(again[:, :2], np.asarray(found)[:, :2])
+
+
+def test_int8_leaves_out_the_layers_that_are_named(models, tmp_path, capsys):
+    models["transformer"].save_pretrained(tmp_path / "wan")
+    how = EightBits("int8", leave_out=("attn2", "ffn.down"))
+    module = load_transformer(tmp_path / "wan", quantize=how)
+    names = {f"blocks.{each}.kernel" for each in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "ffn.up")}
+    assert kept(module).keys() == names
+    assert module.blocks.ffn.up.rounds_inputs
+    assert not load_transformer(tmp_path / "wan", quantize="int8-weights").blocks.ffn.up.rounds_inputs
+    plain = parameters(nnx.state(load_transformer(tmp_path / "wan")))
+    same = parameters(nnx.state(module))
+    np.testing.assert_array_equal(same[left := "blocks.ffn.down.kernel"].get_value(), plain[left].get_value())
+    asked = ["convert", str(tmp_path / "wan"), str(tmp_path / "small"), "--quantize", "int8"]
+    assert cli.main([*asked, "--quantize-except", "attn2", "ffn.down"]) == 0
+    found = dict(describe(tmp_path / "small").components[0].dtypes)
+    assert found["I8"] == sum(plain[name].get_value().size for name in names)
+    with pytest.raises(ConfigError, match=r"no layer 'ffn.sideways' in a block to leave out: there are attn1.to_k, "):
+        load_transformer(tmp_path / "wan", quantize=EightBits("int8", leave_out=("ffn.sideways",)))
+    assert cli.main(["convert", str(tmp_path / "wan"), str(tmp_path / "x"), "--quantize-except", "ffn"]) == 2
+    assert "--quantize-except leaves layers out of --quantize" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from rehyat_jax.adapters.linear import stacked_layers
 from rehyat_jax.adapters.lora import Into, loras_of, of_expert
 from rehyat_jax.adapters.merging import with_lora, with_loras
 from rehyat_jax.errors import CheckpointError
-from rehyat_jax.models.checkpoints.loading import EXPERTS, Quantize, kept_as
+from rehyat_jax.models.checkpoints.loading import EXPERTS, Quantize
 from rehyat_jax.models.clip.config import Preparation
 from rehyat_jax.models.clip.features import PROCESSOR_FILE
 from rehyat_jax.models.folder import (
@@ -33,10 +34,11 @@ from rehyat_jax.models.wan.conversion_file import open_conversion, write_parts
 from rehyat_jax.models.wan.fewstep import FewStep, few_step_family
 from rehyat_jax.models.wan.student import STUDENT, plan_without_tensors
 from rehyat_jax.runtime.arguments import user_path
+from rehyat_jax.runtime.eight_bits import eight_bits_of
 from rehyat_jax.sampling.schedule import FlowSchedule
 from rehyat_jax.sampling.scheduler_config import scheduler_to_config
 from rehyat_jax.weights.convert import Progress, attached_to, convert_weights
-from rehyat_jax.weights.files import read_json
+from rehyat_jax.weights.files import EIGHT_BITS, read_json
 from rehyat_jax.weights.plan import LoadPlan, check_same
 from rehyat_jax.weights.registry import Attached
 from rehyat_jax.weights.save import of_plan
@@ -83,7 +85,7 @@ def convert(
         loras: merged into the transformer's weights (a student's own), as `load_transformer` takes them.
         conversion: a file of `save_conversion`'s, over ``src`` as its base: ``dst`` is then the student.
         quantize: "fp8" or "int8": of the matrices of the transformer's and the text encoder's blocks, each with
-            ``weight_scale``, a number for each row.
+            ``weight_scale``, a number for each row; an `EightBits` also says which of the transformer's are left out.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
@@ -123,6 +125,15 @@ def convert(
         write_json(part / DEFAULTS_FILE, dict(family.defaults))
 
     parts = {} if file is None else {"transformer": part}
+    eight_bits = eight_bits_of(quantize)
+
+    def kept(name: str, path: str) -> np.dtype | None:
+        if eight_bits is None or ("transformer" in name and eight_bits.leaves_out(path)):
+            return None
+        return EIGHT_BITS[eight_bits.file_kind]
+
+    if eight_bits is not None and eight_bits.leave_out and "transformer" in components_in(user_path("src", src)):
+        eight_bits.check(stacked_layers(make_plan(find_checkpoint(src), "transformer").abstract))
     convert_weights(
         user_path("src", src),
         user_path("dst", dst),
@@ -130,7 +141,7 @@ def convert(
         dtype=dtype,
         around=None if teacher is None else user_path("teacher", teacher),
         changed=changes,
-        kept=kept_as(quantize),
+        kept=kept,
         parts={"transformer": windows} if causal else parts,
         write_beside=say_how if published else None,
         max_shard_bytes=max_shard_bytes,

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from rehyat_jax.adapters.linear import keep_in_eight_bits
+from rehyat_jax.adapters.linear import keep_in_eight_bits, stacked_layers
 from rehyat_jax.adapters.lora import Into, Lora, loras_of, of_expert
 from rehyat_jax.adapters.merging import Merged, with_loras
 from rehyat_jax.errors import CheckpointError, ConfigError
@@ -24,7 +24,7 @@ from rehyat_jax.models.networks import make_plan
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
-from rehyat_jax.runtime.arguments import choice
+from rehyat_jax.runtime.eight_bits import EightBits, Kind, eight_bits_of
 from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.sampling.experts import Expert, Experts
 from rehyat_jax.weights.convert import attached_to
@@ -33,7 +33,7 @@ from rehyat_jax.weights.load import filled, known_dtype, on_mesh
 from rehyat_jax.weights.plan import LoadPlan
 
 #: In which eight bits the matrices of blocks are kept.
-Quantize = Literal["fp8", "int8"]
+Quantize = Kind | EightBits
 
 
 def load_transformer(
@@ -59,9 +59,11 @@ def load_transformer(
             conversion begins.
         loras: LoRA files or folders of any dialect, merged into the weights in this order: each a path, a path and a
             strength, or a text ``FILE[:strength]``.
-        quantize: "fp8" or "int8": the blocks' matrices are kept so on the device, with a scale for each output: half of
-            what bfloat16 takes. A file of the same kind is kept as it is; other weights, and those with a LoRA, are
-            rounded (to ``float8_e3m4``, which loses half of what a file's ``float8_e4m3fn`` does).
+        quantize: "int8", "int8-weights" or "fp8": the blocks' matrices are kept so on the device, with a scale for each
+            output: half of what bfloat16 takes. A file of the same kind is kept as it is; other weights, and those with
+            a LoRA, are rounded (to ``float8_e3m4``, which loses half of what a file's ``float8_e4m3fn`` does). With
+            "int8" products are made in int8 too, which is what accelerators are fast at. An `EightBits` also says
+            which layers are left out.
         mesh: of the axes of `rehyat_jax.runtime.mesh`: the weights are sharded over it while they are read. Calls are
             then made with it in force (``jax.set_mesh``).
         offload: the blocks stay in the host's memory; each comes to the device when the loop over blocks needs it. Not
@@ -93,8 +95,8 @@ def open_transformer(
     plan = make_plan(find_checkpoint(path), name, dtype=dtype)
     student = attached_to(name, plan, dtype=dtype) if hybrid == "auto" else None
     base = (student and student.instead) or plan
-    if (kind := kept_on_device(base, quantize)) is not None:
-        keep_in_eight_bits(base.abstract, kind)
+    if (how := eight_bits_of(quantize)) is not None:
+        keep_in_eight_bits(base.abstract, how, kept_on_device(base, how))
     if offload and mesh is not None:
         raise ConfigError("blocks come from the host to one device: leave offload or the mesh out")
     if offload:
@@ -162,6 +164,8 @@ def open_experts(
         return abstract_module(WanTransformer, plans[name].config, **kinds)
 
     outlines = {name: outline(name) for name in EXPERTS}
+    if (how := eight_bits_of(quantize)) is not None:
+        how.check(stacked_layers(outlines["transformer"]))  # now, not when a step asks for it
 
     def opened(chosen: tuple[Lora, ...]) -> Experts:
         def member(name: Literal["transformer", "transformer_2"], least: float) -> Expert:
@@ -183,23 +187,11 @@ def open_experts(
     return opened(chosen), MergedExperts(open=opened, loras=chosen)
 
 
-def kept_as(quantize: Any) -> np.dtype | None:
-    """
-    Raises:
-        RehyatError: it is neither the name of eight bits nor None.
-    """
-    return None if quantize is None else EIGHT_BITS[choice("quantize", quantize, tuple(EIGHT_BITS))]
-
-
-def kept_on_device(plan: LoadPlan, quantize: Any) -> np.dtype | None:
+def kept_on_device(plan: LoadPlan, how: EightBits) -> np.dtype:
     """What the matrices of a plan's blocks are kept as: the file's own eight bits where it has such, which are exact;
-    of wide ones, in "fp8", the finer.
-
-    Raises:
-        RehyatError: as `kept_as`.
-    """
-    kind = kept_as(quantize)
-    if kind != EIGHT_BITS["fp8"]:
+    of wide ones, in "fp8", the finer."""
+    kind = EIGHT_BITS[how.file_kind]
+    if how.kind != "fp8":
         return kind
     stored = (KINDS[name] for slot in plan.slots if (name := plan.info(slot).stored) in KINDS)
     return kind if kind in stored else FINE_FP8
@@ -219,9 +211,10 @@ def load_text_encoder(
     quantize: Quantize | None = None,
     mesh: Mesh | None = None,
 ) -> UMT5Encoder:
-    """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well."""
+    """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well. Its
+    products are never in eight bits, and no layer is left out."""
     dtype = known_dtype(dtype)
     plan = make_plan(find_checkpoint(path), "text_encoder", dtype=dtype)
-    if (kind := kept_on_device(plan, quantize)) is not None:
-        keep_in_eight_bits(plan.abstract, kind)
+    if (how := eight_bits_of(quantize)) is not None:
+        keep_in_eight_bits(plan.abstract, how.of_text, kept_on_device(plan, how))
     return cast(UMT5Encoder, filled(plan, dtype=dtype, mesh=mesh))
