@@ -1,4 +1,7 @@
-"""Train a VAE of Wan's architecture on MovingSprites: reconstruction and a mild pull of the posterior to the normal."""
+"""Train a VAE of Wan's architecture on MovingSprites: reconstruction and a mild pull of the posterior to the normal.
+
+Or a decoder alone, for the latents that there are: every model that makes them goes on with it.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.models.checkpoints import save_vae
+from rehyat_jax.models.checkpoints import load_vae, save_vae
+from rehyat_jax.models.folder import find_model
 from rehyat_jax.models.wan.config import VAEConfig
-from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.models.wan.vae import Moments, WanVAE
 from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.runtime.mesh import constrain_sharding
 from train.data.clips import Bucket, check_rounds, round_key
@@ -25,12 +29,18 @@ from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.engine.stage import Data, Models, Network, Stage, Update
 
+#: Videos, and a key for their posteriors' noise.
+Batch = tuple[Float[Array, "B F H W 3"], Key[Array, ""]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAETraining(RunConfig):
     """One run. The result is a ``vae/`` folder in the diffusers layout under ``out``."""
 
     model: VAEConfig = VAEConfig.mini_sprites()
+    #: A model whose encoder stays, and with it the latents and what makes them: the decoder alone learns, from the
+    #: model's own where they are of one width. None: both learn.
+    encoder: Path | None = None
     #: Every step takes a batch of each, so that there is one program: their clips are of one size.
     buckets: tuple[Bucket, ...] = (
         Bucket(kind="plain", frames=17, batch=24),
@@ -84,7 +94,7 @@ class VAETraining(RunConfig):
             raise RehyatError(f"{self.out} holds a trained VAE already; choose another --out")
 
     def stage(self) -> VAEStage:
-        return VAEStage(self)
+        return VAEStage(self) if self.encoder is None else DecoderStage(self)
 
 
 class _Videos(Data):
@@ -103,7 +113,7 @@ class _Videos(Data):
         training = self.training
         steps = jax.random.split(host, training.steps_per_round)
 
-        def batch(step: Array) -> tuple[Float[Array, "B F H W 3"], Key[Array, ""]]:
+        def batch(step: Array) -> Batch:
             noise_key, *keys = jax.random.split(steps[step], 1 + len(training.buckets))
             clips = zip(training.buckets, keys, strict=True)
             video = jnp.concatenate([bucket.draw(key, latest_start=training.latest_start) for bucket, key in clips])
@@ -115,9 +125,11 @@ class _Videos(Data):
 class VAEStage(Stage):
     """A VAE learns to reconstruct."""
 
+    learner = "vae"
+
     def __init__(self, training: VAETraining) -> None:
         self.training, self.steps_per_round = training, training.steps_per_round
-        self.updates = (Update(role="vae", loss=self.loss),)
+        self.updates = (Update(role=self.learner, loss=self.loss),)
 
     @functools.cached_property
     def devices(self) -> Devices:
@@ -141,20 +153,28 @@ class VAEStage(Stage):
     def data(self) -> list[_Videos]:
         return [_Videos(self.training)]
 
-    def loss(self, models: Models, batch: tuple[Float[Array, "B F H W 3"], Key[Array, ""]]) -> dict[str, Mean]:
+    def loss(self, models: Models, batch: Batch) -> dict[str, Mean]:
         training, vae, (video, key) = self.training, models["vae"], batch
         moments = vae.encode_moments(video)
+        distance, values = self.distance(vae, moments, video, key)
+        mean, logvar = moments.mean.astype(jnp.float32), moments.logvar.astype(jnp.float32)
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+        return {
+            "loss": Mean.of(distance + training.kl_weight * kl),
+            **values,
+            "kl": Mean.of(kl, weight=0.0),
+        }
+
+    def distance(
+        self, vae: WanVAE, moments: Moments, video: Float[Array, "B F H W 3"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        """From a video to what a sample of its posterior is decoded to, and values to log."""
         mean, logvar = moments.mean.astype(jnp.float32), moments.logvar.astype(jnp.float32)
         sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
         error = vae.decode(sample, clip=False).astype(jnp.float32) - video
         square = jnp.mean(jnp.square(error))
-        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
-        total = jnp.mean(jnp.abs(error)) + training.square_weight * square + training.kl_weight * kl
-        return {
-            "loss": Mean.of(total),
-            "psnr": Mean.of(10 * jnp.log10(4 / square), weight=0.0),
-            "kl": Mean.of(kl, weight=0.0),
-        }
+        distance = jnp.mean(jnp.abs(error)) + self.training.square_weight * square
+        return distance, {"psnr": Mean.of(10 * jnp.log10(4 / square), weight=0.0)}
 
     def export(self, averages: Mapping[str, Any], folder: Path) -> None:
         vae = averages["vae"]
@@ -183,3 +203,72 @@ class VAEStage(Stage):
         mean = sum(m for m, _ in drawn) / count
         std = jnp.sqrt(sum(s for _, s in drawn) / count - jnp.square(mean))
         return tuple(map(float, mean)), tuple(map(float, std))
+
+
+class DecoderHalf(nnx.Module):
+    """What of a VAE makes video of latents."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def put_into(self, vae: WanVAE) -> WanVAE:
+        """The VAE, with this decoder."""
+        vae.post_quant_conv, vae.decoder = self.post_quant_conv, self.decoder
+        return vae
+
+
+class DecoderStage(VAEStage):
+    """A decoder learns to make the video of latents that an encoder, which does not learn, made of it."""
+
+    learner = "decoder"
+
+    @functools.cached_property
+    def _source(self) -> WanVAE:
+        """
+        Raises:
+            ConfigError: its latents are not those of the configuration's model.
+        """
+        training = self.training
+        vae = self._loaded(jnp.dtype(training.dtype))
+        same = dataclasses.replace(
+            training.model,
+            decoder_base_dim=vae.config.decoder_base_dim,
+            latents_mean=vae.config.latents_mean,
+            latents_std=vae.config.latents_std,
+        )
+        if vae.config != same:
+            raise ConfigError(
+                f"the encoder of {training.encoder} is of other sizes than the configuration's model: a decoder may "
+                "differ by its decoder_base_dim alone"
+            )
+        return vae
+
+    def _loaded(self, dtype: jnp.dtype) -> WanVAE:
+        assert self.training.encoder is not None
+        return load_vae(find_model(self.training.encoder), dtype=dtype)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        return {
+            "encoder": Network(make=lambda: self._source),
+            "decoder": Network(make=self._decoder, optimizer=self.training.optimizer),
+        }
+
+    def _decoder(self) -> DecoderHalf:
+        config, training = self._source.config, self.training
+        if config.decoder_dim == training.model.decoder_dim:
+            return DecoderHalf(self._loaded(self._source.dtype))
+        config = dataclasses.replace(config, decoder_base_dim=training.model.decoder_dim)
+        return DecoderHalf(WanVAE(config, dtype=self._source.dtype, rngs=nnx.Rngs(training.seed)))
+
+    def loss(self, models: Models, batch: Batch) -> dict[str, Mean]:
+        vae, (video, key) = models["encoder"], batch
+        moments = jax.tree.map(jax.lax.stop_gradient, vae.encode_moments(video))
+        distance, values = self.distance(models["decoder"].put_into(vae), moments, video, key)
+        return {"loss": Mean.of(distance), **values}
+
+    def export(self, averages: Mapping[str, Any], folder: Path) -> None:
+        vae = averages["decoder"].put_into(self._loaded(jnp.dtype(jnp.float32)))
+        width = self.training.model.decoder_dim
+        vae.config = dataclasses.replace(vae.config, decoder_base_dim=None if width == vae.config.base_dim else width)
+        save_vae(vae, folder, dtype=jnp.bfloat16)
