@@ -18,7 +18,8 @@ import jax
 
 import rehyat_jax as rj
 from rehyat_jax.serve.host import Host, Limits
-from rehyat_jax.serve.live import LiveStream, Pace
+from rehyat_jax.serve.live import LiveStream
+from rehyat_jax.serve.steerable import Pace
 from rehyat_jax.serve.wish import Wish
 from rehyat_jax.streams.together import Together, advance_together
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rehyat_jax.cli.arguments import parse_options
-from rehyat_jax.cli.generate import parse_remember
+from rehyat_jax.cli.generate_options import parse_remember
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.eight_bits import Kind, named

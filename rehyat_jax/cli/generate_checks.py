@@ -13,7 +13,7 @@ from rehyat_jax.runtime.files import check_new_folder
 from rehyat_jax.runtime.outputs import owned_output
 
 if TYPE_CHECKING:
-    from rehyat_jax.cli.generate import Generate
+    from rehyat_jax.cli.generate_options import Generate
     from rehyat_jax.video.formats import Format
 
 #: Videos of one prompt in a batch.

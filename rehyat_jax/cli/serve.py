@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.serve.app import About, make_app
     from rehyat_jax.serve.guard import Access
     from rehyat_jax.serve.host import Host, Limits
-    from rehyat_jax.serve.live import Pace
+    from rehyat_jax.serve.steerable import Pace
     from rehyat_jax.streams.together import Together
 
     names = tuple(dict.fromkeys(options.model or ("mini-sprites",)))

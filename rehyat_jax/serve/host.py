@@ -21,7 +21,8 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.files import whole_file
 from rehyat_jax.runtime.memory import give_back
 from rehyat_jax.serve.jobs import Job
-from rehyat_jax.serve.live import Batches, Chunk, LiveStream, Pace, Steerable
+from rehyat_jax.serve.live import LiveStream
+from rehyat_jax.serve.steerable import Batches, Chunk, Pace, Steerable
 from rehyat_jax.serve.wish import Wish
 from rehyat_jax.video.growing import finish_video
 

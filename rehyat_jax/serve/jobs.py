@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.serve.live import Steerable
+from rehyat_jax.serve.steerable import Steerable
 from rehyat_jax.serve.wish import Wish
 from rehyat_jax.video.growing import GrowingVideo, finish_video
 

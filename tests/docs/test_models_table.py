@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from rehyat_jax.cli.arguments import parse_options
-from rehyat_jax.cli.generate import Generate
+from rehyat_jax.cli.generate_options import Generate
 
 _DOCS = Path(__file__).parents[2] / "docs"
 

@@ -11,8 +11,8 @@ from shared.numbered import Numbered
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.host import Host
-from rehyat_jax.serve.live import Pace
 from rehyat_jax.serve.logs import JsonLines
+from rehyat_jax.serve.steerable import Pace
 from rehyat_jax.serve.wish import Wish
 from rehyat_jax.video.io import read_video
 

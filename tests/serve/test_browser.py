@@ -11,7 +11,7 @@ from shared.numbered import Numbered, resumed
 
 from rehyat_jax.serve.app import About, Model, make_app
 from rehyat_jax.serve.host import Host
-from rehyat_jax.serve.live import Pace
+from rehyat_jax.serve.steerable import Pace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [

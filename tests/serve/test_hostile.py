@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 from rehyat_jax.serve.app import About, make_app
 from rehyat_jax.serve.guard import Access
 from rehyat_jax.serve.host import Host, Limits
-from rehyat_jax.serve.live import Pace
+from rehyat_jax.serve.steerable import Pace
 
 pytestmark = pytest.mark.full
 REQUESTS, VIEWERS, SEED = 1000, 200, 5

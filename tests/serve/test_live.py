@@ -8,7 +8,8 @@ from PIL import Image
 from shared.numbered import Numbered
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.serve.live import LiveStream, Pace
+from rehyat_jax.serve.live import LiveStream
+from rehyat_jax.serve.steerable import Pace
 from rehyat_jax.video.io import read_video
 
 

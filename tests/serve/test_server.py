@@ -17,7 +17,7 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.app import About, make_app
 from rehyat_jax.serve.guard import Access
 from rehyat_jax.serve.host import Host, Limits
-from rehyat_jax.serve.live import Pace
+from rehyat_jax.serve.steerable import Pace
 from rehyat_jax.serve.wish import Wish
 
 SOCKET = "ws://localhost:8765/v1/realtime/video"

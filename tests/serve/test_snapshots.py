@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 from shared.numbered import Numbered
 
-from rehyat_jax.serve.live import LiveStream, Pace
+from rehyat_jax.serve.live import LiveStream
 from rehyat_jax.serve.snapshots import Snapshots
+from rehyat_jax.serve.steerable import Pace
 
 SIZE = 32  # bytes of a Numbered's state
 

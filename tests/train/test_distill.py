@@ -12,7 +12,7 @@ import pytest
 from shared.training import DISTILLED, distillation, write_teacher
 
 import train.engine.engine
-import train.stages.distill
+import train.stages.distill_stage
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import CheckpointError, ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
@@ -185,9 +185,9 @@ def test_prompts_of_a_file_are_embedded_as_captions_are(folder, tmp_path):
     path.write_text("a lemon\nb")
     texts = ["a lemon moving down slowly on a blue background", ""]
     dtype = jnp.dtype(jnp.float32)
-    one = train.stages.distill._embeddings(folder, (Source(frames=9, batch=1),), dtype, repair=True)(texts)
+    one = train.stages.distill_stage._embeddings(folder, (Source(frames=9, batch=1),), dtype, repair=True)(texts)
     listed = (Source(prompts=str(path), frames=9, batch=1),)
-    two = train.stages.distill._embeddings(folder, listed, dtype, repair=True)(texts)
+    two = train.stages.distill_stage._embeddings(folder, listed, dtype, repair=True)(texts)
     assert one.shape == (2, 512, 16)
     np.testing.assert_allclose(one, two, atol=1e-5)
 

@@ -67,12 +67,12 @@ def _prepare_alone(videos: Path, out: Path, model: Path, *more: str, die_after: 
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
 import conftest, jax
-import train.data.encoding
+import train.data.encoders
 from rehyat_jax import cli
 from train.data.records import Shard
 
 describe, count = Shard.describe, 0
-encode = train.data.encoding._VideoEncoder.__call__
+encode = train.data.encoders.VideoEncoder.__call__
 
 def counting(self, folder):
     global count
@@ -85,7 +85,7 @@ def dying(self, video):
             os.kill(os.getpid(), signal.SIGKILL)
         yield latents
 
-Shard.describe, train.data.encoding._VideoEncoder.__call__ = counting, dying
+Shard.describe, train.data.encoders.VideoEncoder.__call__ = counting, dying
 sys.exit(cli.main({[*argv, *more]!r}))
 """
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -17,30 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, PyTree, UInt8
 
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.models.checkpoints import load_vae
 from rehyat_jax.models.folder import find_model, read_defaults
 from rehyat_jax.models.memory import encoder_bytes, fitting_size, size_unit, text_encoder_bytes, weights_bytes
 from rehyat_jax.models.networks import open_component
-from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.runtime.files import reason, whole_file
 from rehyat_jax.runtime.memory import Need
-from rehyat_jax.runtime.platform import precision
-from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
-from train.data.footage import Footage, Found, Unusable, content_digest, size_and_time
-from train.data.frames import clips, count_clips
+from rehyat_jax.text.prompt_encoder import PromptEncoder
+from train.data.encoders import TextEncoder, VideoEncoder, latent_frames_per_step
+from train.data.footage import Footage, Found, Unusable, content_digest
+from train.data.frames import count_clips
 from train.data.ledger import Checked, Key, Ledger
 from train.data.prepared import INDEX, PLAN, VERSION, EncodePlan, Prepared, Video, check_version, identity
 from train.data.records import File, Held, Shard, pack, shards_of, write_shard
 
-#: Pixels of a step of the VAE: about a second of 480p would fill a small device, a latent frame of it does not.
-_STEP_PIXELS = 1 << 21
 #: Called with what is under way, how much of it is done, and all of it.
 Progress = Callable[[str, int, int], None]
 #: What two plans must have in common, in words where the name does not say it.
@@ -156,7 +148,7 @@ def memory_need(encoding: Encoding) -> Need:
         CheckpointError, ConfigError: the model has not both networks.
     """
     plan, vae = encoding.plan, open_component(encoding.model, "vae").config
-    step = _latent_frames_per_step(vae, height=plan.height, width=plan.width)
+    step = latent_frames_per_step(vae, height=plan.height, width=plan.width)
     sizes = {"frames": plan.frames, "height": plan.height, "width": plan.width}
     video = encoder_bytes(vae, **sizes, latent_frames_per_step=step)
     video += weights_bytes(encoding.model, "vae", dtype=jnp.float32)
@@ -175,10 +167,6 @@ def smaller_size(encoding: Encoding) -> str | None:
 
     plan = encoding.plan
     return fitting_size(need, height=plan.height, width=plan.width, multiple=size_unit(encoding.model))
-
-
-def _latent_frames_per_step(vae: VAEConfig, *, height: int, width: int) -> int:
-    return max(_STEP_PIXELS // (height * width * vae.temporal_factor), 1)
 
 
 def encode_footage(
@@ -321,7 +309,7 @@ class _Run:
         total = sum(map(len, missing))
         if not total:
             return
-        encoder, tokens, done = _TextEncoder(self._encoding), dict[str, int](), 0
+        encoder, tokens, done = TextEncoder(self._encoding.model, self._encoding.plan), dict[str, int](), 0
         self._progress("captions", 0, total)
 
         def records(group: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -351,7 +339,7 @@ class _Run:
         total = sum(map(len, missing))
         if not total:
             return
-        encode, done = _VideoEncoder(self._encoding), 0
+        encode, done = VideoEncoder(self._encoding.model, self._encoding.plan), 0
         self._progress("videos", 0, total)
 
         def records(group: list[tuple[Footage, Checked]]) -> Iterator[tuple[str, bytes | None]]:
@@ -455,59 +443,3 @@ class _Run:
 def _shard_name(kind: str, keys: Iterable[str]) -> str:
     """The same records make the same name."""
     return f"{kind}-{hashlib.sha256(' '.join(keys).encode()).hexdigest()[:16]}.array_record"
-
-
-class _TextEncoder:
-    """The text encoder, read when it is first needed."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        self._dtype = jnp.dtype(encoding.plan.dtype)
-        self._prompts = PromptEncoder(
-            encoding.model, dtype=self._dtype, warn=False, repair=encoding.plan.repair_prompts
-        )
-
-    def __call__(self, caption: str) -> tuple[Float[np.ndarray, "L D"], bool]:
-        """The caption's embedding, its tokens alone, and whether all of the caption is in it."""
-        tokens = int(self._prompts.tokenizer.encode(caption, TEXT_LENGTH + 1).mask.sum())
-        with precision(self._dtype):
-            text = self._prompts(caption)[0, : min(tokens, TEXT_LENGTH)]
-            return np.asarray(text.astype(self._dtype)), tokens <= TEXT_LENGTH
-
-
-class _VideoEncoder:
-    """The VAE's encoder, compiled for one clip."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        self._plan = encoding.plan
-        vae, plan = load_vae(encoding.model), encoding.plan
-        graph, self._params = nnx.split(vae)
-        step = _latent_frames_per_step(vae.config, height=plan.height, width=plan.width)
-
-        @jax.jit
-        def encode(params: PyTree, clip: UInt8[Array, "F H W 3"]) -> Float[Array, "T h w z"]:
-            vae = nnx.merge(graph, params)
-            video = clip[None].astype(jnp.float32) / 127.5 - 1.0
-            return vae.normalize(vae.encode(video, frames_per_step=step))[0].astype(jnp.dtype(plan.dtype))
-
-        self._encode = encode
-
-    def __call__(self, video: Footage) -> Iterator[Float[np.ndarray, "T h w z"]]:
-        """Normalised latents of its clips.
-
-        Raises:
-            RehyatError: it is damaged, has changed since it was checked, or has latents that are not finite.
-        """
-        plan = self._plan
-        shots = clips(video.path, frames=plan.frames, fps=plan.fps, height=plan.height, width=plan.width)
-        for number, clip in enumerate(shots, 1):
-            with precision(jnp.float32):
-                latents = np.asarray(self._encode(self._params, clip))
-            if not np.isfinite(latents).all():
-                raise RehyatError(f"{video.path}: the latents of clip {number} are not finite")
-            yield latents
-        try:
-            same = size_and_time(video.path) == (video.size, video.modified)
-        except OSError as error:
-            raise RehyatError(f"cannot read {video.path}: {reason(error)}") from error
-        if not same:
-            raise RehyatError(f"{video.path} was changed while it was encoded")

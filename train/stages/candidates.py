@@ -19,7 +19,8 @@ from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.runtime.record import Phases
 from train.engine.run import RunConfig
 from train.stages.choice import Choice, Everywhere, choose, mixer_milliseconds
-from train.stages.distill import DistillStage, DistillTraining
+from train.stages.distill import DistillTraining
+from train.stages.distill_stage import DistillStage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

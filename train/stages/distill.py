@@ -7,62 +7,40 @@ that output as a hybrid. The file defines ``config``, a `train.stages.distill.Di
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import functools
-import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from flax import nnx
-from jaxtyping import Array, Key, PyTree
 
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import BlockMixers, HybridConfig
-from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
-from rehyat_jax.models.folder import read_scheduler
 from rehyat_jax.models.memory import text_encoder_bytes, transformer_bytes, weights_bytes
 from rehyat_jax.models.networks import open_component
-from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.sharding import check_mesh
-from rehyat_jax.models.wan.student import write_student
-from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.runtime.compilation import cache_folder
-from rehyat_jax.runtime.devices import Devices, first_process, loading
+from rehyat_jax.runtime.devices import Devices, first_process
 from rehyat_jax.runtime.memory import Need
 from rehyat_jax.runtime.record import Phases
-from rehyat_jax.sampling import FlowSchedule, Guidance, Solver, UniPC
-from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
-from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
-from rehyat_jax.weights.files import read_json
-from rehyat_jax.weights.writing import whole_folder
-from train.data.prepared import Prepared
-from train.data.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, prepared_sources
+from rehyat_jax.sampling import FlowSchedule, Guidance, Solver
+from train.data.sources import Source
 from train.data.trajectories import Sampling, Trajectories
 from train.engine.arithmetic import distillation_flops
-from train.engine.folder import RunFolder
 from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
-from train.engine.stage import Inputs as RoundInputs
-from train.engine.stage import Measure, Models, Network, Round, Stage
 from train.stages.attention_loss import LossName, check_learns
-from train.stages.block_choice import choose_blocks
-from train.stages.blockwise import Figures
 from train.stages.choice import Choice, Chosen
 from train.stages.learner import Learner
-from train.stages.planned import planned_model
-from train.stages.sizes import check_sizes, whole_model
+from train.stages.sizes import whole_model
 
-#: What a result has from its teacher, as it is there; the transformer's folder gets a ``rehyat`` part.
-_KEPT = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "rehyat_defaults.json")
+if TYPE_CHECKING:
+    from train.stages.distill_stage import DistillStage  # made from such a configuration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +138,8 @@ class DistillTraining(RunConfig):
         super().run(phases, change=change, force=force)
 
     def stage(self) -> DistillStage:
-        from train.stages.streamed_distill import StreamedDistillStage, causal_mixer  # which is such a stage itself
+        from train.stages.distill_stage import DistillStage
+        from train.stages.streamed_distill import StreamedDistillStage, causal_mixer
 
         if (causal := causal_mixer(whole_model(self.teacher))) is None:
             return DistillStage(self if self.choice is None else self.chosen())
@@ -208,6 +187,8 @@ class DistillTraining(RunConfig):
         sources = tuple(dataclasses.replace(source, **changes, **sizes) for source in self.sources)
         # As a TPU would choose: what this machine would is another thing.
         hybrid = self.hybrid.implemented("pallas")
+        from train.stages.distill_stage import PlannedDistill
+
         return PlannedDistill(dataclasses.replace(self, sources=sources, hybrid=hybrid), among)
 
     def devices(
@@ -276,314 +257,3 @@ class DistillTraining(RunConfig):
             num_steps=self.num_inference_steps,
             guidance=Guidance(scale=self.guidance_scale),
         )
-
-
-class _Points(RoundInputs):
-    """A source at work: each of its rounds, and a key for what is drawn of its points."""
-
-    def __init__(self, inputs: Inputs, rounds: Sequence[int], *, seed: int) -> None:
-        self.inputs, self.frozen, self._rounds, self._seed = inputs, inputs.frozen, rounds, seed
-
-    def host(self, index: int) -> PyTree:
-        return self.inputs.host_batch(bisect.bisect_left(self._rounds, index)), _key(self._seed, 0, index)
-
-    def host_shapes(self) -> PyTree:
-        return self.inputs.host_batch_shapes(), jax.eval_shape(lambda: _key(0))
-
-    def begin(self, devices: Devices) -> PyTree:
-        return self.inputs.begin(devices)
-
-
-class DistillStage(Stage):
-    """A teacher's converted blocks learn, each by itself, on what the teacher's pass shows them.
-
-    What is measured on held-out prompts goes, block by block, to ``blocks.jsonl`` beside ``metrics.jsonl``.
-    """
-
-    def __init__(self, training: DistillTraining) -> None:
-        self.training, self.steps_per_round = training, training.steps_per_round
-        # 0: at the end alone.
-        self.validate_every = (training.measure_rounds or training.steps) * self.steps_per_round
-        self.validate_first = training.measure_rounds > 0
-        self._error: np.ndarray | None = None
-
-    @functools.cached_property
-    def folder(self) -> Path:
-        """The teacher's."""
-        return whole_model(self.training.teacher)
-
-    @functools.cached_property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.training.dtype)
-
-    @functools.cached_property
-    def teacher(self) -> WanTransformer:
-        with loading(self.training.mesh):
-            teacher = load_transformer(self.folder, dtype=self.dtype, hybrid=None)
-        check_sizes(self.training.model, teacher.config, where=self.folder)
-        return teacher
-
-    @property
-    def model(self) -> WanConfig:
-        return self.teacher.config
-
-    @functools.cached_property
-    def vae(self) -> VAEConfig:
-        config, where = VAEConfig.from_dict(read_json(self.folder / "vae" / "config.json")), self.folder / "vae"
-        if not config.z_dim == self.model.in_channels == self.model.out_channels:
-            raise CheckpointError(
-                f"{where} makes latents of {config.z_dim} channels, and the transformer has {self.model.in_channels} "
-                f"in and {self.model.out_channels} out"
-            )
-        return config
-
-    @functools.cached_property
-    def sampling(self) -> Sampling:
-        return self.training.sampling(*read_scheduler(self.folder))
-
-    @functools.cached_property
-    def numbers(self) -> list[int]:
-        """The converted blocks' among all."""
-        training = self.training
-        numbers = [i for i, chosen in enumerate(self.learner.mixing.converted) if chosen]
-        if training.best is not None and not 1 <= training.best <= len(numbers):
-            raise ConfigError(f"the best {training.best} of {len(numbers)} converted blocks cannot be chosen")
-        return numbers
-
-    @functools.cached_property
-    def shapes(self) -> list[tuple[int, int, int, int]]:
-        """Of each source's latents."""
-        return [source.latent_shape(self.vae, self.model) for source in self.training.sources]
-
-    @functools.cached_property
-    def devices(self) -> Devices:
-        _ = self.numbers, self.sampling  # what else a user may have got wrong
-        return self.training.devices(self.model, self.shapes)
-
-    @property
-    def networks(self) -> dict[str, Network]:
-        """The teacher and, each in a role of its own, the converted blocks' mixers by group (`Mixing`)."""
-
-        def mixers(number: int) -> Network:
-            # Of a mixer without parameters nothing learns.
-            learns = self.training.optimizer if jax.tree.leaves(nnx.state(self.blocks[number])) else None
-            return Network(make=lambda: self.blocks[number], optimizer=learns, stacked=True)
-
-        found = {role: mixers(number) for number, role in enumerate(self.learner.roles)}
-        return found | {"teacher": Network(make=lambda: self.teacher)}
-
-    @functools.cached_property
-    def blocks(self) -> tuple[Any, ...]:
-        """The converted groups' mixers before they have learned."""
-        return self.learner.mixing.parted(self.training.blocks(self.model))
-
-    @functools.cached_property
-    def learner(self) -> Learner:
-        return self.training.learner(self.model, sampling=self.sampling)
-
-    @functools.cached_property
-    def _plan(self) -> list[int]:
-        """Which source each round draws from."""
-        share = np.array([source.share for source in self.training.sources])
-        rounds = -(-self.training.steps // self.steps_per_round)
-        return np.random.default_rng(self.training.seed).choice(len(share), size=rounds, p=share / share.sum()).tolist()
-
-    def round_of(self, index: int) -> tuple[int, ...]:
-        return (self._plan[index],)
-
-    def rounds(self) -> dict[tuple[int, ...], Round]:
-        return {(place,): self._round(place, inputs) for place, inputs in enumerate(self.inputs())}
-
-    def _round(self, place: int, inputs: Inputs) -> Round:
-        training, shape = self.training, self.shapes[place]
-        rounds = [index for index, which in enumerate(self._plan) if which == place]
-        return Round(
-            function=self.learner.round(inputs, place, shape=shape),
-            inputs=_Points(inputs, rounds, seed=training.seed),
-            flops=self.round_flops(place),
-        )
-
-    def round_flops(self, place: int) -> float:
-        """Floating-point operations of a round on a source."""
-        return float(self.training.flops(self.model, self.training.sources[place], self.shapes[place]))
-
-    def title(self, data: int) -> str:
-        source = self.training.sources[data]
-        return f"{source.batch} clips of {source.frames} frames"
-
-    @functools.cached_property
-    def embed(self) -> Embed:
-        """Prompts, embedded by the teacher's text encoder."""
-        repair = self.training.repair_prompts
-        return _embeddings(self.folder, self.training.sources, self.dtype, repair=repair)
-
-    def inputs(self) -> list[Inputs]:
-        """Each source at work."""
-        training = self.training
-        _ = self.prepared
-        # All that a user may have got wrong is known before the text encoder is read.
-        seed, reserved = training.seed, training.held_out
-        texts = [source.texts(seed=seed, reserved=reserved) if source.samples else None for source in training.sources]
-        _ = self.held_out
-        return [self._inputs(place, text) for place, text in enumerate(texts)]
-
-    def _inputs(self, place: int, texts: Callable[[int], str] | None) -> Inputs:
-        training, source = self.training, self.training.sources[place]
-        key, shape = _key(training.seed, 1 + place), self.shapes[place]
-        if source.videos:
-            vae = load_vae(self.folder, dtype=self.dtype)
-            return NoisyClips(source, sampling=self.sampling, embed=self.embed, vae=vae, key=key)
-        if source.prepared is not None:
-            return PreparedInputs(
-                source,
-                self.prepared[source.prepared],
-                sampling=self.sampling,
-                dtype=self.dtype,
-                key=key,
-                seed=training.seed,
-                rows=self.devices.rows(),
-            )
-        assert texts is not None
-        return OwnTrajectories(source, sampling=self.sampling, texts=texts, embed=self.embed, shape=shape, key=key)
-
-    @functools.cached_property
-    def prepared(self) -> Mapping[Path, Prepared]:
-        """The opened folders of prepared sources."""
-        return prepared_sources(self.training.sources, self.folder, held_out=self.training.held_out)
-
-    @functools.cached_property
-    def held_out(self) -> list[list[str]]:
-        """Prompts of each source that measure."""
-        count = self.training.held_out
-        return [
-            source.held_out(count)
-            if source.prepared is None
-            else self.prepared[source.prepared].held_out_captions(count)
-            for source in self.training.sources
-        ]
-
-    def measures(self) -> list[Measure]:
-        """Whole trajectories of every source's held-out prompts: the same noise and prompts in every run."""
-        negative = self.embed([""])
-        return [
-            Measure(
-                function=self.learner.measure(shape=shape),
-                frozen={"text": self.embed(prompts), "negative": negative},
-                host=None,
-                host_shapes=None,
-            )
-            for prompts, shape in zip(self.held_out, self.shapes, strict=True)
-        ]
-
-    def report(
-        self, results: Sequence[PyTree], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder
-    ) -> dict[str, float]:
-        everything: Figures = jax.tree.map(lambda *x: np.stack(x), *results)  # [source, step, block]
-        figures = Figures(
-            everything.error.mean((0, 1)), everything.share.mean((0, 1)), everything.normaliser.min((0, 1))
-        )
-        self._error = np.asarray(figures.error)
-        entry = {"step": step, "block": self.numbers} | {k: v.tolist() for k, v in figures._asdict().items()}
-        entry |= {
-            "error_by_source": everything.error.mean((1, 2)).tolist(),
-            "error_by_sampling_step": everything.error.mean((0, 2)).tolist(),
-        }
-        if first_process():
-            folder.path.mkdir(parents=True, exist_ok=True)
-            with folder.blocks.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        return {"held_out": float(figures.error.mean()), "share": float(figures.share.mean())}
-
-    def export(self, averages: Mapping[str, Any], folder: Path) -> None:
-        """The teacher's folder with a ``rehyat`` part, of the blocks with the smallest error where some are chosen."""
-        training, hybrid, mixing = self.training, self.training.hybrid, self.learner.mixing
-        groups = {role: averages.get(role, self.blocks[number]) for number, role in enumerate(self.learner.roles)}
-        made = list(groups.values())
-        blocks = made[0] if len(made) == 1 else nnx.List(made)
-        if training.best is not None:
-            chosen = choose_blocks(self._measured(groups).tolist(), training.best)
-            hybrid = hybrid.only(tuple(self.numbers[i] for i in chosen))
-            blocks = mixing.selected(blocks, Mixing.of(hybrid, self.model.num_layers))
-        with whole_folder(folder) as partial:
-            for name in _KEPT:
-                if (self.folder / name).is_dir():
-                    shutil.copytree(self.folder / name, partial / name, ignore=shutil.ignore_patterns("rehyat"))
-                elif (self.folder / name).is_file():
-                    shutil.copyfile(self.folder / name, partial / name)
-            write_student(partial / "transformer", self.model, hybrid, blocks)
-            self.write_beside(partial)
-
-    def write_beside(self, folder: Path) -> None:
-        """What a result has beside the teacher's files and its own part."""
-
-    def _measured(self, groups: Mapping[str, Any]) -> np.ndarray:
-        """Each block's error: of the last validation or, for a checkpoint's, measured now."""
-        if self._error is not None:
-            return self._error
-        split = {role: nnx.split(module) for role, module in {**groups, "teacher": self.teacher}.items()}
-        graphs, devices = {role: graph for role, (graph, _) in split.items()}, self.devices
-        params = devices.parameters({role: variables for role, (_, variables) in split.items()})
-
-        def error(measure: Measure) -> np.ndarray:
-            def program(params: PyTree, frozen: PyTree) -> Figures:
-                return measure.function(Models(graphs, frozen=params), frozen, None)
-
-            arrays = params, devices.replicate(measure.frozen)
-            compiled = devices.lower(program, *arrays, out=devices.replicated).compile()
-            return np.asarray(compiled(*arrays).error)
-
-        return np.stack([error(measure) for measure in self.measures()]).mean((0, 1))
-
-
-class PlannedDistill(DistillStage):
-    """The same programs, from shapes: no weights and no prompts are read."""
-
-    def __init__(self, training: DistillTraining, among: Sequence[Any]) -> None:
-        super().__init__(training)
-        self._among, self.folder = among, training.teacher
-        self.vae = VAEConfig.published_for(planned_model(training.model, training.teacher))
-        self.sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
-
-    @functools.cached_property
-    def teacher(self) -> WanTransformer:
-        model = planned_model(self.training.model, self.training.teacher)
-        return nnx.eval_shape(lambda: WanTransformer(model, dtype=self.dtype, param_dtype=self.dtype, rngs=nnx.Rngs(0)))
-
-    @functools.cached_property
-    def devices(self) -> Devices:
-        return self.training.devices(self.model, self.shapes, among=self._among)
-
-    @functools.cached_property
-    def blocks(self) -> tuple[Any, ...]:
-        return self.learner.mixing.parted(nnx.eval_shape(lambda: self.training.blocks(self.model)))
-
-    def inputs(self) -> list[Inputs]:
-        def embed(texts: Sequence[str]) -> Array:
-            return jnp.zeros((len(texts), TEXT_LENGTH, self.model.text_dim), self.dtype)
-
-        return [
-            OwnTrajectories(
-                source,
-                sampling=self.sampling,
-                texts=lambda number: "",
-                embed=embed,
-                shape=shape,
-                key=jax.random.key(0),
-            )
-            for source, shape in zip(self.training.sources, self.shapes, strict=True)
-        ]
-
-
-def _key(seed: int, *numbers: int) -> Key[Array, ""]:
-    return functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
-
-
-def _embeddings(folder: Path, sources: tuple[Source, ...], dtype: jnp.dtype, *, repair: bool) -> Embed:
-    """A teacher's prompt embeddings. Those of a file are kept on disk, for they come again and again."""
-    if all(source.of_sprites for source in sources):
-        encoder, tokenizer = load_text_encoder(folder, dtype=dtype), Tokenizer.from_folder(folder, repair=repair)
-        return lambda texts: embed_prompts(encoder, tokenizer, texts).astype(dtype)
-    cache = cache_folder()
-    kept = PromptEncoder(folder, dtype=dtype, cache=cache and cache / "prompts", repair=repair)
-    kept.tell_cut([line for source in sources if source.samples and not source.of_sprites for line in source.lines()])
-    return lambda texts: jnp.concatenate([kept(text) for text in texts]).astype(dtype)

@@ -23,7 +23,8 @@ from train.data.sources import Inputs
 from train.data.streams import OwnStreams, StreamSampling
 from train.engine.arithmetic import forward_flops
 from train.stages.attending import Streamed
-from train.stages.distill import DistillStage, DistillTraining, _key
+from train.stages.distill import DistillTraining
+from train.stages.distill_stage import DistillStage, draw_key
 from train.stages.forced import whole_streams
 from train.stages.learner import Learner
 from train.stages.sizes import check_sizes
@@ -127,7 +128,7 @@ class StreamedDistillStage(DistillStage):
             texts=texts,
             embed=self.embed,
             shape=self.shapes[place],
-            key=_key(self.training.seed, 1 + place),
+            key=draw_key(self.training.seed, 1 + place),
         )
 
     def round_flops(self, place: int) -> float:
