@@ -4,10 +4,10 @@ import gc
 import signal
 import subprocess
 
-from jaxtyping import install_import_hook
+from shared.typechecks import check_types
 
 # Before the packages are imported: their annotated signatures become checks.
-install_import_hook(["rehyat_jax", "pallas_kernels", "train"], "beartype.beartype")
+check_types("rehyat_jax", "pallas_kernels", "train")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell's background job inherits SIGINT ignored, and so would the programs that tests interrupt.
