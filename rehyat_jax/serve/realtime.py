@@ -3,13 +3,15 @@
 The client says ``session.start`` (or ``session.join`` with a stream's id), then ``session.interaction``,
 ``session.playback``, ``session.ping``, ``session.stop``; and of our own ``session.rewind``, ``session.fork``,
 ``session.save``. The server says ``video.start``, then ``video.chunk_metadata`` before each binary fragment of the
-growing mp4, of our own ``video.rewind``, and ``session.…`` or ``error`` in answer.
+growing mp4 (the first has the file's head in front), of our own ``video.rewind``, and ``session.…`` or ``error`` in
+answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -21,10 +23,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.host import Full, Host
 from rehyat_jax.serve.live import LiveStream, Viewer
-from rehyat_jax.serve.wish import Wish
+from rehyat_jax.serve.wish import LENGTH, Wish, check_rate, frames_of
 
 #: Characters of a message.
 _LONGEST = 1 << 16
+#: Seconds in which a client says what it wants.
+_PATIENCE = 30.0
+#: Events of a connection that are known again when they are told twice, and characters of an event's id.
+_EVENTS, _LONGEST_ID = 1000, 100
 
 
 async def realtime(socket: WebSocket, host: Host) -> None:
@@ -39,39 +45,54 @@ async def realtime(socket: WebSocket, host: Host) -> None:
 
 
 class _Connection:
-    def __init__(self, socket: WebSocket, host: Host, name: str, viewer: Viewer) -> None:
+    def __init__(
+        self, socket: WebSocket, host: Host, name: str, viewer: Viewer, *, first: int, until: int | None, owns: bool
+    ) -> None:
         self._socket, self._host, self._name, self._viewer = socket, host, name, viewer
+        self._owns = owns
         self._live: LiveStream = host.get(name)
         self._something = asyncio.Event()
-        #: Event ids that wait for their chunk, by its number; and those in force.
+        #: The chunk that is sent next, how many were, and the frames after which the client has all that it wants.
+        self._next, self._sent, self._until = first, 0, until
+        #: What was asked for by which event, and the chunk that it began with.
+        self._asked: dict[str, tuple[str, int]] = {}
+        #: Event ids that wait for their chunk, by its number.
         self._events: dict[str, int] = {}
         self._sending = asyncio.Lock()
+        self._over = False
 
     @classmethod
     async def opened(cls, socket: WebSocket, host: Host) -> _Connection | None:
         """After the first message; None, and the client is told why, where it asks for what cannot be."""
-        message = await _message(socket)
         try:
-            if message.get("type") == "session.join":
+            async with asyncio.timeout(_PATIENCE):
+                message = await _message(socket)
+            begins = message.get("type") == "session.start"
+            until = None
+            if begins:
+                if message.get("format") not in (None, "m4s"):
+                    raise RehyatError(f"format must be m4s, not {str(message['format'])[:80]!r}")
+                check_rate(message, host.pace.fps)
+                until = frames_of(message, host.pace.fps)
+                wish = Wish.from_message(message, also=("type", "format", *LENGTH))
+                name = await asyncio.wrap_future(host.begin(wish))
+            elif message.get("type") == "session.join":
                 name = _text(message, "id")
-            elif message.get("type") == "session.start":
-                name = await asyncio.wrap_future(host.begin(Wish.from_message(message)))
             else:
                 raise RehyatError("the first message is session.start or session.join")
             live = host.get(name)
+        except TimeoutError:
+            await socket.close(1008, f"nothing was asked for in {_PATIENCE:g} seconds")
+            return None
         except RehyatError as error:
             await socket.send_json(_error(error))
             await socket.close(1013 if isinstance(error, Full) else 1008)
             return None
-        start = message.get("from_chunk", len(live.chunks) if message["type"] == "session.join" else 0)
-        number = start if isinstance(start, int) and 0 <= start <= len(live.chunks) else len(live.chunks)
         chunks = live.chunks
+        start = message.get("from_chunk", 0 if begins else len(chunks))
+        number = start if isinstance(start, int) and 0 <= start <= len(chunks) else len(chunks)
         position = (chunks[number].first_frame if number < len(chunks) else live.frames) / live.pace.fps
-        connection = cls(socket, host, name, live.join(position=position))
-        connection._next = number
-        return connection
-
-    _next: int
+        return cls(socket, host, name, live.join(position=position), first=number, until=until, owns=begins)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -91,27 +112,32 @@ class _Connection:
         scope.cancel()
 
     async def _send_fragments(self) -> None:
-        live, started = self._live, False
-        epoch, transport = live.epoch, 0
+        live, epoch = self._live, self._live.epoch
         while True:
             self._something.clear()
             if live.epoch != epoch:
                 kept = live.kept_since(epoch)
                 epoch = kept.epoch
+                self._events = {name: min(number, kept.chunks) for name, number in self._events.items()}
                 if kept.chunks < self._next:
                     self._next = kept.chunks
                     await self._say({"type": "video.rewind", "chunk": kept.chunks, "position_seconds": kept.seconds})
             data = live.fragment(self._next, epoch=epoch)
             if data is None:
-                if live.closed:
-                    done = {"type": "session.done"} if live.failed is None else _error(RehyatError(live.failed))
-                    await self._say(done)
+                if live.closed and not self._over and live.failed is not None:
+                    await self._say(_error(RehyatError(live.failed)))
                     await self._socket.close()
+                    return
+                if live.closed and not self._over:
+                    await self._done(stopped=False)
                     return
                 await self._something.wait()
                 continue
-            if not started:
-                started = True
+            chunks = live.chunks
+            if live.epoch != epoch or self._next >= len(chunks):
+                continue
+            if not self._sent:
+                data = live.head + data
                 await self._say(
                     {
                         "type": "video.start",
@@ -120,31 +146,43 @@ class _Connection:
                         "mime_type": f'video/mp4; codecs="{live.codec}"',
                         "fps": live.pace.fps,
                         **live.how,
-                    },
-                    live.head,
+                        "config": {"prompt": chunks[self._next].prompt, "fps": live.pace.fps, **live.how},
+                    }
                 )
-            chunks = live.chunks
-            if live.epoch != epoch or self._next >= len(chunks):
-                continue
             chunk = chunks[self._next]
             begun = [name for name, number in self._events.items() if number <= chunk.number]
             for name in begun:
                 del self._events[name]
+            # The newest is in force, whole from its first chunk on; those before it never were.
+            events = begun[-1:]
             metadata = {
                 "type": "video.chunk_metadata",
-                "transport_chunk_index": transport,
+                "kind": "media",
+                "transport_chunk_index": self._sent,
                 "generation_chunk_index": chunk.number,
                 "num_frames": chunk.frames,
                 "first_frame": chunk.first_frame,
                 "byte_length": len(data),
-                "started_event_ids": begun,
-                "active_event_ids": begun,
-                "completed_event_ids": [],
+                "started_event_ids": events,
+                "active_event_ids": events,
+                "completed_event_ids": events,
                 "prompt": chunk.prompt,
                 "seconds": round(chunk.seconds, 4),
             }
             await self._say(metadata, data)
-            self._next, transport = self._next + 1, transport + 1
+            self._next, self._sent = self._next + 1, self._sent + 1
+            if self._until is not None and chunk.first_frame + chunk.frames >= self._until:
+                await self._done(stopped=False)
+                return
+
+    async def _done(self, *, stopped: bool) -> None:
+        """The last message. A stream that this client began ends with it, unless others watch."""
+        self._over = True
+        if self._owns and self._live.viewers == 1 and not self._live.closed:
+            with suppress(RehyatError):  # it ended meanwhile
+                await asyncio.to_thread(self._host.end, self._name)
+        await self._say({"type": "session.done", "chunks": self._sent, "stopped": stopped})
+        await self._socket.close()
 
     async def _receive(self) -> None:
         answers: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -159,13 +197,14 @@ class _Connection:
             message = await _message(self._socket)
             kind = str(message.get("type"))
             if kind == "session.stop":
-                await self._say({"type": "session.done"})
-                await self._socket.close()
+                await self._done(stopped=True)
                 return
             try:
                 if kind not in answers:
                     raise RehyatError(f"there is no message {kind[:80]!r} here")
                 await answers[kind](message)
+            except _Conflict as error:
+                await self._say(_error(error) | {"code": "event_id_conflict", "event_id": error.event})
             except RehyatError as error:
                 await self._say(_error(error))
 
@@ -174,10 +213,30 @@ class _Connection:
         event = inner.get("event") if isinstance(inner, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(event, Mapping):
             raise RehyatError("session.interaction has interaction: {event_id, event: {prompt}}")
-        prompt, name = _text(event, "prompt"), str(inner.get("event_id", ""))[:100]
+        if unknown := sorted(event.keys() - {"prompt"}):
+            raise RehyatError(f"an event has a prompt, and no {unknown[0][:80]!r}")
+        prompt, name = _text(event, "prompt"), inner.get("event_id")
+        if not prompt.strip():
+            raise RehyatError("the prompt of an event is empty")
+        name = secrets.token_hex(8) if name is None else name
+        if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_ID:
+            raise RehyatError(f"event_id must be a text of 1 to {_LONGEST_ID} characters")
+        transition = inner.get("transition_chunks")
+        if transition not in (None, 0, 1) or isinstance(transition, bool):
+            raise RehyatError(
+                f"transition_chunks must be 0 or 1, not {str(transition)[:80]}: a sentence is in force at once"
+            )
         self._host.check_prompt(prompt)
-        number = await _result(self._live.change_prompt(prompt))
-        self._events[name] = number
+        if name in self._asked:  # told again
+            before, number = self._asked[name]
+            if before != prompt:
+                raise _Conflict(name)
+        else:
+            number = await _result(self._live.change_prompt(prompt))
+            self._events[name] = number
+            self._asked[name] = (prompt, number)
+            if len(self._asked) > _EVENTS:
+                del self._asked[next(iter(self._asked))]
         await self._say({"type": "session.interaction.queued", "event_id": name, "generation_chunk_index": number})
 
     async def _playback(self, message: Mapping[str, Any]) -> None:
@@ -203,9 +262,17 @@ class _Connection:
 
     async def _say(self, message: Mapping[str, Any], data: bytes | None = None) -> None:
         async with self._sending:  # a fragment follows its metadata
-            await self._socket.send_json(message)
+            await self._socket.send_json({"request_id": self._name, **message})
             if data is not None:
                 await self._socket.send_bytes(data)
+
+
+class _Conflict(RehyatError):
+    """An event's id that another event of the same connection had."""
+
+    def __init__(self, event: str) -> None:
+        super().__init__(f"another event was {event!r}")
+        self.event = event
 
 
 async def _result(future: Future[Any]) -> Any:
@@ -235,7 +302,7 @@ async def _message(socket: WebSocket) -> dict[str, Any]:
 
 
 def _error(error: RehyatError) -> dict[str, Any]:
-    return {"type": "error", "error": {"message": str(error), "type": "invalid_request_error"}}
+    return {"type": "error", "message": str(error)}
 
 
 def _text(message: Mapping[str, Any], name: str) -> str:

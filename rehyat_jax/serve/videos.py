@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import io
 import json
-import re
 from collections.abc import Sequence
 from email.parser import BytesParser
 from email.policy import HTTP
@@ -22,11 +21,13 @@ from starlette.routing import Route
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.host import Host
 from rehyat_jax.serve.jobs import Job
-from rehyat_jax.serve.wish import Wish
+from rehyat_jax.serve.wish import LENGTH, Wish, check_rate, frames_of
 from rehyat_jax.video.images import read_image
 
 #: Fields of a form that are numbers; in JSON they are numbers already.
 _WHOLE, _REAL = ("seed", "num_frames", "num_inference_steps", "fps"), ("guidance_scale", "seconds")
+#: Of a video where a client says nothing.
+_SECONDS = 4
 #: Of an image that a client sends.
 _MOST_PIXELS = 1 << 24
 
@@ -50,13 +51,11 @@ def video_routes(host: Host, names: Sequence[str]) -> list[Route]:
         if fields["model"] not in names:
             raise RehyatError(f"there is no model {str(fields['model'])[:80]!r} here, only {', '.join(names)}")
         image = fields.pop("input_reference", None)
-        if fields.get("fps") not in (None, host.pace.fps):
-            raise RehyatError(f"fps must be {host.pace.fps}, the model's own, not {fields['fps']}")
-        width, height = _size(fields.get("size"))
-        wish = Wish.from_message({"width": width, "height": height} | fields)
+        check_rate(fields, host.pace.fps)
+        wish = Wish.from_message(fields, also=LENGTH)
         if image is not None:
             wish = dataclasses.replace(wish, image=await asyncio.to_thread(_image, image))
-        job = host.queue(wish, frames=_frames(fields, host.pace.fps))
+        job = host.queue(wish, frames=frames_of(fields, host.pace.fps) or _SECONDS * host.pace.fps)
         return JSONResponse(_told(job))
 
     async def listed(_: Request) -> Response:
@@ -158,25 +157,3 @@ def _image(content: Any) -> np.ndarray:
             return read_image("input_reference", image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise wrong from error
-
-
-def _size(size: Any) -> tuple[int | None, int | None]:
-    if size is None:
-        return None, None
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(size))
-    if not match:
-        raise RehyatError(f"size must be a width and a height as 832x480, not {str(size)[:80]!r}")
-    return int(match[1]), int(match[2])
-
-
-def _frames(fields: dict[str, Any], fps: int) -> int:
-    """As many as ``num_frames`` says, else ``seconds``, else four seconds."""
-    frames = fields.get("num_frames")
-    if frames is None:
-        seconds = fields.get("seconds", 4)
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
-            raise RehyatError(f"seconds must be a number above 0, not {str(seconds)[:80]!r}")
-        frames = max(1, round(seconds * fps))
-    if isinstance(frames, bool) or not isinstance(frames, int):
-        raise RehyatError(f"num_frames must be a whole number, not {str(frames)[:80]!r}")
-    return frames

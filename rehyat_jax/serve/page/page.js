@@ -49,7 +49,7 @@ class View {
     else if (message.type === "session.forked") watch(message.id);
     else if (message.type === "session.interaction.queued") tell("The new sentence begins with the next chunk.");
     else if (message.type === "session.done") { this.ended = true; tell("The stream has ended."); list(); }
-    else if (message.type === "error") { tell(message.error.message); if (!this.id) this.ended = true; }
+    else if (message.type === "error") { tell(message.message); if (!this.id) this.ended = true; }
   }
 
   start(message) {
