@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import secrets
 import sys
@@ -18,6 +19,8 @@ from rehyat_jax.runtime.mesh_config import MeshConfig
 
 if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
+
+_log = logging.getLogger(__name__)
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 #: A model that knows no more words than these has them suggested.
@@ -255,7 +258,10 @@ def _Announced(config, options: Serve, token: str | None):
             port = self.servers[0].sockets[0].getsockname()[1]
             shown = f"[{options.host}]" if ":" in options.host else options.host
             address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
-            print(f"rehyat: {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+            if options.log == "json":
+                _log.info("listening", extra={"address": address})
+            else:
+                print(f"rehyat: {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
             if options.browser:
                 import webbrowser
 

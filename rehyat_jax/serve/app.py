@@ -22,6 +22,7 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.guard import Access, Guard
 from rehyat_jax.serve.host import Full, Host
 from rehyat_jax.serve.live import LiveStream
+from rehyat_jax.serve.playlist import playlist_routes
 from rehyat_jax.serve.realtime import realtime
 from rehyat_jax.serve.videos import video_routes
 
@@ -136,6 +137,7 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
             Route("/v1/about", described),
             Route("/v1/streams", streams, methods=["GET", "POST"]),
             Route("/v1/streams/{name}.mp4", grown),
+            *playlist_routes(host),
             Route("/v1/streams/{name}", stream, methods=["GET", "DELETE"]),
             Route("/v1/streams/{name}/whole.mp4", whole),
             Route("/v1/streams/{name}/state", state),

@@ -73,6 +73,9 @@ class LiveStream:
         self._thumbnails = Thumbnails()
         self._events: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._viewers: set[Viewer] = set()
+        #: Of those who ask again and again, and when one did last.
+        self._asking: Viewer | None = None
+        self._asked = 0.0
         self._watchers: set[Callable[[], object]] = set()
         self._last_seen = time.monotonic()
         self._closed = False
@@ -209,6 +212,22 @@ class LiveStream:
         self.changed()
         return viewer
 
+    def join_asking(self, lead: float) -> None:
+        """Someone watches without a connection, and asks for what is new again and again: a viewer who is ``lead``
+        seconds further than a second a second, since such players begin late, and gone once nothing was asked for a
+        while."""
+        with self._lock:
+            self._asked = time.monotonic()
+            if self._asking is None:
+                self._asking = Viewer(self, self.seconds + lead)
+                self._viewers.add(self._asking)
+        self.changed()
+
+    def _nobody_asks(self) -> None:
+        if self._asking is not None:
+            self.leave(self._asking)
+            self._asking = None
+
     def leave(self, viewer: Viewer) -> None:
         with self._lock:
             if viewer in self._viewers:
@@ -331,6 +350,8 @@ class LiveStream:
         if self._closed:
             return False
         with self._lock:
+            if time.monotonic() - self._asked > self.pace.alone:
+                self._nobody_asks()
             places = [viewer.position for viewer in self._viewers]
         if not places:
             return time.monotonic() - self._last_seen < self.pace.alone and self.seconds < self.pace.ahead
@@ -380,6 +401,7 @@ class LiveStream:
             self._snapshots.cut(number)
             self._thumbnails.cut(number)
             self._cuts.append(number)
+            self._nobody_asks()  # until asked again, and then from here on
             for viewer in self._viewers:
                 viewer.at(min(viewer.position, self.seconds))
             self._video.cut(after=self.frames)

@@ -1,12 +1,15 @@
 """The server by its routes and messages, with streams of numbered frames in a model's place."""
 
 import io
+import itertools
 import json
 import threading
 import time
+from contextlib import contextmanager
 
 import av
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 from shared.numbered import Numbered, resumed
@@ -130,19 +133,29 @@ def test_events_of_vllm_omni(client):
     assert not client.host.names()
 
 
-def test_curl_gets_the_file_as_it_grows(tmp_path):
+@contextmanager
+def listening(tmp_path, **how):
+    """A host and the address of a server around it, over a real socket."""
     host = Host(lambda wish: Numbered(wish.prompt), pace=Pace(ahead=1.0), folder=tmp_path)
-    app = make_app(host, About(model="numbered", device="none"))
+    app = make_app(host, About(model="numbered", device="none"), **how)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
+        yield host, f"http://localhost:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_curl_gets_the_file_as_it_grows(tmp_path):
+    with listening(tmp_path) as (host, address):
         name = host.begin(Wish(prompt="a cat")).result(10)
         got = b""
-        with httpx.stream("GET", f"http://localhost:{port}/v1/streams/{name}.mp4") as answer:
+        with httpx.stream("GET", f"{address}/v1/streams/{name}.mp4") as answer:
             assert answer.headers["content-type"] == "video/mp4"
             for data in answer.iter_raw():
                 got += data
@@ -151,10 +164,30 @@ def test_curl_gets_the_file_as_it_grows(tmp_path):
                     break
         assert len(got) > 1000
         assert live.path.read_bytes().startswith(got)
-    finally:
-        server.should_exit = True
-        thread.join(10)
-    assert not thread.is_alive()
+
+
+def decoded(file, count: int) -> np.ndarray:
+    """The first frames of a video, as they are coded."""
+    with av.open(str(file), timeout=20) as container:
+        frames = itertools.islice(container.decode(video=0), count)
+        return np.stack([frame.to_ndarray() for frame in frames])
+
+
+def test_players_of_playlists_play_a_stream_as_it_grows(tmp_path):
+    """libav's player of HLS, with a token: frames beyond what anybody was ahead at first, as the file has them."""
+    with listening(tmp_path, access=Access(token="a&b")) as (host, address):
+        name = host.begin(Wish(prompt="a cat")).result(10)
+        live = host.get(name)
+        _until(lambda: live.chunks)
+        played, kept = (decoded(file, 30) for file in (f"{address}/v1/streams/{name}.m3u8?token=a%26b", live.path))
+        assert (played == kept).all()
+        auth = {"authorization": "Bearer a&b"}
+        before = httpx.get(f"{address}/v1/streams/{name}.m3u8", headers=auth).text
+        live.rewind(1).result(10)
+        old = next(line for line in before.splitlines() if line.endswith("0.m4s"))
+        assert httpx.get(f"{address}/v1/streams/{old}", headers=auth).status_code == 404
+        assert "/1/0.m4s" in httpx.get(f"{address}/v1/streams/{name}.m3u8", headers=auth).text
+        assert host.get(name).viewers == 1  # who asks again and again
 
 
 def test_a_sentence_is_queued_and_its_chunk_says_so(client):

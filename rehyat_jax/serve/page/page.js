@@ -73,12 +73,15 @@ class View {
       this.buffer.addEventListener("updateend", () => this.next());
       this.next();
     }, { once: true });
+    this.source.addEventListener("startstreaming", () => this.next());
     video.src = URL.createObjectURL(this.source);
   }
 
   plain(time) {
-    // The growing file itself, for a browser that cannot be given fragments: it ends where the stream goes back.
-    video.src = withToken(`/v1/streams/${this.id}.mp4?v=${this.turns++}`);
+    // For a browser that cannot be given fragments: a playlist, or else the growing file itself. Both end where the
+    // stream goes back.
+    const kind = video.canPlayType("application/vnd.apple.mpegurl") ? "m3u8" : "mp4";
+    video.src = withToken(`/v1/streams/${this.id}.${kind}?v=${this.turns++}`);
     video.onloadedmetadata = () => { video.currentTime = time; };
     video.play().catch(() => {});
   }
@@ -91,6 +94,8 @@ class View {
 
   next() {
     if (!this.buffer || this.buffer.updating || this.source.readyState !== "open") return;
+    // A managed source says when it wants none, and may have dropped what was played.
+    if (this.source.streaming === false) return;
     const task = this.queue.shift();
     if (task) {
       try {
@@ -181,7 +186,7 @@ class View {
       at("shown").textContent = `${(((quality - this.last[1]) * 1000) / (now - this.last[0])).toFixed(0)} frames/s`;
       this.last = [now, quality];
     }
-    this.say({ type: "session.playback", position_seconds: video.currentTime });
+    this.say({ type: "session.playback", position_seconds: this.place() });
     const playing = this.chunks.findIndex((chunk) => chunk && (chunk.first_frame + chunk.num_frames) / this.fps > video.currentTime);
     const offset = this.chunks.findIndex((chunk) => chunk);
     [...at("line").children].forEach((item, index) => {
@@ -190,6 +195,23 @@ class View {
       if (now) item.firstChild.setAttribute("aria-current", "true");
       else item.firstChild.removeAttribute("aria-current");
     });
+  }
+
+  place() {
+    // Where the picture is. Browsers drop what they have no room for: over a gap it goes on at what is there, and where
+    // nothing is there at what is made next.
+    const time = video.currentTime;
+    if (!this.source || !this.buffer) return time;
+    const ranges = [...Array(video.buffered.length).keys()].map((each) => [video.buffered.start(each), video.buffered.end(each)]);
+    if (ranges.some(([start, end]) => start <= time && time < end)) return time;
+    const later = ranges.find(([start]) => start > time);
+    if (later) {
+      video.currentTime = later[0];
+      return later[0];
+    }
+    const last = this.chunks.at(-1);
+    const idle = !this.queue.length && !this.buffer.updating;
+    return last && idle ? (last.first_frame + last.num_frames) / this.fps : time;
   }
 
   close() {
