@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks.eight_bits import rounded_to_int8
 from benchmarks.recorded import floor
 from benchmarks.timing import Case, Report, arguments, normal, peak_gib, random_weights, timed
 from rehyat_jax.mixers.config import HybridConfig
@@ -29,26 +30,26 @@ TINY = WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn
 LONGEST_SOFTMAX = 41
 
 
-def transformer(config: WanConfig, *, hybrid: bool) -> WanTransformer:
+def transformer(config: WanConfig, *, hybrid: bool, int8: bool = False) -> WanTransformer:
     def make() -> WanTransformer:
         how = HybridConfig(chunk_frames=3, overlap_frames=1) if hybrid else None
         return WanTransformer(config, hybrid=how, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
-    return random_weights(make)
+    return rounded_to_int8(random_weights(make)) if int8 else random_weights(make)
 
 
 def cases(config: WanConfig, lengths: Sequence[int], size: tuple[int, int]) -> Iterator[Case]:
     @functools.lru_cache(maxsize=1)
-    def model(hybrid: bool) -> tuple[Any, Any]:
-        return nnx.split(transformer(config, hybrid=hybrid))
+    def model(hybrid: bool, int8: bool) -> tuple[Any, Any]:
+        return nnx.split(transformer(config, hybrid=hybrid, int8=int8))
 
     def inputs(frames: int, weights: Any) -> list[tuple[Any, ...]]:
         time = jnp.full((1,), 500.0)
         text = normal(9, 1, 512, config.text_dim)
         return [(weights, normal(i, 1, frames, *size, config.in_channels), time, text) for i in range(2)]
 
-    def velocity(hybrid: bool, **how: Any) -> tuple[Callable[..., jax.Array], Any]:
-        graph, weights = model(hybrid)
+    def velocity(hybrid: bool, *, int8: bool = False, **how: Any) -> tuple[Callable[..., jax.Array], Any]:
+        graph, weights = model(hybrid, int8)
         return lambda weights, x, time, text: nnx.merge(graph, weights)(x, time, text, **how), weights
 
     peers: dict[tuple[str, int], float] = {}
@@ -63,9 +64,9 @@ def cases(config: WanConfig, lengths: Sequence[int], size: tuple[int, int]) -> I
         figures |= floor(flops, figures["ms"])
         return {**figures, "ms_a_frame": round(figures["ms"] / frames, 3), "peak_gib": peak_gib()}
 
-    def forward(hybrid: bool, frames: int) -> dict[str, Any]:
-        function, weights = velocity(hybrid)
-        return beside_peer("forward", hybrid, frames, timed(function, inputs(frames, weights)))
+    def forward(hybrid: bool, frames: int, *, int8: bool = False) -> dict[str, Any]:
+        function, weights = velocity(hybrid, int8=int8)
+        return beside_peer("forward", hybrid, frames, timed(function, inputs(frames, weights), inference=True))
 
     def both_ways(hybrid: bool, frames: int) -> dict[str, Any]:
         function, weights = velocity(hybrid, remat="nothing")
@@ -82,6 +83,7 @@ def cases(config: WanConfig, lengths: Sequence[int], size: tuple[int, int]) -> I
     for frames in lengths:
         yield f"hybrid, forward, {frames} frames", functools.partial(forward, True, frames)
     yield f"hybrid, forward and backward, {lengths[0]} frames", functools.partial(both_ways, True, lengths[0])
+    yield f"hybrid in int8, forward, {lengths[0]} frames", functools.partial(forward, True, lengths[0], int8=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,11 +20,12 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.timing import normal
+from rehyat_jax.adapters.linear import stacked_layers
 from rehyat_jax.models.checkpoints import load_transformer, save_transformer
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.eight_bits import KINDS, Kind
-from rehyat_jax.runtime.variables import axes_of, map_variables
+from rehyat_jax.runtime.variables import ScaleParam, axes_of, map_variables
 
 
 def order_one(config: WanConfig) -> WanTransformer:
@@ -44,6 +45,26 @@ def order_one(config: WanConfig) -> WanTransformer:
     state = nnx.state(model)
     nnx.update(model, map_variables(drawn, state))
     return model
+
+
+def rounded_to_int8(model: WanTransformer) -> WanTransformer:
+    """The same model with its blocks' kernels rounded to int8, on the device; they are gone as they were."""
+    for path, layer in stacked_layers(model).items():
+        if path.startswith("blocks."):
+            layer.kernel, layer.scale = _rounded(layer.kernel)
+            layer.rounds_inputs = True
+    return model
+
+
+def _rounded(kernel: nnx.Param) -> tuple[nnx.Param, ScaleParam]:
+    @jax.jit
+    def rounded(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = jnp.abs(wide.astype(jnp.float32)).max(axis=-2) / 127
+        return jnp.round(wide / scale[..., None, :]).astype(jnp.int8), scale
+
+    even, scale = rounded(kernel.get_value())
+    kernel.set_value(even)
+    return kernel, ScaleParam(scale)
 
 
 def measured(config: WanConfig, folder: Path, *, size: tuple[int, int] = (32, 32)) -> Iterator[dict[str, Any]]:

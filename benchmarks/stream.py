@@ -1,8 +1,9 @@
-"""A video without end: Wan-1.3B's size, all blocks converted, four steps a chunk, no guidance; with and without VAE.
+"""A video without end: Wan-1.3B's size, all blocks converted, four steps a chunk, no guidance; with and without VAE,
+in bfloat16 and with the transformer's products in int8.
 
     PYTHONPATH=. python -m benchmarks.stream
 
-One JSON line for each case, all of them in ``$OUT/stream.json`` (or the working folder). Two minutes on an H200, most
+One JSON line for each case, all of them in ``$OUT/stream.json`` (or the working folder). Four minutes on an H200, most
 of it compilation. bfloat16, random weights, 480×832, chunks of 3 latent frames (12 of video), overlap 1. A chunk's time
 is the median of 10 that hand their state on, after three.
 """
@@ -37,11 +38,11 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
     space = vae_config.spatial_factor
 
     @functools.cache
-    def transformer() -> Any:
-        return dit.transformer(config, hybrid=True)
+    def transformer(int8: bool) -> Any:
+        return dit.transformer(config, hybrid=True, int8=int8)
 
     @functools.cache
-    def session(*, with_vae: bool) -> Session:
+    def session(*, with_vae: bool, int8: bool) -> Session:
         kinds: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
         settings = Settings(
             num_frames=1,
@@ -54,7 +55,7 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
         )
         made = random_weights if with_vae else nnx.eval_shape
         vae = made(lambda: WanVAE(vae_config, **kinds, rngs=nnx.Rngs(0)))
-        return Session(transformer=transformer(), vae=vae, settings=settings)
+        return Session(transformer=transformer(int8), vae=vae, settings=settings)
 
     def chunks(session: Session) -> tuple[Any, Any]:
         """From (number of the first frame, states) to latents and the next; and the first of them."""
@@ -71,13 +72,13 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
     def told(ms: float) -> dict[str, Any]:
         return {"ms_a_chunk": round(ms, 2), "frames_a_second": round(1e3 * frames / ms, 1), "peak_gib": peak_gib()}
 
-    def transformer_alone() -> dict[str, Any]:
-        step, state = chunks(session(with_vae=False))
+    def transformer_alone(int8: bool) -> dict[str, Any]:
+        step, state = chunks(session(with_vae=False, int8=int8))
         ms = walked(step, state)
         return told(ms) | floor(STEPS * _of_a_chunk(config, size), ms)
 
-    def with_vae() -> dict[str, Any]:
-        made = session(with_vae=True)
+    def with_vae(int8: bool) -> dict[str, Any]:
+        made = session(with_vae=True, int8=int8)
         (step, state), codec = chunks(made), made.codec
         ((_, past),) = codec.decode(normal(1, 1, 1, *size, vae_config.z_dim, dtype=jnp.float32))
 
@@ -89,8 +90,9 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
 
         return told(walked(both, {"chunks": state, "past": past}))
 
-    yield f"stream, {STEPS} steps, transformer alone", transformer_alone
-    yield f"stream, {STEPS} steps, with VAE", with_vae
+    for name, int8 in (("stream", False), ("stream in int8", True)):
+        yield f"{name}, {STEPS} steps, transformer alone", functools.partial(transformer_alone, int8)
+        yield f"{name}, {STEPS} steps, with VAE", functools.partial(with_vae, int8)
 
 
 def _of_a_chunk(config: WanConfig, size: tuple[int, int]) -> int:

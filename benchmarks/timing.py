@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import kernels, recorded
+from rehyat_jax.runtime.platform import InferenceProgram
 
 GIB = 1 << 30
 #: What is left out when the time is over, and what is run: a name and what gives its figures.
@@ -89,10 +90,13 @@ def milliseconds(function: Callable[..., Any], given: Sequence[tuple[Any, ...]],
     return median(jax.jit(function).lower(*given[0]).compile(), given, samples)
 
 
-def timed(function: Callable[..., Any], given: Sequence[tuple[Any, ...]], *, samples: int = 10) -> dict[str, float]:
+def timed(
+    function: Callable[..., Any], given: Sequence[tuple[Any, ...]], *, samples: int = 10, inference: bool = False
+) -> dict[str, float]:
     """Of one call of the compiled function: the median of samples, each of several calls with one wait, on arguments in
-    turn, after a warm-up; and what its program needs of memory, arguments and results included."""
-    program = jax.jit(function).lower(*given[0]).compile()
+    turn, after a warm-up; and what its program needs of memory, arguments and results included. ``inference``: with the
+    compiler's options of programs that are not differentiated."""
+    program = (InferenceProgram if inference else jax.jit)(function).lower(*given[0]).compile()
     return {"ms": round(median(program, given, samples), 3), "program_gib": program_gib(program)}
 
 
