@@ -23,7 +23,14 @@ from rehyat_jax.adapters.loading import HasLoras
 from rehyat_jax.adapters.merging import Merged
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.checkpoints.loading import MergedExperts, Quantize, load_vae, open_experts, open_transformer
+from rehyat_jax.models.checkpoints.loading import (
+    MergedExperts,
+    Quantize,
+    load_preview_decoder,
+    load_vae,
+    open_experts,
+    open_transformer,
+)
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.memory import student_config
@@ -41,11 +48,11 @@ from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.runtime.notebook import NotebookProgress, in_notebook
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
-from rehyat_jax.sampling.codec import Pixels, to_float, to_uint8
+from rehyat_jax.sampling.codec import Codec, Decoder, Pixels, check_decoder, to_float, to_uint8
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.experts import Experts
 from rehyat_jax.sampling.noise import ChunkNoise, Shape, video_keys
-from rehyat_jax.sampling.rollout import ContextNoise
+from rehyat_jax.sampling.rollout import ContextNoise, OnLatents
 from rehyat_jax.sampling.session import Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.sampling.tiles import TiledCodec
@@ -74,6 +81,7 @@ class TextToVideo(HasLoras):
         image_features: of images, for transformers that attend to them.
         devices: over which the transformer is sharded.
         vae_tile: frames are decoded by tiles of so many pixels a side, with blended seams.
+        decoder: decodes in the autoencoder's place, a smaller one of the same latents.
 
     Raises:
         CheckpointError: the parts do not fit each other.
@@ -93,6 +101,7 @@ class TextToVideo(HasLoras):
         image_features: Features | None = None,
         devices: Devices = ONE_DEVICE,
         vae_tile: int | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self.traits = traits or Traits()
         self._conditioning = conditioning_of(
@@ -107,7 +116,9 @@ class TextToVideo(HasLoras):
             )
         #: Of two experts, what stands for both.
         self.transformer: Any = transformer
-        self.vae, self.text = vae, text
+        if decoder is not None:
+            check_decoder(vae, decoder)
+        self.vae, self.text, self.decoder = vae, text, decoder
         self.schedule, self.solver, self.defaults = schedule, solver, defaults
         self._weights, self._vae_tile = weights, vae_tile
         if vae_tile is not None:
@@ -142,6 +153,7 @@ class TextToVideo(HasLoras):
         mesh: MeshConfig | None = None,
         offload: bool = False,
         vae_tile: int | None = None,
+        decoder: str | os.PathLike[str] | None = None,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -168,12 +180,16 @@ class TextToVideo(HasLoras):
                 one at a time, and the text encoder leaves the device when a prompt is embedded. Slower.
             vae_tile: for little memory as well: frames are decoded by tiles of so many pixels a side (256 as in
                 diffusers), a quarter of which goes over into the next one's.
+            decoder: a TAEHV file (``taew2_1``, of Wan2.2's 5B ``taew2_2``) that decodes in the autoencoder's place:
+                coarser frames in a small part of the time and memory.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used; a mesh that does not divide the
                 model or the devices.
         """
         dtype = arguments.float_dtype("dtype", dtype, ("float32", "bfloat16", "float16"))
+        if decoder is not None:
+            decoder = arguments.user_path("decoder", decoder)
         if not isinstance(repair_prompts, bool):
             raise arguments.wrong("repair_prompts", repair_prompts, "True or False")
         if cache_dir is not None:
@@ -219,6 +235,7 @@ class TextToVideo(HasLoras):
             image_features=ImageFeatures(folder) if transformer.config.image_dim is not None else None,
             devices=devices,
             vae_tile=vae_tile,
+            decoder=None if decoder is None else load_preview_decoder(decoder),
         )
 
     def __repr__(self) -> str:
@@ -274,6 +291,7 @@ class TextToVideo(HasLoras):
         solver: Solver | None = None,
         output: Literal["uint8", "float"] = "uint8",
         on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
     ) -> UInt8[np.ndarray, "*B F H W 3"] | Float[np.ndarray, "*B F H W 3"]:
         """Make a video from a prompt, or one from each of a list.
 
@@ -293,6 +311,10 @@ class TextToVideo(HasLoras):
             output: "uint8", or "float" for 0..1 in float32 (diffusers' ``output_type="np"``).
             on_step: called as (phase, done, total) with the phases "text", "denoise", "decode"; in a notebook, a bar
                 when not given.
+            on_latents: called after each step with a `rehyat_jax.sampling.rollout.LatentsSeen` (diffusers'
+                ``callback_on_step_end``): the latents as they are, for `decode` to show or to be kept; what it returns,
+                if anything, takes their place. A model that makes its videos chunk by chunk (a few-step student) shows
+                each finished chunk, which stays as it is.
 
         Returns:
             The video [F, H, W, 3]; for a list of prompts [B, F, H, W, 3].
@@ -319,6 +341,7 @@ class TextToVideo(HasLoras):
             images=Images.read(image, last_image),
             output=output,
             on_step=on_step,
+            on_latents=on_latents,
         )
 
     def open_stream(
@@ -338,6 +361,7 @@ class TextToVideo(HasLoras):
         first_chunk_steps: int | None = None,
         beginning: Shaped[np.ndarray, "..."] | str | os.PathLike[str] | None = None,
         image: Any = None,
+        on_latents: OnLatents | None = None,
     ) -> Stream:
         """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
 
@@ -355,6 +379,7 @@ class TextToVideo(HasLoras):
                 frames are taken, scaled and cropped.
             image: as for a call; of a model that takes no images the first frame, finished: the frames that follow it
                 in the first chunk are made with it in sight. A model that needs one takes a beginning's first frame.
+            on_latents: shown each chunk's latents before they are decoded, as for a call; it returns None.
 
         Other arguments as for a call.
 
@@ -362,6 +387,7 @@ class TextToVideo(HasLoras):
             RehyatError: a block of the transformer prevents it (the message names it); an impossible size, number or
                 seed; a beginning of another size or length; a file that is no video or picture.
         """
+        _check_callable(on_latents)
         chunk = 1 + self.vae.config.temporal_factor * (self.transformer.chunk_frames() - 1)
         settings = self.settings(
             num_frames=chunk,
@@ -386,7 +412,7 @@ class TextToVideo(HasLoras):
                 most=lambda frames: max(0, (frames + factor - 1) // each * each - factor + 1),
                 **size,
             )
-        return self.start_stream(
+        stream = self.start_stream(
             prompt,
             settings,
             negative_prompt=given_or(negative_prompt, self.defaults.negative_prompt),
@@ -394,6 +420,8 @@ class TextToVideo(HasLoras):
             beginning=beginning,
             images=Images.read(image, None),
         )
+        stream.on_latents = on_latents
+        return stream
 
     def real_time_steps(self, prompt: str = "", **options: Any) -> MeasuredSteps:
         """The most denoising steps of the model's list (`Defaults.offered_steps`) with which this machine makes a
@@ -469,6 +497,19 @@ class TextToVideo(HasLoras):
         stream.fps = self.fps
         return stream
 
+    def decode(self, latents: Float[Array | np.ndarray, "B T h w z"]) -> UInt8[np.ndarray, "B F H W 3"]:
+        """Frames of latents as the transformer has them, such as ``on_latents`` is shown; of a preview decoder, if
+        there is one.
+
+        Raises:
+            RehyatError: they are no array of five axes, or have another number of channels.
+        """
+        if not isinstance(latents, np.ndarray | Array) or latents.ndim != 5 or not latents.shape[1]:
+            raise arguments.wrong("latents", latents, "an array [B, T, h, w, z]")
+        codec = Codec(self.vae, decoder=self.decoder)
+        frames = [np.asarray(each) for each, _ in codec.decode(jnp.asarray(latents, jnp.float32))]
+        return np.concatenate(frames, axis=1)
+
     def session(self, settings: Settings) -> Session:
         """The networks as they are now, ready to sample with these settings."""
         return Session(
@@ -477,6 +518,7 @@ class TextToVideo(HasLoras):
             settings=settings,
             devices=self.devices,
             vae_tile=self._vae_tile,
+            decoder=self.decoder,
         )
 
     def _session_of_saved(self, settings: Settings) -> Session:
@@ -490,7 +532,7 @@ class TextToVideo(HasLoras):
         return self.session(settings)
 
     def _fingerprint(self) -> str:
-        return fingerprint(self.transformer, self.vae)
+        return fingerprint(self.transformer, self.vae, self.decoder)
 
     @property
     def own_settings(self) -> OwnSettings:
@@ -519,12 +561,14 @@ class TextToVideo(HasLoras):
         images: Images | None = None,
         output: Literal["uint8", "float"] = "uint8",
         on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
         phases: Phases | None = None,
     ) -> UInt8[np.ndarray, "*B F H W 3"] | Float[np.ndarray, "*B F H W 3"]:
         """As a call, with settings resolved beforehand; ``phases`` takes times and memory."""
         arguments.choice("output", output, tuple(_PIXELS))
         if on_step is not None and not callable(on_step):
             raise arguments.wrong("on_step", on_step, "a function of a phase, the steps done and those in all")
+        _check_callable(on_latents)
         images = images or Images()
         self._conditioning.check(images)
         session = self.session(settings)
@@ -549,13 +593,14 @@ class TextToVideo(HasLoras):
         with measure("denoise"):
             keys = video_keys(seed, count=len(prompts)) if settings.draws_noise else None
             if by_chunks and keys is not None:
-                latents = session.denoise_by_chunks(keys, text, condition, on_chunk=partial(on_step, "denoise"))
+                latents = session.denoise_by_chunks(
+                    keys, text, condition, on_chunk=partial(on_step, "denoise"), on_latents=on_latents
+                )
             else:
                 total = settings.num_inference_steps
                 on_step("denoise", 0, total)
-                latents = session.denoise(
-                    noise, text, condition, keys, on_step=lambda done: on_step("denoise", done, total)
-                )
+                shown: dict[str, Any] = {"on_step": lambda done: on_step("denoise", done, total)}
+                latents = session.denoise(noise, text, condition, keys, on_latents=on_latents, **shown)
         with measure("decode"):
             total, video = latents.shape[1], []
             on_step("decode", 0, total)
@@ -564,6 +609,15 @@ class TextToVideo(HasLoras):
                 on_step("decode", len(video), total)
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
+
+
+def _check_callable(on_latents: Any) -> None:
+    """
+    Raises:
+        RehyatError: it can be called by nobody.
+    """
+    if on_latents is not None and not callable(on_latents):
+        raise arguments.wrong("on_latents", on_latents, "a function of latents that are seen")
 
 
 def _video_size(settings: Settings, count: int) -> VideoSize:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 #: What the record has of the options beside the settings.
 _ASKED = (
     *("prompt", "timeline", "beginning", "image", "last_image"),
-    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "quantize_except", "mesh", "offload", "vae_tile", "out"),
+    *("model", "lora", "hybrid", "seed", "dtype", "quantize", "quantize_except"),
+    *("mesh", "offload", "vae_tile", "decoder", "out"),
 )
 
 
@@ -51,8 +52,9 @@ def _run(options: Generate) -> None:
     remember, steps = parse_remember(options.remember), parse_steps(options.steps)
     hybrid = parse_hybrid(options.hybrid)
     timeline = _read_timeline(options.timeline)
-    if options.beginning is not None and not options.beginning.expanduser().is_file():
-        raise RehyatError(f"--from: there is no file {options.beginning}")
+    for name, file in (("from", options.beginning), ("decoder", options.decoder)):
+        if file is not None and not file.expanduser().exists():
+            raise RehyatError(f"--{name}: there is no file {file}")
     from rehyat_jax.video.images import Images
 
     # Now, not after minutes of work.
@@ -82,6 +84,7 @@ def _run(options: Generate) -> None:
                 mesh=mesh,
                 offload=options.offload,
                 vae_tile=options.vae_tile,
+                decoder=options.decoder,
             )
         if options.hybrid is not None:
             _note(

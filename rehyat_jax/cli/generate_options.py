@@ -83,6 +83,10 @@ class Generate:
     vae_tile: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
     """For little memory as well: frames are decoded by tiles of so many pixels a side (256), with blended seams."""
 
+    decoder: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A small decoder in the place of the VAE's: TAEHV's file for the model's latents (taew2_1, of Wan2.2's 5B
+    taew2_2). Coarser frames, much sooner."""
+
     resume: bool = False
     """Go on with a per-chunk video that was interrupted or killed, from FILE.mp4.state: the same command with
     --resume. With another prompt, the rest shows that."""

@@ -100,6 +100,10 @@ class Serve:
     vae_tile: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
     """For little memory as well: frames are decoded by tiles of so many pixels a side (256), with blended seams."""
 
+    decoder: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A small decoder in the place of the VAE's: TAEHV's file for the models' latents (taew2_1, of Wan2.2's 5B
+    taew2_2). Coarser frames, much sooner."""
+
     mesh: MeshConfig = MeshConfig(fsdp=1)
     """Devices to generate on, over which the model is divided; one when not given."""
 
@@ -143,7 +147,7 @@ def main(argv: list[str]) -> None:
     names = tuple(dict.fromkeys(options.model or ("mini-sprites",)))
     how: Any = {"dtype": options.dtype, "loras": options.lora}
     how |= {"quantize": named(options.quantize, options.quantize_except)}
-    how |= {"offload": options.offload, "vae_tile": options.vae_tile}
+    how |= {"offload": options.offload, "vae_tile": options.vae_tile, "decoder": options.decoder}
     meshes = {name: _check_room(options, name, steps) for name in names}
     opened = {name: TextToVideo.from_pretrained(name, mesh=mesh, **how) for name, mesh in meshes.items()}
     models = Models(opened, steps)

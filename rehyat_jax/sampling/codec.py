@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, UInt8
 
-from rehyat_jax.errors import NotFiniteError
+from rehyat_jax.errors import CheckpointError, NotFiniteError
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling.noise import Shape
 from rehyat_jax.sampling.rows import stacked, unstacked, zeros
@@ -23,21 +23,42 @@ Pixels: TypeAlias = Callable[[Array], Array]
 
 
 @runtime_checkable
-class Autoencoder(Protocol):
-    """What sampling asks of an autoencoder; `rehyat_jax.models.wan.vae.WanVAE` says what each means."""
+class Decoder(Protocol):
+    """What sampling asks of a decoder; `rehyat_jax.models.wan.vae.WanVAE` says what each means."""
 
     config: Any
     dtype: Any
-
-    def encode(self, video: Array, *, frames_per_step: int | None) -> Array: ...
 
     def decode_first(self, latents: Array, *, clip: bool) -> tuple[Array, Any]: ...
 
     def decode_next(self, latents: Array, state: Any, *, clip: bool) -> tuple[Array, Any]: ...
 
+    def denormalize(self, latents: Array) -> Array: ...
+
+
+@runtime_checkable
+class Autoencoder(Decoder, Protocol):
+    """As `Decoder`, of an autoencoder."""
+
+    def encode(self, video: Array, *, frames_per_step: int | None) -> Array: ...
+
     def normalize(self, latents: Array) -> Array: ...
 
-    def denormalize(self, latents: Array) -> Array: ...
+
+def check_decoder(vae: Autoencoder, decoder: Decoder) -> None:
+    """
+    Raises:
+        CheckpointError: the decoder is not for this autoencoder's latents.
+    """
+    names = {
+        "z_dim": "channels of latents",
+        "spatial_factor": "pixels a side of a latent pixel",
+        "temporal_factor": "frames of a latent frame",
+    }
+    for name, what in names.items():
+        theirs, ours = (getattr(network.config, name) for network in (decoder, vae))
+        if theirs != ours:
+            raise CheckpointError(f"the decoder is for {theirs} {what}, and this model's autoencoder has {ours}")
 
 
 def to_float(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
@@ -62,12 +83,19 @@ class Codec:
 
     Args:
         vae: split once, so that its weights at this moment are what all calls use.
+        decoder: decodes in the autoencoder's place: a smaller one of the same latents.
         compute: the dtype whose `precision` its products have; the autoencoder's own by default.
+
+    Raises:
+        CheckpointError: the decoder is for other latents.
     """
 
-    def __init__(self, vae: Any, *, compute: DTypeLike | None = None) -> None:
+    def __init__(self, vae: Any, *, decoder: Any = None, compute: DTypeLike | None = None) -> None:
+        if decoder is not None:
+            check_decoder(vae, decoder)
         self.config = vae.config
         self.graph, self.weights = nnx.split(vae)
+        self._decoder, self._decoder_weights = (self.graph, self.weights) if decoder is None else nnx.split(decoder)
         self._compute = vae.dtype if compute is None else compute
 
     def latent_shape(self, *, num_frames: int, height: int, width: int) -> Shape:
@@ -107,9 +135,9 @@ class Codec:
             latent = latents[:, i : i + 1]
             with precision(self._compute):
                 if first_frame + i:
-                    shown, state = decode_next(self.weights, latent, state, graph=self.graph, pixels=pixels)
+                    shown, state = decode_next(self._decoder_weights, latent, state, graph=self._decoder, pixels=pixels)
                 else:
-                    shown, state = decode_first(self.weights, latent, graph=self.graph, pixels=pixels)
+                    shown, state = decode_first(self._decoder_weights, latent, graph=self._decoder, pixels=pixels)
             if not bool(shown.finite):
                 raise NotFiniteError(f"decoding latent frame {first_frame + i} made pixels that are not finite")
             yield shown.frames, state
@@ -127,7 +155,7 @@ class Codec:
         for i in range(latents.shape[2]):
             with precision(self._compute):
                 frames, states = decode_rows(
-                    self.weights, latents[:, :, i : i + 1], states, graph=self.graph, pixels=pixels
+                    self._decoder_weights, latents[:, :, i : i + 1], states, graph=self._decoder, pixels=pixels
                 )
             shown.append(frames)
         return shown, states
@@ -135,8 +163,16 @@ class Codec:
     def init_state(self, batch: int, *, height: int, width: int) -> Any:
         """Zeros of the shapes that the decoder's state has; height and width are the latents'."""
         latents = jax.ShapeDtypeStruct((batch, 1, height, width, self.config.z_dim), jnp.float32)
-        _, state = jax.eval_shape(partial(decode_first, graph=self.graph, pixels=to_uint8), self.weights, latents)
+        first = partial(decode_first, graph=self._decoder, pixels=to_uint8)
+        _, state = jax.eval_shape(first, self._decoder_weights, latents)
         return zeros(state)
+
+    def is_as(self, other: Codec) -> bool:
+        """Whether the other does the same: the same weights, not equal ones."""
+        if (self.graph, self._decoder) != (other.graph, other._decoder):
+            return False
+        mine, others = (jax.tree.leaves((each.weights, each._decoder_weights)) for each in (self, other))
+        return all(a is b for a, b in zip(mine, others, strict=True))
 
 
 @partial(jax.jit, static_argnames=("graph", "frames_per_step"))
@@ -156,16 +192,16 @@ def encode(
 @partial(jax.jit, static_argnames=("graph", "pixels"))
 def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Pixels) -> tuple[Shown, Any]:
     """A video's first latent frame, and what the decoder needs of it."""
-    vae: Autoencoder = nnx.merge(graph, weights)
-    video, state = vae.decode_first(vae.denormalize(latents), clip=False)
+    decoder: Decoder = nnx.merge(graph, weights)
+    video, state = decoder.decode_first(decoder.denormalize(latents), clip=False)
     return Shown(pixels(video), jnp.isfinite(video).all()), state
 
 
 @partial(jax.jit, static_argnames=("graph", "pixels"), donate_argnames="state")
 def decode_next(weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Pixels) -> tuple[Shown, Any]:
     """The next latent frame, and what the decoder needs of all so far."""
-    vae: Autoencoder = nnx.merge(graph, weights)
-    video, state = vae.decode_next(vae.denormalize(latents), state, clip=False)
+    decoder: Decoder = nnx.merge(graph, weights)
+    video, state = decoder.decode_next(decoder.denormalize(latents), state, clip=False)
     return Shown(pixels(video), jnp.isfinite(video).all()), state
 
 
@@ -174,10 +210,10 @@ def decode_rows(
     weights: Any, latents: Array, states: tuple[Any, ...], *, graph: Any, pixels: Pixels
 ) -> tuple[Shown, tuple[Any, ...]]:
     """As `decode_next`, of each of several streams."""
-    vae: Autoencoder = nnx.merge(graph, weights)
+    decoder: Decoder = nnx.merge(graph, weights)
 
     def one(latents: Array, state: Any) -> tuple[Shown, Any]:
-        video, state = vae.decode_next(vae.denormalize(latents), state, clip=False)
+        video, state = decoder.decode_next(decoder.denormalize(latents), state, clip=False)
         return Shown(pixels(video), jnp.isfinite(video).all()), state
 
     shown, after = jax.vmap(one)(latents, stacked(states))

@@ -20,9 +20,10 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rehyat_jax.errors import ConfigError, NotFiniteError
+from rehyat_jax.errors import ConfigError, NotFiniteError, RehyatError
 from rehyat_jax.runtime.mesh import mesh_in_force
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.guidance import Guidance, Velocity
@@ -88,6 +89,39 @@ class Sampler:
         return noise if self.noise_scale == 1 else noise * self.noise_scale
 
 
+class LatentsSeen(NamedTuple):
+    """Latents as whoever asked for them sees them: of a whole video after a step, or of a chunk that is finished."""
+
+    #: Normalised, as the transformer has them; a copy on the host.
+    latents: Float[np.ndarray, "B T h w z"]
+    #: The first of these latent frames, counted from the video's beginning.
+    first_frame: int
+    #: Denoising steps that are done, and those in all.
+    step: int
+    steps: int
+
+
+#: Shown latents, it returns others to go on with, or None. Chunks go on as they are: later ones have seen them.
+OnLatents: TypeAlias = Callable[[LatentsSeen], Any]
+
+
+def replacement(found: Any, latents: Float[Array, "B T h w z"]) -> Float[Array, "B T h w z"]:
+    """What `OnLatents` returned, in the place of these; these themselves for None.
+
+    Raises:
+        RehyatError: it is no array of their shape, or not finite.
+    """
+    if found is None:
+        return latents
+    if not isinstance(found, np.ndarray | Array) or found.shape != latents.shape:
+        what = f"an array {list(found.shape)}" if isinstance(found, np.ndarray | Array) else type(found).__name__
+        raise RehyatError(f"on_latents must return None or an array {list(latents.shape)}, not {what}")
+    made = jnp.asarray(found, latents.dtype)
+    if not bool(_all_finite(made)):
+        raise RehyatError("on_latents returned numbers that are not finite")
+    return made
+
+
 class Recorded(NamedTuple):
     """A chunk that was made, and how."""
 
@@ -129,6 +163,7 @@ def per_step(
     steps: SamplingSteps,
     solver: Solver,
     on_step: Callable[[int], None] = lambda done: None,
+    on_latents: OnLatents | None = None,
 ) -> Float[Array, "B *shape"]:
     """Latents from standard normal noise, all frames at each step: a loop on the host.
 
@@ -136,15 +171,21 @@ def per_step(
         advance: from the solver's state and a row of the steps to its next one; a compiled `sampling_step`, to which
             the state is donated.
         on_step: called with the steps done, each when its result is there.
+        on_latents: called after each step; what it returns takes the latents' place.
 
     Raises:
         NotFiniteError: what a step made is not finite.
+        RehyatError: as `replacement`.
     """
     # Copies: the noise is the caller's, and a solver may begin with one buffer twice.
     state = jax.tree.map(jnp.copy, solver.init(noise))
-    for number in range(len(steps.timestep)):
+    total = len(steps.timestep)
+    for number in range(total):
         state = advance(state, steps.at(number))
-        check_finite(state.latents, f"denoising step {number + 1} of {len(steps.timestep)}")
+        check_finite(state.latents, f"denoising step {number + 1} of {total}")
+        if on_latents is not None:
+            seen = LatentsSeen(np.array(state.latents), first_frame=0, step=number + 1, steps=total)
+            state = state._replace(latents=replacement(on_latents(seen), state.latents))
         on_step(number + 1)
     return state.latents
 

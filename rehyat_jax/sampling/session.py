@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
 from rehyat_jax.runtime.mesh import mesh_in_force
@@ -22,7 +24,7 @@ from rehyat_jax.sampling.codec import Codec
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.experts import Experts
 from rehyat_jax.sampling.noise import Shape
-from rehyat_jax.sampling.rollout import Sampler, States
+from rehyat_jax.sampling.rollout import LatentsSeen, OnLatents, Sampler, States
 from rehyat_jax.sampling.schedule import SamplingSteps
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.sampling.text import trimmed
@@ -53,6 +55,7 @@ class Session:
         devices: over which the transformer's weights are sharded, and which its programs run on. What goes in and comes
             out (noise, texts, latents) is on this process's default device; a stream's states stay sharded.
         vae_tile: frames are decoded by tiles of so many pixels a side (`rehyat_jax.sampling.tiles`).
+        decoder: a `rehyat_jax.sampling.codec.Decoder` in the place of the autoencoder's.
     """
 
     def __init__(
@@ -63,11 +66,12 @@ class Session:
         settings: Settings,
         devices: Devices = ONE_DEVICE,
         vae_tile: int | None = None,
+        decoder: Any = None,
     ) -> None:
         self.settings, compute = settings, transformer.dtype
-        self.codec = Codec(vae, compute=compute)
+        self.codec = Codec(vae, decoder=decoder, compute=compute)
         if vae_tile is not None:
-            self.codec = TiledCodec(vae, tile=vae_tile, compute=compute)
+            self.codec = TiledCodec(vae, tile=vae_tile, decoder=decoder, compute=compute)
         self.devices = devices
         self._transformer = transformer
         self._experts = transformer if isinstance(transformer, Experts) else Experts.of_one(transformer)
@@ -179,6 +183,7 @@ class Session:
         keys: Key[Array, " B"] | None = None,
         *,
         on_step: Callable[[int], None] = lambda done: None,
+        on_latents: OnLatents | None = None,
     ) -> Float[Array, "B T h w z"]:
         """The latents of whole videos, all frames at each step; ``keys`` are of the noise that a stochastic solver
         takes on the way."""
@@ -194,7 +199,8 @@ class Session:
                 )
 
             steps, solver = self.settings.steps(), self.sampler.solver
-            latents = rollout.per_step(advance, self.sampler.scaled(noise), steps=steps, solver=solver, on_step=on_step)
+            how: dict[str, Any] = {"steps": steps, "solver": solver, "on_step": on_step, "on_latents": on_latents}
+            latents = rollout.per_step(advance, self.sampler.scaled(noise), **how)
             return self.devices.local(condition.finished(latents))
 
     def denoise_by_chunks(
@@ -204,6 +210,7 @@ class Session:
         condition: Condition | None = None,
         *,
         on_chunk: Callable[[int, int], None] = lambda done, total: None,
+        on_latents: OnLatents | None = None,
     ) -> Float[Array, "B T h w z"]:
         """The latents of whole videos, one chunk after the other, as streams make them.
 
@@ -221,8 +228,22 @@ class Session:
             first_frame = jnp.asarray(number * chunk, jnp.int32)
             latents, states = self.denoise_chunk(states, keys, text_kv, first_frame, condition)
             parts.append(jax.block_until_ready(latents))
+            self.show(latents, first_frame=number * chunk, to=on_latents)
             on_chunk(number + 1, total)
         return jnp.concatenate(parts, axis=1)[:, :frames]
+
+    def show(self, latents: Float[Array, "B T h w z"], *, first_frame: int, to: OnLatents | None) -> None:
+        """A finished chunk's latents, to whoever asked for them.
+
+        Raises:
+            RehyatError: others are returned.
+        """
+        if to is None:
+            return
+        more = (self.settings.first_chunk_steps or 0) if not first_frame else 0
+        steps = max(self.settings.num_inference_steps, more)
+        if to(LatentsSeen(np.array(latents), first_frame=first_frame, step=steps, steps=steps)) is not None:
+            raise RehyatError("on_latents must return None here: later chunks have seen this one as it is")
 
     def init_state(self, batch: int) -> States:
         """The transformer's states before the first chunk of so many videos (of several transformers, each one's).
@@ -319,10 +340,11 @@ class Session:
         if (
             self.settings != other.settings
             or self.devices.mesh != other.devices.mesh
-            or (self.graph, self.codec.graph) != (other.graph, other.codec.graph)
+            or self.graph != other.graph
+            or not self.codec.is_as(other.codec)
         ):
             return False
-        mine, others = (jax.tree.leaves((s.weights, s.codec.weights)) for s in (self, other))
+        mine, others = (jax.tree.leaves(s.weights) for s in (self, other))
         return all(a is b for a, b in zip(mine, others, strict=True))
 
     def commit_chunk(

@@ -33,8 +33,8 @@ class TiledCodec(Codec):
         RehyatError: it is no multiple of four latent pixels.
     """
 
-    def __init__(self, vae: Any, *, tile: int, compute: DTypeLike | None = None) -> None:
-        super().__init__(vae, compute=compute)
+    def __init__(self, vae: Any, *, tile: int, decoder: Any = None, compute: DTypeLike | None = None) -> None:
+        super().__init__(vae, decoder=decoder, compute=compute)
         factor = self.config.spatial_factor
         if tile < 1 or tile % (4 * factor):
             raise RehyatError(f"vae_tile must be a multiple of {4 * factor} pixels, not {tile}")

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.checks import LATER
 from rehyat_jax.models.wan.transformer import WanTransformer
-from rehyat_jax.models.wan.vae import State, WanVAE
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.files import whole_file
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.experts import Experts
@@ -51,7 +51,7 @@ class StreamState(NamedTuple):
     #: leaves [steps, evaluations, layers, B, …]; of several transformers by noise level a tuple, each one's.
     states: States
     #: What the decoder needs of the frames before; zeros before the first.
-    decoder: State
+    decoder: Any
     #: The latent frames made so far: the number of the next one.
     first_frame: Int[Array, ""]
     #: Of the noise of each video of the batch.
@@ -97,13 +97,18 @@ class StreamRecord:
     negative_prompt: str
 
 
-def fingerprint(transformer: WanTransformer | Experts, vae: WanVAE) -> str:
-    """Tells a model from every other: its configurations and every bit of its parameters, the same on any device."""
+def fingerprint(transformer: WanTransformer | Experts, vae: WanVAE, decoder: Any = None) -> str:
+    """Tells a model from every other: its configurations and every bit of its parameters, the same on any device.
+
+    Args:
+        decoder: in the autoencoder's place, where there is one.
+    """
     experts = transformer if isinstance(transformer, Experts) else Experts.of_one(transformer)
     outlines: list[WanTransformer] = [member.outline for member in experts.members]
     configs = [config for each in outlines for config in (each.config, each.hybrid and each.hybrid.to_dict())]
-    digest = hashlib.sha256(f"[{', '.join(map(_said, [*configs, vae.config]))}]".encode())
-    for module in itertools.chain(experts.modules(), [vae]):
+    others = [vae] if decoder is None else [vae, decoder]
+    digest = hashlib.sha256(f"[{', '.join(map(_said, [*configs, *(each.config for each in others)]))}]".encode())
+    for module in itertools.chain(experts.modules(), others):
         for name, variable in sorted(parameters(nnx.state(module)).items()):
             array = np.asarray(variable.get_value())
             digest.update(f"{name} {array.shape} {array.dtype}".encode())

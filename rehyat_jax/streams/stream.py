@@ -18,7 +18,7 @@ from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.runtime import arguments
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import seeds, video_keys
-from rehyat_jax.sampling.rollout import check_finite
+from rehyat_jax.sampling.rollout import OnLatents, check_finite
 from rehyat_jax.sampling.session import Embed, Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.streams.prefill import prefill, rows_of
@@ -55,6 +55,8 @@ class Stream(Iterator[np.ndarray]):
             keep them, or `fork` or `save` the stream.
         prompt, negative_prompt: what the next chunks show (a text, or a list of texts), and do not.
         beginning: of a stream that was started with one, its frames as the autoencoder has them.
+        on_latents: shown each chunk's latents before they are decoded (`rehyat_jax.sampling.rollout.LatentsSeen`);
+            returns None. May be set at any time; a fork begins without one.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Stream(Iterator[np.ndarray]):
         self.prompt: Any = prompt
         self._session, self._text, self._model = session, text, model
         self.beginning: np.ndarray | None = None
+        self.on_latents: OnLatents | None = None
         #: Frames a second that it is shown at.
         self.fps = 16
         #: What whoever opened it calls the model; forks have it too.
@@ -204,6 +207,7 @@ class Stream(Iterator[np.ndarray]):
             state.states, state.keys, self._precomputed(state), state.first_frame, state.condition
         )
         check_finite(latents, self._chunk_name())
+        session.show(latents, first_frame=first, to=self.on_latents)
         decoded = list(session.codec.decode(latents, state.decoder, first_frame=first))
         after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)
         self.state = state._replace(states=states, decoder=decoded[-1][1], first_frame=after)
@@ -258,6 +262,7 @@ class Stream(Iterator[np.ndarray]):
             RehyatError: an impossible seed.
         """
         other, state = copy.copy(self), self._living()
+        other.on_latents = None
         # The text and the condition are never donated; so both go on with what was precomputed of them.
         shared: dict[str, Any] = {"text": state.text, "condition": state.condition}
         other.state = _copied(state, **dict.fromkeys(shared))._replace(**shared)

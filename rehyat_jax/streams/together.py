@@ -47,6 +47,7 @@ def advance_together(streams: Sequence[Stream]) -> list[UInt8[np.ndarray, "F H W
         if not (finite[i] and finite_pixels[i]):
             blocks.append(NotFiniteError(f"{stream._chunk_name()} made numbers that are not finite"))
         else:
+            session.show(latents[i], first_frame=first, to=stream.on_latents)
             stream._newest = frames[i, 0]
             blocks.append(stream._newest)
         after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)

@@ -21,6 +21,7 @@ from rehyat_jax.models.folder import (
     find_checkpoint,
 )
 from rehyat_jax.models.networks import make_plan
+from rehyat_jax.models.taehv.decoder import TinyDecoder
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
@@ -202,6 +203,12 @@ def load_vae(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> WanVA
     statistics."""
     dtype = known_dtype(dtype)
     return cast(WanVAE, filled(make_plan(find_checkpoint(path), "vae", dtype=dtype), dtype=dtype))
+
+
+def load_preview_decoder(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> TinyDecoder:
+    """A TAEHV decoder (``taew2_1``, ``taew2_2``), as published. Arguments and errors as `load_transformer`."""
+    dtype = known_dtype(dtype)
+    return cast(TinyDecoder, filled(make_plan(find_checkpoint(path), "preview_decoder", dtype=dtype), dtype=dtype))
 
 
 def load_text_encoder(

@@ -187,7 +187,4 @@ WAN_VAE = Component(
     least_tensors=lambda config: config.num_res_blocks,
     stem="diffusion_pytorch_model",
     released_as=re.compile(r".*vae", re.IGNORECASE),
-    foreign={
-        "a tiny autoencoder for previews (TAEHV)": re.compile(r"(^|\.)decoder\.[0-9]+\.conv\.[0-9]+\.(weight|bias)$"),
-    },
 )
