@@ -243,6 +243,37 @@ def test_guidance_is_for_models_that_have_a_use_for_it(page):
     assert offered == ["5", "10", "20"]
 
 
+def test_words_that_a_model_does_not_know_are_told_and_are_one_stop_of_tab(page):
+    page.fill("#prompt", "a red moon, Blue moon")
+    assert page.inner_text("#unknown") == "Not among the words of this model: a, moon."
+    page.fill("#prompt", "red, Blue")
+    assert page.inner_text("#unknown") == ""
+    page.focus("#go")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.textContent") == "blue"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+
+
+def test_a_sentence_before_the_first_chunk_changes_the_stream_that_begins(page):
+    """And makes no second one. A stream that has ended is begun anew."""
+    page.evaluate(
+        """() => {
+      prompt.value = "a red ground"; go.click();
+      prompt.value = "a blue ground"; go.click();
+    }""".replace("prompt.", "document.getElementById('prompt').").replace("go.", "document.getElementById('go').")
+    )
+    until(page, "view.chunks.some((chunk) => chunk.prompt === 'a blue ground')")
+    assert page.evaluate("fetch('/v1/streams').then((answer) => answer.json()).then(({ data }) => data.length)") == 1
+    until(page, "document.querySelector('#streams li button:last-child')")
+    page.click("#streams li button:last-child")
+    until(page, "document.getElementById('go').textContent === 'Start'")
+    page.fill("#prompt", "a red ground")
+    page.click("#go")
+    until(page, "video.currentTime > 0.5")
+
+
 def test_all_of_it_by_the_keyboard(page):
     """Start, pause, choose, branch, a new stream, save the video and the state, load it again, end a stream."""
     page.keyboard.press("/")

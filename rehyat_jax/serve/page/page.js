@@ -24,17 +24,24 @@ class View {
     this.source = null;
     this.size = [0, 0];
     this.turns = 0;
+    this.waiting = [first];
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     this.socket = new WebSocket(`${scheme}://${location.host}${withToken("/v1/realtime/video")}`);
     this.socket.binaryType = "arraybuffer";
-    this.socket.onopen = () => this.say(first);
+    this.socket.onopen = () => this.waiting.splice(0).forEach((message) => this.say(message));
     this.socket.onmessage = (message) => this.heard(message.data);
-    this.socket.onclose = () => { if (view === this && !this.ended) tell("The connection has ended."); };
+    this.socket.onclose = () => {
+      if (view !== this || this.ended) return;
+      this.ended = true;
+      at("go").textContent = "Start";
+      tell(this.id ? "The connection has ended." : "The server cannot be reached.");
+    };
     this.timer = setInterval(() => this.tick(), 250);
   }
 
   say(message) {
     if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+    else if (this.socket.readyState === WebSocket.CONNECTING && message.type !== "session.playback") this.waiting.push(message);
   }
 
   heard(data) {
@@ -48,8 +55,11 @@ class View {
     else if (message.type === "video.rewind") this.rewound(message);
     else if (message.type === "session.forked") watch(message.id);
     else if (message.type === "session.interaction.queued") tell("The new sentence begins with the next chunk.");
-    else if (message.type === "session.done") { this.ended = true; tell("The stream has ended."); list(); }
-    else if (message.type === "error") { tell(message.message); if (!this.id) this.ended = true; }
+    else if (message.type === "session.done") { this.ended = true; at("go").textContent = "Start"; tell("The stream has ended."); list(); }
+    else if (message.type === "error") {
+      tell(message.message);
+      if (!this.id) { this.ended = true; at("go").textContent = "Start"; }
+    }
   }
 
   start(message) {
@@ -132,6 +142,7 @@ class View {
     const image = document.createElement("img");
     image.alt = "";
     image.loading = "lazy";
+    button.tabIndex = -1;
     image.src = withToken(`/v1/streams/${this.id}/thumbnails/${number}.png?v=${message.transport_chunk_index}`);
     button.append(image);
     button.onclick = (event) => (event.shiftKey || branching() ? this.branch(number) : this.goBack(number));
@@ -192,6 +203,7 @@ class View {
     [...at("line").children].forEach((item, index) => {
       const now = index + offset === playing;
       item.classList.toggle("now", now);
+      item.firstChild.tabIndex = now || item.firstChild === document.activeElement ? 0 : -1;
       if (now) item.firstChild.setAttribute("aria-current", "true");
       else item.firstChild.removeAttribute("aria-current");
     });
@@ -224,6 +236,23 @@ class View {
 
 function tell(words) { at("told").textContent = words; }
 
+function unknown() {
+  // Of a model that knows few words: those that it does not.
+  const known = [...at("words").children].map((button) => button.textContent);
+  const words = at("prompt").value.toLowerCase().match(/[\p{L}\p{N}]+/gu) || [];
+  const none = known.length ? [...new Set(words)].filter((word) => !known.includes(word)) : [];
+  at("unknown").textContent = none.length ? `Not among the words of this model: ${none.join(", ")}.` : "";
+}
+
+function step(button, by) {
+  // Many buttons are one stop of the Tab key; arrows go from one to the next.
+  const next = by < 0 ? button.previousElementSibling : button.nextElementSibling;
+  if (!next) return;
+  button.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+}
+
 function branching() { return at("branching").getAttribute("aria-pressed") === "true"; }
 
 function element(name, attributes, ...children) {
@@ -234,13 +263,13 @@ function element(name, attributes, ...children) {
 
 async function list() {
   // Every stream of the server, also those of another tab or of before a reload.
-  const answer = await fetch(withToken("/v1/streams"));
-  if (!answer.ok) return;
+  const answer = await fetch(withToken("/v1/streams")).catch(() => null);
+  if (!answer || !answer.ok) return;
   const { data } = await answer.json();
   at("streams").replaceChildren(...data.map((stream, index) => {
     const last = stream.chunks.length - 1;
     const picture = last < 0 ? [] : [element("img", { alt: "", src: withToken(`/v1/streams/${stream.id}/thumbnails/${last}.png?v=${stream.frames}`) })];
-    const watching = element("button", { type: "button", className: "watch", onclick: () => watch(stream.id) },
+    const watching = element("button", { type: "button", className: "watch", onclick: () => watch(stream.id, stream.prompt) },
       ...picture, element("span", { textContent: `${index + 1}. ${stream.prompt}` }));
     watching.setAttribute("aria-pressed", String(Boolean(view) && view.id === stream.id));
     const ending = element("button", { type: "button", textContent: "×", onclick: () => end(stream.id) });
@@ -250,8 +279,7 @@ async function list() {
 }
 
 async function end(id) {
-  if (view && view.id === id) view.ended = true;
-  await fetch(withToken(`/v1/streams/${id}`), { method: "DELETE" });
+  await fetch(withToken(`/v1/streams/${id}`), { method: "DELETE" }).catch(() => tell("The server cannot be reached."));
   list();
 }
 
@@ -263,7 +291,13 @@ function show(first) {
 
 setInterval(() => { if (!document.hidden) list(); }, 10000);
 
-function watch(id) { show({ type: "session.join", id, from_chunk: 0 }); }
+function watch(id, prompt) {
+  show({ type: "session.join", id, from_chunk: 0 });
+  if (prompt) {
+    at("prompt").value = prompt;
+    unknown();
+  }
+}
 
 function begin() {
   const number = (id, parse) => (at(id).value === "" ? undefined : parse(at(id).value));
@@ -276,12 +310,12 @@ function begin() {
     num_inference_steps: number("steps", (text) => parseInt(text, 10)),
     guidance_scale: at("guidance").disabled ? undefined : number("guidance", parseFloat),
   });
-  tell("The first chunk is being made.");
+  tell("The first chunk is being made. A server that was never run before compiles its programs for it.");
 }
 
 at("say").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (view && !view.ended && view.id) {
+  if (view && !view.ended) {
     view.say({
       type: "session.interaction",
       interaction: { event_id: String(Date.now()), event: { prompt: at("prompt").value } },
@@ -290,6 +324,7 @@ at("say").addEventListener("submit", (event) => {
     begin();
   }
 });
+at("prompt").addEventListener("input", unknown);
 at("anew").addEventListener("click", () => { if (at("say").reportValidity()) begin(); });
 at("pause").addEventListener("click", pause);
 at("branching").addEventListener("click", () => at("branching").setAttribute("aria-pressed", String(!branching())));
@@ -298,10 +333,14 @@ at("model").addEventListener("change", settle);
 at("load").addEventListener("change", async () => {
   const [file] = at("load").files;
   if (!file) return;
-  const answer = await fetch(withToken("/v1/streams"), { method: "POST", body: file });
-  const told = await answer.json();
-  if (answer.ok) watch(told.id);
-  else tell(told.error.message);
+  try {
+    const answer = await fetch(withToken("/v1/streams"), { method: "POST", body: file });
+    const told = await answer.json();
+    if (answer.ok) watch(told.id, told.prompt);
+    else tell(told.error.message);
+  } catch {
+    tell("The server cannot be reached.");
+  }
   at("load").value = "";
 });
 
@@ -342,6 +381,7 @@ document.addEventListener("keydown", (event) => {
   const index = buttons.indexOf(document.activeElement);
   if (event.key === "/") at("prompt").focus();
   else if (event.key === " " && !(event.target instanceof HTMLButtonElement)) pause();
+  else if (event.key.startsWith("Arrow") && at("words").contains(event.target)) step(event.target, event.key === "ArrowLeft" || event.key === "ArrowUp" ? -1 : 1);
   else if (event.key === "ArrowLeft" && buttons.length) buttons[Math.max(0, (index < 0 ? buttons.length : index) - 1)].focus();
   else if (event.key === "ArrowRight" && buttons.length) buttons[Math.min(buttons.length - 1, index + 1)].focus();
   else if (event.key.toLowerCase() === "n") at("anew").click();
@@ -358,14 +398,15 @@ fetch(withToken("/v1/about")).then((answer) => answer.json()).then((about) => {
   settle();
   at("prompt").value = about.example;
   at("words").append(...about.words.map((word) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = word;
+    const button = element("button", { type: "button", textContent: word, tabIndex: -1 });
     button.onclick = () => {
       at("prompt").value = `${at("prompt").value.trimEnd()} ${word}`.trimStart();
       at("prompt").focus();
+      unknown();
     };
     return button;
   }));
-});
+  if (about.words.length) at("words").firstChild.tabIndex = 0;
+  unknown();
+}).catch(() => tell("The server cannot be reached."));
 list();
