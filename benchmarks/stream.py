@@ -1,5 +1,6 @@
 """A video without end: Wan-1.3B's size, all blocks converted, four steps a chunk, no guidance; with and without VAE,
-in bfloat16 and with the transformer's products in int8.
+in bfloat16 and with the transformer's products in int8. And warm, from a prompt's embedding to frames on the host: a
+stream's first frame, and a whole video of 81.
 
     PYTHONPATH=. python -m benchmarks.stream
 
@@ -11,11 +12,16 @@ is the median of 10 that hand their state on, after three.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from benchmarks import dit
 from benchmarks import vae as of_vae
@@ -31,6 +37,8 @@ from rehyat_jax.sampling.settings import Settings
 from train.engine.arithmetic import forward_flops
 
 CHUNK, STEPS = 3, 4
+#: Latent frames of a whole video: 81 frames.
+WHOLE = 21
 
 
 def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> Iterator[Case]:
@@ -42,10 +50,10 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
         return dit.transformer(config, hybrid=True, int8=int8)
 
     @functools.cache
-    def session(*, with_vae: bool, int8: bool) -> Session:
+    def session(*, with_vae: bool, int8: bool, num_frames: int = 1) -> Session:
         kinds: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
         settings = Settings(
-            num_frames=1,
+            num_frames=num_frames,
             height=space * size[0],
             width=space * size[1],
             num_inference_steps=STEPS,
@@ -90,9 +98,47 @@ def cases(config: WanConfig, vae_config: VAEConfig, size: tuple[int, int]) -> It
 
         return told(walked(both, {"chunks": state, "past": past}))
 
+    def warm(once: Callable[[Array], None]) -> dict[str, Any]:
+        """Of what begins with a prompt's embedding and ends with frames on the host: the median of five, compiled."""
+        times = []
+        for i in range(7):
+            text = jax.block_until_ready(normal(i, 1, 1, 512, config.text_dim))
+            start = time.perf_counter()
+            once(text)
+            times.append(time.perf_counter() - start)
+        return {"ms": round(1e3 * statistics.median(times[2:]), 2), "peak_gib": peak_gib()}
+
+    def first_frame(int8: bool) -> dict[str, Any]:
+        made = session(with_vae=True, int8=int8)
+        first = jnp.zeros((), jnp.int32)
+
+        def once(text: Array) -> None:
+            text_kv = made.precompute_text_kv(text)
+            latents, _ = made.denoise_chunk(made.init_state(1), video_keys(0, count=1), text_kv, first)
+            shown, _ = next(made.codec.decode(latents))
+            np.asarray(shown)
+
+        return warm(once)
+
+    def whole(int8: bool) -> dict[str, Any]:
+        made = session(with_vae=True, int8=int8, num_frames=1 + vae_config.temporal_factor * (WHOLE - 1))
+
+        def once(text: Array) -> None:
+            noise = normal(1, 1, *made.shape, dtype=jnp.float32)
+            for shown, _ in made.codec.decode(made.denoise(noise, text)):
+                np.asarray(shown)
+
+        return warm(once)
+
     for name, int8 in (("stream", False), ("stream in int8", True)):
         yield f"{name}, {STEPS} steps, transformer alone", functools.partial(transformer_alone, int8)
         yield f"{name}, {STEPS} steps, with VAE", functools.partial(with_vae, int8)
+        yield (
+            f"{name}, {STEPS} steps, from embedding to first frame",
+            functools.partial(first_frame, int8),
+        )
+    for name, int8 in (("whole video", False), ("whole video in int8", True)):
+        yield f"{name}, {WHOLE} latent frames, {STEPS} steps, with VAE", functools.partial(whole, int8)
 
 
 def _of_a_chunk(config: WanConfig, size: tuple[int, int]) -> int:
