@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 from shared.lora import OTHERS, everywhere, random_lora, written
 
-from rehyat_jax.errors import CheckpointError
+from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.checkpoints import describe
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.rows import transformer_rows
@@ -69,6 +69,10 @@ def vace():
     return original() | {"vace_blocks.0.before_proj.weight": torch.zeros(256, 256)}
 
 
+def beside(name):
+    return original() | {name: torch.zeros(4, 4)}
+
+
 def fp4():
     tensors = original()
     return tensors | {"blocks.0.ffn.0.weight_scale_2": torch.ones(1)}
@@ -82,16 +86,36 @@ def adapter(end):
     ("tensors", "words"),
     [
         (vace, "a VACE model"),
+        (lambda: original(in_channels=48), r"Wan2\.1's Fun-Control \(48 channels in, 16 out\)"),
+        (lambda: original(in_channels=52), r"Wan2\.2's Fun-Control"),
+        (lambda: beside("control_adapter.conv.weight"), "a Fun-Control model"),
+        (lambda: beside("casual_audio_encoder.weights"), "a speech-to-video model"),
+        (lambda: beside("blocks.0.audio_cross_attn.proj.weight"), "MultiTalk"),
+        (lambda: beside("face_adapter.fuser_blocks.0.linear1_q.weight"), "an Animate model"),
+        (lambda: beside("fps_embedding.weight"), "SkyReels"),
         (fp4, "nvfp4"),
         (lambda: adapter("hada_w1_a"), "LoHa"),
         (lambda: adapter("lokr_w1"), "LoKr"),
         (lambda: adapter("lora_down.weight") | adapter("lora_up.weight") | adapter("dora_scale"), "DoRA"),
     ],
-    ids=["VACE", "nvfp4", "LoHa", "LoKr", "DoRA"],
+    ids=[
+        "VACE",
+        "Fun 2.1",
+        "Fun 2.2",
+        "Fun",
+        "S2V",
+        "MultiTalk",
+        "Animate",
+        "SkyReels",
+        "nvfp4",
+        "LoHa",
+        "LoKr",
+        "DoRA",
+    ],
 )
 def test_what_is_not_read_is_refused_by_name(tensors, words, tmp_path):
     save_file(tensors(), tmp_path / "file.safetensors")
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(RehyatError, match=words):
         describe(tmp_path / "file.safetensors")
 
 

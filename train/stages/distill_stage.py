@@ -39,6 +39,7 @@ from train.engine.stage import Measure, Models, Network, Round, Stage
 from train.stages.block_choice import choose_blocks
 from train.stages.blockwise import Figures
 from train.stages.distill import DistillTraining
+from train.stages.from_image import takes_image
 from train.stages.learner import Learner
 from train.stages.planned import planned_model
 from train.stages.sizes import check_sizes, whole_model
@@ -99,6 +100,11 @@ class DistillStage(Stage):
     @functools.cached_property
     def vae(self) -> VAEConfig:
         config, where = VAEConfig.from_dict(read_json(self.folder / "vae" / "config.json")), self.folder / "vae"
+        if takes_image(self.model, config):
+            raise ConfigError(
+                f"{self.folder} makes videos from an image, which prompts alone do not have: rehyat finetune converts "
+                "it, on clips"
+            )
         if not config.z_dim == self.model.in_channels == self.model.out_channels:
             raise CheckpointError(
                 f"{where} makes latents of {config.z_dim} channels, and the transformer has {self.model.in_channels} "

@@ -25,12 +25,15 @@ from jaxtyping import Array, Float, Key
 from rehyat_jax.adapters.training import LoraConfig, with_adapters
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import BlockMixers, Conversion, HybridConfig
-from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer
-from rehyat_jax.models.folder import find_model
+from rehyat_jax.models.checkpoints import load_text_encoder
+from rehyat_jax.models.checkpoints.loading import open_transformer
+from rehyat_jax.models.clip.features import ImageFeatures
+from rehyat_jax.models.folder import find_model, read_traits
 from rehyat_jax.models.memory import weights_bytes
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices, loading
 from rehyat_jax.runtime.memory import Need
 from rehyat_jax.runtime.variables import AdapterParam, GateParam, MixerParam
@@ -46,6 +49,7 @@ from train.engine.memory import adapted_learner_bytes, backward_bytes
 from train.engine.optimizer import OptimizerConfig, Shares
 from train.engine.stage import Models, Network
 from train.stages.flow import Batch, FlowStage, FlowTraining, embed, flow_loss
+from train.stages.from_image import FromImage, takes_image
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
 from train.stages.sizes import check_sizes, whole_model
 from train.stages.sourced import FromSource
@@ -79,6 +83,9 @@ class FinetuneTraining(FlowTraining):
 
     #: A bundled model's name or a model's folder in the diffusers layout: a student, or a teacher to be converted.
     source: Path
+    #: Of a source of two experts (Wan2.2's A14B), the one that learns, on the noise levels that it is for; the other
+    #: stays as it is. The result is the source of the other's training.
+    expert: Literal["high", "low"] | None = None
     #: Leave the source's student alone, if it is one: its teacher is converted as ``hybrid`` says, not distilled.
     anew: bool = False
     #: Its sizes, which `rehyat plan` needs before there is such a folder; none: whatever it has.
@@ -176,27 +183,56 @@ class FinetuneTraining(FlowTraining):
 
     def student(self, source: Path) -> WanTransformer:
         """The student before it has learned."""
-        model = load_transformer(source, hybrid=None if self.anew else "auto")
+        model, _ = open_transformer(source, self.part, hybrid=None if self.anew else "auto")
         if self.lora.rank and self.hybrid is None:
             return model  # a LoRA may be of a softmax model too
         return student_of(model, self.hybrid, where=source)
 
     def write(self, folder: Path, source: Path, student: WanTransformer) -> None:
         """The finished model's folder, whole or not there; with adapters their files in it."""
-        write_student(folder, source, student, defaults=self.defaults, lora=self.lora)
+        write_student(folder, source, student, defaults=self.defaults, lora=self.lora, part=self.part)
 
-    def loss(self, models: Models, batch: Batch, *, longest: int) -> dict[str, Mean]:
-        """The student's means; clips of up to ``longest`` latent frames are compared with the teacher."""
-        inputs = batch.noisy, batch.timesteps, batch.text
-        velocity = models["student"](*inputs, **self.forward)
+    @property
+    def part(self) -> Literal["transformer", "transformer_2"]:
+        """The folder of what learns."""
+        return "transformer_2" if self.expert == "low" else "transformer"
+
+    def at_its_levels(self) -> FinetuneTraining:
+        """The same with the noise levels of its expert.
+
+        Raises:
+            ConfigError: there are others already.
+        """
+        if self.expert is None:
+            return self
+        if self.levels_of != (0.0, 1.0):
+            raise ConfigError("an expert has noise levels of its own: leave levels_of out")
+        boundary = read_traits(whole_model(self.source, expert=self.expert)).boundary_ratio
+        assert boundary is not None, "a model of two experts has one"
+        return dataclasses.replace(self, levels_of=(boundary, 1.0) if self.expert == "high" else (0.0, boundary))
+
+    def loss(self, models: Models, batch: Batch, *, longest: int, images: FromImage | None = None) -> dict[str, Mean]:
+        """The student's means; clips of up to ``longest`` latent frames are compared with the teacher.
+
+        Args:
+            images: of a model that is shown each clip's first frame.
+        """
+        noisy, times, image = batch.noisy, batch.timesteps, {}
+        if images is not None:
+            sigma = (times / 1000).reshape(len(noisy), -1, 1, 1, 1)
+            condition = images.condition(models, noisy - sigma * batch.velocity)  # of the clips themselves
+            noisy, times = condition.seen(noisy, times)
+            image = {} if condition.image is None else {"image": condition.image}
+        inputs = noisy, times, batch.text
+        velocity = models["student"](*inputs, **self.forward, **image)
         means = {"loss": flow_loss(velocity, batch.velocity, batch.weights)}
         if "teacher" in models and batch.noisy.shape[1] <= longest:
-            target = jax.lax.stop_gradient(models["teacher"](*inputs, text_tokens=TEXT_LENGTH))
+            target = jax.lax.stop_gradient(models["teacher"](*inputs, text_tokens=TEXT_LENGTH, **image))
             means["teacher"] = flow_loss(velocity, target, weight=self.teacher_weight)
         return means
 
     def memory_need(self) -> Need:
-        source = whole_model(self.source)
+        source = whole_model(self.source, expert=self.expert)
         model, vae = open_component(source, "transformer").config, open_component(source, "vae").config
         parameters = weights_bytes(source, "transformer", dtype=jnp.float32) // 4
         devices = 1 if self.mesh.single else jax.device_count()
@@ -234,6 +270,32 @@ class FinetuneStage(FromSource, FlowStage):
     """A converted model learns whole, with or without a teacher beside it."""
 
     training: FinetuneTraining
+    #: Whether models that take images are trained so.
+    takes_images = True
+
+    def __init__(self, training: FinetuneTraining) -> None:
+        super().__init__(training.at_its_levels())
+
+    @functools.cached_property
+    def images(self) -> FromImage | None:
+        """Of a model that is shown a clip's first frame.
+
+        Raises:
+            ConfigError: it is not trained so.
+        """
+        model = self.student.config
+        if not takes_image(model, self.vae_config):
+            return None
+        if not self.takes_images:
+            raise ConfigError(
+                f"{self.source} makes videos from an image: it is finetuned on clips, not through its state"
+            )
+        return FromImage.of(model, self.vae_config, self.features)
+
+    @functools.cached_property
+    def features(self) -> ImageFeatures | None:
+        """The model's image encoder, where it has one."""
+        return None if self.student.config.image_dim is None else ImageFeatures(self.source)
 
     @functools.cached_property
     def student(self) -> WanTransformer:
@@ -251,7 +313,9 @@ class FinetuneStage(FromSource, FlowStage):
     def devices(self) -> Devices:
         _ = self.prepared  # before weights are read
         student, vae = self.student, self.vae_config
-        self.training.check_fits(vae, student.config, where=self.source / "vae")
+        self.training.check_fits(vae, student.config, where=self.source / "vae", images=self.images is not None)
+        if self.training.validation.prompts and (self.images is not None or self.training.expert is not None):
+            raise ConfigError("videos of a validation are made from text by one transformer: leave its prompts out")
         return self.training.devices(vae, student.config, student.hybrid)
 
     @property
@@ -269,6 +333,8 @@ class FinetuneStage(FromSource, FlowStage):
             found["text"] = Network(make=lambda: load_text_encoder(self.source, dtype=self.dtype))
         if training.teacher is not None:
             found["teacher"] = Network(make=self._teacher)
+        if self.images is not None:
+            found |= self.images.networks(lambda: self.vae, self.features)
         return found
 
     def _learner(self) -> WanTransformer:
@@ -277,7 +343,7 @@ class FinetuneStage(FromSource, FlowStage):
 
     def _teacher(self) -> WanTransformer:
         with loading(self.training.mesh):
-            teacher = load_transformer(find_model(self.training.teacher or ""), hybrid=None)
+            teacher, _ = open_transformer(find_model(self.training.teacher or ""), self.training.part, hybrid=None)
         if teacher.config != self.student.config:
             raise ConfigError(f"{self.training.teacher} is no teacher of {self.source}: they are of different sizes")
         return computing(teacher, self.dtype)
@@ -291,7 +357,7 @@ class FinetuneStage(FromSource, FlowStage):
         return 1 + (self.training.teacher_frames - 1) // self.vae_config.temporal_factor
 
     def loss(self, models: Models, batch: Batch) -> dict[str, Mean]:
-        return self.training.loss(models, batch, longest=self.longest)
+        return self.training.loss(models, batch, longest=self.longest, images=self.images)
 
     def flops(self, data: int) -> float:
         training, student = self.training, self.student
@@ -317,10 +383,12 @@ class PlannedFinetune(FinetuneStage):
     """The same programs, from shapes: no weights and no data are read."""
 
     def __init__(self, training: FinetuneTraining, among: Sequence[Any], *, size: tuple[int, int]) -> None:
-        super().__init__(training)
+        FlowStage.__init__(self, training)  # which noise levels are an expert's says a folder that need not be here
         self._among, self._size = among, size
         self.prepared, self.source = {}, training.source
         self.vae_config = VAEConfig.published_for(planned_model(training.model, training.source))
+        self.features = None
+        self.vae = nnx.eval_shape(lambda: WanVAE(self.vae_config, dtype=self.dtype, rngs=nnx.Rngs(0)))
 
     @functools.cached_property
     def student(self) -> WanTransformer:

@@ -104,6 +104,8 @@ class FlowTraining(RunConfig):
     validation: Validation = Validation()
     #: Flow shift of training: the share of high noise.
     shift: float = 3.0
+    #: Noise levels that are trained, from and to; of one of two experts its own.
+    levels_of: tuple[float, float] = (0.0, 1.0)
     #: Share of clips trained with the empty prompt, for guidance.
     caption_dropout: float = 0.1
     #: Tokens a caption may have; longer ones would be cut.
@@ -118,6 +120,10 @@ class FlowTraining(RunConfig):
             raise ConfigError(f"reuse must be at least 1, and caption_tokens 1 to {TEXT_LENGTH}")
         if not (0 <= self.caption_dropout <= 1 and 0 < self.shift < float("inf")):
             raise ConfigError("caption_dropout must be 0 to 1, and shift above 0")
+        if not 0 <= self.levels_of[0] < self.levels_of[1] <= 1:
+            raise ConfigError(
+                f"levels_of must be two noise levels from 0 to 1, the lower one first, not {self.levels_of}"
+            )
         if self.accumulate < 1:
             raise ConfigError(f"accumulate must be at least 1, not {self.accumulate}")
         for bucket in self.buckets:
@@ -145,12 +151,15 @@ class FlowTraining(RunConfig):
         """Clips that a round draws."""
         return bucket.batch * self.steps_per_round // self.reuse
 
-    def check_fits(self, vae: VAEConfig, model: WanConfig, *, where: Path) -> None:
+    def check_fits(self, vae: VAEConfig, model: WanConfig, *, where: Path, images: bool = False) -> None:
         """
+        Args:
+            images: whether a mask and an image's latents go in beside the noise.
+
         Raises:
             CheckpointError, ConfigError: the VAE, which is at ``where``, is not the model's or the clips'.
         """
-        if not vae.z_dim == model.in_channels == model.out_channels:
+        if not images and not vae.z_dim == model.in_channels == model.out_channels:
             raise CheckpointError(
                 f"{where} makes latents of {vae.z_dim} channels, and the transformer has "
                 f"{model.in_channels} in and {model.out_channels} out"
@@ -198,6 +207,9 @@ class FlowTraining(RunConfig):
 
         # Stratified over the batch: every level of noise in every step.
         even = (jnp.arange(size, dtype=jnp.float32) + jax.random.uniform(time_key, (size,))) / size
+        # Before the shift, where levels are even.
+        low, high = (level / (self.shift - (self.shift - 1) * level) for level in self.levels_of)
+        even = low + (high - low) * even
         sigma = self.shift * even / (1 + (self.shift - 1) * even)
         sigma, weights = self.levels(sigma, jax.random.fold_in(time_key, 1), frames=pool.latents.shape[1])
         if pool.learned is not None:

@@ -92,6 +92,8 @@ class ForcedTraining(FinetuneTraining):
             raise ConfigError("a forced past is of chunks: say by hybrid what the student's are")
         if self.history.share or self.teacher is not None:
             raise ConfigError("history and a softmax teacher are for clips without a forced past: leave them out")
+        if self.expert is not None:
+            raise ConfigError("a forced past is of a model of one transformer: an expert is finetuned on clips")
         if self.unroll:
             raise ConfigError("a forced past goes chunk by chunk, in a loop: leave unroll out")
         if self.remember == "steps":
@@ -200,6 +202,7 @@ class ForcedStage(FinetuneStage):
     """A student learns to go on from the true past, with a guide beside it where the aim asks for one."""
 
     training: ForcedTraining
+    takes_images = False
 
     @property
     def networks(self) -> dict[str, Network]:

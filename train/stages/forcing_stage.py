@@ -40,6 +40,7 @@ from train.engine.folder import RunFolder
 from train.engine.stage import Measure, Models, Network, Stage, Update
 from train.stages.flow import HELD_OUT, embed, padded_captions
 from train.stages.forcing import ForcingTraining
+from train.stages.from_image import takes_image
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
 from train.stages.sizes import check_sizes
 from train.stages.sourced import FromSource
@@ -74,6 +75,10 @@ class ForcingStage(FromSource, Stage):
         with loading(self.training.mesh):
             student = student_of(load_transformer(self.source), self.training.hybrid, where=self.source)
         check_sizes(self.training.model, student.config, where=self.source)
+        if takes_image(student.config, self.vae_config):
+            raise ConfigError(
+                f"{self.source} makes videos from an image: it is finetuned on clips, not on its own videos"
+            )
         return computing(student, self.dtype)
 
     @functools.cached_property

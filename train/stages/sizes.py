@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from rehyat_jax.errors import CheckpointError, ConfigError
-from rehyat_jax.models.folder import find_model
+from rehyat_jax.models.folder import find_model, read_traits
 from rehyat_jax.models.wan.config import WanConfig
 
 
@@ -21,13 +22,22 @@ def check_sizes(said: WanConfig | None, found: WanConfig, *, where: Path) -> Non
             )
 
 
-def whole_model(name: Path) -> Path:
+def whole_model(name: Path, *, expert: Literal["high", "low"] | None = None) -> Path:
     """The folder of a bundled model's name or a path.
+
+    Args:
+        expert: of a model of two, the one that is to learn.
 
     Raises:
         CheckpointError: it is no whole model.
+        ConfigError: it has two experts and none is named, or one is named and it has one transformer.
     """
     folder = find_model(name)
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
+    two = read_traits(folder).boundary_ratio is not None
+    if two and expert is None:
+        raise ConfigError(f"{folder} has two experts by noise level, of which rehyat finetune --expert trains one")
+    if expert is not None and not two:
+        raise ConfigError(f"{folder} has one transformer: leave expert out")
     return folder

@@ -34,7 +34,7 @@ class FromSource:
 
     @functools.cached_property
     def source(self) -> Path:
-        return whole_model(self.training.source)
+        return whole_model(self.training.source, expert=getattr(self.training, "expert", None))
 
     @functools.cached_property
     def dtype(self) -> jnp.dtype:

@@ -22,7 +22,10 @@ from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder, write_file, write_json
 
 #: What a result has from its source, as it is there.
-_KEPT = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", DEFAULTS_FILE)
+_KEPT = (
+    *("vae", "text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor"),
+    *("transformer", "transformer_2", "model_index.json", DEFAULTS_FILE),
+)
 
 
 def write_adapters(folder: Path, student: WanTransformer, config: LoraConfig, *, base: str) -> None:
@@ -76,16 +79,18 @@ def write_student(
     *,
     defaults: Mapping[str, Any],
     lora: LoraConfig | None = None,
+    part: str = "transformer",
 ) -> None:
     """A student's whole folder, or nothing: its transformer, the rest from the source's.
 
     Args:
         defaults: what it is sampled with unless a user says otherwise, where that is not the source's.
         lora: of a student with adapters, which are folded in, and written as files of their own in it.
+        part: the folder that the student stands in; of two experts the other one stays as it is.
     """
     with whole_folder(folder) as partial:
         for name in _KEPT:
-            if (source / name).is_dir():
+            if name != part and (source / name).is_dir():
                 shutil.copytree(source / name, partial / name)
             elif (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
@@ -94,7 +99,7 @@ def write_student(
             write_json(partial / DEFAULTS_FILE, ours)
         if lora is not None and lora.rank:
             write_adapters(partial, student, lora, base=str(source))
-        save_transformer(folded(student), partial / "transformer", dtype=jnp.bfloat16)
+        save_transformer(folded(student), partial / part, dtype=jnp.bfloat16)
 
 
 def computing(model: WanTransformer, dtype: jnp.dtype) -> WanTransformer:

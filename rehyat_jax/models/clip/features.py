@@ -38,7 +38,8 @@ class ImageFeatures:
         self._plan = make_plan(folder, "image_encoder")
         config, file = self._plan.config, folder / PROCESSOR_FILE
         known = file.is_file()
-        self._prepare = Preparation.from_dict(read_json(file), config=config) if known else Preparation.of(config)
+        #: Of images for the encoder.
+        self.preparation = Preparation.from_dict(read_json(file), config=config) if known else Preparation.of(config)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,12 +48,16 @@ class ImageFeatures:
 
     @cached_property
     def _encoder(self) -> tuple[Any, Any]:
-        return nnx.split(cast(ImageEncoder, filled(self._plan, dtype=np.dtype(np.float32))))
+        return nnx.split(self.read())
+
+    def read(self) -> ImageEncoder:
+        """The encoder, from disk, in float32."""
+        return cast(ImageEncoder, filled(self._plan, dtype=np.dtype(np.float32)))
 
     def __call__(self, images: Images) -> Float[Array, "L D"]:
         """In float32, the first image's tokens before the last one's."""
         given = [image for image in (images.first, images.last) if image is not None]
-        pixels = jnp.asarray(np.stack([self._prepare(image) for image in given]))
+        pixels = jnp.asarray(np.stack([self.preparation(image) for image in given]))
         graph, weights = self._encoder
         with precision(jnp.float32):
             features = _encode(weights, pixels, graph=graph)

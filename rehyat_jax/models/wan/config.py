@@ -27,6 +27,10 @@ _TRANSFORMER_HAS: dict[str, Any] = {
 _KINDS = ("t2v", "i2v", "flf2v", "ti2v")
 
 
+#: Models whose further channels no other ones have: noise, control and image, and Wan2.2's mask.
+_CONTROLLED = {48: "Wan2.1's Fun-Control", 52: "Wan2.2's Fun-Control"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """The Wan2.1 and Wan2.2 transformer. Defaults are T2V-1.3B's; names are those of diffusers' ``config.json``."""
@@ -72,6 +76,8 @@ class WanConfig:
             )
         if self.image_dim is None and self.pos_embed_seq_len is not None:
             raise ConfigError("WanConfig.pos_embed_seq_len is of image features, and there is no image_dim")
+        if self.out_channels == 16 and (family := _CONTROLLED.get(self.in_channels)) is not None:
+            raise ConfigError(f"{family} ({self.in_channels} channels in, 16 out) is not supported")
         check_positive(self, "eps")
         if len(self.patch_size) != 3 or not all(is_whole(p, 16) for p in self.patch_size):
             raise ConfigError(f"WanConfig.patch_size must be three whole numbers from 1 to 16, not {self.patch_size!r}")

@@ -150,6 +150,11 @@ WAN_TRANSFORMER = Component(
             r"lora_(A|B|up|down|unet|te)|\.lora\.|_lora\.|(^|\.)(hada_|lokr_)|dora_scale|lora_magnitude_vector"
         ),
         "a VACE model": re.compile(r"(^|\.)vace_"),
+        "a Fun-Control model": re.compile(r"(^|\.)(control_adapter|ref_conv)\."),
+        "a speech-to-video model (S2V)": re.compile(r"(^|\.)(casual_audio_encoder|audio_injector|frame_packer)\."),
+        "a model of talking people (MultiTalk, InfiniteTalk)": re.compile(r"(^|\.)(audio_proj|audio_cross_attn)\."),
+        "an Animate model": re.compile(r"(^|\.)(face_adapter|motion_encoder|pose_patch_embedding)\."),
+        "a SkyReels model with a frame rate": re.compile(r"(^|\.)(fps_embedding|fps_projection)\."),
     },
     # Some files have a norm that nothing reads.
     unneeded=re.compile(r"blocks\.[0-9]+\.attn2\.norm_added_q\."),

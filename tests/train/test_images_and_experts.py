@@ -1,0 +1,140 @@
+"""Models that take images, and those of two experts, are finetuned and converted; what is not trained is said."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from shared.families import CLIP, tiny_a14b, tiny_i2v
+from shared.training import distillation, finetuning, forcing, log_of
+from shared.videos import PROMPT, image_of
+
+from rehyat_jax import HybridConfig, TextToVideo
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.checkpoints import load_vae
+from rehyat_jax.models.clip.features import ImageFeatures
+from rehyat_jax.models.networks import open_component
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.sampling.codec import Codec
+from train.data.clips import Bucket
+from train.data.pools import Pool
+from train.engine.stage import Models
+from train.stages.from_image import FromImage, prepared_frames, takes_image
+
+HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1)
+SHORT = {
+    "hybrid": HYBRID,
+    "buckets": (Bucket(kind="plain", frames=5, batch=2),),
+    "steps": 2,
+    "steps_per_round": 2,
+    "reuse": 1,
+    "teacher_frames": 5,
+    "shift": 5.0,
+}
+SIZE = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 1.0, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def from_image(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("i2v")
+    tiny_i2v(folder, **CLIP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a14b")
+    tiny_a14b(folder)
+    return folder
+
+
+def test_a_clip_is_shown_its_own_first_frame(from_image):
+    """As a call's condition of that frame: by sampling's codec, and by transformers' preparation, whose eight bits
+    leave half a level of 255 before the division by 0.26."""
+    vae, features = load_vae(from_image), ImageFeatures(from_image)
+    model = open_component(from_image, "transformer").config
+    assert takes_image(model, vae.config)
+    assert not takes_image(WanConfig.t2v_14b(), vae.config)
+    images = FromImage.of(model, vae.config, features)
+    latents = np.random.default_rng(0).standard_normal((2, 3, 4, 6, 16), np.float32)
+    made = {role: nnx.split(each.make()) for role, each in images.networks(lambda: vae, features).items()}
+    models = {role: graph for role, (graph, _) in made.items()}, {role: state for role, (_, state) in made.items()}
+    seen = jax.jit(lambda frozen, x: images.condition(Models(models[0], frozen=frozen), x))(models[1], latents)
+    codec = Codec(vae)
+    first = np.asarray(vae.decode(vae.denormalize(jnp.asarray(latents[:, :1]))), np.float32)
+    clip = np.full((2, 9, 32, 48, 3), 127.5, np.float32)
+    clip[:, 0] = (first[:, 0] + 1) * 127.5
+    np.testing.assert_allclose(seen.channels[..., 4:], codec.encode(clip, frames_per_step=1), atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(seen.channels[:, 0, ..., :4], 1)
+    np.testing.assert_array_equal(seen.channels[:, 1:, ..., :4], 0)
+    assert seen.image.shape == (2, 5, 20)
+    picture = image_of(64, 96)
+    ours = prepared_frames(jnp.asarray(picture[None], jnp.float32) / 255, features.preparation)[0]
+    assert np.abs(ours - features.preparation(picture)).max() < 1.5 / 255 / 0.26
+    assert ours.std() > 0.3
+
+
+def test_an_expert_learns_at_its_own_noise_levels(experts, tmp_path):
+    """Of a thousand levels of shift 5 none is the other's, and the whole of its own is met."""
+    pool, empty = Pool(jnp.zeros((1000, 1, 1, 1, 1)), jnp.zeros((1000, 1, 1))), jnp.zeros((1, 1, 1))
+    found = {}
+    for expert in ("high", "low"):
+        training = finetuning(experts, tmp_path / "out", expert=expert, teacher=None, teacher_weight=0.0, **SHORT)
+        times = training.at_its_levels().batch(pool, empty, jax.random.key(0)).timesteps
+        found[expert] = float(times.min()), float(times.max())
+    assert found["high"][0] == pytest.approx(875, abs=1.5)
+    assert found["high"][1] == pytest.approx(1000, abs=1.5)
+    assert found["low"][0] == pytest.approx(0, abs=10)
+    assert found["low"][1] == pytest.approx(875, abs=1.5)
+    assert found["low"][1] <= 875 <= found["high"][0]
+
+
+def test_what_is_not_trained_is_said(experts, from_image, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="has two experts by noise level, of which rehyat finetune --expert"):
+        _ = distillation(experts, out).stage()
+    with pytest.raises(ConfigError, match="has two experts by noise level"):
+        _ = finetuning(experts, out).stage().source
+    with pytest.raises(ConfigError, match="has one transformer: leave expert out"):
+        _ = finetuning(from_image, out, expert="low").stage()
+    with pytest.raises(ConfigError, match="an expert has noise levels of its own"):
+        _ = finetuning(experts, out, expert="low", levels_of=(0.5, 1.0)).stage()
+    with pytest.raises(ConfigError, match="makes videos from an image, which prompts alone do not have"):
+        _ = distillation(from_image, out).stage().vae
+    with pytest.raises(ConfigError, match="makes videos from an image: it is finetuned on clips, not on its own"):
+        _ = forcing(from_image, out, hybrid=HYBRID).stage().student
+    with pytest.raises(ConfigError, match="a model between two images is not trained here"):
+        FromImage.of(WanConfig.flf2v_14b(), load_vae(from_image).config, None)
+
+
+@pytest.mark.full
+def test_an_image_to_video_model_is_converted_and_streams(from_image, tmp_path):
+    training = finetuning(from_image, tmp_path / "student", teacher=from_image, **SHORT)
+    training.run()
+    assert all(np.isfinite(entry["loss"]) and np.isfinite(entry["teacher"]) for entry in log_of(training))
+    pipe = TextToVideo.from_pretrained(training.out, cache_dir=tmp_path / "cache")
+    assert pipe.transformer.hybrid == HYBRID
+    stream = pipe.open_stream(PROMPT, image=image_of(64, 64), **SIZE)
+    blocks = [next(stream), next(stream)]
+    stream.save(tmp_path / "kept")
+    np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "kept")), next(stream))
+    other = pipe.open_stream(PROMPT, image=image_of(64, 64, seed=2), **SIZE)
+    assert (next(other) != blocks[0]).mean() > 0.2
+
+
+@pytest.mark.full
+def test_two_experts_are_converted_one_after_the_other_and_stream(experts, tmp_path):
+    source, how = experts, {"teacher": None, "teacher_weight": 0.0}
+    for expert in ("high", "low"):
+        training = finetuning(source, tmp_path / expert, expert=expert, **SHORT | how)
+        training.run()
+        assert all(np.isfinite(entry["loss"]) for entry in log_of(training))
+        source = training.out
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "low" / weights).read_bytes() == (tmp_path / "high" / weights).read_bytes()
+    assert TextToVideo.from_pretrained(tmp_path / "high").why_not_stream() is not None
+    pipe = TextToVideo.from_pretrained(source, cache_dir=tmp_path / "cache")
+    stream = pipe.open_stream(PROMPT, **SIZE)
+    next(stream)
+    stream.save(tmp_path / "kept")
+    np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "kept")), next(stream))

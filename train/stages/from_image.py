@@ -1,0 +1,97 @@
+"""What an image-to-video model is shown of a clip in training: the clip's own first frame, as the model takes images.
+
+The frame is had of the clip's first latent frame, decoded; so prepared clips need no pixels beside their latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from rehyat_jax.errors import ConfigError
+from rehyat_jax.models.clip.config import ImageEncoderConfig, Preparation
+from rehyat_jax.models.clip.encoder import ImageEncoder
+from rehyat_jax.models.clip.features import ImageFeatures
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.sampling.condition import Condition
+from train.engine.stage import Models, Network
+
+
+def takes_image(model: WanConfig, vae: VAEConfig) -> bool:
+    """Whether a mask and an image's latents go in beside the noise."""
+    return model.out_channels == vae.z_dim and model.in_channels == 2 * vae.z_dim + vae.temporal_factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromImage:
+    """The images of one model's training; its networks are in the roles "vae" and, with CLIP, "image"."""
+
+    vae: VAEConfig
+    #: Of images for CLIP; None: the model has none.
+    prepare: Preparation | None
+
+    @classmethod
+    def of(cls, model: WanConfig, vae: VAEConfig, features: ImageFeatures | None) -> FromImage:
+        """
+        Args:
+            features: the model's image encoder, where it has one; without, for a plan, the published one's.
+
+        Raises:
+            ConfigError: the model is for two images.
+        """
+        if model.pos_embed_seq_len is not None:
+            raise ConfigError("a model between two images is not trained here: it has no streams")
+        if model.image_dim is None:
+            return cls(vae=vae, prepare=None)
+        return cls(vae=vae, prepare=Preparation.of(ImageEncoderConfig()) if features is None else features.preparation)
+
+    def networks(self, vae: Any, features: ImageFeatures | None) -> dict[str, Network]:
+        """The frozen networks that it needs; by shapes where there is no encoder to be read.
+
+        Args:
+            vae: makes the autoencoder.
+        """
+        found = {"vae": Network(make=vae)}
+        if self.prepare is not None:
+
+            def planned() -> ImageEncoder:
+                made: ImageEncoder = nnx.eval_shape(lambda: ImageEncoder(ImageEncoderConfig(), rngs=nnx.Rngs(0)))
+                return made
+
+            found["image"] = Network(make=planned if features is None else features.read)
+        return found
+
+    def condition(self, models: Models, latents: Float[Array, "B T h w z"]) -> Condition:
+        """Of clips, by normalised latents: as `rehyat_jax.models.wan.conditions.ImageChannels` makes it of the frame
+        that the autoencoder makes of the first of them."""
+        vae: WanVAE = models["vae"]
+        frame = vae.decode_first(vae.denormalize(latents[:, :1]))[0].astype(jnp.float32)
+        time, frames = self.vae.temporal_factor, latents.shape[1]
+        # The encoder has forgotten the image then: what it makes of grey frames stays the same.
+        known = min(frames, self.vae.encoder_memory + 1)
+        clip = jnp.pad(frame, ((0, 0), (0, time * (known - 1)), *[(0, 0)] * 3))
+        shown = vae.normalize(vae.encode(clip, frames_per_step=1).astype(jnp.float32))
+        mask = jnp.broadcast_to((jnp.arange(known) < 1)[None, :, None, None, None], (*shown.shape[:-1], time))
+        channels = jnp.concatenate([mask.astype(jnp.float32), shown], axis=-1)
+        image = None
+        if self.prepare is not None:
+            image = models["image"](prepared_frames(frame[:, 0] / 2 + 0.5, self.prepare))
+        return Condition(channels=channels, image=image).chunk(0, frames)
+
+
+def prepared_frames(frames: Float[Array, "B H W 3"], prepare: Preparation) -> Float[Array, "B h w 3"]:
+    """As `Preparation` makes pixels of 0..1 ready for CLIP, inside a program; not rounded to eight bits on the way."""
+    rows, columns = frames.shape[1:3]
+    scale = prepare.shortest_edge / min(rows, columns)
+    size = max(int(scale * rows), prepare.height), max(int(scale * columns), prepare.width)
+    resized = jax.image.resize(frames, (len(frames), *size, 3), "cubic", antialias=True)
+    top, left = (size[0] - prepare.height) // 2, (size[1] - prepare.width) // 2
+    middle = jnp.clip(resized[:, top : top + prepare.height, left : left + prepare.width], 0.0, 1.0)
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (prepare.mean, prepare.std))
+    return (middle - mean) / std
