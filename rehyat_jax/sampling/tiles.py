@@ -1,8 +1,8 @@
-"""Frames decoded by tiles that overlap, with blended seams: a decoder in the memory of one tile.
+"""Frames decoded and encoded by tiles that overlap, with blended seams: an autoencoder in the memory of one tile.
 
-diffusers ``AutoencoderKLWan.tiled_decode`` with its sizes' proportions: a quarter of a tile is its neighbour's too, and
-goes over into that linearly. What lies near a tile's border is decoded without what is beyond it, so that frames differ
-a little from those decoded at once.
+diffusers ``AutoencoderKLWan.tiled_decode`` and ``tiled_encode`` with their sizes' proportions: a quarter of a tile is
+its neighbour's too, and goes over into that linearly. What lies near a tile's border is decoded without what is beyond
+it, so that frames differ a little from those decoded at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from rehyat_jax.errors import NotFiniteError, RehyatError
 from rehyat_jax.runtime.offload import host_memory
@@ -24,7 +24,7 @@ from rehyat_jax.sampling.codec import Codec, Pixels, to_uint8
 
 
 class TiledCodec(Codec):
-    """As `Codec`, decoding tile by tile. What is kept of the frames before waits in the host's memory.
+    """As `Codec`, tile by tile. What is kept of the frames before waits in the host's memory.
 
     Args:
         tile: of a side, in pixels.
@@ -41,6 +41,29 @@ class TiledCodec(Codec):
         #: Of a side, in latent pixels; the next one begins so many later.
         self._side, self._stride = tile // factor, 3 * tile // (4 * factor)
 
+    def encode(
+        self, video: UInt8[np.ndarray, "B F H W 3"] | Float[np.ndarray, "B F H W 3"], *, frames_per_step: int
+    ) -> Float[Array, "B T h w z"]:
+        factor = self.config.spatial_factor
+        self._check_sides(*video.shape[2:4])
+        rows, columns = self._places(video.shape[2] // factor, video.shape[3] // factor)
+        tiles = []
+        for top, left in itertools.product(rows, columns):
+            down, across = (slice(start * factor, (start + self._side) * factor) for start in (top, left))
+            tiles.append(np.asarray(super().encode(video[:, :, down, across], frames_per_step=frames_per_step)))
+        return jnp.asarray(self._joined(tiles, rows=len(rows), columns=len(columns), factor=1, patch=1))
+
+    def _check_sides(self, height: int, width: int) -> None:
+        """
+        Raises:
+            RehyatError: a side is no multiple of a latent pixel.
+        """
+        factor = self.config.spatial_factor
+        if height % factor or width % factor:
+            raise RehyatError(
+                f"a video of {width}x{height} cannot be encoded: both sides must be multiples of {factor}"
+            )
+
     def decode(
         self, latents: Float[Array, "B T h w z"], state: Any = None, *, first_frame: int = 0, pixels: Pixels = to_uint8
     ) -> Iterator[tuple[Array, Any]]:
@@ -56,7 +79,8 @@ class TiledCodec(Codec):
                 )
                 tiles.append(np.asarray(shown))
                 states[number] = _to_host(after)
-            frames = self._joined(tiles, rows=len(rows), columns=len(columns))
+            whole = {"factor": self.config.spatial_factor, "patch": self.config.patch}
+            frames = self._joined(tiles, rows=len(rows), columns=len(columns), **whole)
             if not np.isfinite(frames).all():
                 raise NotFiniteError(f"decoding latent frame {first_frame + i} made pixels that are not finite")
             yield jax.jit(pixels)(frames), tuple(states)
@@ -76,11 +100,14 @@ class TiledCodec(Codec):
             return range(1), range(1)
         return range(0, height, self._stride), range(0, width, self._stride)
 
-    def _joined(self, tiles: list[np.ndarray], *, rows: int, columns: int) -> np.ndarray:
-        """Tiles [B, F, H, W, 3], row by row, as whole frames: each blended with the one above and the one before it."""
+    def _joined(self, tiles: list[np.ndarray], *, rows: int, columns: int, factor: int, patch: int) -> np.ndarray:
+        """Tiles [B, F, H, W, c], row by row, as whole frames: each blended with the one above and the one before it.
+
+        Args:
+            factor: of a side, for a latent pixel; patch: pixels of a side that are blended as one.
+        """
         if rows == columns == 1:
             return tiles[0]
-        factor, patch = self.config.spatial_factor, self.config.patch
         stride, overlap = self._stride * factor, (self._side - self._stride) * factor
         grid = [[np.array(tiles[row * columns + column]) for column in range(columns)] for row in range(rows)]
         made = []
