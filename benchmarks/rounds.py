@@ -9,8 +9,8 @@
 CONFIG and further fields are what `rehyat plan` takes; the programs are the training's own, from its stage, and no
 weights or clips are needed. One JSON line a kind of round. ``gib``: of each device, arguments and temporaries by the
 compiler; ``peak_gib``: what the first device had in use at most; ``compile_s``: of all kinds side by side. With
-``--profile`` of one more round on a GPU: ``nccl_ms``, what the first device spends in NCCL's kernels, waiting for others
-included, and ``kernels_ms``, in all.
+``--profile`` of one more round on a GPU: ``nccl_ms``, what the first device spends in NCCL's kernels, waiting for
+others included, and ``kernels_ms``, in all.
 """
 
 from __future__ import annotations

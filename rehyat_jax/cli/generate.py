@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rehyat_jax.cli.arguments import parse_options, parse_steps
-from rehyat_jax.cli.generate_checks import check_combination, owned_files
+from rehyat_jax.cli.generate_checks import check_combination, outputs_of, owned_files
 from rehyat_jax.cli.generate_options import Generate, parse_hybrid, parse_remember, parse_size
 from rehyat_jax.cli.generate_other import make_batch, read_batch, write_other
-from rehyat_jax.cli.generate_stream import Outputs, Request, described, stream_video
-from rehyat_jax.cli.progress import ProgressDisplay
+from rehyat_jax.cli.generate_stream import Outputs, Request, described, follow_video, stream_video
+from rehyat_jax.cli.progress import ProgressDisplay, Quiet
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.eight_bits import named
 from rehyat_jax.runtime.files import whole_file
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rehyat_jax.sampling.rollout import ContextNoise
     from rehyat_jax.sampling.settings import Settings
     from rehyat_jax.streams.timeline import Timeline
+    from rehyat_jax.video.formats import Format
 
 
 #: What the record has of the options beside the settings.
@@ -40,15 +41,17 @@ _ASKED = (
 
 def main(argv: list[str]) -> None:
     options = parse_options(Generate, argv, command="generate")
+    kind = check_combination(options)
+    options.processes.join()
     try:
-        _run(options)
+        with options.processes.watched():
+            _run(options, kind)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(*(interrupt.args or ["nothing was written"])) from None
 
 
-def _run(options: Generate) -> None:
+def _run(options: Generate, kind: Format) -> None:
     width, height = parse_size(options.size)
-    kind = check_combination(options)
     remember, steps = parse_remember(options.remember), parse_steps(options.steps)
     hybrid = parse_hybrid(options.hybrid)
     timeline = _read_timeline(options.timeline)
@@ -61,8 +64,9 @@ def _run(options: Generate) -> None:
     images = Images.read(options.image, options.last_image)
     out = options.out.expanduser()
     batch = None if options.prompts is None else read_batch(options.prompts.expanduser(), out, count=options.count)
-    outputs, owned = owned_files(options, out, kind)
-    with owned, ProgressDisplay() as display:
+    first = options.processes.first
+    outputs, owned = owned_files(options, out, kind) if first else (outputs_of(out, kind), nullcontext())
+    with owned, ProgressDisplay() if first else Quiet() as display:
         display("load", 0, 1)
         from rehyat_jax.runtime.record import Phases
 
@@ -115,6 +119,18 @@ def _run(options: Generate) -> None:
         streams = _streams(options, pipe)
         if steps == "auto":
             request = _with_most_steps(pipe, request, display)
+        if not first:
+            if streams:
+                follow_video(pipe, request, outputs)
+            else:
+                pipe.run(
+                    request.prompt,
+                    pipe.settings(num_frames=request.frames, **request.sampling),
+                    negative_prompt=request.negative_prompt,
+                    seed=request.seed,
+                    images=request.images,
+                )
+            return
         how: Any = {"streams": streams, "display": display, "phases": phases}
         if batch is not None:
             made = make_batch(pipe, request, batch, model=options.model, **how)

@@ -67,9 +67,24 @@ def check_combination(options: Generate) -> Format:
             )
     elif kind != "mp4" and options.resume:
         raise RehyatError(f"--resume goes on with an mp4, not with {options.out.name!r}")
+    if options.processes.distributed:
+        if kind != "mp4" or options.steps == "auto":
+            raise RehyatError("several processes make one mp4 together, with a number of --steps")
+        if options.mesh.single:
+            raise RehyatError("several processes need a mesh over the devices of all, as --mesh.automatic")
     if kind == "raw" and sys.stdout.isatty():
         raise RehyatError("--out - writes raw frames: pipe them into a program, as ffmpeg or mpv")
     return kind
+
+
+def outputs_of(out: Path, kind: Format) -> Outputs:
+    """The files of a run."""
+    folder = kind == "png"
+    return Outputs(
+        video=out,
+        sheet=out.with_suffix(".png"),
+        record=out.with_name(f"{out.name}.json") if folder else out.with_suffix(".json"),
+    )
 
 
 def owned_files(options: Generate, out: Path, kind: Format) -> tuple[Outputs, AbstractContextManager[None]]:
@@ -78,12 +93,7 @@ def owned_files(options: Generate, out: Path, kind: Format) -> tuple[Outputs, Ab
     Raises:
         RehyatError: the run cannot begin.
     """
-    folder = kind == "png"
-    outputs = Outputs(
-        video=out,
-        sheet=out.with_suffix(".png"),
-        record=out.with_name(f"{out.name}.json") if folder else out.with_suffix(".json"),
-    )
+    folder, outputs = kind == "png", outputs_of(out, kind)
     if kind == "raw":
         return outputs, nullcontext()
     if options.prompts is not None:

@@ -12,6 +12,7 @@ import tyro
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.eight_bits import Kind
 from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.processes import Processes
 
 if TYPE_CHECKING:
     from rehyat_jax.mixers.config import HybridConfig
@@ -146,6 +147,10 @@ class Generate:
 
     mesh: MeshConfig = MeshConfig(fsdp=1)
     """Devices to generate on, over which the model is divided; one when not given."""
+
+    processes: Processes = Processes()
+    """Of several hosts: the same command on each, and --mesh over the devices of all. The first writes the video; a
+    per-chunk one goes on (--resume) where all can read its state."""
 
     cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of compiled programs and prompt embeddings (else $REHYAT_CACHE_DIR, else the user's cache folder)."""

@@ -141,13 +141,14 @@ def stream_video(
     Raises:
         RehyatError: the model cannot stream, the state is not one of this request, or a file cannot be written.
     """
+    from rehyat_jax.runtime.devices import agreed, wait_for_all
     from rehyat_jax.video.growing import GrowingVideo, reopen_video
     from rehyat_jax.video.io import check_video_room
 
     chunk = pipe.transformer.chunk_frames()  # raises where the model cannot stream, before any file is made
     if not 1 <= request.frames <= _LONGEST:
         raise RehyatError(f"a stream can have 1 to {_LONGEST} frames, not {request.frames}")
-    resume = resume and bool(outputs.saved())
+    resume = bool(agreed(resume and bool(outputs.saved())))
     if resume and _is_finished(outputs.video):  # it was killed after its last chunk
         reopen_video(outputs.video, outputs.video)
     settings = pipe.settings(num_frames=1 + pipe.vae.config.temporal_factor * (chunk - 1), **request.sampling)
@@ -157,6 +158,7 @@ def stream_video(
         with phases.measure("text"):
             stream = _resumed(pipe, request, outputs) if resume else begun(pipe, request)
         display("text", 1, 1)
+        wait_for_all("read")  # before the state can change or go
         after = stream.frames_done
         if resume:
             video.go_on(after=after)
@@ -187,6 +189,28 @@ def stream_video(
         except RehyatError as error:
             raise type(error)(f"{error}; {_kept(video, outputs)}") from error
     return stream.settings
+
+
+def follow_video(pipe: TextToVideo, request: Request, outputs: Outputs) -> None:
+    """The part of a process that is not the first in `stream_video`: the same chunks, and nothing is written.
+
+    Raises:
+        RehyatError: as `stream_video`; the state is not to be read here.
+    """
+    from rehyat_jax.runtime.devices import agreed, wait_for_all
+
+    resume = bool(agreed(0))
+    stream = _resumed(pipe, request, outputs) if resume else begun(pipe, request)
+    wait_for_all("read")
+    frames = stream.frames_done
+    if not resume and stream.beginning is not None:
+        stream.save(outputs.state)
+    while frames < request.frames:
+        if request.timeline is not None:
+            request.timeline.steer(stream, fps=pipe.fps)
+        frames += len(next(stream))
+        if agreed(0):
+            stream.save(outputs.state)
 
 
 def begun(pipe: TextToVideo, request: Request) -> Stream:
@@ -251,6 +275,8 @@ def _fill(
     phases: Phases,
 ) -> None:
     """Append chunks until there are as many frames as asked for, the last one cut; the state is saved on the way."""
+    from rehyat_jax.runtime.devices import agreed
+
     saved_at, cost, first, frames = time.monotonic(), 0.0, True, request.frames
     while video.frames < frames:
         if first:  # it waits for the compiler, so that its pace says nothing of the others'
@@ -269,7 +295,7 @@ def _fill(
             video.append(block[: frames - video.frames])
         display("frames", video.frames, frames)
         now = time.monotonic()
-        if video.frames < frames and now - saved_at >= _PATIENCE * cost:
+        if agreed(video.frames < frames and now - saved_at >= _PATIENCE * cost):
             with phases.measure("save"):
                 stream.save(outputs.state)
             saved_at = time.monotonic()

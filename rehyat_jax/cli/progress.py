@@ -32,6 +32,17 @@ class _Rate(ProgressColumn):
         return Text(_rate(done / elapsed if elapsed else None))
 
 
+class Quiet:
+    """In the place of a `ProgressDisplay` where another process shows the run."""
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __call__(self, part: str, done: int, total: int) -> None: ...
+
+
 class ProgressDisplay:
     """Shows the parts of a run in turn: ``with ProgressDisplay() as display: display("denoise", 3, 20)``.
 

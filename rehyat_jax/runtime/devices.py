@@ -254,6 +254,28 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
+def agreed(number: int) -> int:
+    """The first process's number, in every process; every process has to call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def everywhere(found: bool) -> bool:
+    """Whether it is so in every process; every process has to call it."""
+    if jax.process_count() == 1:
+        return found
+    return bool(np.all(multihost_utils.process_allgather(np.int32(found))))
+
+
+def whole_array(x: jax.Array) -> np.ndarray:
+    """An array that may be sharded over several processes, on the host; every process has to call it."""
+    if x.is_fully_addressable or not isinstance(x.sharding, NamedSharding):
+        return np.asarray(x)
+    found: np.ndarray = Devices(x.sharding.mesh).on_host(x)  # type: ignore[arg-type]
+    return found
+
+
 def wait_for_all(name: str) -> None:
     """Until every process is here."""
     if jax.process_count() > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 
 from rehyat_jax.errors import ConfigError
 
@@ -11,13 +12,14 @@ from rehyat_jax.errors import ConfigError
 class Processes:
     """One program in several processes, each with devices of its own: the same command, once for each."""
 
-    #: Find the others: TPU slices, Slurm and Open MPI say where they are, if nothing below does.
     distributed: bool = False
-    #: Address and port of the first process.
+    """Find the others: TPU slices, Slurm and Open MPI say where they are, if nothing below does."""
     coordinator: str | None = None
-    #: How many processes there are, and which of them this is.
+    """Address and port of the first process."""
     count: int | None = None
+    """How many processes there are."""
     index: int | None = None
+    """Which of them this is, from 0 on."""
 
     def join(self) -> None:
         """Before anything asks JAX for devices; once.
@@ -43,3 +45,18 @@ class Processes:
         except (RuntimeError, ValueError) as error:
             why = str(error).strip().split("\n")[0][:200]
             raise ConfigError(f"the processes of this run cannot find each other: {why}") from error
+
+    @property
+    def first(self) -> bool:
+        """Whether this process, once it has joined, writes what all have."""
+        if not self.distributed:
+            return True
+        import jax
+
+        return jax.process_index() == 0
+
+    def watched(self) -> AbstractContextManager[None]:
+        """In which this process ends, with a sentence, when another one of the run is gone; once it has joined."""
+        from rehyat_jax.runtime.peers import watched
+
+        return watched(self.coordinator) if self.distributed else nullcontext()

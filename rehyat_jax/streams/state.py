@@ -23,6 +23,7 @@ from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.models.checks import LATER
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import whole_array
 from rehyat_jax.runtime.files import whole_file
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.experts import Experts
@@ -99,6 +100,7 @@ class StreamRecord:
 
 def fingerprint(transformer: WanTransformer | Experts, vae: WanVAE, decoder: Any = None) -> str:
     """Tells a model from every other: its configurations and every bit of its parameters, the same on any device.
+    Of several processes every one has to call it.
 
     Args:
         decoder: in the autoencoder's place, where there is one.
@@ -110,7 +112,7 @@ def fingerprint(transformer: WanTransformer | Experts, vae: WanVAE, decoder: Any
     digest = hashlib.sha256(f"[{', '.join(map(_said, [*configs, *(each.config for each in others)]))}]".encode())
     for module in itertools.chain(experts.modules(), others):
         for name, variable in sorted(parameters(nnx.state(module)).items()):
-            array = np.asarray(variable.get_value())
+            array = whole_array(variable.get_value())
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
             digest.update(_bytes(array).data)
     return digest.hexdigest()

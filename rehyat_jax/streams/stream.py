@@ -16,6 +16,7 @@ from jaxtyping import Array, Shaped, UInt8
 
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.runtime import arguments
+from rehyat_jax.runtime.devices import first_process
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import seeds, video_keys
 from rehyat_jax.sampling.rollout import OnLatents, check_finite
@@ -239,7 +240,8 @@ class Stream(Iterator[np.ndarray]):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Keep the stream in a folder, for ``resume_stream`` in this or another process to go on from, bit for bit.
 
-        The folder holds the new state whole, or the one before it as it was, whenever the process ends.
+        The folder holds the new state whole, or the one before it as it was, whenever the process ends. Of several
+        processes every one has to call it, and the first writes.
 
         Raises:
             RehyatError: the folder cannot be written, the solver has no form on disk, or the stream is to begin with
@@ -253,7 +255,8 @@ class Stream(Iterator[np.ndarray]):
         state = self._living()
         if jax.process_count() > 1:  # which have each a part of the states
             state = state._replace(states=self._session.devices.on_host(state.states))
-        save_stream(arguments.user_path("folder", folder), state, record)
+        if first_process():
+            save_stream(arguments.user_path("folder", folder), state, record)
 
     def fork(self, *, seed: int | None = None) -> Stream:
         """A second stream that goes on from here with a copy of the state: the same way, or another with other noise.

@@ -22,6 +22,7 @@ from rehyat_jax.models.checkpoints.loading import Quantize
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.umt5.rows import carried_tokenizer
+from rehyat_jax.runtime.devices import everywhere
 from rehyat_jax.runtime.eight_bits import eight_bits_of
 from rehyat_jax.runtime.files import sample_digest
 from rehyat_jax.text.tokenizer import PromptCache, Tokenizer, embed_tokens
@@ -96,7 +97,9 @@ class PromptEncoder:
         tokens = self.tokenizer.encode(prompt, TEXT_LENGTH)
         key = f"{self._identity} {tokens.ids.tolist()} {tokens.mask.sum()}"
         rows = None if self._cache is None else self._cache.get(key, shape=(1, TEXT_LENGTH, self.text_dim))
-        if rows is None:
+        # Processes that share an encoder embed together, or none does.
+        kept = rows is not None if self._mesh is None else everywhere(rows is not None)
+        if rows is None or not kept:
             with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
                 rows = np.asarray(embed_tokens(self.encoder, tokens).astype(jnp.float32))
             if not self._keep:
