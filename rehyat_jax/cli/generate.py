@@ -14,7 +14,7 @@ from rehyat_jax.cli.generate_checks import check_combination, outputs_of, owned_
 from rehyat_jax.cli.generate_options import Generate, parse_hybrid, parse_remember, parse_size
 from rehyat_jax.cli.generate_other import make_batch, read_batch, write_other
 from rehyat_jax.cli.generate_stream import Outputs, Request, described, follow_video, stream_video
-from rehyat_jax.cli.progress import ProgressDisplay, Quiet
+from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.eight_bits import named
 from rehyat_jax.runtime.files import whole_file
@@ -66,7 +66,7 @@ def _run(options: Generate, kind: Format) -> None:
     batch = None if options.prompts is None else read_batch(options.prompts.expanduser(), out, count=options.count)
     first = options.processes.first
     outputs, owned = owned_files(options, out, kind) if first else (outputs_of(out, kind), nullcontext())
-    with owned, ProgressDisplay() if first else Quiet() as display:
+    with owned, ProgressDisplay(quiet=not first) as display:
         display("load", 0, 1)
         from rehyat_jax.runtime.record import Phases
 

@@ -32,27 +32,19 @@ class _Rate(ProgressColumn):
         return Text(_rate(done / elapsed if elapsed else None))
 
 
-class Quiet:
-    """In the place of a `ProgressDisplay` where another process shows the run."""
-
-    def __enter__(self) -> Quiet:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def __call__(self, part: str, done: int, total: int) -> None: ...
-
-
 class ProgressDisplay:
     """Shows the parts of a run in turn: ``with ProgressDisplay() as display: display("denoise", 3, 20)``.
 
     Writes to the standard error, so that a command's result can be piped.
+
+    Args:
+        quiet: show nothing, where another process shows the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
-        self._bars = None
-        if console.is_terminal:
+        self._bars, self._quiet = None, quiet
+        if console.is_terminal and not quiet:
             columns = (
                 TextColumn("{task.description:8}"),
                 BarColumn(),
@@ -78,6 +70,8 @@ class ProgressDisplay:
     def __call__(self, part: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of ``part`` are done. The first call announces the part: what was done by then
         tells nothing of its pace."""
+        if self._quiet:
+            return
         if self._bars:
             if part not in self._tasks:
                 self._tasks[part] = self._bars.add_task(part, total=total, completed=done, before=done)
