@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.memory import Networks, VideoShape, blocks_bytes, networks_need
+from rehyat_jax.models.memory import Networks, VideoShape, blocks_bytes, networks_need, text_blocks_bytes
 from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
@@ -65,6 +65,8 @@ def networks(model: WanConfig, *, eight_bits: bool = False) -> Networks:
         transformer=2 * transformer - (matrices if eight_bits else 0),
         blocks=blocks_bytes(model, dtype=jnp.bfloat16, eight_bits=eight_bits),
         text_encoder=2 * text - (of_text if eight_bits else 0),
+        text_blocks=text_blocks_bytes(TextEncoderConfig(), dtype=jnp.bfloat16, eight_bits=eight_bits),
+        text_layers=TextEncoderConfig().num_layers,
         decoder=4 * sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(decoder))),
     )
 

@@ -176,8 +176,8 @@ class TextToVideo(HasLoras):
             mesh: the devices to generate on: the transformer and the text encoder are sharded over them while they are
                 read, so that none holds the whole (`rehyat_jax.MeshConfig`). Fewer than there are: the first of them.
                 ``automatic``: all, divided as suits streams, or whole videos of the model's own size if it makes none.
-            offload: for a device with little memory: the transformer's blocks stay in the host's memory and are fetched
-                one at a time, and the text encoder leaves the device when a prompt is embedded. Slower.
+            offload: for a device with little memory: the transformer's and the text encoder's blocks stay in the host's
+                memory and are fetched one at a time, and the text encoder leaves when a prompt is embedded. Slower.
             vae_tile: for little memory as well: frames are decoded by tiles of so many pixels a side (256 as in
                 diffusers), a quarter of which goes over into the next one's.
             decoder: a TAEHV file (``taew2_1``, of Wan2.2's 5B ``taew2_2``) that decodes in the autoencoder's place:
@@ -226,7 +226,7 @@ class TextToVideo(HasLoras):
                 repair=repair_prompts,
                 quantize=quantize,
                 mesh=devices.mesh,
-                keep=not offload,
+                offload=offload,
             ),
             schedule=schedule,
             solver=solver,

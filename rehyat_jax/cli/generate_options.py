@@ -78,8 +78,8 @@ class Generate:
     memory of one step; for a model that was trained so. When not given: as the model was trained."""
 
     offload: bool = False
-    """For a device with little memory: the transformer's blocks stay in the host's memory and are fetched one at a
-    time, and the text encoder leaves the device once a prompt is embedded. Slower."""
+    """For a device with little memory: the transformer's and the text encoder's blocks stay in the host's memory and
+    are fetched one at a time, and the text encoder leaves once a prompt is embedded. Slower."""
 
     vae_tile: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
     """For little memory as well: frames are decoded by tiles of so many pixels a side (256), with blended seams."""

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from rehyat_jax.mixers.config import Conversion, read_conversion
 from rehyat_jax.models.networks import open_component
+from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.runtime.memory import Need, Room
@@ -161,6 +162,9 @@ class Networks:
     blocks: int
     text_encoder: int
     decoder: int
+    #: Of the text encoder's blocks: where they come from the host, two are on the device.
+    text_blocks: int
+    text_layers: int
 
     @classmethod
     def of_folder(cls, folder: Path, *, dtype: DTypeLike, eight_bits: bool = False) -> Networks:
@@ -169,7 +173,7 @@ class Networks:
             CheckpointError, ConfigError: the folder has not all three networks.
         """
         how: dict[str, Any] = {"dtype": dtype, "eight_bits": eight_bits}
-        model = open_component(folder, "transformer").config
+        model, text = (open_component(folder, name).config for name in ("transformer", "text_encoder"))
         return cls(
             model=model,
             vae=open_component(folder, "vae").config,
@@ -178,6 +182,8 @@ class Networks:
             blocks=blocks_bytes(model, **how),
             text_encoder=weights_bytes(folder, "text_encoder", **how),
             decoder=weights_bytes(folder, "vae", dtype=jnp.float32),
+            text_blocks=text_blocks_bytes(text, **how),
+            text_layers=text.num_layers,
         )
 
 
@@ -185,6 +191,12 @@ def blocks_bytes(model: WanConfig, *, dtype: DTypeLike, eight_bits: bool) -> int
     """Of all a transformer's blocks: their matrices, which are nearly all of it."""
     matrices = 8 * model.dim**2 + 2 * model.dim * model.ffn_dim + (2 * model.dim**2 if model.image_dim else 0)
     return model.num_layers * matrices * (1 if eight_bits else jnp.dtype(dtype).itemsize)
+
+
+def text_blocks_bytes(text: TextEncoderConfig, *, dtype: DTypeLike, eight_bits: bool) -> int:
+    """As `blocks_bytes`, of a text encoder."""
+    matrices = 4 * text.d_model * text.num_heads * text.d_kv + 3 * text.d_model * text.d_ff
+    return text.num_layers * matrices * (1 if eight_bits else jnp.dtype(dtype).itemsize)
 
 
 def video_need(
@@ -228,7 +240,7 @@ def networks_need(
         hybrid: how blocks are converted.
         streams: a chunk at a time, where the model can; else as a whole.
         mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
-        offload: blocks come from the host, and the text encoder leaves once a prompt is embedded.
+        offload: the blocks of both come from the host, and the text encoder leaves once a prompt is embedded.
         vae_tile: frames are decoded by tiles of so many pixels a side.
         on: the platform; this one when not given.
     """
@@ -251,6 +263,7 @@ def networks_need(
         model, tokens=max(latents * frame, 1), batch=batch, dtype=dtype, weights=weights - on_host, on=on
     )
     copied_for_layout = _copied_for_layout(text, dtype, on)
+    text_on_host = networks.text_blocks - 2 * networks.text_blocks // networks.text_layers if offload else 0
     if mesh is not None and (on or platform()) != "cpu":  # whose virtual devices share one memory
         held = (mesh.fsdp or 1) * mesh.context * mesh.tensor
         weights, text = weights // held, text // held
@@ -266,13 +279,13 @@ def networks_need(
     }
     # One after the other: the prompt is embedded, the video denoised, then decoded; a stream does the last two in turn,
     # and what its decoder keeps stays.
-    embedding = copied_for_layout + (text if offload else 0)
+    embedding = copied_for_layout + (text - text_on_host if offload else 0)
     phases = {"embedding the prompt": embedding, "denoising": work, "decoding": decoding}
     if streams:
         phases["denoising"] += phases.pop("decoding")
     largest = max(phases, key=lambda name: phases[name])
     pixels = shape.frames * shape.height * shape.width * 3
-    host = _PROGRAM + (0 if streams else 2 * pixels) + on_host
+    host = _PROGRAM + (0 if streams else 2 * pixels) + on_host + text_on_host
     return Need(device=parts | {largest: phases[largest]}, host=host)
 
 

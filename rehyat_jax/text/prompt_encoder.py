@@ -44,7 +44,7 @@ class PromptEncoder:
         warn: bool = True,
         quantize: Quantize | None = None,
         mesh: Mesh | None = None,
-        keep: bool = True,
+        offload: bool = False,
     ) -> None:
         """Open a checkpoint's text part: sizes and headers are checked, the weights not yet read.
 
@@ -55,8 +55,8 @@ class PromptEncoder:
             warn: tell of a prompt that is cut when it is first met; False where the caller counts them.
             quantize: as `load_text_encoder` takes it.
             mesh: over whose devices the encoder is sharded and computes.
-            keep: hold the encoder for the prompts to come; else it leaves the device when a prompt is embedded, and is
-                read again for the next one.
+            offload: the encoder's blocks stay in the host's memory, and it leaves the device when a prompt is embedded:
+                the next one has it read again.
             repair: have ftfy repair prompts, as :func:`~rehyat_jax.text.tokenizer.clean_prompt` says.
 
         Raises:
@@ -64,7 +64,7 @@ class PromptEncoder:
         """
         self.folder, self._dtype, self._mesh = folder, dtype, mesh
         self._quantize = eight_bits_of(quantize)
-        self._keep = keep
+        self._offload = offload
         self._cache = None if cache is None else PromptCache(cache)
         self._warn, self._told = warn, set[str]()
         opened = open_component(folder, "text_encoder")
@@ -83,7 +83,9 @@ class PromptEncoder:
     @cached_property
     def encoder(self) -> UMT5Encoder:
         """The network, read at the first use."""
-        return load_text_encoder(self.folder, dtype=self._dtype, quantize=self._quantize, mesh=self._mesh)
+        return load_text_encoder(
+            self.folder, dtype=self._dtype, quantize=self._quantize, mesh=self._mesh, offload=self._offload
+        )
 
     def __call__(self, prompt: str) -> Float[Array, "1 L D"]:
         """The prompt's embedding in float32, zero beyond its last token, as ``WanPipeline`` makes it.
@@ -102,7 +104,7 @@ class PromptEncoder:
         if rows is None or not kept:
             with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
                 rows = np.asarray(embed_tokens(self.encoder, tokens).astype(jnp.float32))
-            if not self._keep:
+            if self._offload:
                 del self.encoder
             if not np.isfinite(rows).all():
                 raise NotFiniteError(

@@ -8,8 +8,9 @@ from flax import nnx
 from shared.checkpoint import save_tiny_checkpoint
 from shared.videos import PROMPT
 
-from rehyat_jax import HybridConfig, TextToVideo, load_transformer
+from rehyat_jax import HybridConfig, TextToVideo, load_text_encoder, load_transformer
 from rehyat_jax.runtime.offload import bytes_on_device
+from rehyat_jax.text.tokenizer import Tokenizer, embed_tokens
 
 SIZE = {"height": 16, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
 
@@ -39,6 +40,15 @@ def test_blocks_lie_in_the_hosts_memory(folder, quantize):
         return jax.jit(lambda w, x, text: nnx.merge(graph, w)(x, jnp.array([500.0]), text))(weights, *inputs)
 
     np.testing.assert_array_equal(velocity(model), velocity(plain))
+
+
+def test_the_text_encoders_blocks_too(folder):
+    encoder, plain = (load_text_encoder(folder, offload=offload) for offload in (True, False))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(nnx.state(encoder.block))} == {"pinned_host"}
+    everything, blocks = (sum(x.nbytes for x in jax.tree.leaves(nnx.state(m))) for m in (plain, plain.block))
+    assert bytes_on_device(nnx.state(encoder)) == everything - blocks
+    tokens = Tokenizer.from_folder(folder).encode(PROMPT, 512)
+    np.testing.assert_array_equal(embed_tokens(encoder, tokens), embed_tokens(plain, tokens))
 
 
 def test_a_video_and_a_stream_are_the_same(folder, tmp_path):

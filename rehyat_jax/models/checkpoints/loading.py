@@ -217,6 +217,7 @@ def load_text_encoder(
     dtype: Any = jnp.float32,
     quantize: Quantize | None = None,
     mesh: Mesh | None = None,
+    offload: bool = False,
 ) -> UMT5Encoder:
     """A UMT5 encoder. Arguments and errors as `load_transformer`; an embedding of zeros alone is refused as well. Its
     products are never in eight bits, and no layer is left out."""
@@ -224,4 +225,6 @@ def load_text_encoder(
     plan = make_plan(find_checkpoint(path), "text_encoder", dtype=dtype)
     if (how := eight_bits_of(quantize)) is not None:
         keep_in_eight_bits(plan.abstract, how.of_text, kept_on_device(plan, how))
+    if offload:
+        plan.abstract.keep_blocks_on_host()
     return cast(UMT5Encoder, filled(plan, dtype=dtype, mesh=mesh))

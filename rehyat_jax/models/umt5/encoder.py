@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rehyat_jax.adapters.linear import Linear
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.umt5.config import TextEncoderConfig
+from rehyat_jax.runtime.offload import fetched, keep_on_host
 from rehyat_jax.runtime.variables import described, kernel, table
 
 
@@ -193,6 +194,17 @@ class UMT5Encoder(nnx.Module):
 
         self.block = stack(rngs)
         self.final_layer_norm = T5LayerNorm(config.d_model, epsilon=config.layer_norm_epsilon, param_dtype=param_dtype)
+        #: Whether the blocks stay in the host's memory (`keep_blocks_on_host`).
+        self.offloaded = False
+
+    def keep_blocks_on_host(self) -> None:
+        """As `rehyat_jax.models.wan.transformer.WanTransformer`'s.
+
+        Raises:
+            ConfigError: the device cannot read the host's memory.
+        """
+        keep_on_host(self.block)
+        self.offloaded = True
 
     def __repr__(self) -> str:
         return described(self, f"{self.config.num_layers} blocks of {self.config.d_model}")
@@ -220,7 +232,8 @@ class UMT5Encoder(nnx.Module):
         graphdef, params = nnx.split(self.block)
 
         def layer(x: Array, params: Any) -> tuple[Array, None]:
-            return nnx.merge(graphdef, params)(x, additive, buckets=buckets), None
+            here = fetched(params) if self.offloaded else params
+            return nnx.merge(graphdef, here)(x, additive, buckets=buckets), None
 
         embedded = self.shared(jnp.asarray(ids))
         x, _ = jax.lax.scan(layer, embedded.astype(_residual_dtype(embedded.dtype)), params)
