@@ -67,9 +67,19 @@ def _whole_videos() -> dict[str, float]:
     return found
 
 
+def _measured() -> dict[str, dict]:
+    """In one process of eight devices, whose programs are compiled once for all of it."""
+    return {"videos": _whole_videos(), "streamed": _streamed(), "exchanged": _exchanged()}
+
+
 @pytest.fixture(scope="module")
-def whole_videos():
-    return on_devices("test_generation_on_mesh", "_whole_videos")
+def measured():
+    return on_devices("test_generation_on_mesh", "_measured")
+
+
+@pytest.fixture(scope="module")
+def whole_videos(measured):
+    return measured["videos"]
 
 
 def test_a_mesh_makes_the_video_of_one_device(whole_videos):
@@ -128,8 +138,8 @@ WAN_DIM, WAN_FFN = 24, 32
 
 
 @pytest.fixture(scope="module")
-def streamed():
-    return on_devices("test_generation_on_mesh", "_streamed")
+def streamed(measured):
+    return measured["streamed"]
 
 
 def test_a_stream_goes_on_upon_other_devices(streamed):
@@ -191,8 +201,8 @@ def _exchanged() -> dict[str, list]:
 
 
 @pytest.fixture(scope="module")
-def exchanged():
-    return on_devices("test_generation_on_mesh", "_exchanged", devices=2)
+def exchanged(measured):
+    return measured["exchanged"]
 
 
 def test_in_a_stream_cut_by_heads_no_weight_is_gathered(exchanged):

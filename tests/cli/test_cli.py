@@ -415,7 +415,7 @@ def test_arguments_help_lists_a_commands_own_configurations(rehyat, command, own
 )
 def test_sigterm_stops_as_ctrl_c_does_and_exits_with_143(checkpoint, tmp_path, shell):
     """Nothing is left of a per-step video, lock and partial files neither."""
-    argv = program("generate", "a cat", "--model", checkpoint, "--size", "96x96", "--frames", "161", "--steps", "1000")
+    argv = program("generate", "a cat", "--model", checkpoint, "--size", "48x48", "--frames", "81", "--steps", "1000")
     argv = [*shell, *argv]
     with subprocess.Popen([*argv, "--out", tmp_path / "a.mp4"], stderr=subprocess.PIPE, text=True) as process:
         for said in process.stderr:

@@ -32,7 +32,7 @@ def sample(split: str, batch: int, seed: int = 0) -> world.Scenes:
 
 @pytest.fixture(scope="module")
 def scenes() -> world.Scenes:
-    return sample("heldout", len(chosen(range(16), test=3)))
+    return sample("heldout", len(chosen(range(16), test=2)))
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_every_sprite_is_told_apart_on_every_ground():
     starts = jax.random.randint(key, (len(pairs), 2, 2), 0, 40 * world.UNITS + 1)
     scenes = world.Scenes(zero + 1, both(pairs // 8), both(zero), both(zero), starts, pairs % 8)
     video = render(scenes, num_frames=1)
-    for noise in (0.0, 0.1):
+    for noise in chosen((0.1, 0.0)):
         found = detect(jnp.clip(video + 2 * noise * jax.random.normal(key, video.shape), -1, 1))
         assert (found.objects[:, 0, 0] == scenes.objects[:, 0]).mean() >= 0.995
         assert (found.objects[:, 0, 1:] == -1).all()
@@ -242,12 +242,12 @@ def test_every_sprite_is_told_apart_on_every_ground():
 
 
 def test_bytes_and_floats_are_seen_alike(clips):
-    some = clips[:3, :2]
+    some = clips[:2, :2]
     of_floats, of_bytes = detect(jnp.asarray(some)), detect(jnp.asarray(np.round((some + 1) * 127.5).astype(np.uint8)))
     np.testing.assert_array_equal(of_floats.objects, of_bytes.objects)
     there = np.asarray(of_bytes.objects) >= 0
     np.testing.assert_allclose(of_floats.positions[there], of_bytes.positions[there], atol=0.02)
-    assert of_bytes.objects.shape == (3, 2, 3)
+    assert of_bytes.objects.shape == (2, 2, 3)
 
 
 def test_blank_frames_hold_nothing():
