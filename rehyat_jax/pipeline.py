@@ -45,7 +45,7 @@ from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
 from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
 from rehyat_jax.runtime.eight_bits import eight_bits_of
 from rehyat_jax.runtime.mesh_config import MeshConfig
-from rehyat_jax.runtime.notebook import NotebookProgress, in_notebook
+from rehyat_jax.runtime.notebook import NotebookProgress, in_notebook, not_shown
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
 from rehyat_jax.sampling.codec import Codec, Decoder, Pixels, check_decoder, to_float, to_uint8
@@ -584,7 +584,7 @@ class TextToVideo(HasLoras):
                 f"the solver {type(settings.solver).__name__} draws its own noise: give a seed in its place"
             )
         measure: Callable[[str], AbstractContextManager[None]] = phases.measure if phases else lambda _: nullcontext()
-        on_step = on_step or (NotebookProgress() if in_notebook() else lambda phase, done, total: None)
+        on_step = on_step or (NotebookProgress() if in_notebook() else not_shown)
 
         with measure("text"):
             text = session.embed(self.text, prompts, negative_prompt, on_prompt=partial(on_step, "text"))
@@ -597,10 +597,8 @@ class TextToVideo(HasLoras):
                     keys, text, condition, on_chunk=partial(on_step, "denoise"), on_latents=on_latents
                 )
             else:
-                total = settings.num_inference_steps
-                on_step("denoise", 0, total)
-                shown: dict[str, Any] = {"on_step": lambda done: on_step("denoise", done, total)}
-                latents = session.denoise(noise, text, condition, keys, on_latents=on_latents, **shown)
+                shown: dict[str, Any] = {"on_step": partial(on_step, "denoise"), "on_latents": on_latents}
+                latents = session.denoise(noise, text, condition, keys, **shown)
         with measure("decode"):
             total, video = latents.shape[1], []
             on_step("decode", 0, total)

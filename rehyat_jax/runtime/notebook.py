@@ -16,6 +16,10 @@ def in_notebook() -> bool:
     return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
+def not_shown(phase: str, done: int, total: int) -> None:
+    """Progress that nobody asked to see."""
+
+
 class NotebookProgress:
     """Called as (phase, steps done, steps in all): ``pipe(prompt, on_step=…)`` has it in a notebook by itself."""
 

@@ -182,11 +182,15 @@ class Session:
         condition: Condition | None = None,
         keys: Key[Array, " B"] | None = None,
         *,
-        on_step: Callable[[int], None] = lambda done: None,
+        on_step: Callable[[int, int], None] = lambda done, total: None,
         on_latents: OnLatents | None = None,
     ) -> Float[Array, "B T h w z"]:
-        """The latents of whole videos, all frames at each step; ``keys`` are of the noise that a stochastic solver
-        takes on the way."""
+        """The latents of whole videos, all frames at each step.
+
+        Args:
+            keys: of the noise that a stochastic solver takes on the way.
+            on_step: called with the steps done and all that there are.
+        """
         short, noise, condition = self.devices.replicate((trimmed(text), noise, condition or Condition()))
         keys = None if keys is None else self.devices.replicate(keys)
         with self.computing():
@@ -199,8 +203,16 @@ class Session:
                 )
 
             steps, solver = self.settings.steps(), self.sampler.solver
-            how: dict[str, Any] = {"steps": steps, "solver": solver, "on_step": on_step, "on_latents": on_latents}
-            latents = rollout.per_step(advance, self.sampler.scaled(noise), **how)
+            total = len(steps.timestep)
+            on_step(0, total)
+            latents = rollout.per_step(
+                advance,
+                self.sampler.scaled(noise),
+                steps=steps,
+                solver=solver,
+                on_step=lambda done: on_step(done, total),
+                on_latents=on_latents,
+            )
             return self.devices.local(condition.finished(latents))
 
     def denoise_by_chunks(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.mesh import devices_along, spec
 from rehyat_jax.sprites.captions import captions
+from rehyat_jax.text.tokenizer import Tokenizer
 from train.data.clips import Bucket, round_key
 
 #: Clips, and latent frames of each, that the VAE encodes at a time: one shape for all lengths.
@@ -27,6 +29,15 @@ class Captions(NamedTuple):
 
     ids: Int[Array, "B L"]
     mask: Int[Array, "B L"]
+
+
+def padded_captions(tokenizer: Tokenizer, texts: Sequence[str], *, length: int) -> Captions:
+    """Every text in so many tokens."""
+
+    def padded(x: np.ndarray) -> Array:
+        return jnp.asarray(np.pad(x, ((0, 0), (0, length - x.shape[1]))))
+
+    return Captions(*map(padded, tokenizer.encode(texts, max_length=length)))
 
 
 class Pool(NamedTuple):

@@ -32,7 +32,7 @@ from rehyat_jax.runtime.mesh import constrain_sharding
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
 from train.data.clips import AnyBucket, Bucket, check_rounds, choose, round_key
-from train.data.pools import ENCODE_CLIPS, Captions, Feed, Pool, SpriteFeed
+from train.data.pools import ENCODE_CLIPS, Captions, Feed, Pool, SpriteFeed, padded_captions
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed
 from train.engine.folder import RunFolder
 from train.engine.gradients import Mean, means_of
@@ -192,10 +192,6 @@ class FlowTraining(RunConfig):
                     raise ConfigError(f"{self.pool(bucket)} clips a round do not divide by data x fsdp = {pieces}")
         return devices
 
-    def captions(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Captions:
-        """Every text in ``caption_tokens`` tokens."""
-        return padded_captions(tokenizer, texts, length=self.caption_tokens)
-
     def batch(self, pool: Pool, empty: PyTree, key: Key[Array, ""], *, dropout: float | None = None) -> Batch:
         """These clips with noise, some without their caption: ``empty``'s only row stands for it."""
         drop_key, time_key, noise_key = jax.random.split(key, 3)
@@ -351,7 +347,7 @@ class FlowStage(Stage):
             count=count,
             seed=training.seed + (HELD_OUT if held_out else 0),
             vae=self.vae,
-            tokens=functools.partial(training.captions, self.tokenizer),
+            tokens=functools.partial(padded_captions, self.tokenizer, length=training.caption_tokens),
             read=self.read,
         )
 
@@ -411,12 +407,3 @@ def flow_loss(
     wide = jnp.promote_types(velocity.dtype, jnp.float32)
     squared = jnp.square(velocity.astype(wide) - target.astype(wide))
     return Mean.of(jnp.mean(squared, axis=(2, 3, 4)), weights, weight=weight)
-
-
-def padded_captions(tokenizer: Tokenizer, texts: Sequence[str], *, length: int) -> Captions:
-    """Every text in so many tokens."""
-
-    def padded(x: np.ndarray) -> Array:
-        return jnp.asarray(np.pad(x, ((0, 0), (0, length - x.shape[1]))))
-
-    return Captions(*map(padded, tokenizer.encode(texts, max_length=length)))

@@ -32,13 +32,13 @@ from rehyat_jax.sprites import world
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import write_json
 from train.data.clips import Bucket, choose
-from train.data.pools import Captions, Feed, SpriteFeed
+from train.data.pools import Captions, Feed, SpriteFeed, padded_captions
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
 from train.data.rollouts import Rollouts
 from train.engine.arithmetic import forward_flops
 from train.engine.folder import RunFolder
 from train.engine.stage import Measure, Models, Network, Stage, Update
-from train.stages.flow import HELD_OUT, embed, padded_captions
+from train.stages.flow import HELD_OUT, embed
 from train.stages.forcing import ForcingTraining
 from train.stages.from_image import takes_image
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
