@@ -60,9 +60,14 @@ def test_checkpoint_to_parameters(folder):
     assert asked <= {(models, weights), (weights, models)}
 
 
+@pytest.mark.full
 def test_clip_to_gradient(folder, tmp_path):
     """A round as the engine has it: its clips from the host, and its program, traced and not compiled. Checkpoints are
-    read in it as above, and the program's arithmetic is counted."""
+    read in it as above, and the program's arithmetic is counted.
+
+    Two returns carry arrays: clips that are drawn are given their stage's reading of captions, and a loss is a mean of
+    the engine's kind.
+    """
     buckets = (Bucket(kind="plain", frames=5, batch=2),)
     run = finetuning(folder, tmp_path / "out", steps=1, steps_per_round=1, reuse=1, buckets=buckets)
     with walked() as trips:
@@ -72,4 +77,7 @@ def test_clip_to_gradient(folder, tmp_path):
             engine.lower(kind)
     assert {"train/engine", "train/stages", "train/data"} <= set(trips.rooms)
     _passed(trips, "models", "mixers", "attention", "sprites")
-    assert not trips.carrying
+    assert set(trips.carrying) == {
+        ("train/stages", "train/data", "finetune.FinetuneStage.read"),
+        ("train/engine", "train/stages", "gradients.Mean.of"),
+    }
