@@ -1,6 +1,7 @@
 """Every test runs with array types checked (jaxtyping + beartype), promotion strict, and warnings as errors."""
 
 import gc
+import math
 import signal
 import subprocess
 
@@ -48,11 +49,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Only the tier's; files that take longest first, so that no worker is left with one at the end."""
+    """Only the tier's; files that take longest first, so that no worker is left with one at the end. What was never
+    recorded may be long."""
     costs = tiers.Costs()
     chosen = [item for item in items if tiers.runs(item, costs)]
     config.hook.pytest_deselected(items=[item for item in items if not tiers.runs(item, costs)])
-    items[:] = sorted(chosen, key=lambda item: -costs.files.get(item.nodeid.partition("::")[0], 0.0))
+    items[:] = sorted(chosen, key=lambda item: -costs.files.get(item.nodeid.partition("::")[0], math.inf))
     # What was imported stays; a trace makes so many objects that looking for garbage among them took 7 % of the time.
     gc.collect()
     gc.freeze()
