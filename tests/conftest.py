@@ -4,6 +4,10 @@ import gc
 import math
 import signal
 import subprocess
+import sys
+
+if "pytest" in sys.modules:  # not where a test's own process imports this
+    gc.disable()  # until all is imported, a sixth of whose time it took
 
 from shared.typechecks import check_types
 
@@ -59,6 +63,7 @@ def pytest_collection_modifyitems(config, items):
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
+    gc.enable()
 
 
 class Recorder:
