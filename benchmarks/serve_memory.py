@@ -3,6 +3,7 @@
 ``python -m benchmarks.serve_memory --minutes 10 --steps 4``. Once a minute (``--every`` so many seconds) the sentence
 changes. Resident memory of the server's process is read once a second; a minute is what its samples' median is. The
 first two minutes (``--warm``) are left out: the compiler's, and until there are as many snapshots as there may be.
+Frames a second are those of all the minutes and of the slowest, which has to be 16 where frames are shown in real time.
 Linux.
 """
 
@@ -50,7 +51,7 @@ def main() -> None:
 def watched(address: str, process: int, options: argparse.Namespace) -> dict[str, object]:
     """Watch for so many minutes and the warm ones; what the memory was, and how fast frames came."""
     samples: list[list[float]] = [[] for _ in range(options.warm + options.minutes)]
-    frames, counted = 0, 0.0
+    frames = [0] * len(samples)
     with connect(address.replace("http", "ws") + "/v1/realtime/video", max_size=None) as socket:
         start = {"type": "session.start", "prompt": SENTENCES[0], "num_inference_steps": options.steps}
         socket.send(json.dumps(start))
@@ -64,8 +65,7 @@ def watched(address: str, process: int, options: argparse.Namespace) -> dict[str
                     # As a player that shows what is there at once.
                     position = (told["first_frame"] + told["num_frames"]) / 16
                     socket.send(json.dumps({"type": "session.playback", "position_seconds": position}))
-                    if passed > 60 * options.warm:
-                        frames, counted = frames + told["num_frames"], passed - 60 * options.warm
+                    frames[min(int(passed // 60), len(frames) - 1)] += told["num_frames"]
             if passed - last >= 1:
                 last = passed
                 samples[min(int(passed // 60), len(samples) - 1)].append(resident(process))
@@ -76,7 +76,8 @@ def watched(address: str, process: int, options: argparse.Namespace) -> dict[str
     minutes = [round(statistics.median(minute), 1) for minute in samples[options.warm :] if minute]
     return {
         "minutes": len(minutes),
-        "frames_per_second": round(frames / counted, 2) if counted else None,
+        "frames_per_second": round(sum(frames[options.warm :]) / (60 * options.minutes), 2),
+        "slowest_minute": round(min(frames[options.warm :]) / 60, 2),
         "megabytes": minutes,
         "grown": round(minutes[-1] / minutes[0] - 1, 4),
         "between": round(max(minutes) / min(minutes) - 1, 4),

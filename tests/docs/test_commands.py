@@ -56,6 +56,18 @@ def test_targets_of_make_are_there():
             assert not line.startswith("make ") or line.split()[1] in targets, (page, line)
 
 
+def test_the_pages_followed_in_one_folder_do_not_stand_in_each_others_way():
+    """Two commands never make the same file, nor the record of another's: the program refuses to replace it."""
+    made: dict[str, str] = {}
+    for page in _PAGES:
+        for line in console(page):
+            words = argv_of(line)
+            if words[:1] == ["generate"] and not {"--resume", "--overwrite", "…"} & set(words):
+                out = words[words.index("--out") + 1] if "--out" in words else "video.mp4"
+                stem = out.rsplit(".", 1)[0]
+                assert out == "-" or made.setdefault(stem, line) == line, (page.name, line, made[stem])
+
+
 def test_messages_of_the_troubleshooting_page_are_the_programs_own():
     """The parts of every quoted sentence stand in the source."""
     files = [file for room in ("rehyat_jax", "train") for file in (_ROOT / room).rglob("*.py")]
