@@ -120,7 +120,7 @@ def keep_in_eight_bits(module: Any, how: EightBits, dtype: DTypeLike) -> None:
         layer.kernel.set_value(jax.ShapeDtypeStruct((*stack, inputs, outputs), dtype))
         scale = jax.ShapeDtypeStruct((*stack, outputs), jnp.float32)
         layer.scale = ScaleParam(scale, **sharded(None if axes is None else axes.dimensions[-1]))
-        layer.rounds_inputs = how.kind == "int8"
+        layer.rounds_inputs = how.rounds_inputs
 
 
 class LowRank(nnx.Module):

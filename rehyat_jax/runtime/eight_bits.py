@@ -42,6 +42,16 @@ class EightBits:
         return "fp8" if self.kind == "fp8" else "int8"
 
     @property
+    def keeps_files(self) -> bool:
+        """Whether a file's own eight bits stay as they are."""
+        return self.kind == "fp8"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether activations are rounded as well, and products made in eight bits."""
+        return self.kind == "int8"
+
+    @property
     def of_text(self) -> EightBits:
         """Of a text encoder, whose activations have outliers and whose time is short: weights alone."""
         return EightBits("fp8" if self.kind == "fp8" else "int8-weights")

@@ -192,7 +192,7 @@ def kept_on_device(plan: LoadPlan, how: EightBits) -> np.dtype:
     """What the matrices of a plan's blocks are kept as: the file's own eight bits where it has such, which are exact;
     of wide ones, in "fp8", the finer."""
     kind = EIGHT_BITS[how.file_kind]
-    if how.kind != "fp8":
+    if not how.keeps_files:
         return kind
     stored = (KINDS[name] for slot in plan.slots if (name := plan.info(slot).stored) in KINDS)
     return kind if kind in stored else FINE_FP8
