@@ -11,6 +11,7 @@ from shared import tiers
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.wan.config import VAEConfig
+from rehyat_jax.models.wan.conv import Conv2d, repeat_pixels
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.models.wan.vae_rows import vae_rows
 
@@ -188,6 +189,24 @@ def test_a_stream_compiles_once(small):
     assert sum(frames.shape[1] for frames in video) == 49
     whole = decode(small, latents[:, :4])
     np.testing.assert_allclose(jnp.concatenate(video[:4], axis=1), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_upsampling_is_the_convolution_of_repeated_pixels(dtype, close):
+    """Against the plain form in float64, at odd sizes, of its largest number: 63 additions in float32, and the sums of
+    weights and the result once each in the type."""
+    layer = Conv2d(7, 5, kernel_size=3, padding=(1, 1), dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    layer.bias.set_value(jnp.arange(5, dtype=dtype) / 8)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 5, 3, 7)), dtype)
+    wide = np.pad(np.asarray(x, np.float64).repeat(2, 2).repeat(2, 3), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+    seen = np.lib.stride_tricks.sliding_window_view(wide, (3, 3), (2, 3))
+    kernel, bias = (np.asarray(each.get_value(), np.float64) for each in (layer.kernel, layer.bias))
+    wanted = np.einsum("bfhwiuv,uvio->bfhwo", seen, kernel) + bias
+    found = np.asarray(layer.of_repeated(x), np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=close * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        found, np.asarray(layer(repeat_pixels(x)), np.float64), rtol=0, atol=close * np.abs(wanted).max()
+    )
 
 
 def test_the_future_is_unseen(small):

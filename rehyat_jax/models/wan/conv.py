@@ -70,6 +70,30 @@ class Conv2d(nnx.Module):
         y = y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
         return y.reshape(batch, frames, *y.shape[1:])
 
+    def of_repeated(self, x: Float[Array, "B F H W I"]) -> Float[Array, "B F 2*H 2*W O"]:
+        """A 3x3 convolution of `repeat_pixels` of ``x``, in four ninths of its arithmetic.
+
+        Of the nine pixels that a kernel sees, those that are copies of one pixel share the sum of their weights: each
+        of the four places in a doubled pixel has a kernel of 2x2. All four are one convolution of the small frames,
+        and each place takes its part of the result.
+        """
+        batch, frames, height, width, _ = x.shape
+        kernel = self.kernel[...].astype(at_least_float32(self.dtype))
+        places = [_halved(part, axis=1) for part in _halved(kernel, axis=0)]
+        kernel = jnp.concatenate([place for row in places for place in row], axis=-1).astype(self.dtype)
+        x = x.astype(self.dtype).reshape(batch * frames, height, width, -1)
+        y = _conv2d(x, kernel, stride=1, padding=((1, 1), (1, 1)))
+        y = y.reshape(batch * frames, height + 1, width + 1, 2, 2, -1)
+        rows = [jnp.stack([y[:, r : r + height, c : c + width, r, c] for c in (0, 1)], axis=3) for r in (0, 1)]
+        y = jnp.stack(rows, axis=2).reshape(batch, frames, 2 * height, 2 * width, -1)
+        return y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, 1, -1)
+
+
+def _halved(kernel: Float[Array, "..."], *, axis: int) -> tuple[Array, Array]:
+    """Three weights along an axis as those of two pixels: for the first and for the second copy of a pixel."""
+    first, second, third = jnp.split(kernel, 3, axis=axis)
+    return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
+
 
 class CausalConv3d(nnx.Module):
     """A convolution over time and space that sees the present and past frames, never the future ones.

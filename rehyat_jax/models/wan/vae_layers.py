@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from rehyat_jax.models.wan.conv import CausalConv3d, Conv2d, RMSNorm, at_least_float32, identity_tap, repeat_pixels
+from rehyat_jax.models.wan.conv import CausalConv3d, Conv2d, RMSNorm, at_least_float32, identity_tap
 
 #: Frames of pixels or of features, [B,F,H,W,C]; layers may change any of the sizes but the first.
 Frames = Float[Array, "_ _ _ _ _"]
@@ -121,7 +121,7 @@ class Upsample(nnx.Module):
             x, past = jnp.concatenate([x[:, :1], later], axis=1), (past,)
         else:
             past = (jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype),)
-        return self.resample(repeat_pixels(x)), past
+        return self.resample.of_repeated(x), past
 
     @staticmethod
     def _double(time_conv: CausalConv3d, x: Frames, past: Frames | None) -> tuple[Frames, Frames]:
