@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from shared.devices import on_devices
 from shared.tiers import chosen
 from shared.training import write_teacher
@@ -18,9 +19,11 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.sharding import generation_mesh
 from rehyat_jax.runtime.hlo import work
+from rehyat_jax.runtime.offload import bytes_on_device
 from rehyat_jax.sampling import programs
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import video_keys
+from rehyat_jax.streams.together import advance_together
 from rehyat_jax.weights import load
 
 #: Chunks of two latent frames of sixteen tokens; the video is four of them, and has guidance.
@@ -157,6 +160,43 @@ def test_weights_are_read_a_tensor_at_a_time(streamed):
 def test_states_lie_by_heads(streamed):
     """Two heads: over the two devices of tensor, where context would divide them further."""
     assert streamed["{'tensor': 2, 'context': 2}"][-1] == 2
+
+
+def _together() -> dict[str, list]:
+    """Two streams advanced as rows of a batch: how far their blocks are from one device's, in levels of 255, and a
+    device's bytes of the weights as a share of all."""
+    folder, found = write_teacher(Path(tempfile.mkdtemp())), {}
+    prompts = ["a red square", "a blue disc"]
+
+    def opened(pipe: TextToVideo) -> list:
+        return [pipe.open_stream(prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+
+    alone = [np.concatenate([next(stream) for _ in range(3)])[-FRAMES_OF_CHUNK:] for stream in opened(_pipe(folder))]
+    for sizes in ({"data": 2}, {"data": 2, "tensor": 2}):
+        pipe = _pipe(folder, mesh=_mesh(sizes))
+        streams = opened(pipe)
+        for stream in streams:
+            next(stream)
+        advance_together(streams)
+        blocks = advance_together(streams)
+        weights = nnx.state(pipe.transformer)
+        share = bytes_on_device(weights) / sum(x.nbytes for x in jax.tree.leaves(weights))
+        far = [int(np.abs(a.astype(int) - b).max()) for a, b in zip(alone, blocks, strict=True)]
+        found[str(sizes)] = [far, share]
+    return found
+
+
+#: Two latent frames of two.
+FRAMES_OF_CHUNK = 4
+
+
+@pytest.mark.full
+def test_streams_together_over_data_are_those_alone():
+    """One level of 255 is a rounding at the edge of a pixel's. Over tensor nearly all weights are cut in two."""
+    found = on_devices("test_generation_on_mesh", "_together", devices=4)
+    assert all(max(far) <= 1 for far, _ in found.values()), found
+    assert found["{'data': 2}"][1] == 1
+    assert 0.5 < found["{'data': 2, 'tensor': 2}"][1] < 0.75
 
 
 def _exchanged() -> dict[str, list]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -42,5 +43,11 @@ def fetched(layer: Any) -> Any:
 
 
 def bytes_on_device(weights: Any) -> int:
-    """Of arrays, those that lie in a device's own memory."""
-    return sum(x.nbytes for x in jax.tree.leaves(weights) if x.sharding.memory_kind != _HOST)
+    """Of arrays, what lies in a device's own memory: of those that are sharded, one device's part."""
+    mine = (x for x in jax.tree.leaves(weights) if x.sharding.memory_kind != _HOST)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in mine)
+
+
+def bytes_on_host(weights: Any) -> int:
+    """Of arrays, those that lie in the host's memory."""
+    return sum(x.nbytes for x in jax.tree.leaves(weights) if x.sharding.memory_kind == _HOST)

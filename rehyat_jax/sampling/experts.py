@@ -15,7 +15,7 @@ from flax import nnx
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.memory import Need, Room
-from rehyat_jax.runtime.offload import bytes_on_device
+from rehyat_jax.runtime.offload import bytes_on_device, bytes_on_host
 from rehyat_jax.sampling.schedule import SamplingSteps
 
 
@@ -80,8 +80,8 @@ class Experts:
         """For one as large as the largest that is there."""
         weights = [held.weights for held in self._held.values()]
         device = max(bytes_on_device(each) for each in weights)
-        host = max(sum(x.nbytes for x in jax.tree.leaves(each)) for each in weights) - device
-        return Room.here().lacking(Need(device={"an expert": device}, host=max(host, 0))) is None
+        host = max(bytes_on_host(each) for each in weights)
+        return Room.here().lacking(Need(device={"an expert": device}, host=host)) is None
 
     @property
     def held(self) -> tuple[str, ...]:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
+from shared.devices import environment
 from websockets.sync.client import connect
 
 from rehyat_jax import TextToVideo, cli
@@ -26,13 +27,13 @@ BEFORE, AFTER = 3, 3
 
 
 @contextmanager
-def serving(folder):
+def serving(folder, *options, devices=1):
     """The process and its address."""
     command = [sys.executable, "-m", "rehyat_jax", "serve", "--port", "0", "--folder", str(folder), "--ahead", "60"]
     # Where libtpu is installed it has words of its own for a machine without a TPU.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [*command, "--log", "json"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    how = os.environ | {"JAX_PLATFORMS": "cpu"} if devices == 1 else environment(devices)
+    command = [*command, "--log", "json", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=how) as process:
         try:
             for line in process.stderr:
                 if found := re.search(r"http://[^/]+", line):
@@ -118,3 +119,35 @@ def test_the_downloaded_video_is_what_generate_makes_until_the_first_event(tmp_p
     assert (served[:count] == alone).all()
     seen = detect(served[None, :count, ::4, ::4])  # the file's frames are enlarged four times
     assert (seen.objects[0, :, 0] == NAMES.index("koala")).mean() > 0.9
+
+
+@pytest.mark.full
+def test_a_server_on_two_devices_makes_two_streams_at_once(tmp_path):
+    """Each device has one of the batch's rows; what is seen is what each sentence says."""
+    kept, others = tmp_path / "kept", [PROMPT, PROMPT.replace("koala", "lemon")]
+    with serving(kept, "--mesh.data", "2", "--batch", "2", devices=2) as (_, address):
+        with ExitStack() as stack:
+            sockets = [
+                stack.enter_context(connect(address.replace("http", "ws") + "/v1/realtime/video", max_size=None))
+                for _ in others
+            ]
+            for socket, prompt in zip(sockets, others, strict=True):
+                socket.send(json.dumps({"type": "session.start", "prompt": prompt, **HOW}))
+            end = time.monotonic() + 300
+            while time.monotonic() < end:
+                with urllib.request.urlopen(f"{address}/metrics") as answer:
+                    if "rehyat_batch_rows_max 2" in answer.read().decode():
+                        break
+                time.sleep(0.5)
+            else:
+                raise AssertionError("no batch of two was made")
+            made = {stream["prompt"]: len(stream["chunks"]) for stream in told(address)["data"]}
+        names = {stream["prompt"]: stream["id"] for stream in told(address)["data"]}
+        for prompt in others:
+            watch(address, names[prompt], made[prompt] + 1)
+            path = tmp_path / f"{names[prompt]}.mp4"
+            with urllib.request.urlopen(f"{address}/v1/streams/{names[prompt]}/whole.mp4") as answer:
+                path.write_bytes(answer.read())
+            seen = detect(read_video(path)[None, :, ::4, ::4])
+            what = "koala" if "koala" in prompt else "lemon"
+            assert (seen.objects[0, :, 0] == NAMES.index(what)).mean() > 0.9

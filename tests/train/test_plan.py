@@ -150,6 +150,7 @@ def test_what_does_not_fit_is_refused_and_its_largest_arrays_named(config):
         (["--frames", "80"], "--frames must be 4k . 1"),
         (["--sweep", "per-chunk", "--hybrid", "none"], "the softmax teacher cannot stream"),
         (["--steps", "0"], "--steps must be 1 to 1000"),
+        (["--vae-tile", "20"], "--vae-tile must be a multiple of 32 pixels"),
     ],
 )
 def test_impossible_plans_of_generation_are_sentences(asked, said):
@@ -162,7 +163,8 @@ def test_impossible_plans_of_generation_are_sentences(asked, said):
 def test_a_plan_of_generation(sweep, capsys):
     """Four chips, of which a stream's are by heads; what a small model's weights and decoder take of a chip."""
     asked = ["--model", "mini_sprites", "--topology", "v5e:2x2", "--size", "64x64", "--frames", "33", "--steps", "4"]
-    assert main(["generate", *asked, "--sweep", sweep]) == 0
+    tiled = ["--vae-tile", "32"] if sweep == "per-chunk" else []
+    assert main(["generate", *asked, "--sweep", sweep, *tiled]) == 0
     said = capsys.readouterr().out
     assert ("tensor 4" if sweep == "per-chunk" else "fsdp 2 x context 2") in said
     assert re.search(r"memory a chip   0\.\d\d of 15\.75 GiB", said)

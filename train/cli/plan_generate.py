@@ -81,6 +81,7 @@ class Asked:
     settings: Settings
     streams: bool
     mesh: MeshConfig
+    vae_tile: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -146,9 +147,11 @@ def planned(asked: Asked, on: Slice) -> Plan:
         text_bytes=_text_bytes(asked.text, devices),
     )
     if plan.bytes / GIB > on.chip.memory:
+        held = plan.decoding.work_bytes
         raise TooLargeError(
             f"it does not fit: {plan.bytes / GIB:.1f} GiB of {on.chip.memory:.1f} are needed on the first chip "
-            f"({plan.text_bytes / GIB:.1f} for its part of the text encoder)"
+            f"({plan.text_bytes / GIB:.1f} for its part of the text encoder, {held / GIB:.1f} while it decodes"
+            + (", which --vae-tile 256 makes less)" if asked.vae_tile is None else ")")
         )
     return plan
 
@@ -231,11 +234,17 @@ def _decoding(asked: Asked, of: Codec, on: Slice) -> Decoding:
     _, state = jax.eval_shape(first, of.weights, latent)
     lowered = codec.decode_next.lower(of.weights, latent, state, graph=of.graph, pixels=to_uint8)
     counted: Any = lowered.cost_analysis()
-    size = asked.settings
+    height, width, tile = asked.settings.height, asked.settings.width, asked.vae_tile
+    again = 1.0
+    if tile is not None and max(height, width) > tile:  # each begins three quarters of a tile after the one before
+        again = math.prod(
+            sum(min(tile, side - start) for start in range(0, side, 3 * tile // 4)) / side for side in (height, width)
+        )
+        height, width = min(tile, height), min(tile, width)
     return Decoding(
-        seconds=counted["flops"] / on.peak / DECODER_SHARE,
+        seconds=again * counted["flops"] / on.peak / DECODER_SHARE,
         weights_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(of.weights)),
-        work_bytes=decoder_bytes(asked.vae, height=size.height, width=size.width),
+        work_bytes=decoder_bytes(asked.vae, height=height, width=width),
     )
 
 
@@ -305,6 +314,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--guidance", type=float, help="5 of a whole video, 1 (none) of a stream")
     parser.add_argument("--hybrid", default="3+1", help="CHUNK+OVERLAP of all blocks; none: the softmax teacher")
     parser.add_argument("--sweep", choices=("per-step", "per-chunk"), default="per-step")
+    parser.add_argument(
+        "--vae-tile",
+        type=int,
+        help="frames are decoded by tiles of so many pixels a side; what waits in the host's memory meanwhile, and its "
+        "way there and back, are not counted",
+    )
     parser.add_argument("--remember", help="per-chunk: steps, or a noise level; 0, one state of finished chunks")
     for axis in AXES:
         parser.add_argument(f"--mesh.{axis}", type=int, dest=axis, help="in place of an automatic mesh")
@@ -363,6 +378,9 @@ def _asked(given: argparse.Namespace) -> Asked:
         raise ConfigError(f"--frames must be {vae.temporal_factor}k + 1, not {frames}")
     if not height or not width or height % unit[0] or width % unit[1]:
         raise ConfigError(f"--size must be multiples of {unit[1]} and {unit[0]}, not {width}x{height}")
+    least = 4 * vae.spatial_factor
+    if given.vae_tile is not None and (given.vae_tile < 1 or given.vae_tile % least):
+        raise ConfigError(f"--vae-tile must be a multiple of {least} pixels, not {given.vae_tile}")
     steps, guidance = given.steps, given.guidance
     steps = (4 if streams else 50) if steps is None else steps
     if not 1 <= steps <= 1000:
@@ -383,4 +401,13 @@ def _asked(given: argparse.Namespace) -> Asked:
     own = {axis: size for axis in AXES if (size := getattr(given, axis)) is not None}
     mesh = MeshConfig(**{"fsdp": 1, **own}) if own else MeshConfig(automatic=True)
     text = TextEncoderConfig.mini_sprites() if given.model == "mini_sprites" else TextEncoderConfig.umt5_xxl()
-    return Asked(model=model, vae=vae, text=text, hybrid=hybrid, settings=settings, streams=streams, mesh=mesh)
+    return Asked(
+        model=model,
+        vae=vae,
+        text=text,
+        hybrid=hybrid,
+        settings=settings,
+        streams=streams,
+        mesh=mesh,
+        vae_tile=given.vae_tile,
+    )
