@@ -9,7 +9,12 @@ PARITY ?= tests/attention tests/models tests/weights tests/text tests/test_pipel
 # A dead worker says which test it was, and ends the run.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: demo live check test test-all test-rest durations versions versions-lowest versions-newest tests-of-versions platforms lint docs install clean
+DOCS = $(BIN)/python -m sphinx -q -W -E -b html docs out/docs
+
+# One tier; types and documents beside it, so that no core waits for them.
+TESTS_BESIDE = $(BIN)/mypy & types=$$!; $(DOCS) & docs=$$!; $(PYTEST) --tier $(1); tests=$$?; wait $$types && wait $$docs && exit $$tests
+
+.PHONY: demo live check test test-all test-rest durations versions versions-lowest versions-newest tests-of-versions platforms lint style docs install clean
 
 demo: .venv/installed  ## a video from a sentence, streamed by the bundled model
 	$(BIN)/rehyat generate "a lemon moving down slowly and a mushroom moving up and left quickly on a blue background" $(DEMO) --out out/demo.mp4 --overwrite
@@ -18,11 +23,11 @@ live: .venv/installed  ## a page on which a sentence becomes a video without an 
 	$(BIN)/python -m pip install --quiet -e '.[serve]'
 	$(BIN)/rehyat serve --browser
 
-check: .venv/installed-test lint  ## ninety seconds: lint, types, and the tests that compile nothing large
-	$(BIN)/mypy & types=$$!; $(PYTEST) --tier check; tests=$$?; wait $$types && exit $$tests
+check: .venv/installed-test style  ## ninety seconds: lint, types, and the tests that compile nothing large
+	$(call TESTS_BESIDE,check)
 
-test: .venv/installed-test lint  ## six minutes on two cores: lint, types, and each claim once
-	$(BIN)/mypy & types=$$!; $(PYTEST) --tier test; tests=$$?; wait $$types && exit $$tests
+test: .venv/installed-test style  ## six minutes on two cores: lint, types, and each claim once
+	$(call TESTS_BESIDE,test)
 
 test-all: test test-rest  ## 25 minutes more: many sizes, kills, several processes, compilation for TPUs
 
@@ -52,12 +57,14 @@ tests-of-versions:
 	$(PYTEST) --tier check
 	$(PYTEST) --tier test $(PARITY)
 
-lint: .venv/installed-test docs
+lint: style docs
+
+style: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 docs: .venv/installed-test  ## the documents as pages, in out/docs
-	$(BIN)/python -m sphinx -q -W -E -b html docs out/docs
+	$(DOCS)
 
 install: .venv/installed
 
