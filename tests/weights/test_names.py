@@ -265,7 +265,12 @@ def test_two_names_for_one_tensor_are_refused():
 )
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_each_network_is_recognised_and_no_prefix_is_part_of_a_name(component, config, dialect):
-    names = [row.name(dialect, 0 if row.stacked else None) for row in REGISTRY[component].rows(config)]
+    def named(dialect):
+        return [row.name(dialect, 0 if row.stacked else None) for row in REGISTRY[component].rows(config)]
+
+    names = named(dialect)
     ((name, found),) = holdings(names).items()
-    assert (name, found.dialect.name) == (component, dialect)
+    # Where two dialects name everything alike, it is the first of them.
+    alike = next(each.name for each in REGISTRY[component].dialects if named(each.name) == names)
+    assert (name, found.dialect.name) == (component, alike)
     assert found.names == {name: name for name in names}
