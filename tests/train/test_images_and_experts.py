@@ -1,20 +1,29 @@
 """Models that take images, and those of two experts, are finetuned and converted; what is not trained is said."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from shared.devices import largest_difference, on_devices
 from shared.families import CLIP, tiny_a14b, tiny_i2v
-from shared.training import distillation, finetuning, forcing, log_of
+from shared.training import distillation, finetuning, forcing, log_of, random_module
 from shared.videos import PROMPT, image_of
 
 from rehyat_jax import HybridConfig, TextToVideo
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.checkpoints import load_vae
+from rehyat_jax.models.clip.config import ImageEncoderConfig, Preparation
+from rehyat_jax.models.clip.encoder import ImageEncoder
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.networks import open_component
-from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.devices import Devices
+from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.sampling.codec import Codec
 from train.data.clips import Bucket
 from train.data.pools import Pool
@@ -105,6 +114,42 @@ def test_what_is_not_trained_is_said(experts, from_image, tmp_path):
         _ = forcing(from_image, out, hybrid=HYBRID).stage().student
     with pytest.raises(ConfigError, match="a model between two images is not trained here"):
         FromImage.of(WanConfig.flf2v_14b(), load_vae(from_image).config, None)
+
+
+def _on_a_mesh():
+    """What eight clips are shown on four devices: how far from one device's, and a device's operations as a share."""
+    config = VAEConfig(base_dim=4, dim_mult=(1, 1), temperal_downsample=(True,), num_res_blocks=1)
+    clip = ImageEncoderConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28
+    )
+    images = FromImage(vae=config, prepare=Preparation.of(clip))
+    modules = {
+        "vae": random_module(lambda: WanVAE(config, rngs=nnx.Rngs(0)), 0),
+        "image": ImageEncoder(clip, rngs=nnx.Rngs(1)),
+    }
+    graphs, states = ({role: nnx.split(each)[i] for role, each in modules.items()} for i in (0, 1))
+    latents = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3, 4, 4, 16), np.float32))
+
+    def shown(frozen, latents):
+        condition = images.condition(Models(graphs, frozen=frozen), latents)
+        return condition.channels, condition.image
+
+    def on(devices):
+        arrays = devices.parameters(states), devices.batch(latents, latents)
+        program = devices.lower(shown, *arrays).compile()
+        turns = re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', program.as_text())
+        found = jax.tree.map(np.asarray, program(*arrays))
+        return found, program.cost_analysis()["flops"] * math.prod(map(int, turns))
+
+    (one, whole), (four, own) = on(Devices(None)), on(Devices(MeshConfig(data=2, fsdp=2).make(jax.devices()[:4])))
+    return largest_difference(one, four), own / whole
+
+
+@pytest.mark.full
+def test_each_device_shows_its_own_clips():
+    apart, share = on_devices("test_images_and_experts", "_on_a_mesh", devices=4)
+    assert apart <= 1e-5
+    assert share < 0.3
 
 
 @pytest.mark.full

@@ -6,11 +6,13 @@ The frame is had of the clip's first latent frame, decoded; so prepared clips ne
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from rehyat_jax.errors import ConfigError
@@ -18,7 +20,7 @@ from rehyat_jax.models.clip.config import ImageEncoderConfig, Preparation
 from rehyat_jax.models.clip.encoder import ImageEncoder
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
-from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.runtime.mesh import devices_along, spec
 from rehyat_jax.sampling.condition import Condition
 from train.engine.stage import Models, Network
 
@@ -70,7 +72,21 @@ class FromImage:
     def condition(self, models: Models, latents: Float[Array, "B T h w z"]) -> Condition:
         """Of clips, by normalised latents: as `rehyat_jax.models.wan.conditions.ImageChannels` makes it of the frame
         that the autoencoder makes of the first of them."""
-        vae: WanVAE = models["vae"]
+        roles = [role for role in ("vae", "image") if role in models]
+        graphs, weights = zip(*(nnx.split(models[role]) for role in roles), strict=True)
+        shown, pieces = functools.partial(self._shown, graphs), devices_along("batch")
+        if pieces > 1 and len(latents) % pieces == 0:
+            # A loop over frames whose clips are cut over devices would gather them at each.
+            batch = spec("batch")
+            shown = jax.shard_map(shown, in_specs=(PartitionSpec(), batch), out_specs=batch, check_vma=False)
+        channels, image = shown(weights, latents)
+        return Condition(channels=channels, image=image).chunk(0, latents.shape[1])
+
+    def _shown(
+        self, graphs: tuple[Any, ...], weights: tuple[Any, ...], latents: Float[Array, "B T h w z"]
+    ) -> tuple[Array, Array | None]:
+        """Channels, as far as they change, and CLIP's features."""
+        vae, *clip_encoder = (nnx.merge(*each) for each in zip(graphs, weights, strict=True))
         frame = vae.decode_first(vae.denormalize(latents[:, :1]))[0].astype(jnp.float32)
         time, frames = self.vae.temporal_factor, latents.shape[1]
         # The encoder has forgotten the image then: what it makes of grey frames stays the same.
@@ -81,8 +97,8 @@ class FromImage:
         channels = jnp.concatenate([mask.astype(jnp.float32), shown], axis=-1)
         image = None
         if self.prepare is not None:
-            image = models["image"](prepared_frames(frame[:, 0] / 2 + 0.5, self.prepare))
-        return Condition(channels=channels, image=image).chunk(0, frames)
+            image = clip_encoder[0](prepared_frames(frame[:, 0] / 2 + 0.5, self.prepare))
+        return channels, image
 
 
 def prepared_frames(frames: Float[Array, "B H W 3"], prepare: Preparation) -> Float[Array, "B h w 3"]:
