@@ -82,7 +82,9 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
         if request.method == "POST":
             name = await asyncio.wrap_future(host.begin_saved(await request.body()))
             return JSONResponse(_told(name, host.get(name)))
-        return JSONResponse({"object": "list", "data": [_told(name, host.get(name)) for name in host.names()]})
+        # Of each the newest chunk alone, where asked so: streams of hours have many thousands.
+        last = request.query_params.get("chunks") == "last"
+        return JSONResponse({"object": "list", "data": [_told(n, host.get(n), last=last) for n in host.names()]})
 
     async def stream(request: Request) -> Response:
         name = request.path_params["name"]
@@ -171,10 +173,10 @@ async def _plain_video(live: LiveStream) -> AsyncIterator[bytes]:
         viewer.close()
 
 
-def _told(name: str, live: LiveStream) -> dict[str, Any]:
+def _told(name: str, live: LiveStream, *, last: bool = False) -> dict[str, Any]:
     chunks = [
         {"number": c.number, "first_frame": c.first_frame, "frames": c.frames, "prompt": c.prompt, "seconds": c.seconds}
-        for c in live.chunks
+        for c in (live.chunks[-1:] if last else live.chunks)
     ]
     return {
         "id": name,

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from shared.numbered import Numbered
+from shared.numbered import Numbered, resumed
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
@@ -33,6 +33,7 @@ TOKEN = "secret"
 def server(tmp_path):
     host = Host(
         lambda wish: Numbered(wish.prompt, wish.seed),
+        resume=resumed,
         pace=Pace(ahead=2.0),
         limits=Limits(streams=3, jobs=3, frames=64),
         folder=tmp_path,
@@ -112,7 +113,7 @@ def request(rng: random.Random, port: int, name: str) -> None:
             "/" + "".join(rng.choices("/.%abc?&=é\x7f", k=rng.randrange(40))).replace("\x7f", "%7f"),
         ]
     )
-    kind = rng.randrange(6)
+    kind = rng.randrange(7)
     if kind == 0:
         answer = httpx.get(base + path, headers=good)
     elif kind == 1:
@@ -126,7 +127,11 @@ def request(rng: random.Random, port: int, name: str) -> None:
             [rng.randbytes(200), b"{" * 1000, b"x" * (1 << 20) + b"x", json.dumps({"prompt": 1}).encode()]
         )
         answer = httpx.post(f"{base}/v1/videos", content=body, headers=good | {"content-type": rng.choice(["", "a/b"])})
-    elif kind == 4:
+    elif kind == 4:  # no saved stream
+        state = rng.choice([b"", b"{}", rng.randbytes(300), (1 << 60).to_bytes(8, "little") + b"{}", b"\x80\x04cos\n"])
+        answer = httpx.post(f"{base}/v1/streams", content=state, headers=good)
+        assert answer.status_code in (400, 503)
+    elif kind == 5:
         with socket.create_connection(("localhost", port)) as half:  # a request that never ends
             half.sendall(rng.choice([b"", b"GET / HT", b"POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-le"]))
         return

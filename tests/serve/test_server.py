@@ -232,6 +232,9 @@ def test_a_stream_is_described_and_drawn_and_downloaded(client):
         assert told["prompt"] == "a cat"
         assert told["viewers"] == 1
         assert client.get("/v1/streams").json()["data"][0]["id"] == name
+        fragment(socket)
+        (newest,) = client.get("/v1/streams?chunks=last").json()["data"][0]["chunks"]
+        assert newest["number"] >= 1
         assert client.get(f"/v1/streams/{name}/thumbnails/0.png").content.startswith(b"\x89PNG")
         whole = client.get(f"/v1/streams/{name}/whole.mp4")
         with av.open(io.BytesIO(whole.content)) as container:

@@ -198,15 +198,21 @@ class View {
       this.last = [now, quality];
     }
     this.say({ type: "session.playback", position_seconds: this.place() });
-    const playing = this.chunks.findIndex((chunk) => chunk && (chunk.first_frame + chunk.num_frames) / this.fps > video.currentTime);
-    const offset = this.chunks.findIndex((chunk) => chunk);
-    [...at("line").children].forEach((item, index) => {
-      const now = index + offset === playing;
-      item.classList.toggle("now", now);
-      item.firstChild.tabIndex = now || item.firstChild === document.activeElement ? 0 : -1;
-      if (now) item.firstChild.setAttribute("aria-current", "true");
-      else item.firstChild.removeAttribute("aria-current");
-    });
+    // Of a stream of hours the line is long: what changes alone is touched.
+    const playing = this.chunks.findLastIndex((chunk) => chunk && chunk.first_frame / this.fps <= video.currentTime);
+    const item = at("line").children[playing - this.chunks.findIndex((chunk) => chunk)];
+    if (item === this.playing) return;
+    this.mark(this.playing, false);
+    this.mark(item, true);
+    this.playing = item;
+  }
+
+  mark(item, now) {
+    if (!item) return;
+    item.classList.toggle("now", now);
+    item.firstChild.tabIndex = now ? 0 : -1;
+    if (now) item.firstChild.setAttribute("aria-current", "true");
+    else item.firstChild.removeAttribute("aria-current");
   }
 
   place() {
@@ -263,12 +269,12 @@ function element(name, attributes, ...children) {
 
 async function list() {
   // Every stream of the server, also those of another tab or of before a reload.
-  const answer = await fetch(withToken("/v1/streams")).catch(() => null);
+  const answer = await fetch(withToken("/v1/streams?chunks=last")).catch(() => null);
   if (!answer || !answer.ok) return;
   const { data } = await answer.json();
   at("streams").replaceChildren(...data.map((stream, index) => {
-    const last = stream.chunks.length - 1;
-    const picture = last < 0 ? [] : [element("img", { alt: "", src: withToken(`/v1/streams/${stream.id}/thumbnails/${last}.png?v=${stream.frames}`) })];
+    const picture = stream.chunks.map(({ number }) =>
+      element("img", { alt: "", src: withToken(`/v1/streams/${stream.id}/thumbnails/${number}.png?v=${stream.frames}`) }));
     const watching = element("button", { type: "button", className: "watch", onclick: () => watch(stream.id, stream.prompt) },
       ...picture, element("span", { textContent: `${index + 1}. ${stream.prompt}` }));
     watching.setAttribute("aria-pressed", String(Boolean(view) && view.id === stream.id));
