@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rehyat_jax.mixers.config import HybridConfig
-from rehyat_jax.models.memory import Networks, VideoShape, blocks_bytes, networks_need, text_blocks_bytes
+from rehyat_jax.models.memory import Making, Networks, VideoShape, blocks_bytes, networks_need, text_blocks_bytes
 from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
@@ -80,16 +80,14 @@ def rows() -> Iterator[tuple[str, str, list[str]]]:
             shape = VideoShape(**size, steps=4 if streams else 50, guided=not streams)
             needs = []
             for way, how in WAYS:
-                need = networks_need(
-                    parts[how.get("eight_bits", False)],
-                    shape,
+                making = Making(
                     hybrid=HybridConfig() if streams else None,
                     streams=streams,
                     remember=0.0,
                     offload=how.get("offload", False),
                     vae_tile=how.get("vae_tile"),
-                    on="gpu",
                 )
+                need = networks_need(parts[how.get("eight_bits", False)], shape, making, on="gpu")
                 needs.append((way, need.on_device / 1e9))
             cells = []
             for memory in MEMORIES:

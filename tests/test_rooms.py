@@ -156,7 +156,6 @@ LONG = {
     "models/wan/forced.py": {"forced", "attend_forced"},
     "train/stages/blockwise.py": {"learn"},
     # To be mended: each has objects in it that want a name.
-    "models/memory.py": {"video_need", "networks_need"},
     "sprites/clips.py": {"generated"},
     "weights/convert.py": {"convert_weights"},
     "train/data/encoding.py": {"plan_encoding"},

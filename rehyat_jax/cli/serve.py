@@ -210,7 +210,7 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
     import jax
 
     from rehyat_jax.models.folder import find_model, read_defaults
-    from rehyat_jax.models.memory import VideoShape, student_config, video_need
+    from rehyat_jax.models.memory import Making, VideoShape, student_config, video_need
     from rehyat_jax.models.wan.sharding import mesh_for_video
     from rehyat_jax.runtime.memory import check_memory
 
@@ -234,18 +234,16 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
             streams=True,
             devices=jax.device_count(),
         )
-    need = video_need(
-        folder,
-        shape,
-        dtype=options.dtype,
+    making = Making(
         hybrid=student_config(folder),
         streams=True,
         remember=defaults.remember,
-        eight_bits=options.quantize is not None and not options.quantize_except,
+        mesh=mesh,
         offload=options.offload,
         vae_tile=options.vae_tile,
-        mesh=mesh,
     )
+    eight_bits = options.quantize is not None and not options.quantize_except
+    need = video_need(folder, shape, making, dtype=options.dtype, eight_bits=eight_bits)
     check_memory(need, what=f"streams of {defaults.width}x{defaults.height}", force=options.force)
     return mesh
 

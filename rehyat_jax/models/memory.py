@@ -138,6 +138,26 @@ class VideoShape:
         return f"{self.frames} frames of {self.width}x{self.height}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Making:
+    """How a video is made, as far as memory is concerned.
+
+    Attributes:
+        hybrid: how blocks are converted.
+        streams: a chunk at a time, where the model can; else as a whole.
+        mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
+        offload: the blocks of both come from the host, and the text encoder leaves once a prompt is embedded.
+        vae_tile: frames are decoded by tiles of so many pixels a side.
+    """
+
+    hybrid: Conversion | None
+    streams: bool
+    remember: ContextNoise = "steps"
+    mesh: MeshConfig | None = None
+    offload: bool = False
+    vae_tile: int | None = None
+
+
 def student_config(folder: Path) -> Conversion | None:
     """How a model's blocks are converted; None: it is a teacher.
 
@@ -202,46 +222,23 @@ def text_blocks_bytes(text: TextEncoderConfig, *, dtype: DTypeLike, eight_bits: 
 def video_need(
     folder: Path,
     shape: VideoShape,
+    making: Making,
     *,
     dtype: DTypeLike,
-    hybrid: Conversion | None,
-    streams: bool,
-    remember: ContextNoise = "steps",
     eight_bits: bool = False,
-    mesh: MeshConfig | None = None,
-    offload: bool = False,
-    vae_tile: int | None = None,
 ) -> Need:
     """What making a video takes: `networks_need` of a model's folder.
 
     Raises:
         CheckpointError, ConfigError: the folder has not all three networks.
     """
-    networks = Networks.of_folder(folder, dtype=dtype, eight_bits=eight_bits)
-    how: dict[str, Any] = {"remember": remember, "mesh": mesh, "offload": offload, "vae_tile": vae_tile}
-    return networks_need(networks, shape, hybrid=hybrid, streams=streams, **how)
+    return networks_need(Networks.of_folder(folder, dtype=dtype, eight_bits=eight_bits), shape, making)
 
 
-def networks_need(
-    networks: Networks,
-    shape: VideoShape,
-    *,
-    hybrid: Conversion | None,
-    streams: bool,
-    remember: ContextNoise = "steps",
-    mesh: MeshConfig | None = None,
-    offload: bool = False,
-    vae_tile: int | None = None,
-    on: str | None = None,
-) -> Need:
+def networks_need(networks: Networks, shape: VideoShape, making: Making, *, on: str | None = None) -> Need:
     """What making a video takes; of two experts, with one at a time on the device.
 
     Args:
-        hybrid: how blocks are converted.
-        streams: a chunk at a time, where the model can; else as a whole.
-        mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
-        offload: the blocks of both come from the host, and the text encoder leaves once a prompt is embedded.
-        vae_tile: frames are decoded by tiles of so many pixels a side.
         on: the platform; this one when not given.
     """
     model, vae, dtype = networks.model, networks.vae, networks.dtype
@@ -251,35 +248,35 @@ def networks_need(
         for side, patch in zip((shape.height, shape.width), model.patch_size[1:], strict=True)
     )
     frame, batch = math.prod(sides), 2 if shape.guided else 1
-    cache, mixing = 0, Mixing.of(hybrid, model.num_layers)
-    streams = streams and mixing.why_not_stream() is None
+    cache, mixing = 0, Mixing.of(making.hybrid, model.num_layers)
+    streams = making.streams and mixing.why_not_stream() is None
     if streams:
         latents = min(latents, mixing.chunk_frames)
-        levels = shape.steps if remember == "steps" else 1
+        levels = shape.steps if making.remember == "steps" else 1
         cache = mixer_cache_bytes(model, mixing, frame_tokens=frame, batch=batch, levels=levels, dtype=dtype)
     weights, text = networks.transformer, networks.text_encoder
-    on_host = networks.blocks - 2 * networks.blocks // model.num_layers if offload else 0
+    on_host = networks.blocks - 2 * networks.blocks // model.num_layers if making.offload else 0
     work = transformer_bytes(
         model, tokens=max(latents * frame, 1), batch=batch, dtype=dtype, weights=weights - on_host, on=on
     )
     copied_for_layout = _copied_for_layout(text, dtype, on)
-    text_on_host = networks.text_blocks - 2 * networks.text_blocks // networks.text_layers if offload else 0
-    if mesh is not None and (on or platform()) != "cpu":  # whose virtual devices share one memory
+    text_on_host = networks.text_blocks - 2 * networks.text_blocks // networks.text_layers if making.offload else 0
+    if (mesh := making.mesh) is not None and (on or platform()) != "cpu":  # whose virtual devices share one memory
         held = (mesh.fsdp or 1) * mesh.context * mesh.tensor
         weights, text = weights // held, text // held
         work //= mesh.context * mesh.tensor * math.gcd(batch, mesh.data * (mesh.fsdp or 1))
         cache //= math.gcd(mesh.context * mesh.tensor, model.num_attention_heads)
-    tile = min(vae_tile or shape.height, shape.height), min(vae_tile or shape.width, shape.width)
-    decoding = decoder_bytes(vae, height=tile[0], width=tile[1])
+    height, width = (min(making.vae_tile or side, side) for side in (shape.height, shape.width))
+    decoding = decoder_bytes(vae, height=height, width=width)
     parts = {
-        "the text encoder": 0 if offload else text,
+        "the text encoder": 0 if making.offload else text,
         "the transformer": weights - on_host,
         "the VAE": networks.decoder,
         "the past of the stream": cache,
     }
     # One after the other: the prompt is embedded, the video denoised, then decoded; a stream does the last two in turn,
     # and what its decoder keeps stays.
-    embedding = copied_for_layout + (text - text_on_host if offload else 0)
+    embedding = copied_for_layout + (text - text_on_host if making.offload else 0)
     phases = {"embedding the prompt": embedding, "denoising": work, "decoding": decoding}
     if streams:
         phases["denoising"] += phases.pop("decoding")

@@ -18,6 +18,7 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.folder import find_model
 from rehyat_jax.models.memory import (
+    Making,
     VideoShape,
     decoder_bytes,
     encoder_bytes,
@@ -214,9 +215,8 @@ def test_a_larger_video_needs_more_and_a_stream_no_more_for_more_frames():
     hybrid = student_config(folder)
 
     def bytes_of(streams: bool, **changes: int) -> int:
-        need = video_need(
-            folder, dataclasses.replace(shape, **changes), dtype="float32", hybrid=hybrid, streams=streams
-        )
+        making = Making(hybrid=hybrid, streams=streams)
+        need = video_need(folder, dataclasses.replace(shape, **changes), making, dtype="float32")
         return need.on_device + need.host
 
     assert bytes_of(False, height=512) > bytes_of(False)
@@ -234,9 +234,10 @@ def test_the_documents_table_is_the_commands():
 def test_blocks_from_the_host_and_tiles_take_less(tmp_path):
     folder = find_model("mini-sprites")
     shape = VideoShape(frames=81, height=512, width=512, steps=4, guided=True)
-    how = {"dtype": "float32", "hybrid": student_config(folder), "streams": True, "remember": 0.0}
+    making = Making(hybrid=student_config(folder), streams=True, remember=0.0)
     plain, small, tiled = (
-        video_need(folder, shape, **how, **more) for more in ({}, {"offload": True}, {"vae_tile": 128})
+        video_need(folder, shape, dataclasses.replace(making, **more), dtype="float32")
+        for more in ({}, {"offload": True}, {"vae_tile": 128})
     )
     assert small.on_device < plain.on_device
     assert small.host > plain.host
