@@ -157,6 +157,12 @@ def test_every_part_has_a_name_and_narrow_screens_do_not_scroll_sideways(page, s
     assert page.evaluate("document.documentElement.scrollWidth <= 360")
     page.click("#go")
     until(page, "document.querySelectorAll('#line button').length > 2 && document.querySelector('#streams img')")
+    until(page, "line.scrollWidth > line.clientWidth + 99 && line.scrollLeft + line.clientWidth > line.scrollWidth - 2")
+    assert page.evaluate("scrollY") == 0  # the line follows what is made, not the page
+    page.evaluate("line.scrollLeft = 0")
+    count = page.locator("#line li").count()
+    until(page, f"line.children.length > {count}")
+    assert page.evaluate("line.scrollLeft") == 0
     page.click("summary")
     assert page.evaluate("document.documentElement.scrollWidth <= 360")
     assert page.evaluate(UNNAMED) == []

@@ -18,7 +18,6 @@ class View {
     this.chunks = [];
     this.queue = [];
     this.expecting = null;
-    this.marked = null;
     this.made = [];
     this.ended = false;
     this.source = null;
@@ -147,8 +146,11 @@ class View {
     button.append(image);
     button.onclick = (event) => (event.shiftKey || branching() ? this.branch(number) : this.goBack(number));
     item.append(button);
-    at("line").append(item);
-    if (this.marked === null) item.scrollIntoView({ block: "nearest", inline: "end" });
+    // The line follows, unless somebody looks at what was before; the page stays where it is.
+    const line = at("line");
+    const follows = line.scrollLeft + line.clientWidth > line.scrollWidth - 80;
+    line.append(item);
+    if (follows) line.scrollLeft = line.scrollWidth;
   }
 
   goBack(number) { this.say({ type: "session.rewind", chunk: number }); }
