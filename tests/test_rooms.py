@@ -159,7 +159,6 @@ LONG = {
     "sprites/clips.py": {"generated"},
     "weights/convert.py": {"convert_weights"},
     "train/data/encoding.py": {"plan_encoding"},
-    "train/engine/loop.py": {"run"},
 }
 
 

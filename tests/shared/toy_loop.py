@@ -9,7 +9,7 @@ import optax
 from rich.console import Console
 from shared.training import problem
 
-from train.engine.loop import run
+from train.engine.loop import Rhythm, run
 from train.engine.optimizer import OptimizerConfig
 
 TOY = OptimizerConfig(learning_rate=0.05)
@@ -34,10 +34,8 @@ def toy_run(folder: Path, *, steps: int, hook=lambda step: None, checkpoint_seco
     state = run(
         TOY.init(problem()),
         advance,
-        steps=steps,
-        steps_per_advance=2,
+        Rhythm(steps=steps, steps_per_advance=2, checkpoint_seconds=checkpoint_seconds),
         folder=folder,
-        checkpoint_seconds=checkpoint_seconds,
         console=console,
     )
     return state, console.file.getvalue()

@@ -14,7 +14,7 @@ from shared.toy_loop import TOY, toy_run
 from shared.training import problem
 
 from rehyat_jax.errors import RehyatError
-from train.engine.loop import Stopped, run
+from train.engine.loop import Rhythm, Stopped, run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -64,8 +64,9 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path):
         calls.append(step)
         return state._replace(step=state.step + 1), {"loss": jnp.array([1.0, jnp.nan if step == 2 else 1.0])}
 
+    rhythm = Rhythm(steps=9, steps_per_advance=1, checkpoint_seconds=0.0)
     with pytest.raises(RehyatError, match=r"not finite at step 3.*learning rate"):
-        run(TOY.init(problem()), advance, steps=9, steps_per_advance=1, folder=tmp_path, checkpoint_seconds=0.0)
+        run(TOY.init(problem()), advance, rhythm, folder=tmp_path)
     assert calls == [0, 1, 2]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
 
@@ -75,10 +76,8 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
     run(
         TOY.init(problem()),
         lambda state, step: (state, {"loss": jnp.ones(2)}),
-        steps=2,
-        steps_per_advance=1,
+        Rhythm(steps=2, steps_per_advance=1, log_seconds=0.0),
         folder=tmp_path,
-        log_seconds=0.0,
         console=console,
     )
     assert "━" in console.file.getvalue()

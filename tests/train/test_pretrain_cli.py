@@ -62,7 +62,7 @@ TOY = '''"""Stops itself."""
 import os
 from pathlib import Path
 import jax.numpy as jnp
-from train.engine.loop import run
+from train.engine.loop import Rhythm, run
 from train.stages.vae import VAETraining
 
 
@@ -74,7 +74,7 @@ class Toy(VAETraining):
             return state._replace(step=state.step + 8), {"loss": jnp.ones(1)}
 
         state = self.optimizer.init({"kernel": jnp.ones(3)})
-        run(state, advance, steps=self.steps, steps_per_advance=8, folder=self.train_folder)
+        run(state, advance, Rhythm(steps=self.steps, steps_per_advance=8), folder=self.train_folder)
         self.result.mkdir()
 
 

@@ -21,7 +21,7 @@ from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.variables import kernel
 from train.engine import loop
 from train.engine.arithmetic import forward_flops
-from train.engine.loop import run
+from train.engine.loop import Rhythm, run
 from train.engine.optimizer import OptimizerConfig
 
 _TOY = OptimizerConfig(learning_rate=0.05, warmup_steps=0)
@@ -57,7 +57,7 @@ def test_other_schedules(schedule, halfway, end):
     np.testing.assert_allclose(rates, [0.1, 1.0, halfway, end], rtol=1e-12)
 
 
-def _run(folder: Path, *, steps: int, bad=(), **options):
+def _run(folder: Path, *, steps: int, bad=(), most_skipped=20, validate_steps=0, **options):
     """A step a round; those in ``bad`` have no finite gradient."""
     console, step_of = Console(file=StringIO(), width=200), _apply(_TOY)
 
@@ -69,10 +69,14 @@ def _run(folder: Path, *, steps: int, bad=(), **options):
     state = run(
         _TOY.init(_params()),
         advance,
-        steps=steps,
-        steps_per_advance=1,
+        Rhythm(
+            steps=steps,
+            steps_per_advance=1,
+            checkpoint_seconds=0.0,
+            most_skipped=most_skipped,
+            validate_steps=validate_steps,
+        ),
         folder=folder,
-        checkpoint_seconds=0.0,
         console=console,
         **options,
     )
@@ -113,14 +117,16 @@ def test_validation_comes_on_its_schedule_and_at_the_end(tmp_path):
 
 
 def test_the_rate_in_tflops_and_its_share_of_the_peak(tmp_path, monkeypatch):
-    _, said = _run(tmp_path / "unknown", steps=2, work=lambda step: loop.Work(flops=1e12 * (step + 1)))
+    _, said = _run(
+        tmp_path / "unknown", steps=2, lines=loop.Lines(work=lambda step: loop.Work(flops=1e12 * (step + 1)))
+    )
     assert "the peak arithmetic of a device 'cpu' is not known here: its utilisation is not shown" in said
     assert "TFLOP/s" in said
     for step, entry in enumerate(_log(tmp_path / "unknown")):
         np.testing.assert_allclose(entry["tflops_per_s"], entry["steps_per_s"] * (step + 1), rtol=1e-6)
         assert "utilisation" not in entry
     monkeypatch.setitem(loop.PEAK_TFLOPS, "cpu", 2.0)
-    _, said = _run(tmp_path / "known", steps=2, work=lambda step: loop.Work(flops=1e12))
+    _, said = _run(tmp_path / "known", steps=2, lines=loop.Lines(work=lambda step: loop.Work(flops=1e12)))
     assert "not known" not in said
     assert "% of peak" in said
     for entry in _log(tmp_path / "known"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 import time
@@ -67,27 +68,59 @@ class Work(NamedTuple):
         return {name: amount / seconds for name, amount in rates.items() if amount}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """How long a run is, and how often it does what.
+
+    Attributes:
+        steps: of the optimiser; a call of ``advance`` makes ``steps_per_advance`` of them.
+        most_skipped: so many steps in a row may have no finite gradients, which changes nothing but their count.
+        validate_steps: the round that reaches a multiple of them is followed by a validation, and so is the last; 0:
+            none is.
+        validate_first: and before the first step of all, when its values are not logged.
+        keep_last: so many of the newest checkpoints are kept.
+        keep_every: the first checkpoint of each so many steps is kept for good, and made when it is due; 0: none is.
+    """
+
+    steps: int
+    steps_per_advance: int
+    checkpoint_seconds: float = 60.0
+    log_seconds: float = 5.0
+    most_skipped: int = 20
+    validate_steps: int = 0
+    validate_first: bool = False
+    keep_last: int = 2
+    keep_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lines:
+    """What a run's lines say beside what was measured.
+
+    Attributes:
+        work: what the round that begins at a step does: clips, tokens and floating-point operations, each shown as a
+            rate, and the last as a share of the devices' peak where that is known
+            (`train.engine.arithmetic.PEAK_TFLOPS`).
+        told: values to log at a step that are not measured.
+        devices: how many are at work; none: all.
+    """
+
+    work: Callable[[int], Work] | None = None
+    told: Callable[[int], dict[str, float]] = lambda step: {}
+    devices: int | None = None
+
+
 def run(
     state: State,
     advance: Advance[State],
+    rhythm: Rhythm,
     *,
-    steps: int,
-    steps_per_advance: int,
     folder: Path,
-    checkpoint_seconds: float = 60.0,
-    log_seconds: float = 5.0,
-    most_skipped: int = 20,
     validate: Validate[State] | None = None,
-    validate_steps: int = 0,
-    validate_first: bool = False,
-    work: Callable[[int], Work] | None = None,
-    told: Callable[[int], dict[str, float]] = lambda step: {},
-    keep_last: int = 2,
-    keep_every: int = 0,
-    devices: int | None = None,
+    lines: Lines = Lines(),
     console: Console | None = None,
 ) -> State:
-    """Advance ``state`` to ``steps`` steps or just beyond; continue from ``folder``'s newest checkpoint if it has one.
+    """Advance ``state`` to the rhythm's steps or just beyond; continue from ``folder``'s newest checkpoint if there is.
 
     The host prepares the next round while the device works on this one. Several processes save, log and stop after the
     same round, which a signal to one of them decides for all. Values to log go, with the step, the rate, the
@@ -95,16 +128,7 @@ def run(
     with the time left to the console.
 
     Args:
-        most_skipped: so many steps in a row may have no finite gradients, which changes nothing but their count.
-        validate: called after the round that reaches a multiple of ``validate_steps``, and after the last.
-        validate_first: and before the first step of all, when its values are not logged.
-        work: what the round that begins at a step does: clips, tokens and floating-point operations, each shown as a
-            rate, and the last as a share of the devices' peak where that is known
-            (`train.engine.arithmetic.PEAK_TFLOPS`).
-        told: values to log at a step that are not measured.
-        keep_last: so many of the newest checkpoints are kept.
-        keep_every: the first checkpoint of each so many steps is kept for good, and made when it is due; 0: none is.
-        devices: how many are at work; none: all.
+        validate: called as the rhythm says.
 
     Raises:
         RehyatError: too many steps in a row were skipped, or a value is not finite although gradients are.
@@ -112,11 +136,13 @@ def run(
         Stopped: SIGINT (Ctrl-C) or SIGTERM came; the round under way was finished and saved. A second one interrupts.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    steps, steps_per_advance, work = rhythm.steps, rhythm.steps_per_advance, lines.work
+    keep_every, every = rhythm.keep_every, rhythm.validate_steps
     with (
         TrainingDisplay(steps, console=console if first_process() else Console(quiet=True)) as display,
         Checkpoints(
             RunFolder(folder).checkpoints,
-            keep=keep_last,
+            keep=rhythm.keep_last,
             always=lambda step: bool(keep_every) and step % keep_every < steps_per_advance,
         ) as checkpoints,
         _stop_signals() as signals,
@@ -126,8 +152,8 @@ def run(
             display.note(f"resumed from step {int(state.step)}")
         step = first = logged = int(state.step)
         agreement = Agreement()
-        peak = _peak_flops(devices, display.note) if work and step < steps and work(step).flops else None
-        if validate and validate_first and not step:
+        peak = _peak_flops(lines.devices, display.note) if work and step < steps and work(step).flops else None
+        if validate and rhythm.validate_first and not step:
             validate(state, step)
         with Metrics(RunFolder(folder), first_step=first) as log:
             begun = last_log = last_save = time.monotonic()
@@ -143,17 +169,19 @@ def run(
                 jax.block_until_ready(previous)
                 now = time.monotonic()
                 stop, due, logs = agreement.of(
-                    max(signals[:1], default=0), now - last_save >= checkpoint_seconds, now - last_log >= log_seconds
+                    max(signals[:1], default=0),
+                    now - last_save >= rhythm.checkpoint_seconds,
+                    now - last_log >= rhythm.log_seconds,
                 )
                 keeps = keep_every and step % keep_every < steps_per_advance
                 saves = stop or step >= steps or due or keeps
-                validates = validate and validate_steps and (step % validate_steps < steps_per_advance or step >= steps)
+                validates = validate and every and (step % every < steps_per_advance or step >= steps)
                 if saves or validates or logs:
                     fetched, counts = jax.device_get((rounds, state.skipped))
                     measured, rounds = joined(fetched), []
                     values = {name: mean_of_finite(value) for name, value in measured.items()}
                     total, in_a_row = _skipped(counts)
-                    if in_a_row >= most_skipped:
+                    if in_a_row >= rhythm.most_skipped:
                         raise RehyatError(
                             f"training diverged: the last {in_a_row} steps before step {step} had no finite gradients; "
                             "lower the learning rate"
@@ -170,7 +198,7 @@ def run(
                     values |= done.rates(now - last_log)
                     if peak:
                         values["utilisation"] = done.flops / (now - last_log) / peak
-                    values |= told(step)
+                    values |= lines.told(step)
                     left = (steps - step) * (now - begun) / (step - first)
                     if validates and validate:
                         values |= validate(state, step)

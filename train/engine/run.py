@@ -117,23 +117,24 @@ class RunConfig:
 
         if first_process():
             keep(self.train_folder, now, step=step)
+        rhythm = loop.Rhythm(
+            steps=self.steps,
+            steps_per_advance=stage.steps_per_round,
+            checkpoint_seconds=self.checkpoint_seconds,
+            most_skipped=self.most_skipped,
+            validate_steps=stage.validate_every,
+            validate_first=stage.validate_first,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+        )
         with phases.measure("train"):
             state = loop.run(
                 engine.state,
                 engine.advance,
-                steps=self.steps,
-                steps_per_advance=stage.steps_per_round,
+                rhythm,
                 folder=self.train_folder,
-                checkpoint_seconds=self.checkpoint_seconds,
-                most_skipped=self.most_skipped,
                 validate=validate if stage.validate_every else None,
-                validate_steps=stage.validate_every,
-                validate_first=stage.validate_first,
-                work=engine.work,
-                told=engine.told,
-                keep_last=self.keep_last,
-                keep_every=self.keep_every,
-                devices=engine.devices.count,
+                lines=loop.Lines(work=engine.work, told=engine.told, devices=engine.devices.count),
             )
         with phases.measure("save"):
             averages = engine.averages(state)
