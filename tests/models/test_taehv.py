@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from shared.checkpoint import save_tiny_checkpoint
+from shared.tiers import full
 from shared.videos import PROMPT
 
 from rehyat_jax import HybridConfig, TextToVideo
@@ -77,7 +78,8 @@ def by_torch(tensors, latents, *, patch, times=TIMES):
 
 
 @pytest.mark.parametrize(
-    ("z_dim", "patch", "ending"), [(16, 1, "pth"), (48, 2, "safetensors")], ids=["taew2_1", "taew2_2"]
+    ("z_dim", "patch", "ending"),
+    [pytest.param(16, 1, "pth", id="taew2_1"), full(48, 2, "safetensors", id="taew2_2")],
 )
 def test_frames_are_those_of_the_published_network(z_dim, patch, ending, tmp_path):
     """Three latent frames, one after the other with the memory handed on: float32, fourteen convolutions of order one:

@@ -44,14 +44,14 @@ def bytes_held(live: LiveStream) -> int:
 
 def test_sentences_count_in_the_budget(tmp_path):
     """A sentence a chunk: each snapshot holds its own. The same one all along: they share it."""
-    for changes, least in ((True, 9), (False, 280)):
-        live = LiveStream(Told("a"), tmp_path / f"{changes}.mp4", pace=Pace(ahead=1e9, snapshot_bytes=10_000))
+    for changes, least in ((True, 3), (False, 92)):
+        live = LiveStream(Told("a"), tmp_path / f"{changes}.mp4", pace=Pace(ahead=1e9, snapshot_bytes=4_000))
         live.join()
-        for number in range(300):
+        for number in range(100):
             if changes:
                 live.change_prompt(str(number))
             live.work()
-            assert bytes_held(live) <= 10_000
+            assert bytes_held(live) <= 4_000
         assert len(live._snapshots) >= least
         live.close()
 

@@ -38,15 +38,16 @@ def _checked(*, typechecker: Callable) -> Callable:
 
 
 def _when_called(function: Callable, typechecker: Callable) -> Callable:
-    checked: list[Callable] = []
+    checked, config = None, jaxtyping.config
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if jaxtyping.config.jaxtyping_disable:
+        nonlocal checked
+        if config.jaxtyping_disable:
             return function(*args, **kwargs)
-        if not checked:
-            checked.append(_with_checks(function, typechecker))
-        return checked[0](*args, **kwargs)
+        if checked is None:
+            checked = _with_checks(function, typechecker)
+        return checked(*args, **kwargs)
 
     call.checks_types = True
     return call

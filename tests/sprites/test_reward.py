@@ -13,8 +13,8 @@ from rehyat_jax.sprites.world import render, sample_occlusions, sample_scenes
 def test_they_are_the_reports() -> None:
     """Of clips in which every object is another from the middle on, a window of 16 frames: means over clips of two
     objects are the report's."""
-    scenes = sample_scenes(jax.random.key(0), 2, pairs=1.0)
-    video = swapped(scenes, num_frames=32)
+    scenes = jax.jit(lambda key: sample_scenes(key, 2, pairs=1.0))(jax.random.key(0))
+    video = jax.jit(lambda scenes: swapped(scenes, num_frames=32))(scenes)
     found, said = jax.jit(figures)(video, scenes), report(np.asarray(video), scenes)
     np.testing.assert_allclose(np.mean(found.recall), said.recall_anywhere, atol=1e-6)
     assert 0.3 < said.recall_anywhere < 0.6

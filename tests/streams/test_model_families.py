@@ -92,7 +92,8 @@ def test_finished_chunks_are_shown_to_both_experts(experts):
     model = functools.partial(nnx.merge, graphs[0])
     read = jax.jit(lambda weights, text: model(weights).precompute_text_kv(text, 512))
     texts = [[read(own, experts.text(text)) for text in (PROMPT, "")] for own in weights]
-    past = [[model(own).init_state(1, 4, 6) for _ in range(2)] for own in weights]
+    empty = jax.jit(lambda own: model(own).init_state(1, 4, 6))(weights[0])
+    past = [[empty] * 2 for _ in weights]
 
     @jax.jit
     def stream_of(weights, latents, time, text, state, first):
@@ -117,7 +118,7 @@ def test_finished_chunks_are_shown_to_both_experts(experts):
     stream, made = experts.open_stream(PROMPT, seed=3, remember=0.0, **SIZE), []
     assert all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(stream.state.states) if leaf.ndim > 1)
     vae = experts.vae
-    frames = to_uint8(vae.decode(vae.denormalize(expected)))[0]
+    frames = jax.jit(lambda x: to_uint8(vae.decode(vae.denormalize(x))))(expected)[0]
     made = np.concatenate([next(stream) for _ in range(3)])
     assert np.abs(made.astype(int) - np.asarray(frames)).max() <= 1
 
