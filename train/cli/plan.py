@@ -46,10 +46,10 @@ class Chip:
 
 
 CHIPS = {
-    "TPU v5 lite": Chip(gigahertz=1.5, memory=15.75, link=9e10, kernel_share=0.74),
-    "TPU v5": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.73),
-    "TPU v5p": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.73),
-    "TPU v6 lite": Chip(gigahertz=1.75, memory=31.25, link=1.8e11, kernel_share=0.31),
+    "TPU v5 lite": Chip(gigahertz=1.5, memory=15.75, link=9e10, kernel_share=0.85),
+    "TPU v5": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.83),
+    "TPU v5p": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.83),
+    "TPU v6 lite": Chip(gigahertz=1.75, memory=31.25, link=1.8e11, kernel_share=0.36),
 }
 
 
