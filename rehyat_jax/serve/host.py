@@ -330,7 +330,7 @@ class Host:
 
     def _check_room(self) -> None:
         if len(self._held) >= self.limits.streams:
-            raise Full(f"{self.limits.streams} streams are being made; try again later")
+            raise Full(f"{self.limits.streams} streams are being made: end one, or try again later")
 
     def _hold(self, name: str, live: LiveStream) -> str:
         now = time.monotonic()

@@ -27,6 +27,8 @@ def test_it_is_not_root_and_copies_what_is_installed():
     packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     copied = set(re.findall(r"^COPY (\w+) \w+$", _TEXT, re.MULTILINE))
     assert copied == packages
+    sources = [name for line in re.findall(r"^COPY (.+) \S+$", _TEXT, re.MULTILINE) for name in line.split()]
+    assert all((_ROOT / name).exists() for name in sources)
     ignored = (_ROOT / ".dockerignore").read_text(encoding="utf-8")
     assert all(f"!{name}\n" in ignored for name in packages)
     extras = set(",".join(re.findall(r"extras=([\w,]+)", _TEXT)).split(","))
