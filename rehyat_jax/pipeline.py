@@ -181,7 +181,7 @@ class TextToVideo(HasLoras):
             vae_tile: for little memory as well: frames are decoded by tiles of so many pixels a side (256 as in
                 diffusers), a quarter of which goes over into the next one's.
             decoder: a TAEHV file (``taew2_1``, of Wan2.2's 5B ``taew2_2``) that decodes in the autoencoder's place:
-                coarser frames in a small part of the time and memory.
+                coarser frames, in a tenth of the memory.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used; a mesh that does not divide the

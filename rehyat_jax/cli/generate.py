@@ -245,7 +245,15 @@ def _check_room(
     import jax
 
     from rehyat_jax.models.folder import find_model, read_defaults
-    from rehyat_jax.models.memory import Making, VideoShape, fitting_size, size_unit, student_config, video_need
+    from rehyat_jax.models.memory import (
+        Making,
+        VideoShape,
+        fitting_size,
+        preview_config,
+        size_unit,
+        student_config,
+        video_need,
+    )
     from rehyat_jax.models.own_settings import LARGEST_SIDE, MOST_TOKENS
     from rehyat_jax.models.wan.sharding import mesh_for_video
     from rehyat_jax.runtime.memory import Need, check_memory
@@ -286,6 +294,7 @@ def _check_room(
             mesh=mesh,
             offload=options.offload,
             vae_tile=options.vae_tile,
+            preview=preview_config(options.decoder),
         )
         eight_bits = options.quantize is not None and not options.quantize_except
         return video_need(folder, sized, making, dtype=options.dtype, eight_bits=eight_bits)

@@ -210,7 +210,7 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
     import jax
 
     from rehyat_jax.models.folder import find_model, read_defaults
-    from rehyat_jax.models.memory import Making, VideoShape, student_config, video_need
+    from rehyat_jax.models.memory import Making, VideoShape, preview_config, student_config, video_need
     from rehyat_jax.models.wan.sharding import mesh_for_video
     from rehyat_jax.runtime.memory import check_memory
 
@@ -241,6 +241,7 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
         mesh=mesh,
         offload=options.offload,
         vae_tile=options.vae_tile,
+        preview=preview_config(options.decoder),
     )
     eight_bits = options.quantize is not None and not options.quantize_except
     need = video_need(folder, shape, making, dtype=options.dtype, eight_bits=eight_bits)

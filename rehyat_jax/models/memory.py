@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from rehyat_jax.mixers.config import Conversion, read_conversion
 from rehyat_jax.models.networks import open_component
+from rehyat_jax.models.taehv.config import TinyDecoderConfig
 from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
@@ -40,6 +41,8 @@ _DECODER_STATE, _DECODER, _ENCODER = 25.0, 10.0, 9.0
 _PROGRAM = 300_000_000
 #: How much more a residual decoder holds: its upsamplings keep their width.
 _RESIDUAL_DECODER = 2.0
+#: As `_DECODER_STATE` and `_DECODER`, of a preview decoder, a pixel and channel of its last layers.
+_PREVIEW_STATE, _PREVIEW = 1.3, 2.0
 
 
 def weights_bytes(folder: Path, name: str, *, dtype: DTypeLike, eight_bits: bool = False) -> int:
@@ -106,6 +109,12 @@ def decoder_bytes(vae: VAEConfig, *, height: int, width: int) -> int:
     return int((_DECODER_STATE + _DECODER * vae.temporal_factor) * height * width / vae.patch**2 * channels * 4)
 
 
+def preview_bytes(preview: TinyDecoderConfig, *, height: int, width: int) -> int:
+    """As `decoder_bytes`, of a preview decoder."""
+    pixels = height * width / preview.patch_size**2
+    return int((_PREVIEW_STATE + _PREVIEW * preview.temporal_factor) * pixels * preview.widths[-1] * 4)
+
+
 def encoder_bytes(vae: VAEConfig, *, frames: int, height: int, width: int, latent_frames_per_step: int) -> int:
     """What encoding a video holds, so many latent frames at a time; the video in float32 among it."""
     step = min(latent_frames_per_step * vae.temporal_factor, frames)
@@ -148,6 +157,7 @@ class Making:
         mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
         offload: the blocks of both come from the host, and the text encoder leaves once a prompt is embedded.
         vae_tile: frames are decoded by tiles of so many pixels a side.
+        preview: of a decoder in the VAE's place, whose own weights hardly count.
     """
 
     hybrid: Conversion | None
@@ -156,6 +166,19 @@ class Making:
     mesh: MeshConfig | None = None
     offload: bool = False
     vae_tile: int | None = None
+    preview: TinyDecoderConfig | None = None
+
+
+def preview_config(decoder: Path | None) -> TinyDecoderConfig | None:
+    """Of a preview decoder's file; None for none.
+
+    Raises:
+        CheckpointError: it is no such file.
+    """
+    if decoder is None:
+        return None
+    config: TinyDecoderConfig = open_component(decoder.expanduser(), "preview_decoder").config
+    return config
 
 
 def student_config(folder: Path) -> Conversion | None:
@@ -268,6 +291,8 @@ def networks_need(networks: Networks, shape: VideoShape, making: Making, *, on: 
         cache //= math.gcd(mesh.context * mesh.tensor, model.num_attention_heads)
     height, width = (min(making.vae_tile or side, side) for side in (shape.height, shape.width))
     decoding = decoder_bytes(vae, height=height, width=width)
+    if making.preview is not None:
+        decoding = preview_bytes(making.preview, height=height, width=width)
     parts = {
         "the text encoder": 0 if making.offload else text,
         "the transformer": weights - on_host,

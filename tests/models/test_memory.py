@@ -22,10 +22,13 @@ from rehyat_jax.models.memory import (
     VideoShape,
     decoder_bytes,
     encoder_bytes,
+    preview_bytes,
     student_config,
     transformer_bytes,
     video_need,
 )
+from rehyat_jax.models.taehv.config import TinyDecoderConfig
+from rehyat_jax.models.taehv.decoder import TinyDecoder
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
@@ -91,6 +94,25 @@ def test_decoding_is_estimated_to_a_factor_of_two(vae, height, width):
     _, state = jax.eval_shape(first, weights, latent)
     compiled = jax.jit(following, donate_argnums=2).lower(weights, latent, state).compile().memory_analysis()
     true, estimate = compiled.temp_size_in_bytes + _bytes(state), decoder_bytes(vae, height=height, width=width)
+    assert 0.5 < estimate / true < 2, (estimate, true)
+
+
+@pytest.mark.parametrize(
+    ("config", "height", "width"),
+    [
+        (TinyDecoderConfig(widths=(16, 12, 8, 8)), 96, 64),
+        full(TinyDecoderConfig(), 480, 832),
+        full(TinyDecoderConfig.wan22(), 704, 1280),
+    ],
+)
+def test_a_preview_is_estimated_to_a_factor_of_two(config, height, width):
+    graph, weights = nnx.split(nnx.eval_shape(lambda: TinyDecoder(config, rngs=nnx.Rngs(0))))
+    space = config.spatial_factor
+    latent = jax.ShapeDtypeStruct((1, 1, height // space, width // space, config.z_dim), jnp.float32)
+    _, state = jax.eval_shape(lambda w, x: nnx.merge(graph, w).decode_first(x), weights, latent)
+    program = jax.jit(lambda w, x, state: nnx.merge(graph, w).decode_next(x, state), donate_argnums=2)
+    compiled = program.lower(weights, latent, state).compile().memory_analysis()
+    true, estimate = compiled.temp_size_in_bytes + _bytes(state), preview_bytes(config, height=height, width=width)
     assert 0.5 < estimate / true < 2, (estimate, true)
 
 

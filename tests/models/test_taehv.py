@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from shared.checkpoint import save_tiny_checkpoint
 from shared.tiers import full
 from shared.videos import PROMPT
 
-from rehyat_jax import HybridConfig, TextToVideo
+from rehyat_jax import HybridConfig, TextToVideo, cli
 from rehyat_jax.errors import CheckpointError
 from rehyat_jax.models.checkpoints import convert, describe
 from rehyat_jax.models.checkpoints.loading import load_preview_decoder
@@ -151,5 +152,10 @@ def test_a_stream_is_decoded_by_it(tmp_path):
     assert np.abs(np.concatenate(blocks) - expected).max() <= 0.51  # rounded to eight bits
     np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "kept")), blocks[1])
     assert blocks[1].std() > 10
+    asked = ["--model", tmp_path / "model", "--decoder", tmp_path / "taew2_1.safetensors", "--seed", 3, "--frames", 5]
+    asked += ["--hybrid", "2+1", "--size", "32x32", "--steps", 2, "--guidance", 1, "--cache-dir", tmp_path / "cache"]
+    assert cli.main(["generate", PROMPT, *map(str, asked), "--out", str(tmp_path / "frames")]) == 0
+    shown = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "frames").glob("*.png"))]
+    np.testing.assert_array_equal(np.stack(shown), blocks[0])
     with pytest.raises(CheckpointError, match="made by another model"):
         TextToVideo.from_pretrained(tmp_path / "model", **how).resume_stream(tmp_path / "kept")
