@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared.tiers import examples
+from shared.programs import FOR_SPEED
+from shared.tiers import examples, full
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling import (
@@ -84,7 +85,7 @@ for grid in ("diffusers", "official"):
     CASES += [(grid, UniPC(order), torch.float64) for order in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("velocities", ["random", "smooth"])
+@pytest.mark.parametrize("velocities", ["random", full("smooth")])
 @pytest.mark.parametrize(("grid", "solver", "dtype"), CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_every_step_agrees_with_diffusers(grid, solver, dtype, velocities):
     """Ours in float32, theirs in ``dtype``."""
@@ -213,14 +214,14 @@ class TestLoop:
     def noise(self, *shape):
         return jax.random.normal(jax.random.key(0), shape)
 
-    def test_one_jitted_step_in_a_loop_equals_the_scan_and_compiles_once(self, compiled_for_speed):
+    def test_one_jitted_step_in_a_loop_equals_the_scan_and_compiles_once(self):
         noise = self.noise(2, 6, 4)
         run = functools.partial(scanned, schedule=self.schedule, solver=self.solver, num_steps=7)
-        whole = jax.jit(functools.partial(run, self.velocity))(noise)
+        whole = jax.jit(functools.partial(run, self.velocity), compiler_options=FOR_SPEED)(noise)
         steps = sampling_steps(self.schedule, self.solver, num_steps=7)
         traces, done = [], []
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=FOR_SPEED)
         def one_step(state, step):
             traces.append(1)
             return sampling_step(self.velocity, state, step=step, solver=self.solver)
