@@ -335,6 +335,12 @@ def test_hostile_messages_leave_the_stream_as_it_is(client, message):
         assert fragment(socket)[1]
 
 
+def test_a_client_that_asks_for_nothing_is_not_waited_for(client, monkeypatch):
+    monkeypatch.setattr("rehyat_jax.serve.realtime._PATIENCE", 0.05)
+    with client.websocket_connect(SOCKET) as socket, pytest.raises(WebSocketDisconnect):
+        socket.receive_json()
+
+
 def test_no_more_streams_than_may_be(tmp_path):
     with serving(tmp_path, streams=1) as client, client.websocket_connect(SOCKET) as one:
         one.send_json({"type": "session.start", "prompt": "a cat"})
