@@ -34,7 +34,7 @@ MAY_IMPORT = {
     },
 }
 #: Packages beside it that a room may import; no other room imports any.
-PACKAGES = {"attention": {"pallas_kernels"}, "mixers": {"pallas_kernels"}}
+PACKAGES = {"adapters": {"pallas_kernels"}, "attention": {"pallas_kernels"}, "mixers": {"pallas_kernels"}}
 OURS = {"pallas_kernels", "train", "configs", "benchmarks", "tests"}
 
 

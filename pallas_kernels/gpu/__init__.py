@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.devices import is_hopper
 from pallas_kernels.gpu.cudnn import CudnnBackward
+from pallas_kernels.gpu.eight_bits import Int8Product
 from pallas_kernels.gpu.features import FeatureKernels, Layers, feature_map
 from pallas_kernels.gpu.hopper import HopperKernels
 from pallas_kernels.gpu.hybrid import hybrid
@@ -22,6 +23,7 @@ __all__ = [
     "CudnnBackward",
     "FeatureKernels",
     "HopperKernels",
+    "Int8Product",
     "Kernels",
     "Layers",
     "TritonKernels",

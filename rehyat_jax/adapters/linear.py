@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
+from rehyat_jax.adapters.int8 import along, as_row, int8_product
 from rehyat_jax.runtime.eight_bits import EightBits
 from rehyat_jax.runtime.mesh import Dimension
 from rehyat_jax.runtime.variables import AdapterParam, ScaleParam, axes_of, kernel, sharded
@@ -53,44 +54,28 @@ class Linear(nnx.Module):
             rngs.params()
             self.bias = nnx.Param(jnp.zeros(out_features, param_dtype))
 
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+    def __call__(self, x: Float[Array, "*B I"], *, gelu: bool = False) -> Float[Array, "*B O"]:
+        """``gelu``: then tanh's approximation of GELU, which a product in int8 can have in its epilogue."""
         x = x.astype(self.dtype)
-        y = self._product(x) if self.scale is None else self._scaled_product(x, self.scale[...])
-        if self.bias is not None:
-            y += _row(self.bias[...].astype(y.dtype), y.ndim)
-        y = y.astype(self.dtype)
-        return y if self.adapter is None else y + self.adapter(x)
+        bias = None if self.bias is None else self.bias[...]
+        if self.scale is not None and self.rounds_inputs:
+            inside = gelu and self.adapter is None
+            y = int8_product(x, self.kernel[...], self.scale[...], bias, gelu=inside)
+            gelu = gelu and not inside
+        else:
+            y = self._product(x)
+            if bias is not None:
+                y += as_row(bias.astype(y.dtype), y.ndim)
+            y = y.astype(self.dtype)
+        y = y if self.adapter is None else y + self.adapter(x)
+        return jax.nn.gelu(y, approximate=True) if gelu else y
 
     def _product(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        return jax.lax.dot_general(x, self.kernel[...].astype(self.dtype), _along(x))
-
-    def _scaled_product(self, x: Float[Array, "*B I"], scale: Float[Array, " O"]) -> Float[Array, "*B O"]:
-        """In float32: what is left to do in a product's epilogue."""
-        if self.rounds_inputs:
-            x, step = rounded_rows(x)
-            y = jax.lax.dot_general(x, self.kernel[...], _along(x), preferred_element_type=jnp.int32)
-            y = y.astype(jnp.float32) * step
-        else:
-            kernel = self.kernel[...].astype(self.dtype)
-            y = jax.lax.dot_general(x, kernel, _along(x), preferred_element_type=jnp.float32)
-        return y * _row(scale, y.ndim)
-
-
-def rounded_rows(x: Float[Array, "*B I"]) -> tuple[Int8[Array, "*B I"], Float[Array, "*B 1"]]:
-    """Each row in int8, and the step of its numbers, by which its largest is 127. What is not finite makes the step
-    so; a row below float32's normal steps is zero."""
-    wide = x.astype(jnp.float32)
-    top = jnp.abs(wide).max(axis=-1, keepdims=True)
-    step = jnp.where(top < 1e-30, 1, top / 127)
-    return jnp.round(wide / step).astype(jnp.int8), step
-
-
-def _along(x: Array) -> tuple[Any, Any]:
-    return ((x.ndim - 1,), (0,)), ((), ())
-
-
-def _row(of_outputs: Float[Array, " O"], ndim: int) -> Array:
-    return of_outputs.reshape((1,) * (ndim - 1) + (-1,))
+        kernel = self.kernel[...].astype(self.dtype)
+        if self.scale is None:
+            return jax.lax.dot_general(x, kernel, along(x))
+        y = jax.lax.dot_general(x, kernel, along(x), preferred_element_type=jnp.float32)
+        return y * as_row(self.scale[...], y.ndim)
 
 
 def linear_layers(module: Any) -> dict[str, Linear]:
@@ -145,5 +130,5 @@ class LowRank(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         for matrix in (self.down, self.up):
-            x = jax.lax.dot_general(x, matrix[...].astype(x.dtype), _along(x))
+            x = jax.lax.dot_general(x, matrix[...].astype(x.dtype), along(x))
         return x * jnp.asarray(self.scale, x.dtype)

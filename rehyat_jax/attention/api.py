@@ -13,11 +13,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.options import Stabilizer
 from rehyat_jax.attention.linear import LinearState
-from rehyat_jax.attention.pallas import pallas, unsupported, whole_on_each_device
+from rehyat_jax.attention.pallas import pallas, unsupported
 from rehyat_jax.attention.reference import reference
 from rehyat_jax.attention.scan import scan
 from rehyat_jax.attention.state import HybridState, empty_places
 from rehyat_jax.errors import ConfigError, RehyatError
+from rehyat_jax.runtime.mesh import whole_on_each_device
 from rehyat_jax.runtime.platform import platform
 
 Implementation = Literal["auto", "reference", "scan", "pallas"]

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.devices import is_hopper
 from pallas_kernels.options import KEPT_FEATURES, Positive
-from rehyat_jax.attention.pallas import whole_on_each_device
 from rehyat_jax.attention.state import accumulator
 from rehyat_jax.errors import ConfigError
+from rehyat_jax.runtime.mesh import whole_on_each_device
 from rehyat_jax.runtime.platform import device_kind
 from rehyat_jax.runtime.variables import MixerParam, kernel, sharded
 

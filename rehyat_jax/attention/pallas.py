@@ -24,12 +24,6 @@ def unsupported(*arrays: jax.Array) -> str | None:
     return None
 
 
-def whole_on_each_device() -> bool:
-    """Whether what is traced now is one device's own part: XLA cannot divide the kernels among devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 if mesh.empty else mesh.are_all_axes_manual or mesh.size == 1
-
-
 def pallas(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B N H D"],

@@ -45,6 +45,12 @@ def mesh_in_force() -> AbstractMesh | None:
     return mesh if set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes else None
 
 
+def whole_on_each_device() -> bool:
+    """Whether what is traced now is one device's own part: XLA cannot divide the kernels among devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 if mesh.empty else mesh.are_all_axes_manual or mesh.size == 1
+
+
 def devices_along(dimension: Dimension) -> int:
     """Into how many pieces the mesh in force shards a dimension."""
     mesh = mesh_in_force()

@@ -106,7 +106,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(config.ffn_dim, config.dim, kernel_metadata=kernel("hidden", "width"), **kinds)
 
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(self.up(x, gelu=True))
 
 
 class Block(nnx.Module):
