@@ -59,7 +59,7 @@ def test_any_position_at_any_frequency(position, frequency):
 def test_rotary_factors_are_those_of_diffusers(head_dim, frames, height, width):
     """Its tables, made in float64, to 1e-6."""
     theirs = WanRotaryPosEmbed(head_dim, (1, 2, 2), 1024)(torch.zeros(1, 1, frames, 2 * height, 2 * width))
-    ours = rotary_embedding(head_dim, jnp.arange(frames), height, width)
+    ours = jax.jit(lambda frames: rotary_embedding(head_dim, frames, height, width))(jnp.arange(frames))
     # Theirs holds each pair's factor twice.
     for mine, yours in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, yours[0, :, 0, ::2].numpy(), atol=1e-6, rtol=0)
@@ -71,7 +71,7 @@ def test_time_embedding_is_the_official_formula(dim):
     """``sinusoidal_embedding_1d`` of Wan2.1 ``wan/modules/model.py``, in float64 as there: 1e-6."""
     times = np.concatenate([np.arange(1001), POSITIONS["timesteps"]]).astype(np.float32)
     cos, sin = exact(times, np.power(10_000.0, -np.arange(dim // 2) / (dim // 2)))
-    ours = timestep_embedding(jnp.asarray(times), dim)
+    ours = jax.jit(lambda times: timestep_embedding(times, dim))(jnp.asarray(times))
     np.testing.assert_allclose(ours, np.concatenate([cos, sin], axis=1), atol=1e-6, rtol=0)
 
 
@@ -90,11 +90,13 @@ def scores(start: int, distance: int) -> np.ndarray:
     """Attention scores between all tokens of two latent frames, of which the first is at ``start``."""
     rng = np.random.default_rng(1)
     query, key = (jnp.asarray(rng.standard_normal((1, 6, 2, 128), np.float32)) for _ in range(2))
-    turned = [
-        rotate(x, rotary_embedding(128, jnp.asarray([position]), 2, 3))
-        for x, position in [(query, start), (key, start + distance)]
-    ]
-    return np.asarray(jnp.einsum("bnhd,bmhd->bhnm", *turned)) * 128**-0.5
+    return np.asarray(_products(query, key, jnp.asarray([start]), jnp.asarray([start + distance]))) * 128**-0.5
+
+
+@jax.jit
+def _products(query: jax.Array, key: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
+    rotated = [rotate(x, rotary_embedding(128, position, 2, 3)) for x, position in ((query, start), (key, end))]
+    return jnp.einsum("bnhd,bmhd->bhnm", *rotated)
 
 
 @pytest.mark.parametrize("distance", [0, 1, 20, 1000])
