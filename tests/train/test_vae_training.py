@@ -103,6 +103,11 @@ def test_a_decoder_of_the_same_width_goes_on_from_the_one_there(vae, tmp_path):
     before, half = load_vae(vae), decoder_training(vae, tmp_path, 4).stage().networks["decoder"].make()
     video = jax.random.normal(jax.random.key(0), (1, 2, 4, 4, 4))
     np.testing.assert_array_equal(half.put_into(load_vae(vae)).decode(video), before.decode(video))
+    halved = (
+        dataclasses.replace(decoder_training(vae, tmp_path, 4), dtype="bfloat16").stage().networks["decoder"].make()
+    )
+    assert halved.put_into(load_vae(vae)).decode(video).dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(halved))} == {jnp.dtype(jnp.float32)}
 
 
 def test_a_decoder_for_other_latents_is_refused(vae, tmp_path):

@@ -244,8 +244,11 @@ class DecoderStage(VAEStage):
         return vae
 
     def _loaded(self, dtype: jnp.dtype) -> WanVAE:
+        """It computes in ``dtype``; its parameters are in float32."""
         assert self.training.encoder is not None
-        return load_vae(find_model(self.training.encoder), dtype=dtype)
+        vae = load_vae(find_model(self.training.encoder))
+        computing = nnx.eval_shape(lambda: WanVAE(vae.config, dtype=dtype, rngs=nnx.Rngs(0)))
+        return nnx.merge(nnx.graphdef(computing), nnx.state(vae))
 
     @property
     def networks(self) -> dict[str, Network]:
