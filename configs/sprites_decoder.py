@@ -9,7 +9,8 @@ Cost: one H200, 114 s of 1,000 steps beside other programs.
 
 Result: out/sprites-decoder/vae, two thirds as wide as the one that ships, about twice as fast on two cores, and not as
 good: after 1,000 steps 29.7 dB on plain clips of 129 frames where the shipped one has 30.4, an identity recall of
-0.965 where that has 0.993, and 17 of 255 on the pillar where that has 5 (docs/notebook/fewstep.md). So it does not ship.
+0.965 where that has 0.993, and 17 of 255 on the pillar where that has 5. So it does not ship
+(docs/notebook/fewstep.md).
 """
 
 import dataclasses
