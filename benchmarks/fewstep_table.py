@@ -132,13 +132,14 @@ class Measure:
             plain = Sample(clips=self.clips, occlusions=0, long_clips=0)
             for steps, first in _FEW:
                 sampling = {"num_inference_steps": steps, "first_chunk_steps": first, "guidance_scale": 1.0}
-                found = {m.source: m.report for m in evaluate(pipe, plain, sampling=sampling)}[MODELS[1]]
+                found: Any = {m.source: m.report for m in evaluate(pipe, plain, sampling=sampling)}[MODELS[1]]
                 line[f"steps {steps}"] = [found.recall, found.directions, found.speed]
             hidden = Sample(clips=0, occlusions=self.occlusions, long_clips=0, waits=(48, 96))
             sampling = {"num_inference_steps": 4, "first_chunk_steps": 4, "guidance_scale": 1.0}
             for m in evaluate(pipe, hidden, sampling=sampling):
                 if m.source == MODELS[1] and m.subject in ("continued, hidden wait 48", "continued, hidden wait 96"):
-                    line[m.subject.replace("continued, hidden wait", "hidden")] = [m.report.emerged, m.report.recall]
+                    back: Any = m.report
+                    line[m.subject.replace("continued, hidden wait", "hidden")] = [back.emerged, back.recall]
             print(text := json.dumps(line), flush=True)
             with open(self.out / "table.jsonl", "a", encoding="utf-8") as lines:
                 lines.write(text + "\n")
