@@ -158,7 +158,6 @@ LONG = {
     # To be mended: each has objects in it that want a name.
     "sprites/clips.py": {"generated"},
     "weights/convert.py": {"convert_weights"},
-    "train/data/encoding.py": {"plan_encoding"},
 }
 
 

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
     from rehyat_jax.runtime.memory import check_memory
     from rehyat_jax.runtime.record import Phases, write_record
-    from train.data.encoding import encode_footage, memory_need, plan_encoding, smaller_size
+    from train.data.encoding import ClipSettings, encode_footage, memory_need, plan_encoding, smaller_size
     from train.data.footage import find_footage
 
     keep_compiled(cache_folder())
@@ -127,17 +127,20 @@ def main(argv: list[str]) -> None:
             )
             if found.unlisted:
                 _say(f"{found.unlisted} videos in {options.source} are not in the list, and are left out")
-            encoding = plan_encoding(
-                found,
-                model=options.model,
+            settings = ClipSettings(
                 frames=options.frames,
                 height=height,
                 width=width,
                 fps=options.fps,
                 dtype=options.dtype,
+                repair_prompts=options.repair_prompts,
+            )
+            encoding = plan_encoding(
+                found,
+                settings,
+                model=options.model,
                 videos_per_shard=options.videos_per_shard,
                 most_unusable=options.most_unusable,
-                repair_prompts=options.repair_prompts,
             )
         check_memory(
             memory_need(encoding),

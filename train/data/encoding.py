@@ -81,35 +81,42 @@ class Outcome:
     stale: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """What clips and captions are made into.
+
+    Attributes:
+        frames, height, width: of a clip; None: the model's defaults.
+        repair_prompts: have ftfy repair captions, as `TextToVideo.from_pretrained` has prompts.
+    """
+
+    frames: int | None
+    height: int | None
+    width: int | None
+    fps: int
+    dtype: str
+    repair_prompts: bool = True
+
+
 def plan_encoding(
-    found: Found,
-    *,
-    model: str,
-    frames: int | None,
-    height: int | None,
-    width: int | None,
-    fps: int,
-    dtype: str,
-    videos_per_shard: int,
-    most_unusable: int | None = None,
-    repair_prompts: bool = True,
+    found: Found, settings: ClipSettings, *, model: str, videos_per_shard: int, most_unusable: int | None = None
 ) -> Encoding:
     """Check all that can be checked of the settings and the model.
 
     Args:
-        frames, height, width: of a clip; None: the model's defaults.
         most_unusable: None: half of the videos.
-        repair_prompts: have ftfy repair captions, as `TextToVideo.from_pretrained` has prompts.
 
     Raises:
         CheckpointError, ConfigError: no such model or size; too many videos cannot be used.
     """
+    fps, dtype = settings.fps, settings.dtype
     for name, value in (("fps", fps), ("videos_per_shard", videos_per_shard)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
     folder = find_model(model)
     defaults = read_defaults(folder)
-    frames, height, width = frames or defaults.num_frames, height or defaults.height, width or defaults.width
+    frames = settings.frames or defaults.num_frames
+    height, width = settings.height or defaults.height, settings.width or defaults.width
     vae: Any = open_component(folder, "vae").config
     transformer: Any = open_component(folder, "transformer").config
     if (frames - 1) % vae.temporal_factor:
@@ -130,7 +137,7 @@ def plan_encoding(
             latents=(*shape, vae.z_dim),
             text=PromptEncoder(folder, dtype=jnp.dtype(dtype)).text_dim,
             dtype=dtype,
-            repair_prompts=repair_prompts,
+            repair_prompts=settings.repair_prompts,
         ),
         found=found,
         model=folder,
