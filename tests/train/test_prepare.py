@@ -358,7 +358,7 @@ def test_distillation_reads_prepared_clips(model, data, tmp_path):
         key=jax.random.key(0),
         seed=0,
     )
-    _, points = jax.jit(inputs.points)(None, inputs.host_batch(0), inputs.frozen)
+    _, points = jax.jit(inputs.points)(None, inputs.host_batch(0), inputs.frozen, None)
     rest = [record["text"] for record in prepared.clips(held_out=False)]
     assert len(rest) + sum(video.clips for video in prepared.videos if video.content in prepared.held_out) == 6
     assert points.text.shape == (4, 7, 16)
