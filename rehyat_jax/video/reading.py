@@ -157,8 +157,8 @@ def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
 def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
     """a, b, c, d of ISO/IEC 14496-12's matrix: a stored (x, y) is shown at (ax + cy, bx + dy)."""
     try:
-        sides = {data.type.name: data for data in frame.side_data}
-        raw = np.frombuffer(bytes(sides["DISPLAYMATRIX"]), np.int32) / 65536.0
+        # By name: what PyAV goes through are values until 18, names from 19 on.
+        raw = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32) / 65536.0
     except (KeyError, ValueError):  # ValueError: a kind of side data that PyAV has no name for
         turns = round(frame.rotation / 90) % 4  # counterclockwise
         return ((1.0, 0.0, 0.0, 1.0), (0.0, -1.0, 1.0, 0.0), (-1.0, 0.0, 0.0, -1.0), (0.0, 1.0, -1.0, 0.0))[turns]

@@ -193,7 +193,7 @@ def test_hostile_files_are_refused_in_one_sentence(change, words):
 
 def test_mixer_states_are_sharded_by_batch_and_heads():
     """Constraints of a program on a mesh: sums, kept tokens and sinks."""
-    mesh = jax.sharding.AbstractMesh((2, 1, 1, 2), AXES)
+    mesh = jax.sharding.AbstractMesh((2, 1, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
     model = nnx.eval_shape(lambda: WanTransformer(FOUR, hybrid=STREAMING, rngs=nnx.Rngs(0)))
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(lambda: model.init_state(2, 4, 6))()
