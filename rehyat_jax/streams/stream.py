@@ -211,7 +211,9 @@ class Stream(Iterator[np.ndarray]):
         session.show(latents, first_frame=first, to=self.on_latents)
         decoded = list(session.codec.decode(latents, state.decoder, first_frame=first))
         after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)
-        self.state = state._replace(states=states, decoder=decoded[-1][1], first_frame=after)
+        # What is given is of the first chunk: those after it are one program, whatever the stream began with.
+        left = state.condition.lasting()
+        self.state = state._replace(states=states, decoder=decoded[-1][1], first_frame=after, condition=left)
         block = np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)
         self._newest = block[0] if isinstance(self.prompt, str) else block
         return self._newest

@@ -20,7 +20,7 @@ from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.models.checkpoints import load_vae, save_vae
 from rehyat_jax.runtime.outputs import locked
 from rehyat_jax.video.io import write_video
-from train.data import encoding, records
+from train.data import encoders, encoding, records
 from train.data.prepared import Prepared, PreparedFeed, Video, hold_out
 from train.data.records import Reader, pack, write_shard
 
@@ -47,8 +47,8 @@ def source(tmp_path) -> Path:
 def counted(monkeypatch) -> dict[str, list[str]]:
     """Names of the videos that were checked and encoded, and captions."""
     seen: dict[str, list[str]] = {"checked": [], "encoded": [], "captions": []}
-    check, encode = encoding.count_clips, encoding._VideoEncoder.__call__
-    embed = encoding._TextEncoder.__call__
+    check, encode = encoding.count_clips, encoders.VideoEncoder.__call__
+    embed = encoders.TextEncoder.__call__
 
     def checking(path, **more):
         seen["checked"].append(path.name)
@@ -63,8 +63,8 @@ def counted(monkeypatch) -> dict[str, list[str]]:
         return embed(self, caption)
 
     monkeypatch.setattr(encoding, "count_clips", checking)
-    monkeypatch.setattr(encoding._VideoEncoder, "__call__", encoding_video)
-    monkeypatch.setattr(encoding._TextEncoder, "__call__", embedding)
+    monkeypatch.setattr(encoders.VideoEncoder, "__call__", encoding_video)
+    monkeypatch.setattr(encoders.TextEncoder, "__call__", embedding)
     return seen
 
 
@@ -190,14 +190,14 @@ def test_parts_check_their_own_videos_and_each_once(prepare, source, counted):
 
 
 def test_a_video_that_changes_while_it_is_encoded_is_passed_over(prepare, source, monkeypatch, tmp_path, capsys):
-    clips = encoding.clips
+    clips = encoders.clips
 
     def changing(path, **more):
         if path.name == "2.mp4":
             os.utime(path, ns=(1, 1))
         return clips(path, **more)
 
-    monkeypatch.setattr(encoding, "clips", changing)
+    monkeypatch.setattr(encoders, "clips", changing)
     prepare()
     assert "2.mp4 was changed while it was encoded" in capsys.readouterr().err
     assert [clip[0] for clip in _all(tmp_path / "data")] == ["0.mp4", "1.mp4", "1.mp4", "3.mp4"]
