@@ -21,7 +21,7 @@ import pytest
 
 TIERS = ("check", "test", "rest", "all")
 #: The largest cost of a test of ``check``, with all the fixtures that it asks for, in CPU seconds.
-CHECK_SECONDS = 0.5
+CHECK_SECONDS = 0.3
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 
 #: Set by conftest before test files are imported; child processes have it from their environment.
