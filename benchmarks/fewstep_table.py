@@ -19,12 +19,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import tyro
 
-from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.sprites.evaluation import MODELS, Sample, evaluate
+from train.cli.config_files import load_config
 from train.data.clips import Bucket
-from train.data.rollouts import Rollouts
-from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.stages.forced import ForcedTraining
 from train.stages.forcing import ForcingTraining
@@ -34,7 +32,6 @@ Gradients = Literal["through", "detached"]
 _SOURCE = Path("mini-sprites-20-steps")
 #: Steps a chunk, those of the first chunk, and the name in a line.
 _FEW = ((4, 4), (2, 2), (1, 4))
-_HYBRID = HybridConfig(length_norm=True)
 
 
 class Student(NamedTuple):
@@ -49,50 +46,29 @@ class Student(NamedTuple):
         """Its run; "both" begins with the consistent one of the same seed and gradients."""
         given: dict[str, Any] = {
             "out": out / str(self),
-            "hybrid": _HYBRID,
+            "source": out / str(self._replace(aim="consistency")) if self.aim == "both" else _SOURCE,
             "stop": int(self.gradients == "detached"),
             "seed": self.seed,
         }
         if self.aim == "consistency":
-            return ForcedTraining(
+            shipped: Any = load_config("sprites_consistency", kinds=(ForcedTraining,)).config
+            return dataclasses.replace(
+                shipped,
                 **given,
-                source=_SOURCE,
-                aim="consistency",
                 buckets=(
                     Bucket(kind="plain", frames=69, batch=32, share=0.4, pairs=0.8),
                     Bucket(kind="plain", frames=21, batch=96, share=0.2, pairs=0.8),
                     Bucket(kind="occlusion", frames=129, batch=16, share=0.4, longest_wait=48),
                 ),
                 steps=160,
-                steps_per_round=4,
-                reuse=1,
-                shift=5.0,
-                remat=True,
-                optimizer=OptimizerConfig(
-                    method="muon",
-                    learning_rate=1e-3,
-                    warmup_steps=20,
-                    schedule="linear",
-                    ema_decay=0.97,
-                    weight_decay=0.0,
-                ),
+                optimizer=dataclasses.replace(shipped.optimizer, ema_decay=0.97),
             )
-        return ForcingTraining(
-            **given,
-            source=_SOURCE if self.aim == "scores" else out / str(self._replace(aim="consistency")),
-            teacher=Path("mini-sprites"),
-            buckets=(
-                Rollouts(clips=Bucket(kind="plain", frames=69, batch=32, share=0.75, pairs=0.8)),
-                Rollouts(clips=Bucket(kind="occlusion", frames=129, batch=12, share=0.25, longest_wait=48), given=4),
-            ),
-            steps=300,
-            steps_per_round=5,
-            every=5,
-            num_inference_steps=4,
-            first_chunk_steps=4,
-            guidance_scale=4.0,
-            shift=5.0,
+        shipped = load_config("sprites_forcing", kinds=(ForcingTraining,)).config
+        plain, hidden = (
+            dataclasses.replace(rollouts, clips=dataclasses.replace(rollouts.clips, batch=rollouts.clips.batch // 2))
+            for rollouts in shipped.buckets
         )
+        return dataclasses.replace(shipped, **given, buckets=(plain, hidden), steps=300)
 
 
 def students(seeds: int) -> Iterator[Student]:
