@@ -25,7 +25,7 @@ def _passed(trips, *rooms):
 
 def _one_video(folder, **how):
     pipe = rj.TextToVideo.from_pretrained(folder, **how)
-    pipe.text("")  # its network is read when a prompt first needs it: another trip
+    pipe.text.warm_up()  # its network is read when a prompt first needs it, here or never: another trip
     return pipe
 
 
