@@ -6,18 +6,15 @@ huggingface/diffusers ``src/diffusers/pipelines/wan/pipeline_wan.py`` is what it
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from rehyat_jax.adapters.loading import HasLoras
 from rehyat_jax.adapters.merging import Merged
@@ -28,15 +25,13 @@ from rehyat_jax.models.checkpoints.loading import (
     Quantize,
     load_preview_decoder,
     load_vae,
-    open_experts,
-    open_transformer,
+    open_denoiser,
 )
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
-from rehyat_jax.models.memory import student_config
 from rehyat_jax.models.own_settings import OwnSettings, given_or
 from rehyat_jax.models.wan.conditions import Features, VideoSize, conditioning_of
-from rehyat_jax.models.wan.sharding import check_mesh, mesh_for_video
+from rehyat_jax.models.wan.sharding import check_mesh, devices_for
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.models.whole import push_model, save_model
@@ -49,26 +44,21 @@ from rehyat_jax.runtime.notebook import NotebookProgress, in_notebook, not_shown
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
 from rehyat_jax.sampling.codec import Codec, Decoder, Pixels, check_decoder, to_float, to_uint8
-from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.experts import Experts
-from rehyat_jax.sampling.noise import ChunkNoise, Shape, video_keys
-from rehyat_jax.sampling.rollout import ContextNoise, OnLatents
+from rehyat_jax.sampling.noise import initial_noise, video_keys
 from rehyat_jax.sampling.session import Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.sampling.shown import OnLatents, check_callable
 from rehyat_jax.sampling.tiles import TiledCodec
-from rehyat_jax.streams.pace import MeasuredSteps, most_steps
-from rehyat_jax.streams.prefill import check_prefix, rows_of
-from rehyat_jax.streams.state import fingerprint
-from rehyat_jax.streams.stream import Stream
+from rehyat_jax.streams.opening import OpensStreams
 from rehyat_jax.text.prompt_encoder import PromptEncoder
-from rehyat_jax.video.beginning import read_beginning
 from rehyat_jax.video.images import Images
 
 #: Called as (phase, steps done, steps in all), from 0 on; phases are "text", "denoise", "decode".
 OnStep = Callable[[str, int, int], None]
 
 
-class TextToVideo(HasLoras):
+class TextToVideo(HasLoras, OpensStreams):
     """Text to video: a prompt encoder, a diffusion transformer, a video autoencoder, and how to run them.
 
     Args:
@@ -124,20 +114,6 @@ class TextToVideo(HasLoras):
         if vae_tile is not None:
             TiledCodec(vae, tile=arguments.whole_number("vae_tile", vae_tile, least=1))
         self.devices = devices
-
-    def why_not_stream(self) -> str | None:
-        """None for a model whose videos need no end; else one sentence that says why."""
-        try:
-            self._conditioning.of_stream()
-        except RehyatError as error:
-            return str(error)
-        why: str | None = self.transformer.why_not_stream()
-        return why
-
-    @property
-    def fps(self) -> int:
-        """Frames a second that the model is trained at."""
-        return self.defaults.fps
 
     @classmethod
     def from_pretrained(
@@ -205,16 +181,11 @@ class TextToVideo(HasLoras):
         student = hybrid == "auto"
         schedule, solver = read_scheduler(folder, student=student)
         traits = read_traits(folder)
-        devices = ONE_DEVICE if offload and mesh is None else _devices(mesh, folder, hybrid)
+        devices = ONE_DEVICE if offload and mesh is None else devices_for(mesh, folder, hybrid=hybrid)
         how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": loras, "quantize": quantize}
         how["mesh"] = devices.mesh
         how["offload"] = offload
-        transformer: Any
-        weights: Merged | MergedExperts
-        if traits.boundary_ratio is None:
-            transformer, weights = open_transformer(folder, **how)
-        else:
-            transformer, weights = open_experts(folder, boundary_ratio=traits.boundary_ratio, **how)
+        transformer, weights = open_denoiser(folder, boundary_ratio=traits.boundary_ratio, **how)
         return cls(
             transformer=transformer,
             weights=weights,
@@ -311,7 +282,7 @@ class TextToVideo(HasLoras):
             output: "uint8", or "float" for 0..1 in float32 (diffusers' ``output_type="np"``).
             on_step: called as (phase, done, total) with the phases "text", "denoise", "decode"; in a notebook, a bar
                 when not given.
-            on_latents: called after each step with a `rehyat_jax.sampling.rollout.LatentsSeen` (diffusers'
+            on_latents: called after each step with a `rehyat_jax.sampling.shown.LatentsSeen` (diffusers'
                 ``callback_on_step_end``): the latents as they are, for `decode` to show or to be kept; what it returns,
                 if anything, takes their place. A model that makes its videos chunk by chunk (a few-step student) shows
                 each finished chunk, which stays as it is.
@@ -344,159 +315,6 @@ class TextToVideo(HasLoras):
             on_latents=on_latents,
         )
 
-    def open_stream(
-        self,
-        prompt: str | list[str],
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | int | None = None,
-        guidance_scale_2: float | int | None = None,
-        negative_prompt: str | None = None,
-        seed: int = 0,
-        schedule: FlowSchedule | None = None,
-        solver: Solver | None = None,
-        remember: ContextNoise | None = None,
-        first_chunk_steps: int | None = None,
-        beginning: Shaped[np.ndarray, "..."] | str | os.PathLike[str] | None = None,
-        image: Any = None,
-        on_latents: OnLatents | None = None,
-    ) -> Stream:
-        """A video without an end, a chunk of latent frames at a time; memory does not grow with its length.
-
-        Args:
-            prompt: what to show, or a list: one video for each side by side, in blocks [B, F, H, W, 3].
-            remember: what later chunks see of one. "steps": what it was at their own noise level. As long as the prompt
-                stays, frames are then those that a call makes of the same seed, for every number of frames that is
-                whole chunks. A noise level from 0 to below 1: the finished chunk, with so much noise; memory is that
-                of one step. When not given, as the model was trained.
-            first_chunk_steps: of the first chunk, where it is to have more steps than the others: most is decided
-                there. Only with ``remember`` a level.
-            beginning: frames that the stream goes on from, uint8 [F, H, W, 3]; of its size, and so many that
-                they are whole chunks: of chunks of 3 latent frames 9, 21, 33, … Its own frames come after these. For a
-                list of prompts one for each, [B, F, H, W, 3]. Or one prompt's as the path of a video, whose last
-                frames are taken, scaled and cropped.
-            image: as for a call; of a model that takes no images the first frame, finished: the frames that follow it
-                in the first chunk are made with it in sight. A model that needs one takes a beginning's first frame.
-            on_latents: shown each chunk's latents before they are decoded, as for a call; it returns None.
-
-        Other arguments as for a call.
-
-        Raises:
-            RehyatError: a block of the transformer prevents it (the message names it); an impossible size, number or
-                seed; a beginning of another size or length; a file that is no video or picture.
-        """
-        _check_callable(on_latents)
-        chunk = 1 + self.vae.config.temporal_factor * (self.transformer.chunk_frames() - 1)
-        settings = self.settings(
-            num_frames=chunk,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            schedule=schedule,
-            solver=solver,
-            remember=remember,
-            first_chunk_steps=first_chunk_steps,
-        )
-        size = {"height": settings.height, "width": settings.width}
-        if isinstance(beginning, str | os.PathLike):
-            factor = self.vae.config.temporal_factor
-            each = self.transformer.chunk_frames() * factor
-            path = arguments.user_path("beginning", beginning)
-            beginning = read_beginning(
-                path,
-                fps=self.fps,
-                most=lambda frames: max(0, (frames + factor - 1) // each * each - factor + 1),
-                **size,
-            )
-        stream = self.start_stream(
-            prompt,
-            settings,
-            negative_prompt=given_or(negative_prompt, self.defaults.negative_prompt),
-            seed=seed,
-            beginning=beginning,
-            images=Images.read(image, None),
-        )
-        stream.on_latents = on_latents
-        return stream
-
-    def real_time_steps(self, prompt: str = "", **options: Any) -> MeasuredSteps:
-        """The most denoising steps of the model's list (`Defaults.offered_steps`) with which this machine makes a
-        stream as fast as it is shown; measured, compilation apart.
-
-        Args:
-            prompt, options: as for `open_stream`.
-
-        Raises:
-            RehyatError: as `open_stream`.
-        """
-
-        def opened(steps: int) -> Stream:
-            return self.open_stream(prompt, **options | {"num_inference_steps": steps})
-
-        offered = self.defaults.offered_steps or (self.defaults.num_inference_steps,)
-        return most_steps(opened, offered, fps=self.fps)
-
-    def start_stream(
-        self,
-        prompt: str | list[str],
-        settings: Settings,
-        *,
-        negative_prompt: str = "",
-        seed: int = 0,
-        beginning: Shaped[np.ndarray, "..."] | None = None,
-        images: Images | None = None,
-    ) -> Stream:
-        """As `open_stream`, with settings resolved beforehand."""
-        images, session = images or Images(), self.session(settings)
-        conditioning, count = self._conditioning.of_stream(), len(prompt_list(prompt, negative_prompt))
-        size = _video_size(settings, count)
-        if beginning is None:
-            conditioning.check(images)
-            condition = conditioning.condition(images, size, codec=session.codec)
-        else:
-            if images.first is not None:
-                raise RehyatError("a stream begins with an image or goes on from a beginning, not both")
-            frames = rows_of(beginning, one=isinstance(prompt, str))
-            check_prefix(session, frames, batch=count)
-            condition = conditioning.going_on(frames, size, codec=session.codec)
-        stream = Stream.start(
-            session,
-            prompt,
-            text=self.text,
-            model=self._fingerprint,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            beginning=beginning,
-            condition=condition,
-        )
-        stream.fps = self.fps
-        return stream
-
-    #: The same by the name that a loop reads well with: blocks of frames, for as long as one asks.
-    stream = open_stream
-
-    def resume_stream(self, folder: str | os.PathLike[str]) -> Stream:
-        """A stream that `Stream.save` kept, in this or another process, where it stood.
-
-        Raises:
-            CheckpointError: there is none in the folder, it is damaged, or another model made it.
-        """
-        folder = arguments.user_path("folder", folder)
-
-        def lasting(settings: Settings, count: int) -> Condition:
-            size = _video_size(settings, count)
-            return self._conditioning.of_stream().lasting(size, codec=self.session(settings).codec)
-
-        stream = Stream.resume(
-            folder, session=self._session_of_saved, text=self.text, model=self._fingerprint, condition=lasting
-        )
-        stream.fps = self.fps
-        return stream
-
     def decode(self, latents: Float[Array | np.ndarray, "B T h w z"]) -> UInt8[np.ndarray, "B F H W 3"]:
         """Frames of latents as the transformer has them, such as ``on_latents`` is shown; of a preview decoder, if
         there is one.
@@ -520,19 +338,6 @@ class TextToVideo(HasLoras):
             vae_tile=self._vae_tile,
             decoder=self.decoder,
         )
-
-    def _session_of_saved(self, settings: Settings) -> Session:
-        """
-        Raises:
-            RehyatError: these are settings that `settings` would never give.
-        """
-        with warnings.catch_warnings(action="ignore"):
-            if self.settings(**vars(settings)) != settings:
-                raise RehyatError(f"this model makes no video of {settings.width}x{settings.height}")
-        return self.session(settings)
-
-    def _fingerprint(self) -> str:
-        return fingerprint(self.transformer, self.vae, self.decoder)
 
     @property
     def own_settings(self) -> OwnSettings:
@@ -568,7 +373,7 @@ class TextToVideo(HasLoras):
         arguments.choice("output", output, tuple(_PIXELS))
         if on_step is not None and not callable(on_step):
             raise arguments.wrong("on_step", on_step, "a function of a phase, the steps done and those in all")
-        _check_callable(on_latents)
+        check_callable(on_latents)
         images = images or Images()
         self._conditioning.check(images)
         session = self.session(settings)
@@ -578,7 +383,7 @@ class TextToVideo(HasLoras):
             hybrid = getattr(self.transformer, "hybrid", None)
             check_mesh(self.devices.shape, self.transformer.config, hybrid=hybrid, latent_frames=session.shape[0])
         own = noise is None
-        noise = _noise(session.shape, count=len(prompts), seed=seed, noise=noise)
+        noise = initial_noise(session.shape, count=len(prompts), seed=seed, noise=noise)
         if settings.draws_noise and not own:
             raise RehyatError(
                 f"the solver {type(settings.solver).__name__} draws its own noise: give a seed in its place"
@@ -588,7 +393,7 @@ class TextToVideo(HasLoras):
 
         with measure("text"):
             text = session.embed(self.text, prompts, negative_prompt, on_prompt=partial(on_step, "text"))
-            size = _video_size(settings, len(prompts))
+            size = VideoSize.of(settings, len(prompts))
             condition = self._conditioning.condition(images, size, codec=session.codec)
         with measure("denoise"):
             keys = video_keys(seed, count=len(prompts)) if settings.draws_noise else None
@@ -607,56 +412,6 @@ class TextToVideo(HasLoras):
                 on_step("decode", len(video), total)
         whole = np.concatenate(video, axis=1)
         return whole[0] if isinstance(prompt, str) else whole
-
-
-def _check_callable(on_latents: Any) -> None:
-    """
-    Raises:
-        RehyatError: it can be called by nobody.
-    """
-    if on_latents is not None and not callable(on_latents):
-        raise arguments.wrong("on_latents", on_latents, "a function of latents that are seen")
-
-
-def _video_size(settings: Settings, count: int) -> VideoSize:
-    return VideoSize(count=count, frames=settings.num_frames, height=settings.height, width=settings.width)
-
-
-def _noise(
-    shape: Shape, *, count: int, seed: int, noise: Float[Array | np.ndarray, "..."] | None
-) -> Float[Array, "B T h w z"]:
-    """What is given, checked, or the seeds' own."""
-    if noise is None:
-        return ChunkNoise(video_keys(seed, count=count)).initial(shape)
-    if not isinstance(noise, np.ndarray | Array):
-        raise arguments.wrong("noise", noise, "an array")
-    if noise.shape != (count, *shape):
-        raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
-    return jnp.asarray(noise, jnp.float32)
-
-
-def _devices(mesh: MeshConfig | None, folder: Path, hybrid: Conversion | Literal["auto"] | None) -> Devices:
-    """
-    Raises:
-        ConfigError: the mesh does not divide the model, or the devices that there are.
-    """
-    found = jax.device_count()
-    if (found == 1 and (mesh is None or mesh.automatic)) or (mesh is None and jax.process_count() > 1):
-        return ONE_DEVICE
-    conversion = student_config(folder) if hybrid == "auto" else hybrid
-    defaults = read_defaults(folder, student=hybrid == "auto")
-    chosen = mesh_for_video(
-        # One of several devices is a mesh too: kernels run where a program knows its devices.
-        mesh or MeshConfig(fsdp=1),
-        folder,
-        hybrid=conversion,
-        # Videos of other lengths are checked when they are asked for.
-        frames=defaults.num_frames if mesh is not None and mesh.automatic else None,
-        guided=defaults.guidance_scale > 1,
-        streams=True,
-        devices=found,
-    )
-    return Devices.first(chosen)
 
 
 _PIXELS: dict[str, Pixels] = {"uint8": to_uint8, "float": to_float}

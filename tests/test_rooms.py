@@ -140,7 +140,8 @@ def _source(*folders: str) -> dict[str, ast.Module]:
 #: More than eight parameters: what outside programs call, by names that are theirs; the operator and those who have
 #: its arguments; and the bodies of kernels, whose parameters are Pallas's references.
 LONG = {
-    "pipeline.py": {"__init__", "__call__", "from_pretrained", "open_stream", "run"},
+    "pipeline.py": {"__init__", "__call__", "from_pretrained", "run"},
+    "streams/opening.py": {"open_stream"},
     "models/checkpoints": {"convert", "open_transformer"},
     "models/own_settings.py": {"settings"},
     "attention": {"hybrid_attention", "reference", "scan", "pallas", "hybrid_over_devices"},

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.arguments import seed_number
 
 #: Frames, height, width and channels of latents.
@@ -74,3 +76,20 @@ class ChunkNoise(NamedTuple):
         """As `initial`, and independent of it: what finished frames are committed with."""
         keys = jax.vmap(lambda key: jax.random.fold_in(key, np.uint32(_CONTEXT)))(self.keys)
         return frame_noise(keys, shape, first_frame=self.first_frame)
+
+
+def initial_noise(
+    shape: Shape, *, count: int, seed: int, noise: Float[Array | np.ndarray, "..."] | None
+) -> Float[Array, "B T h w z"]:
+    """What a caller gave, checked, or else the seeds' own.
+
+    Raises:
+        RehyatError: it is no array of ``[count, *shape]``.
+    """
+    if noise is None:
+        return ChunkNoise(video_keys(seed, count=count)).initial(shape)
+    if not isinstance(noise, np.ndarray | Array):
+        raise arguments.wrong("noise", noise, "an array")
+    if noise.shape != (count, *shape):
+        raise RehyatError(f"the noise has shape {noise.shape}, and these settings need {(count, *shape)}")
+    return jnp.asarray(noise, jnp.float32)

@@ -21,15 +21,16 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from rehyat_jax.errors import ConfigError, NotFiniteError, RehyatError
+from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.mesh import mesh_in_force
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.guidance import Guidance, Velocity
 from rehyat_jax.sampling.noise import ChunkNoise, Shape
 from rehyat_jax.sampling.rows import zeros
 from rehyat_jax.sampling.schedule import SamplingSteps
+from rehyat_jax.sampling.shown import LatentsSeen, OnLatents, check_finite, replacement
 from rehyat_jax.sampling.solvers import Solver
 from rehyat_jax.sampling.text import Padded
 
@@ -87,39 +88,6 @@ class Sampler:
     def scaled(self, noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """What the solver begins with, from standard normal noise."""
         return noise if self.noise_scale == 1 else noise * self.noise_scale
-
-
-class LatentsSeen(NamedTuple):
-    """Latents as whoever asked for them sees them: of a whole video after a step, or of a chunk that is finished."""
-
-    #: Normalised, as the transformer has them; a copy on the host.
-    latents: Float[np.ndarray, "B T h w z"]
-    #: The first of these latent frames, counted from the video's beginning.
-    first_frame: int
-    #: Denoising steps that are done, and those in all.
-    step: int
-    steps: int
-
-
-#: Shown latents, it returns others to go on with, or None. Chunks go on as they are: later ones have seen them.
-OnLatents: TypeAlias = Callable[[LatentsSeen], Any]
-
-
-def replacement(found: Any, latents: Float[Array, "B T h w z"]) -> Float[Array, "B T h w z"]:
-    """What `OnLatents` returned, in the place of these; these themselves for None.
-
-    Raises:
-        RehyatError: it is no array of their shape, or not finite.
-    """
-    if found is None:
-        return latents
-    if not isinstance(found, np.ndarray | Array) or found.shape != latents.shape:
-        what = f"an array {list(found.shape)}" if isinstance(found, np.ndarray | Array) else type(found).__name__
-        raise RehyatError(f"on_latents must return None or an array {list(latents.shape)}, not {what}")
-    made = jnp.asarray(found, latents.dtype)
-    if not bool(_all_finite(made)):
-        raise RehyatError("on_latents returned numbers that are not finite")
-    return made
 
 
 class Recorded(NamedTuple):
@@ -188,20 +156,6 @@ def per_step(
             state = state._replace(latents=replacement(on_latents(seen), state.latents))
         on_step(number + 1)
     return state.latents
-
-
-def check_finite(numbers: Array, what: str) -> None:
-    """
-    Raises:
-        NotFiniteError: some of the numbers are not finite; ``what`` made them.
-    """
-    if not bool(_all_finite(numbers)):
-        raise NotFiniteError(f"{what} made numbers that are not finite: the model's own overflow in its number format")
-
-
-@jax.jit
-def _all_finite(numbers: Float[Array, "..."]) -> Bool[Array, ""]:
-    return jnp.isfinite(numbers).all()
 
 
 def init_state(model: Transformer, sampler: Sampler, *, num_steps: int, batch: int, height: int, width: int) -> States:

@@ -24,9 +24,10 @@ from rehyat_jax.sampling.codec import Codec
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.experts import Experts
 from rehyat_jax.sampling.noise import Shape
-from rehyat_jax.sampling.rollout import LatentsSeen, OnLatents, Sampler, States
+from rehyat_jax.sampling.rollout import Sampler, States
 from rehyat_jax.sampling.schedule import SamplingSteps
 from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.sampling.shown import LatentsSeen, OnLatents
 from rehyat_jax.sampling.text import trimmed
 from rehyat_jax.sampling.tiles import TiledCodec
 

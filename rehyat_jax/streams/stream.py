@@ -19,9 +19,9 @@ from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.devices import first_process
 from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import seeds, video_keys
-from rehyat_jax.sampling.rollout import OnLatents, check_finite
 from rehyat_jax.sampling.session import Embed, Session, prompt_list
 from rehyat_jax.sampling.settings import Settings
+from rehyat_jax.sampling.shown import OnLatents, check_finite
 from rehyat_jax.streams.prefill import prefill, rows_of
 from rehyat_jax.streams.state import (
     MOST_FRAMES,
@@ -56,7 +56,7 @@ class Stream(Iterator[np.ndarray]):
             keep them, or `fork` or `save` the stream.
         prompt, negative_prompt: what the next chunks show (a text, or a list of texts), and do not.
         beginning: of a stream that was started with one, its frames as the autoencoder has them.
-        on_latents: shown each chunk's latents before they are decoded (`rehyat_jax.sampling.rollout.LatentsSeen`);
+        on_latents: shown each chunk's latents before they are decoded (`rehyat_jax.sampling.shown.LatentsSeen`);
             returns None. May be set at any time; a fork begins without one.
     """
 

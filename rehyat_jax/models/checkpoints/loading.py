@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax.numpy as jnp
@@ -17,9 +18,7 @@ from rehyat_jax.adapters.lora import Into, Lora, loras_of, of_expert
 from rehyat_jax.adapters.merging import Merged, with_loras
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import Conversion
-from rehyat_jax.models.folder import (
-    find_checkpoint,
-)
+from rehyat_jax.models.folder import find_checkpoint
 from rehyat_jax.models.networks import make_plan
 from rehyat_jax.models.taehv.decoder import TinyDecoder
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
@@ -186,6 +185,15 @@ def open_experts(
 
     chosen = loras_of(loras)
     return opened(chosen), MergedExperts(open=opened, loras=chosen)
+
+
+def open_denoiser(
+    folder: Path, *, boundary_ratio: float | None, **how: Any
+) -> tuple[WanTransformer | Experts, Merged | MergedExperts]:
+    """`open_experts` of a folder whose traits have a boundary between two, else `open_transformer`."""
+    if boundary_ratio is None:
+        return open_transformer(folder, **how)
+    return open_experts(folder, boundary_ratio=boundary_ratio, **how)
 
 
 def kept_on_device(plan: LoadPlan, how: EightBits) -> np.dtype:

@@ -18,6 +18,7 @@ from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.sampling.codec import Codec
 from rehyat_jax.sampling.condition import Condition
+from rehyat_jax.sampling.settings import Settings
 from rehyat_jax.video.images import Images, fitted
 
 
@@ -29,6 +30,10 @@ class VideoSize:
     frames: int
     height: int
     width: int
+
+    @classmethod
+    def of(cls, settings: Settings, count: int) -> VideoSize:
+        return cls(count=count, frames=settings.num_frames, height=settings.height, width=settings.width)
 
 
 @runtime_checkable

@@ -6,12 +6,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
+
+import jax
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.mixers.config import Conversion
+from rehyat_jax.models.folder import read_defaults
+from rehyat_jax.models.memory import student_config
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
+from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
 from rehyat_jax.runtime.mesh import ALONG
 from rehyat_jax.runtime.mesh_config import AXES, MeshConfig
 
@@ -58,6 +64,35 @@ def check_mesh(
             f"{frames} latent frames cannot be cut by context = {size['context']} of the mesh: that takes whole chunks "
             f"of {chunk}, one for each device at least"
         )
+
+
+def devices_for(mesh: MeshConfig | None, folder: Path, *, hybrid: Conversion | Literal["auto"] | None) -> Devices:
+    """The devices that a folder's model is generated on, before any of it is read.
+
+    Args:
+        mesh: as a user gives it; None: one device.
+        hybrid: how blocks are converted; "auto": as the folder has it.
+
+    Raises:
+        ConfigError: the mesh does not divide the model, or the devices that there are.
+    """
+    found = jax.device_count()
+    if (found == 1 and (mesh is None or mesh.automatic)) or (mesh is None and jax.process_count() > 1):
+        return ONE_DEVICE
+    conversion = student_config(folder) if hybrid == "auto" else hybrid
+    defaults = read_defaults(folder, student=hybrid == "auto")
+    chosen = mesh_for_video(
+        # One of several devices is a mesh too: kernels run where a program knows its devices.
+        mesh or MeshConfig(fsdp=1),
+        folder,
+        hybrid=conversion,
+        # Videos of other lengths are checked when they are asked for.
+        frames=defaults.num_frames if mesh is not None and mesh.automatic else None,
+        guided=defaults.guidance_scale > 1,
+        streams=True,
+        devices=found,
+    )
+    return Devices.first(chosen)
 
 
 def mesh_for_video(
