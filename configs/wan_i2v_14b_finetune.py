@@ -4,7 +4,7 @@
     rehyat finetune wan_i2v_14b_finetune                                # the same command on every host
     rehyat plan wan_i2v_14b_finetune --topology v5p:4x4x8       # what it takes, without a chip
 
-Each clip is shown its own first frame. There is no distillation before it: from prompts alone there is no image.
+Each clip is shown its own first frame. wan_i2v_14b_distill may be before it: --source out/wan-i2v-14b-distilled.
 
 Cost: rehyat plan says it; not run on chips yet.
 

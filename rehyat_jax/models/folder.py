@@ -235,6 +235,12 @@ class Traits:
     #: Of two experts: the share of the noise levels, from the lowest on, that is the second's; None: there is one.
     boundary_ratio: float | None = None
 
+    def levels(self, expert: Literal["high", "low"] | None) -> tuple[float, float]:
+        """From and to which noise level an expert is for; one transformer is for all."""
+        if self.boundary_ratio is None or expert is None:
+            return 0.0, 1.0
+        return (self.boundary_ratio, 1.0) if expert == "high" else (0.0, self.boundary_ratio)
+
     def to_index(self) -> dict[str, Any]:
         """As ``model_index.json`` has it, beside the networks that every model has."""
         first = {"expand_timesteps": True} if self.clean_first_frame else {}

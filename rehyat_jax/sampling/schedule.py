@@ -103,14 +103,26 @@ class SamplingSteps(NamedTuple):
         return jax.tree.map(lambda table: (table if isinstance(step, int) else jnp.asarray(table))[step], self)
 
 
-def sampling_steps(schedule: FlowSchedule, solver: Solver, *, num_steps: int) -> SamplingSteps:
+def sampling_steps(
+    schedule: FlowSchedule, solver: Solver, *, num_steps: int, levels: tuple[float, float] = (0.0, 1.0)
+) -> SamplingSteps:
     """The steps of a run, worked out on the host.
 
+    Args:
+        levels: only the steps at noise levels from the first to below the second (1: all above) are taken, by a solver
+            that begins with the first of them: those of one of two experts.
+
     Raises:
-        ConfigError: the schedule has no such number of steps, or the solver does not accept its levels.
+        ConfigError: the schedule has no such number of steps, none of them is at such levels, or the solver does not
+            accept its levels.
     """
-    timesteps, coefficients = schedule.timesteps(num_steps), solver.coefficients(schedule.sigmas(num_steps))
-    return SamplingSteps(np.arange(num_steps, dtype=np.int32), timesteps, coefficients)
+    timesteps, (low, high) = schedule.timesteps(num_steps), levels
+    inside = np.flatnonzero((timesteps >= 1000 * low) & ((timesteps < 1000 * high) | (high >= 1)))
+    if not len(inside):
+        raise ConfigError(f"of {num_steps} steps none is at noise levels from {low:g} to {high:g}: take more steps")
+    first, end = int(inside[0]), int(inside[-1]) + 1
+    coefficients = solver.coefficients(schedule.sigmas(num_steps)[first : end + 1])
+    return SamplingSteps(np.arange(end - first, dtype=np.int32), timesteps[first:end], coefficients)
 
 
 def _shifted(sigma, shift):

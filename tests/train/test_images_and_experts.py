@@ -1,5 +1,6 @@
 """Models that take images, and those of two experts, are finetuned and converted; what is not trained is said."""
 
+import json
 import math
 import re
 
@@ -27,6 +28,7 @@ from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.sampling.codec import Codec
 from train.data.clips import Bucket
 from train.data.pools import Pool
+from train.data.sources import Source
 from train.engine.stage import Models
 from train.stages.from_image import FromImage, prepared_frames, takes_image
 
@@ -100,20 +102,30 @@ def test_an_expert_learns_at_its_own_noise_levels(experts, tmp_path):
 
 def test_what_is_not_trained_is_said(experts, from_image, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="has two experts by noise level, of which rehyat finetune --expert"):
+    with pytest.raises(ConfigError, match="has two experts by noise level, of which rehyat distill and finetune"):
         _ = distillation(experts, out).stage()
+    with pytest.raises(ConfigError, match="has one transformer: leave expert out"):
+        _ = distillation(from_image, out, expert="high").stage()
     with pytest.raises(ConfigError, match="has two experts by noise level"):
         _ = finetuning(experts, out).stage().source
     with pytest.raises(ConfigError, match="has one transformer: leave expert out"):
         _ = finetuning(from_image, out, expert="low").stage()
     with pytest.raises(ConfigError, match="an expert has noise levels of its own"):
         _ = finetuning(experts, out, expert="low", levels_of=(0.5, 1.0)).stage()
-    with pytest.raises(ConfigError, match="makes videos from an image, which prompts alone do not have"):
-        _ = distillation(from_image, out).stage().vae
+    with pytest.raises(ConfigError, match="the clips of 'plain' captions are 64x64, and the source says 32x32"):
+        distillation(from_image, out).stage().measures()
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    alone = {"sources": (Source(prompts=str(tmp_path / "prompts.txt"), frames=5, batch=4),)}
+    with pytest.raises(ConfigError, match="has prompts and no clips, of which this teacher needs their first frames"):
+        distillation(from_image, out, **alone).stage().inputs()
+    with pytest.raises(ConfigError, match="needs what the lower expert begins with: give a prepared folder"):
+        distillation(experts, out, expert="low", **alone).stage().inputs()
+    with pytest.raises(ConfigError, match="begin at one noise level: give one of the shifts"):
+        distillation(experts, out, expert="low", shifts=(3.0, 5.0)).stage().inputs()
+    with pytest.raises(ConfigError, match="of 1 steps none is at noise levels from 0 to"):
+        _ = distillation(experts, out, expert="low", num_inference_steps=1).stage().devices
     with pytest.raises(ConfigError, match="makes videos from an image: it is finetuned on clips, not on its own"):
         _ = forcing(from_image, out, hybrid=HYBRID).stage().student
-    with pytest.raises(ConfigError, match="a model between two images is not trained here"):
-        FromImage.of(WanConfig.flf2v_14b(), load_vae(from_image).config, None)
 
 
 def _on_a_mesh():
@@ -179,6 +191,55 @@ def test_two_experts_are_converted_one_after_the_other_and_stream(experts, tmp_p
     assert (tmp_path / "low" / weights).read_bytes() == (tmp_path / "high" / weights).read_bytes()
     assert TextToVideo.from_pretrained(tmp_path / "high").why_not_stream() is not None
     pipe = TextToVideo.from_pretrained(source, cache_dir=tmp_path / "cache")
+    stream = pipe.open_stream(PROMPT, **SIZE)
+    next(stream)
+    stream.save(tmp_path / "kept")
+    np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "kept")), next(stream))
+
+
+def _errors(training):
+    """Of held-out clips' trajectories, before the first step and at the end: a number a block."""
+    lines = [json.loads(line) for line in (training.train_folder / "blocks.jsonl").read_text().splitlines()]
+    return np.asarray(lines[0]["error"]), np.asarray(lines[-1]["error"])
+
+
+DISTILLING = {"sources": (Source(frames=9, batch=2),), "steps": 96, "measure_rounds": 24, "held_out": 2}
+
+
+@pytest.mark.full
+def test_an_image_to_video_model_is_distilled_and_streams(from_image, tmp_path):
+    """On its own trajectories, each from the first frame of a clip, with guidance; and on clips with noise."""
+    clips = Source(frames=9, batch=2, videos=True)
+    training = distillation(
+        from_image, tmp_path / "student", **DISTILLING | {"sources": (*DISTILLING["sources"], clips)}
+    )
+    training.run()
+    first, last = _errors(training)
+    assert (last < 0.98 * first).all()
+    kept = [name for name in ("image_encoder", "image_processor") if (training.out / name).is_dir()]
+    assert kept == ["image_encoder", "image_processor"]
+    pipe = TextToVideo.from_pretrained(training.out, cache_dir=tmp_path / "cache")
+    assert pipe.transformer.hybrid == HYBRID
+    stream = pipe.open_stream(PROMPT, image=image_of(64, 64), **SIZE)
+    next(stream)
+    stream.save(tmp_path / "kept")
+    np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "kept")), next(stream))
+
+
+@pytest.mark.full
+def test_two_experts_are_distilled_one_after_the_other_and_stream(experts, tmp_path):
+    teacher = experts
+    for expert in ("high", "low"):
+        training = distillation(teacher, tmp_path / expert, expert=expert, **DISTILLING)
+        training.run()
+        first, last = _errors(training)
+        assert (last < 0.98 * first).all()
+        teacher = training.out
+    assert TextToVideo.from_pretrained(tmp_path / "high").why_not_stream() is not None
+    for part in ("config.json", "features.safetensors"):
+        own = [folder / "transformer" / "rehyat" / part for folder in (tmp_path / "low", tmp_path / "high")]
+        assert own[0].read_bytes() == own[1].read_bytes()
+    pipe = TextToVideo.from_pretrained(teacher, cache_dir=tmp_path / "cache")
     stream = pipe.open_stream(PROMPT, **SIZE)
     next(stream)
     stream.save(tmp_path / "kept")

@@ -348,7 +348,9 @@ def test_distillation_reads_prepared_clips(model, data, tmp_path):
     assert [entry["step"] for entry in log_of(training)] == [1, 2, 3, 4]
     assert load_transformer(training.out).hybrid == training.hybrid
     # The clips that are not held out, each with its text and at a level of noise of its own.
-    sampling = Sampling(schedules=(FlowSchedule(shift=3.0),), solver=Euler(), num_steps=2, guidance=Guidance(scale=1.0))
+    sampling = Sampling(
+        schedules=(FlowSchedule(shift=3.0),), solver=Euler(), grid_steps=2, guidance=Guidance(scale=1.0)
+    )
     prepared = prepared_sources(training.sources, model, held_out=2)[data]
     inputs = PreparedInputs(
         training.sources[0],

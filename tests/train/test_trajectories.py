@@ -9,11 +9,12 @@ import pytest
 from shared.training import write_teacher
 
 from rehyat_jax.models.checkpoints import load_transformer, load_vae
-from rehyat_jax.sampling import FlowSchedule, Guidance, UniPC, guided_velocity, sampling_step, sampling_steps
+from rehyat_jax.sampling import Euler, FlowSchedule, Guidance, UniPC, guided_velocity, sampling_step, sampling_steps
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.rollout import per_step
 from rehyat_jax.sprites.captions import parse
 from train.data.sources import NoisyClips, Source
-from train.data.trajectories import Sampling
+from train.data.trajectories import Given, HostBatch, Sampling
 
 # Trajectories --------------------------------------------------------------------------------------------------------
 
@@ -22,7 +23,7 @@ def _sampling(steps: int, *shifts: float, scale: float = 3.0) -> Sampling:
     return Sampling(
         schedules=tuple(FlowSchedule(shift=shift) for shift in shifts or (3.0,)),
         solver=UniPC(),
-        num_steps=steps,
+        grid_steps=steps,
         guidance=Guidance(scale=scale),
     )
 
@@ -62,7 +63,7 @@ def test_trajectories_are_those_of_sampling():
     def step(rollouts, host_batch):
         rollouts = sampling.restart(rollouts, host_batch, key)
         points = sampling.points(rollouts, sampling.table.at(host_batch.places), negative)
-        return sampling.advance(rollouts, sampling.table.at(host_batch.places), model(*points))
+        return sampling.advance(rollouts, sampling.table.at(host_batch.places), model(*points[:3]))
 
     rollouts = sampling.begin(key, jnp.arange(batch), texts[:batch], shape=shape)
     ended, running, began = {}, {0: 0, 1: 1}, {0: 0, 1: 0}
@@ -92,6 +93,56 @@ def test_without_guidance_there_is_one_branch():
     rollouts = sampling.begin(jax.random.key(0), jnp.arange(3), jnp.zeros((3, 2, 3)), shape=(1, 2, 2, 3))
     points = sampling.points(rollouts, sampling.table.at(jnp.zeros(3, jnp.int32)), jnp.zeros((1, 2, 3)))
     assert points.latents.shape == (3, 1, 2, 2, 3)
+
+
+def test_an_experts_trajectories_are_its_part_of_sampling():
+    """By Euler's method, whose steps know no others: the high one's, and from a clip in its place the low one's."""
+    steps, boundary, shape, key = 6, 0.8, (1, 2, 2, 3), jax.random.key(3)
+    schedule = FlowSchedule(shift=3.0)
+    whole = sampling_steps(schedule, Euler(), num_steps=steps)
+    parts = {"high": (boundary, 1.0), "low": (0.0, boundary)}
+    each = {
+        name: Sampling(schedules=(schedule,), solver=Euler(), grid_steps=steps, guidance=Guidance(scale=1.0), levels=x)
+        for name, x in parts.items()
+    }
+    high, low = each["high"].num_steps, each["low"].num_steps
+    assert (high, low) == (3, 3)
+    assert whole.timestep[high - 1] >= 1000 * boundary > whole.timestep[high]
+    for name, places in (("high", slice(0, high)), ("low", slice(high, None))):
+        np.testing.assert_array_equal(each[name].table.timestep, whole.timestep[places])
+        np.testing.assert_allclose(each[name].table.coefficients, whole.coefficients[places], rtol=1e-6)
+    clip = jax.random.normal(jax.random.key(8), (2, *shape))
+    numbers, text = jnp.arange(2), jnp.zeros((2, 2, 3))
+    noise = each["high"].begin(key, numbers, text, shape=shape).solver.latents
+    begun = each["low"].begin(key, numbers, text, shape=shape, given=Given(clip=clip)).solver.latents
+    level = whole.timestep[high] / 1000
+    np.testing.assert_allclose(begun, (1 - level) * clip + level * noise, atol=1e-6)
+
+
+def test_both_of_guidances_evaluations_are_shown_the_image():
+    sampling, shape = _sampling(2), (2, 2, 2, 3)
+    rng = np.random.default_rng(0)
+    channels, image = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 2, 2, 2, 5), (3, 4, 6)))
+    given = Given(Condition(channels=channels, image=image))
+    rollouts = sampling.begin(jax.random.key(0), jnp.arange(3), jnp.ones((3, 2, 3)), shape=shape, given=given)
+    points = sampling.points(rollouts, sampling.table.at(jnp.zeros(3, jnp.int32)), jnp.zeros((1, 2, 3)))
+    for half in (slice(0, 3), slice(3, 6)):
+        np.testing.assert_array_equal(points.latents[half, ..., :3], rollouts.solver.latents)
+        np.testing.assert_array_equal(points.latents[half, ..., 3:], channels)
+        np.testing.assert_array_equal(points.image[half], image)
+    np.testing.assert_array_equal(points.text[:, 0, 0], [1, 1, 1, 0, 0, 0])
+    # A row that begins again gets its own.
+    numbers = jnp.asarray([7])
+    batch = HostBatch(
+        jnp.zeros(3, jnp.int32),
+        jnp.asarray([1]),
+        numbers,
+        jnp.zeros((1, 2, 3)),
+        Given(Condition(channels=channels[2:] + 1, image=image[2:] + 1)),
+    )
+    again = sampling.restart(rollouts, batch, jax.random.key(0)).condition
+    np.testing.assert_array_equal(again.channels, jnp.stack([channels[0], channels[2] + 1, channels[2]]))
+    np.testing.assert_array_equal(again.image, jnp.stack([image[0], image[2] + 1, image[2]]))
 
 
 # Sources -------------------------------------------------------------------------------------------------------------

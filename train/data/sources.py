@@ -19,12 +19,13 @@ from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import WHOLE, Devices, Rows
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.text.files import numbered_lines, read_text
 from train.data.clips import Bucket
 from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
-from train.data.trajectories import HostBatch, Points, Prompts, Sampling
+from train.data.trajectories import Clips, Given, HostBatch, Points, Prompts, Sampling
 
 #: Captions are drawn so many at a time.
 _CAPTIONS = 1024
@@ -121,11 +122,41 @@ class Source:
             return self._captions(0, "unseen", 0)[:count]
         return self.lines(count)[:count]
 
+    def scenes(self, *, seed: int) -> Callable[[Int[np.ndarray, " R"]], Any]:
+        """The scenes of the captions of these numbers, of sprites; as `texts` numbers them."""
+        draw = functools.lru_cache(maxsize=2)(functools.partial(self._scenes, seed, "train"))
+
+        def of_numbers(numbers: Int[np.ndarray, " R"]) -> Any:
+            rows = [jax.tree.map(lambda x, n=n: x[n % _CAPTIONS], draw(n // _CAPTIONS)) for n in numbers.tolist()]
+            return jax.tree.map(lambda *each: jnp.stack(each), *rows)
+
+        return of_numbers
+
+    def held_out_scenes(self, count: int) -> Any:
+        """Those of `held_out`, of sprites."""
+        return jax.tree.map(lambda x: x[:count], self._scenes(0, "unseen", 0))
+
+    def render(self, scenes: Any) -> Float[Array, "R F H W 3"]:
+        """The scenes' clips.
+
+        Raises:
+            ConfigError: they are of another size than the source.
+        """
+        if (self.height, self.width) != (size := (world.HEIGHT, _KINDS[self.prompts])):
+            raise ConfigError(
+                f"the clips of {self.prompts!r} captions are {size[1]}x{size[0]}, and the source says "
+                f"{self.width}x{self.height}"
+            )
+        return world.render(scenes, num_frames=self.frames)
+
     def _captions(self, seed: int, split: Any, block: int) -> list[str]:
+        return captions(self._scenes(seed, split, block))
+
+    def _scenes(self, seed: int, split: Any, block: int) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), block)
         if self.prompts == "occlusion":
-            return captions(world.sample_occlusions(key, _CAPTIONS))
-        return captions(world.sample_scenes(key, _CAPTIONS, split=split))
+            return world.sample_occlusions(key, _CAPTIONS)
+        return world.sample_scenes(key, _CAPTIONS, split=split)
 
     def lines(self, reserved: int = 0) -> list[str]:
         """The prompts of a file, in its order.
@@ -161,6 +192,19 @@ def prepared_sources(sources: Sequence[Source], model: Path, *, held_out: int) -
                 f"{source.width}x{source.height}"
             )
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """How a model that takes images is shown a clip's own: what `condition` makes of clips, by the networks' arrays."""
+
+    arrays: PyTree
+    condition: Callable[[PyTree, Float[Array, "R T h w z"]], Condition]
+
+
+def encoded(vae: WanVAE, video: Float[Array, "R F H W 3"]) -> Float[Array, "R T h w z"]:
+    """Normalised latents of clips."""
+    return vae.normalize(vae.encode(video, frames_per_step=_ENCODE_FRAMES).astype(jnp.float32))
 
 
 #: Embeddings [R, L, D] of texts.
@@ -207,19 +251,28 @@ class OwnTrajectories:
         embed: Embed,
         shape: tuple[int, ...],
         key: Key[Array, ""],
+        clips: Clips | None = None,
     ) -> None:
-        self._batch, self._sampling, self._shape, self._key = source.batch, sampling, shape, key
+        """
+        Args:
+            clips: of a teacher that needs some of each trajectory.
+        """
+        self._batch, self._sampling, self._shape, self._key, self._clips = source.batch, sampling, shape, key, clips
         self._prompts: Prompts = lambda numbers: embed([texts(int(number)) for number in numbers])
         # The key among them, so that every seed has the same programs.
         self.frozen = {"table": sampling.table, "negative": embed([""]), "key": key}
 
     def begin(self, devices: Devices) -> PyTree:
         numbers = np.arange(self._batch, dtype=np.int32)
-        begin = functools.partial(self._sampling.begin, shape=self._shape)
-        return devices.made_batch(begin, self._key, numbers, self._prompts(numbers))
+        given = Given() if self._clips is None else self._clips(numbers)
+
+        def begin(key: Key[Array, ""], numbers: Array, text: Array, given: Given) -> PyTree:
+            return self._sampling.begin(key, numbers, text, shape=self._shape, given=given)
+
+        return devices.made_batch(begin, self._key, numbers, self._prompts(numbers), given)
 
     def host_batch(self, index: int) -> HostBatch:
-        return self._sampling.host_batch(index, self._batch, self._prompts)
+        return self._sampling.host_batch(index, self._batch, self._prompts, self._clips)
 
     def host_batch_shapes(self) -> HostBatch:
         return _shapes(self.host_batch(0))
@@ -235,17 +288,27 @@ class OwnTrajectories:
 class NoisyClips:
     """Clips of the world, encoded, at every level of noise: nothing is carried from round to round."""
 
-    def __init__(self, source: Source, *, sampling: Sampling, embed: Embed, vae: WanVAE, key: Key[Array, ""]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        sampling: Sampling,
+        embed: Embed,
+        vae: WanVAE,
+        key: Key[Array, ""],
+        shown: Shown | None = None,
+    ) -> None:
         self._bucket = Bucket(
             kind="plain" if source.prompts == "plain" else "occlusion",
             frames=source.frames,
             batch=source.batch,
             longest_wait=source.longest_wait,
         )
-        self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)
-        self._embed, self._key = embed, key
+        self._noise = _Noise.of(sampling)
+        self._embed, self._key, self._shown = embed, key, shown
         self._draw = jax.jit(functools.partial(self._bucket.sample, count=source.batch))
-        self._vae, self.frozen = nnx.split(vae)
+        self._vae, weights = nnx.split(vae)
+        self.frozen = {"vae": weights, "shown": None if shown is None else shown.arrays}
 
     def begin(self, devices: Devices) -> PyTree:
         return None
@@ -260,10 +323,9 @@ class NoisyClips:
 
     def points(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
         scenes, key, text = host_batch
-        vae = nnx.merge(self._vae, frozen)
-        video = self._bucket.render(scenes)
-        latents = vae.normalize(vae.encode(video, frames_per_step=_ENCODE_FRAMES).astype(jnp.float32))
-        return None, _noisy(latents, text, key, self._shifts)
+        latents = encoded(nnx.merge(self._vae, frozen["vae"]), self._bucket.render(scenes))
+        condition = None if self._shown is None else self._shown.condition(frozen["shown"], latents)
+        return None, self._noise.points(latents, text, key).under(condition)
 
     def after(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         return None
@@ -282,6 +344,7 @@ class PreparedInputs:
         key: Key[Array, ""],
         seed: int,
         rows: Rows = WHOLE,
+        shown: Shown | None = None,
     ) -> None:
         self._feed = PreparedFeed(
             data,
@@ -291,9 +354,8 @@ class PreparedInputs:
             place=lambda index: index,
             rows=rows,
         )
-        self._shifts = np.array([schedule.shift for schedule in sampling.schedules], np.float32)
-        self._key = key
-        self.frozen = self._feed.frozen
+        self._noise, self._key, self._shown = _Noise.of(sampling), key, shown
+        self.frozen = {"feed": self._feed.frozen, "shown": None if shown is None else shown.arrays}
 
     def begin(self, devices: Devices) -> PyTree:
         return None
@@ -305,8 +367,9 @@ class PreparedInputs:
         return self._feed.host_batch(index), jax.random.fold_in(self._key, index)
 
     def points(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, teacher: Any) -> tuple[PyTree, Points]:
-        pool = self._feed.pool(host_batch[0], frozen, None)
-        return None, _noisy(pool.latents, pool.text, host_batch[1], self._shifts)
+        pool = self._feed.pool(host_batch[0], frozen["feed"], None)
+        condition = None if self._shown is None else self._shown.condition(frozen["shown"], pool.latents)
+        return None, self._noise.points(pool.latents, pool.text, host_batch[1]).under(condition)
 
     def after(self, carried: PyTree, host_batch: PyTree, frozen: PyTree, velocity: Array) -> PyTree:
         return None
@@ -316,16 +379,29 @@ def _shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _noisy(
-    latents: Float[Array, "B T h w z"], text: Float[Array, "B L D"], key: Key[Array, ""], shifts: np.ndarray
-) -> Points:
-    """Each clip at a level of noise of its own."""
-    time_key, noise_key = jax.random.split(key)
-    rows: Int[Array, " B"] = jnp.arange(latents.shape[0], dtype=jnp.int32)
-    even = (rows.astype(jnp.float32) + jax.random.uniform(time_key, rows.shape)) / len(rows)
-    # Rows next to each other have nearly the same level: each shift gets all levels.
-    shift = jnp.asarray(shifts)[rows % len(shifts)]
-    sigma = shift * even / (1 + (shift - 1) * even)
-    wide = sigma[:, None, None, None, None]
-    noisy = (1 - wide) * latents + wide * jax.random.normal(noise_key, latents.shape)
-    return Points(noisy, sigma * 1000, text)
+@dataclasses.dataclass(frozen=True)
+class _Noise:
+    """Of clips, each at a level of its own."""
+
+    shifts: tuple[float, ...]
+    #: From and to.
+    levels: tuple[float, float]
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> _Noise:
+        """The teacher's levels."""
+        return cls(tuple(float(schedule.shift) for schedule in sampling.schedules), sampling.levels)
+
+    def points(self, latents: Float[Array, "B T h w z"], text: Float[Array, "B L D"], key: Key[Array, ""]) -> Points:
+        time_key, noise_key = jax.random.split(key)
+        rows: Int[Array, " B"] = jnp.arange(latents.shape[0], dtype=jnp.int32)
+        even = (rows.astype(jnp.float32) + jax.random.uniform(time_key, rows.shape)) / len(rows)
+        # Rows next to each other have nearly the same level: each shift gets all levels.
+        shift = jnp.asarray(self.shifts, jnp.float32)[rows % len(self.shifts)]
+        # Before the shift, where levels are even.
+        low, high = (level / (shift - (shift - 1) * level) for level in self.levels)
+        even = low + (high - low) * even
+        sigma = shift * even / (1 + (shift - 1) * even)
+        wide = sigma[:, None, None, None, None]
+        noisy = (1 - wide) * latents + wide * jax.random.normal(noise_key, latents.shape)
+        return Points(noisy, sigma * 1000, text)

@@ -25,7 +25,7 @@ from rehyat_jax.sampling.text import Padded
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.rollouts import Roller
 from train.data.sources import Embed
-from train.data.trajectories import Points
+from train.data.trajectories import Given, Points
 
 
 class Streams(NamedTuple):
@@ -54,7 +54,13 @@ class StreamSampling:
         return len(self.steps.timestep)
 
     def begin(
-        self, key: Key[Array, ""], numbers: Int[Array, " R"], text: Float[Array, "R L D"], *, shape: tuple[int, ...]
+        self,
+        key: Key[Array, ""],
+        numbers: Int[Array, " R"],
+        text: Float[Array, "R L D"],
+        *,
+        shape: tuple[int, ...],
+        given: Given = Given(),  # noqa: B008 (of text alone)
     ) -> Streams:
         return Streams(jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers), text)
 

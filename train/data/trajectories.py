@@ -9,6 +9,7 @@ from the round's number alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,16 +18,40 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling import FlowSchedule, Guidance, SamplingSteps, Solver, sampling_steps
+from rehyat_jax.sampling.condition import Condition
 
 
 class Points(NamedTuple):
     """Inputs of a forward pass of the teacher."""
 
-    latents: Float[Array, "R T h w z"]
+    #: With whatever channels the teacher is shown beside them.
+    latents: Float[Array, "R T h w d"]
     #: 0 to 1000; a row's, or each frame's own.
     timesteps: Float[Array, "R *frames"]
     text: Float[Array, "R L D"]
+    #: Features of an image, for a teacher that attends to them.
+    image: Float[Array, "R I E"] | None = None
+
+    def under(self, condition: Condition | None) -> Points:
+        """The same as a model is shown them under a condition, a row's each."""
+        if condition is None:
+            return self
+        latents, timesteps = condition.seen(self.latents, self.timesteps)
+        return Points(latents, timesteps, self.text, condition.image)
+
+
+class Given(NamedTuple):
+    """What trajectories have of a clip each beside its prompt; a row each."""
+
+    #: How a model that takes images is shown the clip's.
+    condition: Condition | None = None
+    #: The clip's normalised latents, for trajectories that begin with them under noise (of the lower expert).
+    clip: Float[Array, "R T h w z"] | None = None
+
+
+_NOTHING = Given()
 
 
 class Rollouts(NamedTuple):
@@ -35,6 +60,7 @@ class Rollouts(NamedTuple):
     #: The solver's state; every leaf has a leading axis of rows.
     solver: Any
     text: Float[Array, "B L D"]
+    condition: Condition | None = None
 
 
 class HostBatch(NamedTuple):
@@ -46,10 +72,13 @@ class HostBatch(NamedTuple):
     fresh: Int[Array, " R"]
     numbers: Int[Array, " R"]
     text: Float[Array, "R L D"]
+    given: Given = _NOTHING
 
 
 #: Embeddings of the prompts of trajectories with these numbers.
 Prompts = Callable[[Int[np.ndarray, " R"]], Float[Array, "R L D"]]
+#: What they have of their clips.
+Clips = Callable[[Int[np.ndarray, " R"]], Given]
 
 
 @runtime_checkable
@@ -60,7 +89,13 @@ class Trajectories(Protocol):
     def num_steps(self) -> int: ...
 
     def begin(
-        self, key: Key[Array, ""], numbers: Int[Array, " R"], text: Float[Array, "R L D"], *, shape: tuple[int, ...]
+        self,
+        key: Key[Array, ""],
+        numbers: Int[Array, " R"],
+        text: Float[Array, "R L D"],
+        *,
+        shape: tuple[int, ...],
+        given: Given = _NOTHING,
     ) -> Any:
         """Before the first step; ``shape`` is their latents' [T, h, w, z]."""
 
@@ -85,20 +120,38 @@ class Sampling:
 
     schedules: tuple[FlowSchedule, ...]
     solver: Solver
-    num_steps: int
+    #: Of a whole video's.
+    grid_steps: int
     guidance: Guidance
+    #: The noise levels whose steps the trajectories take: all, or an expert's. See `sampling_steps`.
+    levels: tuple[float, float] = (0.0, 1.0)
+
+    @functools.cached_property
+    def _tables(self) -> list[SamplingSteps]:
+        how: Any = {"num_steps": self.grid_steps, "levels": self.levels}
+        tables = [sampling_steps(schedule, self.solver, **how) for schedule in self.schedules]
+        if len(counts := {len(table.timestep) for table in tables}) > 1:
+            raise ConfigError(
+                f"of the shifts' steps different numbers are at the expert's noise levels ({sorted(counts)}): give one"
+            )
+        return tables
+
+    @property
+    def num_steps(self) -> int:
+        """Of a trajectory."""
+        return len(self._tables[0].timestep)
 
     @property
     def table(self) -> SamplingSteps:
         """The steps of every schedule, one schedule after the other.
 
         Raises:
-            ConfigError: a schedule has no such number of steps, or the solver does not accept its levels.
+            ConfigError: a schedule has no such number of steps, or the solver does not accept its levels; the schedules
+                have different numbers of steps at these levels.
         """
-        tables = [sampling_steps(schedule, self.solver, num_steps=self.num_steps) for schedule in self.schedules]
-        return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts), jnp.float32), *tables)
+        return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts), jnp.float32), *self._tables)
 
-    def host_batch(self, index: int, batch: int, prompts: Prompts) -> HostBatch:
+    def host_batch(self, index: int, batch: int, prompts: Prompts, clips: Clips | None = None) -> HostBatch:
         """What round ``index`` of a batch needs; before round 0 stands `begin`."""
         steps = self.num_steps
         rows = np.arange(batch)
@@ -114,27 +167,39 @@ class Sampling:
             jnp.asarray(np.append(fresh, padding), jnp.int32),
             jnp.asarray(numbers, jnp.int32),
             prompts(numbers),
+            _NOTHING if clips is None else clips(numbers),
         )
 
     def begin(
-        self, key: Key[Array, ""], numbers: Int[Array, " R"], text: Float[Array, "R L D"], *, shape: tuple[int, ...]
+        self,
+        key: Key[Array, ""],
+        numbers: Int[Array, " R"],
+        text: Float[Array, "R L D"],
+        *,
+        shape: tuple[int, ...],
+        given: Given = _NOTHING,
     ) -> Rollouts:
         """The trajectories of these numbers before their first step; ``shape`` is their latents' [T, h, w, z]."""
-        noise = jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n), shape))(numbers)
-        return Rollouts(jax.vmap(self.solver.init)(noise), text)
+        latents = jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n), shape))(numbers)
+        if given.clip is not None:
+            level = float(self._tables[0].timestep[0]) / 1000
+            latents = (1 - level) * given.clip + level * latents
+        return Rollouts(jax.vmap(self.solver.init)(latents), text, given.condition)
 
     def restart(self, rollouts: Rollouts, host_batch: HostBatch, key: Key[Array, ""]) -> Rollouts:
         """The round's fresh rows at their beginning, the others as they are."""
-        fresh = self.begin(key, host_batch.numbers, host_batch.text, shape=rollouts.solver.latents.shape[1:])
+        shape = rollouts.solver.latents.shape[1:]
+        fresh = self.begin(key, host_batch.numbers, host_batch.text, shape=shape, given=host_batch.given)
         return jax.tree.map(lambda old, new: old.at[host_batch.fresh].set(new, mode="drop"), rollouts, fresh)
 
     def points(self, rollouts: Rollouts, steps: SamplingSteps, negative: Float[Array, "1 L D"]) -> Points:
         """Where the trajectories stand: of the prompt, and of the negative prompt where that counts."""
-        latents, timesteps, text = rollouts.solver.latents, jnp.asarray(steps.timestep), rollouts.text
-        if self.guidance.needs_negative:
-            latents, timesteps = jnp.concatenate([latents, latents]), jnp.concatenate([timesteps, timesteps])
-            text = jnp.concatenate([text, jnp.broadcast_to(negative, text.shape)])
-        return Points(latents, timesteps, text)
+        text = rollouts.text
+        points = Points(rollouts.solver.latents, jnp.asarray(steps.timestep), text).under(rollouts.condition)
+        if not self.guidance.needs_negative:
+            return points
+        without = points._replace(text=jnp.broadcast_to(negative, text.shape))
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows), points, without)
 
     def advance(self, rollouts: Rollouts, steps: SamplingSteps, velocity: Float[Array, "R T h w z"]) -> Rollouts:
         """One step on, from the velocities at `points`."""
@@ -144,7 +209,7 @@ class Sampling:
             return self.solver.step(state, velocity, coefficients=coefficients)
 
         solver = jax.vmap(step)(rollouts.solver, self.guidance.combine(parts), steps.coefficients)
-        return Rollouts(solver, rollouts.text)
+        return Rollouts(solver, rollouts.text, rollouts.condition)
 
     def points_at(
         self,

@@ -73,7 +73,7 @@ def observe(
     padding = frames_on_devices(frames, chunk) - frames
     inputs = teacher.embed(jnp.pad(points.latents, ((0, 0), (0, padding), *[(0, 0)] * 3)), points.timesteps)
     text = teacher.embed_text(points.text, text_tokens)
-    how = {"text_repeats": text_repeats(text.shape[1], text_tokens)}
+    how = {"text_repeats": text_repeats(text.shape[1], text_tokens), "image": teacher.embed_image(points.image)}
     tokens = inputs.x.shape[1] * frames // (frames + padding)
     frame = inputs.grid[1] * inputs.grid[2]
     graph, layers = nnx.split(teacher.blocks)

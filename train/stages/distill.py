@@ -36,6 +36,7 @@ from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.stages.attention_loss import LossName, check_learns
 from train.stages.choice import Choice, Chosen
+from train.stages.from_image import takes_image
 from train.stages.learner import Learner
 from train.stages.sizes import whole_model
 
@@ -56,6 +57,9 @@ class DistillTraining(RunConfig):
     hybrid: tyro.conf.AvoidSubcommands[HybridConfig | BlockMixers] = HybridConfig()
     #: Only so many of the converted blocks stay converted in the result: those with the smallest held-out error.
     best: int | None = None
+    #: Of a teacher of two experts (Wan2.2's A14B), the one that is learned from, at the noise levels that it is for;
+    #: the other stays as it is. The result is the teacher of the other's distillation.
+    expert: Literal["high", "low"] | None = None
     #: In place of ``hybrid``: each block's mixer is chosen among several, by its error and its time on this device.
     choice: tyro.conf.AvoidSubcommands[Choice | None] = None
     sources: tuple[Source, ...] = (Source(frames=65, batch=32),)
@@ -112,7 +116,7 @@ class DistillTraining(RunConfig):
         return source.batch * (Guidance(scale=self.guidance_scale).evaluations if source.samples else 1)
 
     def memory_need(self) -> Need:
-        teacher = whole_model(self.teacher)
+        teacher = whole_model(self.teacher, expert=self.expert)
         model, vae = open_component(teacher, "transformer").config, open_component(teacher, "vae").config
         weights = weights_bytes(teacher, "transformer", dtype=self.dtype)
         devices = 1 if self.mesh.single else jax.device_count()
@@ -127,6 +131,10 @@ class DistillTraining(RunConfig):
             "the text encoder": text_encoder_bytes(teacher, dtype=self.dtype),
             "a round's trajectories": max(passes),
         }
+        if takes_image(model, vae):
+            parts["the VAE"] = weights_bytes(teacher, "vae", dtype=self.dtype)
+        if model.image_dim is not None:
+            parts["the image encoder"] = weights_bytes(teacher, "image_encoder", dtype=jnp.float32)
         return Need(device=parts)
 
     def run(self, phases: Phases | None = None, *, change: bool = False, force: bool = False) -> None:
@@ -141,7 +149,7 @@ class DistillTraining(RunConfig):
         from train.stages.distill_stage import DistillStage
         from train.stages.streamed_distill import StreamedDistillStage, causal_mixer
 
-        if (causal := causal_mixer(whole_model(self.teacher))) is None:
+        if (causal := causal_mixer(whole_model(self.teacher, expert=self.expert))) is None:
             return DistillStage(self if self.choice is None else self.chosen())
         if self.choice is not None:
             raise ConfigError("mixers are chosen for a softmax teacher; of a causal one give a hybrid")
@@ -187,7 +195,7 @@ class DistillTraining(RunConfig):
         sources = tuple(dataclasses.replace(source, **changes, **sizes) for source in self.sources)
         # As a TPU would choose: what this machine would is another thing.
         hybrid = self.hybrid.implemented("pallas")
-        from train.stages.distill_stage import PlannedDistill
+        from train.stages.distill_planned import PlannedDistill
 
         return PlannedDistill(dataclasses.replace(self, sources=sources, hybrid=hybrid), among)
 
@@ -249,11 +257,12 @@ class DistillTraining(RunConfig):
         assert made is not None
         return made
 
-    def sampling(self, schedule: FlowSchedule, solver: Solver) -> Sampling:
-        """The teacher's, of a model with this schedule and solver."""
+    def sampling(self, schedule: FlowSchedule, solver: Solver, *, levels: tuple[float, float] = (0.0, 1.0)) -> Sampling:
+        """The teacher's, of a model with this schedule and solver, at these noise levels."""
         return Sampling(
             schedules=tuple(dataclasses.replace(schedule, shift=shift) for shift in self.shifts or (schedule.shift,)),
             solver=solver,
-            num_steps=self.num_inference_steps,
+            grid_steps=self.num_inference_steps,
             guidance=Guidance(scale=self.guidance_scale),
+            levels=levels,
         )

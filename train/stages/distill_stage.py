@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,35 +17,49 @@ from flax import nnx
 from jaxtyping import Array, Key, PyTree
 
 from rehyat_jax.errors import CheckpointError, ConfigError
-from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer, load_vae
-from rehyat_jax.models.folder import read_scheduler
+from rehyat_jax.models.checkpoints import load_text_encoder, load_vae
+from rehyat_jax.models.checkpoints.loading import open_transformer
+from rehyat_jax.models.clip.features import ImageFeatures
+from rehyat_jax.models.folder import read_scheduler, read_traits
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.models.wan.student import write_student
 from rehyat_jax.models.wan.transformer import WanTransformer
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.compilation import cache_folder
 from rehyat_jax.runtime.devices import Devices, first_process, loading
-from rehyat_jax.sampling import FlowSchedule, UniPC
-from rehyat_jax.text.prompt_encoder import TEXT_LENGTH, PromptEncoder
+from rehyat_jax.text.prompt_encoder import PromptEncoder
 from rehyat_jax.text.tokenizer import Tokenizer, embed_prompts
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import whole_folder
 from train.data.prepared import Prepared
-from train.data.sources import Embed, Inputs, NoisyClips, OwnTrajectories, PreparedInputs, Source, prepared_sources
-from train.data.trajectories import Sampling
+from train.data.sources import (
+    Embed,
+    Inputs,
+    NoisyClips,
+    OwnTrajectories,
+    PreparedInputs,
+    Shown,
+    Source,
+    prepared_sources,
+)
+from train.data.trajectories import Given, Sampling
 from train.engine.folder import RunFolder
 from train.engine.stage import Inputs as RoundInputs
 from train.engine.stage import Measure, Models, Network, Round, Stage
 from train.stages.block_choice import choose_blocks
 from train.stages.blockwise import Figures
+from train.stages.clips_given import ClipsGiven
 from train.stages.distill import DistillTraining
-from train.stages.from_image import takes_image
+from train.stages.from_image import FromImage, takes_image
 from train.stages.learner import Learner
-from train.stages.planned import planned_model
 from train.stages.sizes import check_sizes, whole_model
 
-#: What a result has from its teacher, as it is there; the transformer's folder gets a ``rehyat`` part.
-_KEPT = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "rehyat_defaults.json")
+#: What a result has from its teacher, as it is there; the folder of what was learned from gets a ``rehyat`` part.
+_KEPT = (
+    *("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"),
+    *("image_encoder", "image_processor", "model_index.json", "rehyat_defaults.json"),
+)
 
 
 class _Points(RoundInputs):
@@ -80,7 +94,7 @@ class DistillStage(Stage):
     @functools.cached_property
     def folder(self) -> Path:
         """The teacher's."""
-        return whole_model(self.training.teacher)
+        return whole_model(self.training.teacher, expert=self.training.expert)
 
     @functools.cached_property
     def dtype(self) -> jnp.dtype:
@@ -89,9 +103,14 @@ class DistillStage(Stage):
     @functools.cached_property
     def teacher(self) -> WanTransformer:
         with loading(self.training.mesh):
-            teacher = load_transformer(self.folder, dtype=self.dtype, hybrid=None)
+            teacher, _ = open_transformer(self.folder, self.part, dtype=self.dtype, hybrid=None)
         check_sizes(self.training.model, teacher.config, where=self.folder)
         return teacher
+
+    @property
+    def part(self) -> Literal["transformer", "transformer_2"]:
+        """The folder of what is learned from."""
+        return "transformer_2" if self.training.expert == "low" else "transformer"
 
     @property
     def model(self) -> WanConfig:
@@ -101,10 +120,7 @@ class DistillStage(Stage):
     def vae(self) -> VAEConfig:
         config, where = VAEConfig.from_dict(read_json(self.folder / "vae" / "config.json")), self.folder / "vae"
         if takes_image(self.model, config):
-            raise ConfigError(
-                f"{self.folder} makes videos from an image, which prompts alone do not have: rehyat finetune converts "
-                "it, on clips"
-            )
+            return config
         if not config.z_dim == self.model.in_channels == self.model.out_channels:
             raise CheckpointError(
                 f"{where} makes latents of {config.z_dim} channels, and the transformer has {self.model.in_channels} "
@@ -114,7 +130,42 @@ class DistillStage(Stage):
 
     @functools.cached_property
     def sampling(self) -> Sampling:
-        return self.training.sampling(*read_scheduler(self.folder))
+        """
+        Raises:
+            ConfigError: the teacher's schedule has no such steps at its expert's noise levels.
+        """
+        sampling = self.training.sampling(*read_scheduler(self.folder), levels=self.levels)
+        _ = sampling.num_steps
+        return sampling
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The teacher's noise levels: its expert's."""
+        return read_traits(self.folder).levels(self.training.expert)
+
+    @functools.cached_property
+    def vae_module(self) -> WanVAE:
+        return load_vae(self.folder, dtype=self.dtype)
+
+    @functools.cached_property
+    def shown(self) -> Shown | None:
+        """How a teacher that takes images is shown a clip's own."""
+        if not takes_image(self.model, self.vae):
+            return None
+        features = None if self.model.image_dim is None else ImageFeatures(self.folder)
+        return FromImage.of(self.model, self.vae, features).shown(lambda: self.vae_module, features)
+
+    @property
+    def begins_with_clips(self) -> bool:
+        """The lower expert goes on where another stopped: its trajectories begin with clips under noise."""
+        return self.levels[1] < 1
+
+    @functools.cached_property
+    def clips_given(self) -> ClipsGiven | None:
+        """What its trajectories have of clips; None: prompts are enough."""
+        if self.begins_with_clips or takes_image(self.model, self.vae):
+            return ClipsGiven(shown=self.shown, begins=self.begins_with_clips, vae=lambda: self.vae_module)
+        return None
 
     @functools.cached_property
     def numbers(self) -> list[int]:
@@ -197,6 +248,8 @@ class DistillStage(Stage):
         training = self.training
         _ = self.prepared
         # All that a user may have got wrong is known before the text encoder is read.
+        if self.begins_with_clips and len(training.shifts) > 1:
+            raise ConfigError("the lower expert's trajectories begin at one noise level: give one of the shifts")
         seed, reserved = training.seed, training.held_out
         texts = [source.texts(seed=seed, reserved=reserved) if source.samples else None for source in training.sources]
         _ = self.held_out
@@ -206,8 +259,9 @@ class DistillStage(Stage):
         training, source = self.training, self.training.sources[place]
         key, shape = draw_key(training.seed, 1 + place), self.shapes[place]
         if source.videos:
-            vae = load_vae(self.folder, dtype=self.dtype)
-            return NoisyClips(source, sampling=self.sampling, embed=self.embed, vae=vae, key=key)
+            return NoisyClips(
+                source, sampling=self.sampling, embed=self.embed, vae=self.vae_module, key=key, shown=self.shown
+            )
         if source.prepared is not None:
             return PreparedInputs(
                 source,
@@ -217,9 +271,19 @@ class DistillStage(Stage):
                 key=key,
                 seed=training.seed,
                 rows=self.devices.rows(),
+                shown=self.shown,
             )
         assert texts is not None
-        return OwnTrajectories(source, sampling=self.sampling, texts=texts, embed=self.embed, shape=shape, key=key)
+        given = self.clips_given
+        return OwnTrajectories(
+            source,
+            sampling=self.sampling,
+            texts=texts,
+            embed=self.embed,
+            shape=shape,
+            key=key,
+            clips=None if given is None else given.of(source, seed=training.seed),
+        )
 
     @functools.cached_property
     def prepared(self) -> Mapping[Path, Prepared]:
@@ -238,17 +302,25 @@ class DistillStage(Stage):
         ]
 
     def measures(self) -> list[Measure]:
-        """Whole trajectories of every source's held-out prompts: the same noise and prompts in every run."""
+        """Whole trajectories of every source's held-out prompts, and clips where these are needed: the same noise,
+        prompts and clips in every run."""
         negative = self.embed([""])
         return [
             Measure(
                 function=self.learner.measure(shape=shape),
-                frozen={"text": self.embed(prompts), "negative": negative},
+                frozen={"text": self.embed(prompts), "negative": negative, "given": self._given(source)},
                 host=None,
                 host_shapes=None,
             )
-            for prompts, shape in zip(self.held_out, self.shapes, strict=True)
+            for source, prompts, shape in zip(self.training.sources, self.held_out, self.shapes, strict=True)
         ]
+
+    def _given(self, source: Source) -> Given:
+        """What a source's measuring trajectories have of clips."""
+        if self.clips_given is None:
+            return Given()
+        prepared = None if source.prepared is None else self.prepared[source.prepared]
+        return self.clips_given.held_out(source, prepared, self.training.held_out)
 
     def report(
         self, results: Sequence[PyTree], averages: Callable[[], Mapping[str, Any]], *, step: int, folder: RunFolder
@@ -282,10 +354,12 @@ class DistillStage(Stage):
         with whole_folder(folder) as partial:
             for name in _KEPT:
                 if (self.folder / name).is_dir():
-                    shutil.copytree(self.folder / name, partial / name, ignore=shutil.ignore_patterns("rehyat"))
+                    # The other expert's student stays as it is.
+                    old = shutil.ignore_patterns("rehyat") if name == self.part else None
+                    shutil.copytree(self.folder / name, partial / name, ignore=old)
                 elif (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, partial / name)
-            write_student(partial / "transformer", self.model, hybrid, blocks)
+            write_student(partial / self.part, self.model, hybrid, blocks)
             self.write_beside(partial)
 
     def write_beside(self, folder: Path) -> None:
@@ -308,45 +382,6 @@ class DistillStage(Stage):
             return np.asarray(compiled(*arrays).error)
 
         return np.stack([error(measure) for measure in self.measures()]).mean((0, 1))
-
-
-class PlannedDistill(DistillStage):
-    """The same programs, from shapes: no weights and no prompts are read."""
-
-    def __init__(self, training: DistillTraining, among: Sequence[Any]) -> None:
-        super().__init__(training)
-        self._among, self.folder = among, training.teacher
-        self.vae = VAEConfig.published_for(planned_model(training.model, training.teacher))
-        self.sampling = training.sampling(FlowSchedule(shift=5.0), UniPC())
-
-    @functools.cached_property
-    def teacher(self) -> WanTransformer:
-        model = planned_model(self.training.model, self.training.teacher)
-        return nnx.eval_shape(lambda: WanTransformer(model, dtype=self.dtype, param_dtype=self.dtype, rngs=nnx.Rngs(0)))
-
-    @functools.cached_property
-    def devices(self) -> Devices:
-        return self.training.devices(self.model, self.shapes, among=self._among)
-
-    @functools.cached_property
-    def blocks(self) -> tuple[Any, ...]:
-        return self.learner.mixing.parted(nnx.eval_shape(lambda: self.training.blocks(self.model)))
-
-    def inputs(self) -> list[Inputs]:
-        def embed(texts: Sequence[str]) -> Array:
-            return jnp.zeros((len(texts), TEXT_LENGTH, self.model.text_dim), self.dtype)
-
-        return [
-            OwnTrajectories(
-                source,
-                sampling=self.sampling,
-                texts=lambda number: "",
-                embed=embed,
-                shape=shape,
-                key=jax.random.key(0),
-            )
-            for source, shape in zip(self.training.sources, self.shapes, strict=True)
-        ]
 
 
 def draw_key(seed: int, *numbers: int) -> Key[Array, ""]:

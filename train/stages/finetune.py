@@ -207,9 +207,8 @@ class FinetuneTraining(FlowTraining):
             return self
         if self.levels_of != (0.0, 1.0):
             raise ConfigError("an expert has noise levels of its own: leave levels_of out")
-        boundary = read_traits(whole_model(self.source, expert=self.expert)).boundary_ratio
-        assert boundary is not None, "a model of two experts has one"
-        return dataclasses.replace(self, levels_of=(boundary, 1.0) if self.expert == "high" else (0.0, boundary))
+        traits = read_traits(whole_model(self.source, expert=self.expert))
+        return dataclasses.replace(self, levels_of=traits.levels(self.expert))
 
     def loss(self, models: Models, batch: Batch, *, longest: int, images: FromImage | None = None) -> dict[str, Mean]:
         """The student's means; clips of up to ``longest`` latent frames are compared with the teacher.

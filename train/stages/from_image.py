@@ -1,12 +1,14 @@
-"""What an image-to-video model is shown of a clip in training: the clip's own first frame, as the model takes images.
+"""What an image-to-video model is shown of a clip in training: the clip's own first frame, as the model takes images;
+a model between two images its last frame too.
 
-The frame is had of the clip's first latent frame, decoded; so prepared clips need no pixels beside their latents.
+The frames are had of the clip's latents, decoded; so prepared clips need no pixels beside these.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,13 +17,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.clip.config import ImageEncoderConfig, Preparation
 from rehyat_jax.models.clip.encoder import ImageEncoder
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.mesh import devices_along, spec
 from rehyat_jax.sampling.condition import Condition
+from train.data.sources import Shown
 from train.engine.stage import Models, Network
 
 
@@ -37,23 +40,30 @@ class FromImage:
     vae: VAEConfig
     #: Of images for CLIP; None: the model has none.
     prepare: Preparation | None
+    #: The model makes videos between two images.
+    between: bool = False
 
     @classmethod
     def of(cls, model: WanConfig, vae: VAEConfig, features: ImageFeatures | None) -> FromImage:
         """
         Args:
             features: the model's image encoder, where it has one; without, for a plan, the published one's.
-
-        Raises:
-            ConfigError: the model is for two images.
         """
-        if model.pos_embed_seq_len is not None:
-            raise ConfigError("a model between two images is not trained here: it has no streams")
         if model.image_dim is None:
             return cls(vae=vae, prepare=None)
-        return cls(vae=vae, prepare=Preparation.of(ImageEncoderConfig()) if features is None else features.preparation)
+        prepare = Preparation.of(ImageEncoderConfig()) if features is None else features.preparation
+        return cls(vae=vae, prepare=prepare, between=model.pos_embed_seq_len is not None)
 
-    def networks(self, vae: Any, features: ImageFeatures | None) -> dict[str, Network]:
+    def shown(self, vae: Callable[[], WanVAE], features: ImageFeatures | None) -> Shown:
+        """The same with networks of its own; arguments as of `networks`."""
+        made = {role: nnx.split(network.make()) for role, network in self.networks(vae, features).items()}
+        graphs = {role: graph for role, (graph, _) in made.items()}
+        return Shown(
+            {role: weights for role, (_, weights) in made.items()},
+            lambda weights, latents: self.condition(Models(graphs, frozen=weights), latents),
+        )
+
+    def networks(self, vae: Callable[[], WanVAE], features: ImageFeatures | None) -> dict[str, Network]:
         """The frozen networks that it needs; by shapes where there is no encoder to be read.
 
         Args:
@@ -87,18 +97,26 @@ class FromImage:
     ) -> tuple[Array, Array | None]:
         """Channels, as far as they change, and CLIP's features."""
         vae, *clip_encoder = (nnx.merge(*each) for each in zip(graphs, weights, strict=True))
-        frame = vae.decode_first(vae.denormalize(latents[:, :1]))[0].astype(jnp.float32)
         time, frames = self.vae.temporal_factor, latents.shape[1]
-        # The encoder has forgotten the image then: what it makes of grey frames stays the same.
-        known = min(frames, self.vae.encoder_memory + 1)
-        clip = jnp.pad(frame, ((0, 0), (0, time * (known - 1)), *[(0, 0)] * 3))
+        given, known = jnp.zeros(frames * time, jnp.float32).at[:time].set(1), frames
+        images: tuple[Array, ...]
+        if self.between:
+            video = vae.decode(vae.denormalize(latents), frames_per_step=1).astype(jnp.float32)
+            images = video[:, :1], video[:, -1:]
+            clip = jnp.zeros_like(video).at[:, :1].set(images[0]).at[:, -1:].set(images[1])
+            given = given.at[frames * time - 1].set(1)
+        else:
+            images = (vae.decode_first(vae.denormalize(latents[:, :1]))[0].astype(jnp.float32),)
+            # The encoder has forgotten the image then: what it makes of grey frames stays the same.
+            known = min(frames, self.vae.encoder_memory + 1)
+            clip = jnp.pad(images[0], ((0, 0), (0, time * (known - 1)), *[(0, 0)] * 3))
         shown = vae.normalize(vae.encode(clip, frames_per_step=1).astype(jnp.float32))
-        mask = jnp.broadcast_to((jnp.arange(known) < 1)[None, :, None, None, None], (*shown.shape[:-1], time))
-        channels = jnp.concatenate([mask.astype(jnp.float32), shown], axis=-1)
-        image = None
-        if self.prepare is not None:
-            image = clip_encoder[0](prepared_frames(frame[:, 0] / 2 + 0.5, self.prepare))
-        return channels, image
+        mask = given[: known * time].reshape(1, known, 1, 1, time)
+        channels = jnp.concatenate([jnp.broadcast_to(mask, (*shown.shape[:-1], time)), shown], axis=-1)
+        if self.prepare is None:
+            return channels, None
+        seen = [clip_encoder[0](prepared_frames(image[:, 0] / 2 + 0.5, self.prepare)) for image in images]
+        return channels, jnp.concatenate(seen, axis=1)
 
 
 def prepared_frames(frames: Float[Array, "B H W 3"], prepare: Preparation) -> Float[Array, "B h w 3"]:

@@ -115,12 +115,13 @@ class Learner:
 
     def measure(self, *, shape: tuple[int, ...]) -> Callable[[Models, PyTree, PyTree], Figures]:
         """`Figures` over [step, block], all converted blocks in order, of whole trajectories of ``{"text",
-        "negative"}``'s prompts."""
+        "negative", "given"}``'s prompts and clips."""
         sampling, tokens = self.sampling, self._tokens(shape)
 
         def function(models: Models, frozen: PyTree, _: PyTree) -> Figures:
             teacher, text = models["teacher"], frozen["text"]
-            begun = sampling.begin(round_key(0, 0), jnp.arange(len(text), dtype=jnp.int32), text, shape=shape)
+            numbers = jnp.arange(len(text), dtype=jnp.int32)
+            begun = sampling.begin(round_key(0, 0), numbers, text, shape=shape, given=frozen["given"])
             groups: list[tuple[Any, PyTree]] = [nnx.split(models[role]) for role in self.roles]
 
             def visit(graph: Any) -> Visit:

@@ -37,7 +37,10 @@ def whole_model(name: Path, *, expert: Literal["high", "low"] | None = None) -> 
         raise CheckpointError(f"{folder} is no whole model in the diffusers layout; rehyat convert can make one")
     two = read_traits(folder).boundary_ratio is not None
     if two and expert is None:
-        raise ConfigError(f"{folder} has two experts by noise level, of which rehyat finetune --expert trains one")
+        raise ConfigError(
+            f"{folder} has two experts by noise level, of which rehyat distill and finetune train one: "
+            "--expert high or low"
+        )
     if expert is not None and not two:
         raise ConfigError(f"{folder} has one transformer: leave expert out")
     return folder

@@ -54,6 +54,8 @@ class StreamedDistillStage(DistillStage):
     def __init__(self, training: DistillTraining, teacher: MixerConfig) -> None:
         super().__init__(training)
         self._mixer = teacher
+        if training.expert is not None or self.clips_given is not None:
+            raise ConfigError("a causal teacher is learned from that makes videos of text by one transformer")
         of_softmax = {field.name: field.default for field in dataclasses.fields(training)}
         for name in ("num_inference_steps", "guidance_scale"):
             own = getattr(self.defaults, name)
