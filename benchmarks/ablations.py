@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import tyro
@@ -37,11 +37,12 @@ import tyro
 from benchmarks import workers
 from benchmarks.ablation_lines import Lines, draw, table
 from benchmarks.ablation_rows import ROWS
+from benchmarks.ablation_study import MINIBATCHES, STEPS_PER_ROUND, TINY, Job, Study
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.pipeline import TextToVideo
-from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
+from rehyat_jax.runtime.compilation import keep_compiled
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sprites.captions import captions
 from rehyat_jax.sprites.clips import Sweep, generated
@@ -62,134 +63,6 @@ _FIRST_SEED = 2026
 _FRAMES_OF_A_CHUNK = 12
 #: Clips that are measured side by side: 64 of them took 16 GiB, and a worker's subjects are measured together.
 _AT_ONCE = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The schedule, and how much is measured; what is 0 is left out. No program depends on the numbers of training
-    steps."""
-
-    distill_steps: int = 160
-    """Of the optimiser, four to a pass of the teacher."""
-    distill_batch: int = 32
-    """Trajectories side by side."""
-    finetune_steps: int = 240
-    finetune_batch: int = 32
-    frames: int = 65
-    """Of plain clips: of distillation, of finetuning, and of those that are measured."""
-    occlusion_batch: int = 16
-    occlusion_frames: int = 97
-    """Of finetuning's clips with a pillar, a third of its rounds."""
-    longest_wait: int = 16
-    """Of the same, hidden."""
-    clips: int = 64
-    occlusions: int = 32
-    """Clips for each of the waits."""
-    waits: tuple[int, ...] = (16, 48)
-    long_clips: int = 8
-    long_frames: int = 257
-    sampling_steps: int = 20
-    """Of distillation's trajectories and of what is measured."""
-    guidance: float = 4.0
-
-    def warming(self) -> Sizes:
-        """A round of each stage: the same programs, useless results."""
-        return dataclasses.replace(
-            self,
-            distill_steps=min(self.distill_steps, _MINIBATCHES),
-            finetune_steps=min(self.finetune_steps, _STEPS_PER_ROUND),
-        )
-
-
-_MINIBATCHES, _STEPS_PER_ROUND = 4, 8
-TINY = Sizes(
-    distill_steps=4,
-    distill_batch=2,
-    finetune_steps=8,
-    finetune_batch=2,
-    frames=21,
-    occlusion_batch=2,
-    occlusion_frames=21,
-    longest_wait=0,
-    clips=2,
-    occlusions=1,
-    waits=(0,),
-    long_clips=1,
-    long_frames=33,
-    sampling_steps=2,
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
-    """Run the rows; or show, by --table and --draw, what is known of them, and run nothing."""
-
-    out: Path
-    """Folder of everything that is written."""
-    model: Path = Path("mini-sprites")
-    """The teacher: its softmax part."""
-    only: tuple[str, ...] = ()
-    """Rows by name, or by the first word of several (chunk, overlap, …); all when none is named."""
-    seeds: int = 3
-    """Of the rows that matter most; the others have seed 0 alone."""
-    gpus: int = 0
-    """0: whatever JAX finds."""
-    workers: int = 1
-    """Processes; they go round the GPUs. A single one without GPUs to choose from is this process."""
-    seconds: float = math.inf
-    """After these no row is begun."""
-    warm: bool = False
-    """Only compile: a round of each stage, seed 0; no lines are written."""
-    keep: bool = False
-    """Keep the students, under students/."""
-    tiny: bool = False
-    """Sizes that mean nothing: to try the program itself."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of all computation; when not given float32 on a CPU, else bfloat16."""
-    cache: Path | None = None
-    """Folder of compiled programs and prompt embeddings; when not given, cache/ in --out."""
-    table: bool = False
-    """Print the lines as a table."""
-    draw: Path | None = None
-    """Draw the lines (needs matplotlib)."""
-    lines: Path | None = None
-    """Another file of lines to show than --out's."""
-    sizes: Annotated[Sizes, tyro.conf.OmitArgPrefixes] = Sizes()
-
-    @property
-    def lines_file(self) -> Path:
-        return self.lines or self.out / "ablations.jsonl"
-
-    @property
-    def cache_folder(self) -> Path | None:
-        return cache_folder(self.cache or self.out / "cache")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What lines of one file have in common."""
-        return json.loads(json.dumps({"model": str(self.model), "dtype": self.dtype} | dataclasses.asdict(self.sizes)))
-
-    def jobs(self) -> list[Job]:
-        """The most important first.
-
-        Raises:
-            RehyatError: there is no such row.
-        """
-        for word in self.only:
-            if not any(_named(word, row) for row in ROWS):
-                raise RehyatError(f"there is no row {word!r}; there are {', '.join(ROWS)}")
-        rows = {n: row for n, row in ROWS.items() if not self.only or any(_named(word, n) for word in self.only)}
-        return [Job(name, seed) for seed in range(self.seeds) for name, row in rows.items() if not seed or row.headline]
-
-
-def _named(word: str, row: str) -> bool:
-    return word == row or row.startswith(f"{word} ")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    row: str
-    seed: int
 
 
 class _Softmax(FinetuneTraining):
@@ -240,9 +113,9 @@ class Work:
             num_inference_steps=self.sizes.sampling_steps,
             guidance_scale=self.sizes.guidance,
             steps=self.sizes.distill_steps,
-            minibatches=_MINIBATCHES,
+            minibatches=MINIBATCHES,
             held_out=2,
-            measure_rounds=-(-self.sizes.distill_steps // _MINIBATCHES),
+            measure_rounds=-(-self.sizes.distill_steps // MINIBATCHES),
             seed=self.seed,
             dtype=self.dtype,
             optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, weight_decay=0.0),
@@ -268,7 +141,7 @@ class Work:
             history=self.row.history,
             remember=self.row.history.noise / 2 if self.row.history.share else "steps",
             steps=sizes.finetune_steps,
-            steps_per_round=_STEPS_PER_ROUND,
+            steps_per_round=STEPS_PER_ROUND,
             unroll=True,
             shift=5.0,
             seed=self.seed,

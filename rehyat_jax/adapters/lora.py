@@ -17,9 +17,8 @@ from rehyat_jax.adapters.names import OTHERS, Kind, dialect_of, parse
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.runtime import arguments
 from rehyat_jax.weights.copying import blocks
-from rehyat_jax.weights.files import TensorSource, parse_object, read_json
+from rehyat_jax.weights.files import TensorSource, listed, parse_object, read_json
 from rehyat_jax.weights.opening import open_tensors, weights_in
-from rehyat_jax.weights.plan import listed
 
 #: PEFT's, beside its weights.
 ADAPTER_CONFIG = "adapter_config.json"

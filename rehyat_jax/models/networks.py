@@ -9,7 +9,8 @@ from rehyat_jax.models.umt5.rows import TEXT_ENCODER
 from rehyat_jax.models.wan.rows import WAN_LOW_NOISE, WAN_TRANSFORMER
 from rehyat_jax.models.wan.vae_rows import WAN_VAE
 from rehyat_jax.weights.layout import components_in
-from rehyat_jax.weights.plan import make_plan, open_component
+from rehyat_jax.weights.opened import open_component
+from rehyat_jax.weights.plan import make_plan
 from rehyat_jax.weights.registry import component, register
 
 __all__ = ["component", "components_in", "make_plan", "open_component", "register"]

@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -198,3 +198,11 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is not a JSON object")
     return value
+
+
+def listed(names: Iterable[str]) -> str:
+    """Tensors by number and, the first few, by name."""
+    names = list(names)
+    some = ", ".join(map(repr, names[:3]))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'} ({some}{more})" if names else "no tensors"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from rehyat_jax.weights.convert import attached_to, attachment_of, components_of
-from rehyat_jax.weights.plan import LoadPlan, listed, make_plan
+from rehyat_jax.weights.files import listed
+from rehyat_jax.weights.plan import LoadPlan, make_plan
 from rehyat_jax.weights.registry import Config, component
 
 

@@ -109,7 +109,8 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
     from rehyat_jax.runtime.memory import check_memory
     from rehyat_jax.runtime.record import Phases, write_record
-    from train.data.encoding import ClipSettings, encode_footage, memory_need, plan_encoding, smaller_size
+    from train.data.encode_plan import ClipSettings, memory_need, plan_encoding, smaller_size
+    from train.data.encoding import encode_footage
     from train.data.footage import find_footage
 
     keep_compiled(cache_folder())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.umt5.encoder import UMT5Encoder
-from rehyat_jax.weights.plan import Opened
+from rehyat_jax.weights.opened import Opened
 from rehyat_jax.weights.registry import Component, Dialect, Shapes
 from rehyat_jax.weights.rows import Row, rows_of_linear
 
