@@ -185,7 +185,8 @@ def test_a_browser_without_media_source_plays_the_same_stream(page, kind):
     page.click("#go")
     until(page, "document.querySelectorAll('#line li.sentence').length > 1")
     page.locator("#line button").nth(1).click()
-    until(page, "video.currentSrc.includes('v=1') && video.currentTime > 0.9")
+    until(page, "view.chunks[1] && view.chunks[1].prompt === 'a blue ground'")
+    until(page, "video.currentSrc.includes(`v=${view.turns - 1}`) && view.turns > 1 && video.currentTime > 0.9")
     assert near(page.evaluate(PIXEL), COLOURS["a blue ground"])
 
 

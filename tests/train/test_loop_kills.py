@@ -11,6 +11,7 @@ from pathlib import Path
 
 import chex
 import pytest
+from shared.kills import KILLS
 from shared.toy_loop import toy_run
 
 KILLED = f"""
@@ -29,10 +30,10 @@ def newest(folder: Path) -> int:
 
 @pytest.mark.full
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(tmp_path):
-    """SIGKILL, fifty times, up to a second after the first checkpoint of a process: no step is lost that a checkpoint
+    """SIGKILL, many times, up to a second after the first checkpoint of a process: no step is lost that a checkpoint
     had, and metrics never go back."""
     folder, chance = tmp_path / "killed", random.Random(2)
-    for _ in range(50):
+    for _ in range(KILLS):
         before = newest(folder)
         with subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stderr=subprocess.DEVNULL) as process:
             while newest(folder) == before and process.poll() is None:

@@ -90,8 +90,13 @@ class View {
     // For a browser that cannot be given fragments: a playlist, or else the growing file itself. Both end where the
     // stream goes back.
     const kind = video.canPlayType("application/vnd.apple.mpegurl") ? "m3u8" : "mp4";
-    video.src = withToken(`/v1/streams/${this.id}.${kind}?v=${this.turns++}`);
+    const turn = this.turns++;
+    video.src = withToken(`/v1/streams/${this.id}.${kind}?v=${turn}`);
     video.onloadedmetadata = () => { video.currentTime = time; };
+    // Chromium takes a playlist that names one fragment as yet for a whole video: it goes on where that ended.
+    video.onended = () => setTimeout(() => {
+      if (view === this && !this.ended && this.turns === turn + 1) this.plain(video.currentTime);
+    }, 250);
     video.play().catch(() => {});
   }
 
