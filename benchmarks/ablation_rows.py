@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from rehyat_jax.mixers.config import HybridConfig
-from train.stages.finetune import History
+from train.stages.history import History
 
 Stage = Literal["distill", "finetune"]
 

@@ -26,7 +26,8 @@ from pathlib import Path
 from rehyat_jax.mixers.config import HybridConfig
 from train.data.clips import Bucket
 from train.engine.optimizer import OptimizerConfig
-from train.stages.finetune import FinetuneTraining, History
+from train.stages.finetune import FinetuneTraining
+from train.stages.history import History
 
 config = FinetuneTraining(
     out=Path("out/sprites-student"),

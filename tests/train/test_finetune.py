@@ -26,8 +26,9 @@ from train.cli.finetune import main
 from train.data.clips import Bucket
 from train.engine.gradients import gradients_of
 from train.engine.stage import Models
-from train.stages.finetune import FinetuneTraining, History
+from train.stages.finetune import FinetuneTraining
 from train.stages.flow import Batch, Validation
+from train.stages.history import History
 from train.stages.students import student_of
 
 

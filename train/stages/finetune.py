@@ -50,31 +50,11 @@ from train.engine.optimizer import OptimizerConfig, Shares
 from train.engine.stage import Models, Network
 from train.stages.flow import Batch, FlowStage, FlowTraining, embed, flow_loss
 from train.stages.from_image import FromImage, takes_image
+from train.stages.history import History
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
 from train.stages.sizes import check_sizes, whole_model
 from train.stages.sourced import FromSource
 from train.stages.students import computing, student_of, write_student
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class History:
-    """Clips whose chunks have noise levels of their own, many of them almost none (Diffusion Forcing, arXiv
-    2407.01392): so that a chunk learns to go on from finished ones, which a stream then remembers as they are.
-
-    At one level for all frames the past is as noisy as the present. What only it can tell, as who is behind the pillar,
-    then shows at the few levels at which the past is clear enough to tell it and the present not to know it already.
-    """
-
-    #: Of clips; the others have one level for all frames.
-    share: float = 0.0
-    #: Of their chunks, those that are history: nearly clean, and not learned themselves.
-    clean: float = 0.5
-    #: The highest noise level of history.
-    noise: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.share <= 1 and 0 <= self.clean < 1 and 0 <= self.noise < 1):
-            raise ConfigError("history needs a share from 0 to 1, and clean and noise from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,20 +141,10 @@ class FinetuneTraining(FlowTraining):
     def levels(
         self, sigma: Float[Array, " B"], key: Key[Array, ""], *, frames: int
     ) -> tuple[Float[Array, "B *T"], Float[Array, "B T"] | None]:
-        """With `History` a level for each chunk: the clip's own, history's, or another clip's."""
+        """With `History` a level for each chunk."""
         if not self.history.share or self.hybrid is None:
             return sigma, None
-        history, size = self.history, sigma.shape[0]
-        chunk = jnp.arange(frames, dtype=jnp.int32) // self.hybrid.chunk_frames
-        own, mixed, clean, noise = jax.random.split(key, 4)
-        shape = size, -(-frames // self.hybrid.chunk_frames)
-        others = jax.vmap(lambda k: jax.random.permutation(k, sigma))(jax.random.split(mixed, shape[1])).T
-        past = jax.random.bernoulli(clean, history.clean, shape)
-        levels = jnp.where(past, history.noise * jax.random.uniform(noise, shape), others)
-        # Stratified over the batch, whose order says nothing but the clip's level: which is left at random.
-        apart = (jax.random.permutation(own, size) < round(history.share * size))[:, None]
-        weights = 1 - (past & apart).astype(jnp.float32)
-        return jnp.where(apart, levels, sigma[:, None])[:, chunk], weights[:, chunk]
+        return self.history.levels(sigma, key, frames=frames, chunk=self.hybrid.chunk_frames)
 
     @property
     def defaults(self) -> dict[str, Any]:
