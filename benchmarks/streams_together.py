@@ -17,7 +17,8 @@ from typing import Any
 import jax
 
 import rehyat_jax as rj
-from rehyat_jax.serve.host import Host, Limits
+from rehyat_jax.serve.host import Host
+from rehyat_jax.serve.limits import Limits
 from rehyat_jax.serve.live import LiveStream
 from rehyat_jax.serve.steerable import Pace
 from rehyat_jax.serve.wish import Wish

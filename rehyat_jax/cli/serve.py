@@ -140,7 +140,8 @@ def main(argv: list[str]) -> None:
     from rehyat_jax.runtime.platform import device_kind, platform
     from rehyat_jax.serve.app import About, make_app
     from rehyat_jax.serve.guard import Access
-    from rehyat_jax.serve.host import Host, Limits
+    from rehyat_jax.serve.host import Host
+    from rehyat_jax.serve.limits import Limits
     from rehyat_jax.serve.steerable import Pace
     from rehyat_jax.streams.together import Together
 

@@ -20,7 +20,8 @@ from starlette.websockets import WebSocket
 from rehyat_jax import __version__
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.guard import Access, Guard
-from rehyat_jax.serve.host import Full, Host
+from rehyat_jax.serve.host import Host
+from rehyat_jax.serve.limits import Full
 from rehyat_jax.serve.live import LiveStream
 from rehyat_jax.serve.playlist import playlist_routes
 from rehyat_jax.serve.realtime import realtime
@@ -66,6 +67,7 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
 
     async def metrics(_: Request) -> Response:
         lives = [host.get(name) for name in host.names()]
+        waiting = sum(not job.ended for job in host.videos.all())
         lines = [
             *_metric("rehyat_streams", "gauge", "Live streams held.", len(lives)),
             *_metric("rehyat_viewers", "gauge", "Viewers connected.", sum(live.viewers for live in lives)),
@@ -74,7 +76,7 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
             *_metric("rehyat_batches_total", "counter", "Batches in which the streams' were made.", host.batches_made),
             *_metric("rehyat_batch_seconds_total", "counter", "Seconds that these took.", host.chunk_seconds),
             *_metric("rehyat_batch_rows_max", "gauge", "Streams in the largest batch so far.", host.largest_batch),
-            *_metric("rehyat_videos_waiting", "gauge", "Videos not made yet.", sum(not j.ended for j in host.jobs())),
+            *_metric("rehyat_videos_waiting", "gauge", "Videos not made yet.", waiting),
         ]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 

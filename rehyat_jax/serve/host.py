@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import re
 import secrets
 import shutil
 import tempfile
@@ -18,44 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.runtime.files import whole_file
 from rehyat_jax.runtime.memory import give_back
-from rehyat_jax.serve.jobs import Job
+from rehyat_jax.serve.jobs import Jobs
+from rehyat_jax.serve.kept import StreamFiles
+from rehyat_jax.serve.limits import NAME, Full, Limits
 from rehyat_jax.serve.live import LiveStream
-from rehyat_jax.serve.steerable import Batches, Chunk, Pace, Steerable
+from rehyat_jax.serve.steerable import Batches, Pace, Steerable
 from rehyat_jax.serve.wish import Wish
 from rehyat_jax.video.growing import finish_video
 
 _log = logging.getLogger(__name__)
 
-#: What names a stream: never a path, nor anything that a client chose.
-_NAME = re.compile(r"[0-9a-f]{16}")
 _GONE = "there is no such stream (any more)"
-
-
-class Full(RehyatError):
-    """As many streams as the host may hold are there."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What clients may take.
-
-    Attributes:
-        streams: live streams at once.
-        idle: seconds after which a stream without viewers is closed and its file removed.
-        life: seconds after which any stream is closed.
-        characters: of a sentence.
-        jobs: videos that wait or are kept; the oldest that has ended makes room.
-        frames: of such a video.
-    """
-
-    streams: int = 8
-    idle: float = 300.0
-    life: float = 6 * 3600.0
-    characters: int = 2000
-    jobs: int = 64
-    frames: int = 16 * 600
 
 
 #: Makes a stream of a wish, or raises RehyatError.
@@ -107,8 +79,8 @@ class Host:
         self._keeps = folder is not None and resume is not None
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="rehyat-serve-")
         self.folder = folder or Path(self._own.name if self._own else "")
+        self._files = StreamFiles(self.folder)
         self._held: dict[str, _Held] = {}
-        self._jobs: dict[str, Job] = {}
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._work = threading.Condition()
         self._saving = threading.Lock()
@@ -119,6 +91,7 @@ class Host:
         self.chunk_seconds = 0.0
         #: Of a batch's streams, which are written at once.
         self._encoders = ThreadPoolExecutor(thread_name_prefix="rehyat-encode")
+        self.videos = Jobs(self.limits, self.folder, fps=self.pace.fps, call=self.call, on_change=self._something)
         self._thread = threading.Thread(target=self._run, name="rehyat-host", daemon=True)
         self._thread.start()
 
@@ -131,13 +104,13 @@ class Host:
             Full: there are as many as may be.
             RehyatError: the sentence is too long; in the result: what the model says of the wish.
         """
-        self.check_prompt(wish.prompt)
-        self.check_prompt(wish.negative_prompt)
+        self.limits.check_prompt(wish.prompt)
+        self.limits.check_prompt(wish.negative_prompt)
         self._check_room()
 
         def begin() -> str:
             name = secrets.token_hex(8)
-            live = LiveStream(self._open(wish), self.folder / f"{name}.mp4", pace=self.pace, on_change=self._something)
+            live = LiveStream(self._open(wish), self._files.video(name), pace=self.pace, on_change=self._something)
             return self._hold(name, live)
 
         return self.call(begin)
@@ -159,7 +132,7 @@ class Host:
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 Path(folder, "stream.safetensors").write_bytes(state)
                 stream = resume(Path(folder))
-            live = LiveStream(stream, self.folder / f"{name}.mp4", pace=self.pace, on_change=self._something)
+            live = LiveStream(stream, self._files.video(name), pace=self.pace, on_change=self._something)
             return self._hold(name, live)
 
         return self.call(begin)
@@ -177,7 +150,7 @@ class Host:
             except Exception as error:
                 done.set_exception(error)
 
-        live.branch(number, self.folder / f"{other}.mp4", seed=seed).add_done_callback(held)
+        live.branch(number, self._files.video(other), seed=seed).add_done_callback(held)
         return done
 
     def whole(self, name: str) -> Future[Path]:
@@ -189,7 +162,7 @@ class Host:
         live = self.get(name)
         if not live.frames:
             raise RehyatError("nothing was made yet")
-        target = self.folder / f"{name}.whole.mp4"
+        target = self._files.whole(name)
 
         def make() -> Path:
             metadata = {} if self._describe is None else self._describe(live.stream, live.sentences)
@@ -205,18 +178,18 @@ class Host:
 
     def save(self, name: str) -> Future[None]:
         """Keep the state after a live stream's newest chunk, as `state_of` finds it."""
-        return self.get(name).save(self._state_folder(name))
+        return self.get(name).save(self._files.state(name))
 
     def state_of(self, name: str) -> Path:
         """The file of a live stream's state that was kept last."""
-        return self._state_folder(name) / "stream.safetensors"
+        return self._files.state(name) / "stream.safetensors"
 
     def get(self, name: str) -> LiveStream:
         """
         Raises:
             RehyatError: there is no such stream (any more).
         """
-        held = self._held.get(name) if _NAME.fullmatch(name) else None
+        held = self._held.get(name) if NAME.fullmatch(name) else None
         if held is None:
             raise RehyatError(_GONE)
         return held.live
@@ -233,64 +206,7 @@ class Host:
                 raise RehyatError(_GONE)
         live.close()
         with self._saving:
-            live.path.unlink(missing_ok=True)
-            self._chunks_file(name).unlink(missing_ok=True)
-            (self.folder / f"{name}.whole.mp4").unlink(missing_ok=True)
-            shutil.rmtree(self._state_folder(name), ignore_errors=True)
-
-    def queue(self, wish: Wish, *, frames: int) -> Job:
-        """A video of so many frames, to be made when those before it are done, beside the live streams.
-
-        Raises:
-            Full: as many wait as may.
-            RehyatError: it is too long, or its sentence is.
-        """
-        self.check_prompt(wish.prompt)
-        self.check_prompt(wish.negative_prompt)
-        if not 1 <= frames <= self.limits.frames:
-            raise RehyatError(f"a video may have 1 to {self.limits.frames} frames, not {frames}")
-        name = secrets.token_hex(8)
-        job = Job(name, wish, frames, self.folder / f"{name}.video.mp4", self.pace.fps)
-        with self._work:
-            while len(self._jobs) >= self.limits.jobs:
-                ended = next((other for other in self._jobs.values() if other.ended), None)
-                if ended is None:
-                    raise Full(f"{self.limits.jobs} videos wait; try again later")
-                self._jobs.pop(ended.name).discard()
-            self._jobs[name] = job
-            self._work.notify_all()
-        return job
-
-    def jobs(self) -> list[Job]:
-        with self._work:
-            return list(self._jobs.values())
-
-    def job(self, name: str) -> Job:
-        """
-        Raises:
-            RehyatError: there is no such video (any more).
-        """
-        job = self._jobs.get(name) if _NAME.fullmatch(name) else None
-        if job is None:
-            raise RehyatError("there is no such video (any more)")
-        return job
-
-    def drop(self, name: str) -> None:
-        """Forget a video, finished or not, and remove its file."""
-        job = self.job(name)
-        with self._work:
-            self._jobs.pop(name, None)
-        self.call(job.discard)
-
-    def check_prompt(self, prompt: Any) -> None:
-        """
-        Raises:
-            RehyatError: it is no text, or too long.
-        """
-        if not isinstance(prompt, str):
-            raise RehyatError("a sentence must be a text")
-        if len(prompt) > self.limits.characters:
-            raise RehyatError(f"a sentence may have {self.limits.characters} characters, not {len(prompt)}")
+            self._files.remove(name)
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Run something on the host's thread, before the next chunk."""
@@ -318,9 +234,7 @@ class Host:
         for held in list(self._held.values()):
             held.live.close()
         self._held.clear()
-        for job in self._jobs.values():
-            if not job.ended:
-                job.discard()
+        self.videos.close()
         for _, future in self._calls:
             future.set_exception(RehyatError("the server is ending"))
         if self._own:
@@ -344,42 +258,23 @@ class Host:
         with self._work:
             self._work.notify_all()
 
-    def _state_folder(self, name: str) -> Path:
-        return self.folder / f"{name}.state"
-
-    def _chunks_file(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
     def _save(self, name: str, held: _Held) -> None:
-        """The chunks first: of those that a kill leaves beyond the state, the next host knows nothing. A stream that
-        was ended meanwhile is not kept: its files are gone."""
-        begun, live = time.monotonic(), held.live
-        content = {"before": live.before, "chunks": [chunk.to_dict() for chunk in live.chunks]}
+        """A stream that was ended meanwhile is not kept: its files are gone."""
+        begun = time.monotonic()
         with self._saving:
             if name not in self._held:
                 return
-            with whole_file(self._chunks_file(name)) as partial:
-                partial.write_text(json.dumps(content), encoding="utf-8")
-            live.save_now(self._state_folder(name))
+            self._files.save(name, held.live)
         held.saved = time.monotonic()
         held.cost = held.saved - begun
 
     def _restore(self) -> None:
         """Streams that an earlier host left in the folder; what cannot be gone on with stays as it is, and is said."""
-        for state in sorted(self.folder.glob("*.state")):
-            name = state.stem
-            if not _NAME.fullmatch(name) or self._resume is None:
-                continue
+        resume = self._resume
+        assert resume is not None
+        for name in self._files.saved():
             try:
-                content = json.loads(self._chunks_file(name).read_text("utf-8"))
-                live = LiveStream.resumed(
-                    self._resume(state),
-                    self.folder / f"{name}.mp4",
-                    [Chunk.from_dict(each) for each in content["chunks"]],
-                    before=content["before"],
-                    pace=self.pace,
-                    on_change=self._something,
-                )
+                live = self._files.read(name, resume, pace=self.pace, on_change=self._something)
             except (RehyatError, OSError, ValueError, TypeError, KeyError) as error:
                 _log.warning("stream cannot be gone on with: %s", error, extra={"stream": name})
                 continue
@@ -405,7 +300,10 @@ class Host:
             busy = bool(calls)
             for batch in self._batches(turn):  # one chunk each, in turn
                 busy |= self._one_turn(*batch[0]) if len(batch) == 1 else self._batch_turn(batch)
-            busy |= self._one_job()
+            made = self.videos.work(self._open)
+            self.frames_made += made or 0
+            self.chunks_made += bool(made)
+            busy |= made is not None
             if busy and time.monotonic() - tidied > _TIDY:
                 give_back()
                 tidied = time.monotonic()
@@ -413,24 +311,6 @@ class Host:
                 with self._work:
                     if not self._stop and not self._calls:
                         self._work.wait(timeout=0.1)
-
-    def _one_job(self) -> bool:
-        """A chunk of the oldest video that is not done."""
-        job = next((job for job in self.jobs() if not job.ended), None)
-        if job is None:
-            return False
-        try:
-            if job.status == "queued":
-                job.begin(self._open(job.wish))
-            self.frames_made += job.work()
-            self.chunks_made += 1
-            if job.ended:
-                _log.info("video made", extra={"video": job.name, "frames": job.frames})
-        except Exception as error:
-            if not isinstance(error, RehyatError):
-                _log.exception("video failed", extra={"video": job.name})
-            job.fail(error)
-        return True
 
     def _batches(self, turn: list[tuple[str, _Held]]) -> list[list[tuple[str, _Held]]]:
         """Those that want a chunk, by batches; every other by itself."""

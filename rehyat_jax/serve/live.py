@@ -6,8 +6,6 @@ no queues: each reads the growing file at its own pace, so that a slow one never
 
 from __future__ import annotations
 
-import io
-import shutil
 import threading
 import time
 from collections import deque
@@ -22,29 +20,8 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.snapshots import Snapshots
 from rehyat_jax.serve.steerable import Chunk, Kept, Pace, Steerable
 from rehyat_jax.serve.thumbnails import Thumbnails, last_frame
+from rehyat_jax.serve.viewers import Viewer, Viewers
 from rehyat_jax.video.growing import GrowingVideo
-
-
-class Viewer:
-    """Someone who watches: where in the video, in seconds. ``position`` is told by a player that reports it;
-    otherwise a player is taken to show a second a second from the place where it joined."""
-
-    def __init__(self, live: LiveStream, position: float) -> None:
-        self._live, self._joined, self._from, self._told = live, time.monotonic(), position, None
-
-    _told: float | None
-
-    @property
-    def position(self) -> float:
-        return self._from + time.monotonic() - self._joined if self._told is None else self._told
-
-    def at(self, position: float) -> None:
-        """The player shows this second of the video."""
-        self._told = max(0.0, position)
-        self._live.changed()
-
-    def close(self) -> None:
-        self._live.leave(self)
 
 
 class LiveStream:
@@ -72,12 +49,8 @@ class LiveStream:
         self._snapshots = Snapshots(pace.snapshot_bytes, {0: stream.snapshot()})
         self._thumbnails = Thumbnails()
         self._events: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._viewers: set[Viewer] = set()
-        #: Of those who ask again and again, and when one did last.
-        self._asking: Viewer | None = None
-        self._asked = 0.0
+        self._viewers = Viewers(self.changed)
         self._watchers: set[Callable[[], object]] = set()
-        self._last_seen = time.monotonic()
         self._closed = False
         self._head, self._codec = b"", None
 
@@ -206,33 +179,11 @@ class LiveStream:
 
     def join(self, *, position: float | None = None) -> Viewer:
         """A viewer from now on, from ``position`` (seconds) or the newest frame on."""
-        viewer = Viewer(self, self.seconds if position is None else position)
-        with self._lock:
-            self._viewers.add(viewer)
-        self.changed()
-        return viewer
+        return self._viewers.join(self.seconds if position is None else position)
 
     def join_asking(self, lead: float) -> None:
-        """Someone watches without a connection, and asks for what is new again and again: a viewer who is ``lead``
-        seconds further than a second a second, since such players begin late, and gone once nothing was asked for a
-        while."""
-        with self._lock:
-            self._asked = time.monotonic()
-            if self._asking is None:
-                self._asking = Viewer(self, self.seconds + lead)
-                self._viewers.add(self._asking)
-        self.changed()
-
-    def _nobody_asks(self) -> None:
-        if self._asking is not None:
-            self.leave(self._asking)
-            self._asking = None
-
-    def leave(self, viewer: Viewer) -> None:
-        with self._lock:
-            if viewer in self._viewers:
-                self._viewers.remove(viewer)
-                self._last_seen = time.monotonic()
+        """Someone watches without a connection, and asks for what is new again and again: see `Viewers.ask`."""
+        self._viewers.ask(self.seconds + lead)
 
     def watch(self, watcher: Callable[[], object]) -> Callable[[], None]:
         """Call ``watcher``, from any thread, whenever something changed; returns what ends that."""
@@ -347,15 +298,7 @@ class LiveStream:
 
     def wants_chunk(self) -> bool:
         """Somebody watches, or did a moment ago, and is not far behind."""
-        if self._closed:
-            return False
-        with self._lock:
-            if time.monotonic() - self._asked > self.pace.alone:
-                self._nobody_asks()
-            places = [viewer.position for viewer in self._viewers]
-        if not places:
-            return time.monotonic() - self._last_seen < self.pace.alone and self.seconds < self.pace.ahead
-        return self.seconds - max(places) < self.pace.ahead
+        return not self._closed and self._viewers.want(self.seconds, self.pace)
 
     def changed(self) -> None:
         self._on_change()
@@ -401,9 +344,7 @@ class LiveStream:
             self._snapshots.cut(number)
             self._thumbnails.cut(number)
             self._cuts.append(number)
-            self._nobody_asks()  # until asked again, and then from here on
-            for viewer in self._viewers:
-                viewer.at(min(viewer.position, self.seconds))
+            self._viewers.back_to(self.seconds)
             self._video.cut(after=self.frames)
         return number
 
@@ -417,7 +358,10 @@ class LiveStream:
         if chunks:
             other._video.close()
             with open(self.path, "rb") as source, open(path, "wb") as copy:
-                shutil.copyfileobj(_Limited(source, chunks[-1].end), copy)
+                left = chunks[-1].end
+                while left and (data := source.read(min(left, 1 << 20))):
+                    copy.write(data)
+                    left -= len(data)
             other._video = GrowingVideo(path, fps=self.pace.fps)
             other._chunks = chunks
             other._video.go_on(after=other.frames)
@@ -427,15 +371,3 @@ class LiveStream:
         if stream.prompt != self._stream.prompt:
             stream.change_prompt(self._stream.prompt)
         return other
-
-
-class _Limited(io.RawIOBase):
-    """The first bytes of a file."""
-
-    def __init__(self, file: io.BufferedReader, size: int) -> None:
-        self._file, self._left = file, size
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(self._left if size < 0 else min(size, self._left))
-        self._left -= len(data)
-        return data

@@ -21,8 +21,10 @@ import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.serve.host import Full, Host
-from rehyat_jax.serve.live import LiveStream, Viewer
+from rehyat_jax.serve.host import Host
+from rehyat_jax.serve.limits import Full
+from rehyat_jax.serve.live import LiveStream
+from rehyat_jax.serve.viewers import Viewer
 from rehyat_jax.serve.wish import LENGTH, Wish, check_rate, frames_of
 
 #: Characters of a message.
@@ -226,7 +228,7 @@ class _Connection:
             raise RehyatError(
                 f"transition_chunks must be 0 or 1, not {str(transition)[:80]}: a sentence is in force at once"
             )
-        self._host.check_prompt(prompt)
+        self._host.limits.check_prompt(prompt)
         if name in self._asked:  # told again
             before, number = self._asked[name]
             if before != prompt:

@@ -55,22 +55,22 @@ def video_routes(host: Host, names: Sequence[str]) -> list[Route]:
         wish = Wish.from_message(fields, also=LENGTH)
         if image is not None:
             wish = dataclasses.replace(wish, image=await asyncio.to_thread(_image, image))
-        job = host.queue(wish, frames=frames_of(fields, host.pace.fps) or _SECONDS * host.pace.fps)
+        job = host.videos.queue(wish, frames=frames_of(fields, host.pace.fps) or _SECONDS * host.pace.fps)
         return JSONResponse(_told(job))
 
     async def listed(_: Request) -> Response:
-        jobs = sorted(host.jobs(), key=lambda job: -job.created)
+        jobs = sorted(host.videos.all(), key=lambda job: -job.created)
         return JSONResponse({"object": "list", "data": [_told(job) for job in jobs], "has_more": False})
 
     async def one(request: Request) -> Response:
         name = request.path_params["name"]
         if request.method == "DELETE":
-            host.drop(name)
+            host.videos.drop(name)
             return JSONResponse({"id": name, "object": "video.deleted", "deleted": True})
-        return JSONResponse(_told(host.job(name)))
+        return JSONResponse(_told(host.videos.get(name)))
 
     async def content(request: Request) -> Response:
-        job = host.job(request.path_params["name"])
+        job = host.videos.get(request.path_params["name"])
         if job.status != "completed":
             raise RehyatError(f"the video is not there: its status is {job.status}")
         return FileResponse(job.path, media_type="video/mp4", filename=f"{job.name}.mp4")

@@ -21,7 +21,8 @@ from websockets.sync.client import connect
 from rehyat_jax.runtime.memory import give_back
 from rehyat_jax.serve.app import About, make_app
 from rehyat_jax.serve.guard import Access
-from rehyat_jax.serve.host import Host, Limits
+from rehyat_jax.serve.host import Host
+from rehyat_jax.serve.limits import Limits
 from rehyat_jax.serve.steerable import Pace
 
 pytestmark = pytest.mark.full

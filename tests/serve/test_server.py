@@ -19,7 +19,8 @@ from starlette.websockets import WebSocketDisconnect
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.app import About, make_app
 from rehyat_jax.serve.guard import Access
-from rehyat_jax.serve.host import Host, Limits
+from rehyat_jax.serve.host import Host
+from rehyat_jax.serve.limits import Limits
 from rehyat_jax.serve.steerable import Pace
 from rehyat_jax.serve.wish import Wish
 

@@ -15,7 +15,8 @@ from shared.numbered import Numbered
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.serve.app import About, make_app
-from rehyat_jax.serve.host import Host, Limits
+from rehyat_jax.serve.host import Host
+from rehyat_jax.serve.limits import Limits
 from rehyat_jax.serve.wish import Wish
 from rehyat_jax.video.io import read_video
 
