@@ -15,6 +15,7 @@ import tyro
 from rehyat_jax.cli.arguments import parse_options, parse_steps
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.eight_bits import Kind, named
+from rehyat_jax.runtime.heap import share_one_arena
 from rehyat_jax.runtime.mesh_config import MeshConfig
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def main(argv: list[str]) -> None:
     if options.batch is not None and not 1 <= options.batch <= 1024:
         raise RehyatError(f"--batch must be a whole number from 1 to 1024, not {options.batch}")
     steps = parse_steps(options.steps)
+    share_one_arena()  # before JAX has threads
     if options.log == "json":
         from rehyat_jax.serve.logs import log_json
 

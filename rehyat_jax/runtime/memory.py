@@ -5,7 +5,6 @@ Estimates are made from shapes alone by those who know them (`rehyat_jax.models.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
@@ -114,17 +113,3 @@ def _host_room() -> int | None:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return min(rooms, default=None)
-
-
-def give_back() -> None:
-    """Have the C library give pages that are free to the system, where it can.
-
-    glibc keeps freed arrays between others that live on: a process that makes and drops states all day grows by the
-    gaps among them, though no more is in use.
-    """
-    trim = getattr(_C, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-_C = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -19,6 +19,7 @@ from starlette.websockets import WebSocket
 
 from rehyat_jax import __version__
 from rehyat_jax.errors import RehyatError
+from rehyat_jax.runtime.heap import heap
 from rehyat_jax.serve.guard import Access, Guard
 from rehyat_jax.serve.host import Host
 from rehyat_jax.serve.limits import Full
@@ -77,7 +78,15 @@ def make_app(host: Host, about: About, *, access: Access | None = None) -> Starl
             *_metric("rehyat_batch_seconds_total", "counter", "Seconds that these took.", host.chunk_seconds),
             *_metric("rehyat_batch_rows_max", "gauge", "Streams in the largest batch so far.", host.largest_batch),
             *_metric("rehyat_videos_waiting", "gauge", "Videos not made yet.", waiting),
+            *_metric("rehyat_snapshots", "gauge", "States to go back to.", sum(len(live.snapshots) for live in lives)),
+            *_metric("rehyat_snapshot_bytes", "gauge", "Of their arrays.", sum(live.snapshots.bytes for live in lives)),
         ]
+        if (told := heap()) is not None:
+            lines += [
+                *_metric("process_resident_memory_bytes", "gauge", "Resident memory of the process.", told.resident),
+                *_metric("rehyat_heap_used_bytes", "gauge", "Asked of the C library, and not freed.", told.used),
+                *_metric("rehyat_heap_free_bytes", "gauge", "Held by the C library, resident or not.", told.free),
+            ]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     async def streams(request: Request) -> Response:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rehyat_jax.errors import RehyatError
-from rehyat_jax.runtime.memory import give_back
+from rehyat_jax.runtime.heap import Trim
 from rehyat_jax.serve.jobs import Jobs
 from rehyat_jax.serve.kept import StreamFiles
 from rehyat_jax.serve.limits import NAME, Full, Limits
@@ -38,8 +38,6 @@ Describe = Callable[[Any, Mapping[float, str]], Mapping[str, str]]
 Resume = Callable[[Path], Steerable]
 #: Of a stream's time, at most a quarter goes into saving it.
 _PATIENCE = 3.0
-#: Seconds between two returns of freed memory to the system.
-_TIDY = 2.0
 
 
 @dataclasses.dataclass
@@ -284,7 +282,7 @@ class Host:
         if self._keeps:
             self._restore()
         self.restored.set()
-        tidied = time.monotonic()
+        trim = Trim()
         while True:
             with self._work:
                 if self._stop:
@@ -304,10 +302,9 @@ class Host:
             self.frames_made += made or 0
             self.chunks_made += bool(made)
             busy |= made is not None
-            if busy and time.monotonic() - tidied > _TIDY:
-                give_back()
-                tidied = time.monotonic()
-            if not busy:
+            if busy:
+                trim()
+            else:
                 with self._work:
                     if not self._stop and not self._calls:
                         self._work.wait(timeout=0.1)

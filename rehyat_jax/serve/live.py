@@ -141,6 +141,11 @@ class LiveStream:
         return len(self._viewers)
 
     @property
+    def snapshots(self) -> Snapshots:
+        """To be asked for their count and bytes alone."""
+        return self._snapshots
+
+    @property
     def codec(self) -> str | None:
         """As browsers want it named, ``avc1.…``; None before the first chunk."""
         return self._codec

@@ -17,6 +17,8 @@ class Snapshots:
         self._most, self._kept = most_bytes, dict(kept)
         #: Of each, its arrays' sizes by identity, which holds as long as the snapshot has them.
         self._arrays = {number: _arrays(snapshot.state) for number, snapshot in kept.items()}
+        #: Of all arrays; any thread may read it.
+        self.bytes = self._sum()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -24,9 +26,10 @@ class Snapshots:
     def put(self, number: int, snapshot: Any) -> None:
         """Add the newest, and drop others as far as need be."""
         self._kept[number], self._arrays[number] = snapshot, _arrays(snapshot.state)
-        while len(self._kept) > 2 and self._bytes() > self._most:
+        while (size := self._sum()) > self._most and len(self._kept) > 2:
             gone = self._least()
             del self._kept[gone], self._arrays[gone]
+        self.bytes = size
 
     def nearest(self, number: int) -> int | None:
         """The newest that has no more chunks before it; None: there is none so early."""
@@ -43,11 +46,12 @@ class Snapshots:
         """Drop those of more chunks."""
         self._kept = self.up_to(number)
         self._arrays = {kept: self._arrays[kept] for kept in self._kept}
+        self.bytes = self._sum()
 
     def up_to(self, number: int) -> dict[int, Any]:
         return {kept: snapshot for kept, snapshot in self._kept.items() if kept <= number}
 
-    def _bytes(self) -> int:
+    def _sum(self) -> int:
         return sum({name: size for arrays in self._arrays.values() for name, size in arrays.items()}.values())
 
     def _least(self) -> int:

@@ -18,7 +18,7 @@ from shared.numbered import Numbered, resumed
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-from rehyat_jax.runtime.memory import give_back
+from rehyat_jax.runtime.heap import Trim
 from rehyat_jax.serve.app import About, make_app
 from rehyat_jax.serve.guard import Access
 from rehyat_jax.serve.host import Host
@@ -85,7 +85,7 @@ def resources() -> tuple[int, int]:
 def megabytes() -> float:
     """Resident, once what can be freed is."""
     gc.collect()
-    give_back()
+    Trim()()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 

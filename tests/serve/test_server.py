@@ -3,9 +3,12 @@
 import io
 import itertools
 import json
+import os
+import re
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import av
 import httpx
@@ -242,7 +245,14 @@ def test_a_stream_is_described_and_drawn_and_downloaded(client):
         whole = client.get(f"/v1/streams/{name}/whole.mp4")
         with av.open(io.BytesIO(whole.content)) as container:
             assert [chapter["metadata"]["title"] for chapter in container.chapters()] == ["a cat"]
-        assert "rehyat_chunks_total" in client.get("/metrics").text
+        metrics = dict(re.findall(r"(?m)^(\w+) (\S+)$", client.get("/metrics").text))
+        assert int(metrics["rehyat_chunks_total"]) >= 2
+        assert int(metrics["rehyat_snapshots"]) >= 2
+        assert int(metrics["rehyat_snapshot_bytes"]) in range(2 * 32, 1 << 20, 32)  # of a Numbered's state
+        if "process_resident_memory_bytes" in metrics:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident = int(metrics["process_resident_memory_bytes"])
+            assert abs(resident / (pages * os.sysconf("SC_PAGE_SIZE")) - 1) < 0.1
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/v1/about").json()["words"] == ["cat"]
 
