@@ -31,19 +31,19 @@ from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import Defaults, Traits, find_model, read_defaults, read_scheduler, read_traits
 from rehyat_jax.models.own_settings import OwnSettings, given_or
 from rehyat_jax.models.wan.conditions import Features, VideoSize, conditioning_of
-from rehyat_jax.models.wan.sharding import check_mesh, devices_for
+from rehyat_jax.models.wan.sharding import check_mesh, checked_vae_devices, devices_for
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.models.whole import push_model, save_model
 from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.compilation import cache_folder, keep_compiled
-from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
+from rehyat_jax.runtime.devices import ONE_DEVICE, Devices, PictureDevices
 from rehyat_jax.runtime.eight_bits import eight_bits_of
-from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig, VaeDevices
 from rehyat_jax.runtime.notebook import NotebookProgress, in_notebook, not_shown
 from rehyat_jax.runtime.record import Phases
 from rehyat_jax.sampling import FlowSchedule, Solver
-from rehyat_jax.sampling.codec import Codec, Decoder, Pixels, check_decoder, to_float, to_uint8
+from rehyat_jax.sampling.codec import Codec, Decoder, Pixels, check_decoder, moved, to_float, to_uint8
 from rehyat_jax.sampling.experts import Experts
 from rehyat_jax.sampling.noise import initial_noise, video_keys
 from rehyat_jax.sampling.session import Session, prompt_list
@@ -72,6 +72,7 @@ class TextToVideo(HasLoras, OpensStreams):
         devices: over which the transformer is sharded.
         vae_tile: frames are decoded by tiles of so many pixels a side, with blended seams.
         decoder: decodes in the autoencoder's place, a smaller one of the same latents.
+        picture: the devices that these two are put on.
 
     Raises:
         CheckpointError: the parts do not fit each other.
@@ -92,6 +93,7 @@ class TextToVideo(HasLoras, OpensStreams):
         devices: Devices = ONE_DEVICE,
         vae_tile: int | None = None,
         decoder: Decoder | None = None,
+        picture: PictureDevices | None = None,
     ) -> None:
         self.traits = traits or Traits()
         self._conditioning = conditioning_of(
@@ -108,7 +110,9 @@ class TextToVideo(HasLoras, OpensStreams):
         self.transformer: Any = transformer
         if decoder is not None:
             check_decoder(vae, decoder)
-        self.vae, self.text, self.decoder = vae, text, decoder
+        if picture is not None:
+            vae, decoder = moved(vae, picture), decoder and moved(decoder, picture)
+        self.vae, self.text, self.decoder, self.picture = vae, text, decoder, picture
         self.schedule, self.solver, self.defaults = schedule, solver, defaults
         self._weights, self._vae_tile = weights, vae_tile
         if vae_tile is not None:
@@ -130,6 +134,7 @@ class TextToVideo(HasLoras, OpensStreams):
         offload: bool = False,
         vae_tile: int | None = None,
         decoder: str | os.PathLike[str] | None = None,
+        vae_devices: VaeDevices | None = None,
     ) -> TextToVideo:
         """A bundled model by name, or a folder in the diffusers or the original layout.
 
@@ -158,6 +163,9 @@ class TextToVideo(HasLoras, OpensStreams):
                 diffusers), a quarter of which goes over into the next one's.
             decoder: a TAEHV file (``taew2_1``, of Wan2.2's 5B ``taew2_2``) that decodes in the autoencoder's place:
                 coarser frames, in a tenth of the memory.
+            vae_devices: the autoencoder's own devices, so many after those of ``mesh``: a stream's frames are decoded
+                there while its next chunk is made. "mesh": those of ``mesh``, once the latents are made. Of several
+                each has some rows and columns of the picture. When not given, the first device.
 
         Raises:
             CheckpointError, ConfigError: no such model, or one that cannot be used; a mesh that does not divide the
@@ -174,6 +182,7 @@ class TextToVideo(HasLoras, OpensStreams):
             raise arguments.wrong("hybrid", hybrid, '"auto", None or a HybridConfig')
         if mesh is not None and not isinstance(mesh, MeshConfig):
             raise arguments.wrong("mesh", mesh, "a MeshConfig")
+        vae_devices = checked_vae_devices(vae_devices, mesh, vae_tile=vae_tile)
         quantize = eight_bits_of(quantize)
         folder = find_model(name_or_path)
         cache = cache_folder(cache_dir)
@@ -181,7 +190,8 @@ class TextToVideo(HasLoras, OpensStreams):
         student = hybrid == "auto"
         schedule, solver = read_scheduler(folder, student=student)
         traits = read_traits(folder)
-        devices = ONE_DEVICE if offload and mesh is None else devices_for(mesh, folder, hybrid=hybrid)
+        devices = ONE_DEVICE if offload and mesh is None else devices_for(mesh, folder, hybrid=hybrid, vae=vae_devices)
+        picture = PictureDevices.of(vae_devices, beside=devices)
         how: dict[str, Any] = {"dtype": dtype, "hybrid": hybrid, "loras": loras, "quantize": quantize}
         how["mesh"] = devices.mesh
         how["offload"] = offload
@@ -207,6 +217,7 @@ class TextToVideo(HasLoras, OpensStreams):
             devices=devices,
             vae_tile=vae_tile,
             decoder=None if decoder is None else load_preview_decoder(decoder),
+            picture=picture,
         )
 
     def __repr__(self) -> str:
@@ -324,7 +335,7 @@ class TextToVideo(HasLoras, OpensStreams):
         """
         if not isinstance(latents, np.ndarray | Array) or latents.ndim != 5 or not latents.shape[1]:
             raise arguments.wrong("latents", latents, "an array [B, T, h, w, z]")
-        codec = Codec(self.vae, decoder=self.decoder)
+        codec = Codec(self.vae, decoder=self.decoder, devices=self.picture)
         frames = [np.asarray(each) for each, _ in codec.decode(jnp.asarray(latents, jnp.float32))]
         return np.concatenate(frames, axis=1)
 
@@ -337,6 +348,7 @@ class TextToVideo(HasLoras, OpensStreams):
             devices=self.devices,
             vae_tile=self._vae_tile,
             decoder=self.decoder,
+            picture=self.picture,
         )
 
     @property

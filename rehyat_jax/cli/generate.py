@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rehyat_jax.cli.arguments import parse_options, parse_steps
 from rehyat_jax.cli.generate_checks import check_combination, outputs_of, owned_files
-from rehyat_jax.cli.generate_options import Generate, parse_hybrid, parse_remember, parse_size
+from rehyat_jax.cli.generate_options import Generate, parse_hybrid, parse_remember, parse_size, parse_vae_devices
 from rehyat_jax.cli.generate_other import make_batch, read_batch, write_other
 from rehyat_jax.cli.generate_stream import Outputs, Request, described, follow_video, stream_video
 from rehyat_jax.cli.progress import ProgressDisplay
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.eight_bits import named
 from rehyat_jax.runtime.files import whole_file
-from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig, devices_left
 
 if TYPE_CHECKING:
     from rehyat_jax.mixers.config import HybridConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _ASKED = (
     *("prompt", "timeline", "beginning", "image", "last_image"),
     *("model", "lora", "hybrid", "seed", "dtype", "quantize", "quantize_except"),
-    *("mesh", "offload", "vae_tile", "decoder", "out"),
+    *("mesh", "offload", "vae_tile", "vae_devices", "decoder", "out"),
 )
 
 
@@ -89,6 +89,7 @@ def _run(options: Generate, kind: Format) -> None:
                 offload=options.offload,
                 vae_tile=options.vae_tile,
                 decoder=options.decoder,
+                vae_devices=parse_vae_devices(options.vae_devices),
             )
         if options.hybrid is not None:
             _note(
@@ -255,7 +256,7 @@ def _check_room(
         video_need,
     )
     from rehyat_jax.models.own_settings import LARGEST_SIDE, MOST_TOKENS
-    from rehyat_jax.models.wan.sharding import mesh_for_video
+    from rehyat_jax.models.wan.sharding import check_picture, mesh_for_video
     from rehyat_jax.runtime.memory import Need, check_memory
 
     folder = find_model(options.model)
@@ -272,7 +273,8 @@ def _check_room(
     )
     if max(shape.height, shape.width) > LARGEST_SIDE or shape.frames > 4 * MOST_TOKENS:
         return None  # of no machine: the pipeline says so
-    streams, mesh = options.sweep != "per-step", None
+    streams, mesh, vae = options.sweep != "per-step", None, parse_vae_devices(options.vae_devices)
+    left = devices_left(vae, options.mesh, found=jax.device_count())
     if not options.mesh.single:
         mesh = mesh_for_video(
             options.mesh,
@@ -281,8 +283,9 @@ def _check_room(
             frames=shape.frames,
             guided=shape.guided,
             streams=streams,
-            devices=jax.device_count(),
+            devices=left,
         )
+    check_picture(vae, mesh, folder, height=shape.height, width=shape.width)
 
     def need(height: int, width: int) -> Need:
         sized = dataclasses.replace(shape, height=height, width=width)
@@ -294,6 +297,7 @@ def _check_room(
             mesh=mesh,
             offload=options.offload,
             vae_tile=options.vae_tile,
+            vae_devices=vae,
             preview=preview_config(options.decoder),
         )
         eight_bits = options.quantize is not None and not options.quantize_except

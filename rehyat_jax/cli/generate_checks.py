@@ -72,6 +72,8 @@ def check_combination(options: Generate) -> Format:
             raise RehyatError("several processes make one mp4 together, with a number of --steps")
         if options.mesh.single:
             raise RehyatError("several processes need a mesh over the devices of all, as --mesh.automatic")
+        if options.vae_devices is not None:
+            raise RehyatError("--vae-devices is for one process, not for --processes.distributed")
     if kind == "raw" and sys.stdout.isatty():
         raise RehyatError("--out - writes raw frames: pipe them into a program, as ffmpeg or mpv")
     return kind

@@ -11,7 +11,7 @@ import tyro
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.eight_bits import Kind
-from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig, VaeDevices
 from rehyat_jax.runtime.processes import Processes
 
 if TYPE_CHECKING:
@@ -148,6 +148,11 @@ class Generate:
     mesh: MeshConfig = MeshConfig(fsdp=1)
     """Devices to generate on, over which the model is divided; one when not given."""
 
+    vae_devices: Annotated[str | None, tyro.conf.arg(metavar="N|mesh")] = None
+    """Devices of the autoencoder's own, so many after those of --mesh: a per-chunk video's frames are decoded there
+    while its next chunk is made. mesh: those of --mesh. Of several each has some rows and columns of the picture. When
+    not given, the first device."""
+
     processes: Processes = Processes()
     """Of several hosts: the same command on each, and --mesh over the devices of all. The first writes the video; a
     per-chunk one goes on (--resume) where all can read its state."""
@@ -188,3 +193,12 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
     if not match:
         raise RehyatError(f"--size must be a width and a height as 832x480, not {size!r}")
     return int(match[1]), int(match[2])
+
+
+def parse_vae_devices(text: str | None) -> VaeDevices | None:
+    """How many, or the mesh's."""
+    if text is None or text == "mesh":
+        return text  # type: ignore[return-value]
+    if not re.fullmatch(r"\d{1,6}", text, flags=re.ASCII) or int(text) < 1:
+        raise RehyatError(f"--vae-devices must be a whole number of 1 or more, or mesh, not {text[:80]!r}")
+    return int(text)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from rehyat_jax.cli.arguments import parse_options, parse_steps
+from rehyat_jax.cli.generate_options import parse_vae_devices
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime.eight_bits import Kind, named
 from rehyat_jax.runtime.heap import share_one_arena
-from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig, devices_left
 
 if TYPE_CHECKING:
     from rehyat_jax.pipeline import TextToVideo
@@ -108,6 +109,10 @@ class Serve:
     mesh: MeshConfig = MeshConfig(fsdp=1)
     """Devices to generate on, over which the model is divided; one when not given."""
 
+    vae_devices: Annotated[str | None, tyro.conf.arg(metavar="N|mesh")] = None
+    """Devices of the autoencoder's own, so many after those of --mesh: a stream's frames are decoded there while its
+    next chunk is made, which a changed sentence throws away. mesh: those of --mesh."""
+
     force: bool = False
     """Begin although memory is estimated to be too small."""
 
@@ -150,6 +155,7 @@ def main(argv: list[str]) -> None:
     names = tuple(dict.fromkeys(options.model or ("mini-sprites",)))
     how: Any = {"dtype": options.dtype, "loras": options.lora}
     how |= {"quantize": named(options.quantize, options.quantize_except)}
+    how["vae_devices"] = parse_vae_devices(options.vae_devices)
     how |= {"offload": options.offload, "vae_tile": options.vae_tile, "decoder": options.decoder}
     meshes = {name: _check_room(options, name, steps) for name in names}
     opened = {name: TextToVideo.from_pretrained(name, mesh=mesh, **how) for name, mesh in meshes.items()}
@@ -214,7 +220,7 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
 
     from rehyat_jax.models.folder import find_model, read_defaults
     from rehyat_jax.models.memory import Making, VideoShape, preview_config, student_config, video_need
-    from rehyat_jax.models.wan.sharding import mesh_for_video
+    from rehyat_jax.models.wan.sharding import check_picture, mesh_for_video
     from rehyat_jax.runtime.memory import check_memory
 
     folder = find_model(name)
@@ -226,7 +232,8 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
         steps=steps if isinstance(steps, int) else max([defaults.num_inference_steps, *defaults.offered_steps]),
         guided=defaults.guidance_scale > 1,
     )
-    mesh = None
+    mesh, vae = None, parse_vae_devices(options.vae_devices)
+    left = devices_left(vae, options.mesh, found=jax.device_count())
     if not options.mesh.single:
         mesh = mesh_for_video(
             options.mesh,
@@ -235,8 +242,9 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
             frames=None,
             guided=shape.guided,
             streams=True,
-            devices=jax.device_count(),
+            devices=left,
         )
+    check_picture(vae, mesh, folder, height=shape.height, width=shape.width)
     making = Making(
         hybrid=student_config(folder),
         streams=True,
@@ -244,6 +252,7 @@ def _check_room(options: Serve, name: str, steps: int | Literal["auto"] | None) 
         mesh=mesh,
         offload=options.offload,
         vae_tile=options.vae_tile,
+        vae_devices=vae,
         preview=preview_config(options.decoder),
     )
     eight_bits = options.quantize is not None and not options.quantize_except

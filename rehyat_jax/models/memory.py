@@ -23,7 +23,7 @@ from rehyat_jax.models.umt5.config import TextEncoderConfig
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
 from rehyat_jax.runtime.memory import Need, Room
-from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig, VaeDevices
 from rehyat_jax.runtime.platform import platform
 from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.sampling.rollout import ContextNoise
@@ -157,6 +157,7 @@ class Making:
         mesh: over which the transformer and the text encoder are sharded; what is said is of each of its devices.
         offload: the blocks of both come from the host, and the text encoder leaves once a prompt is embedded.
         vae_tile: frames are decoded by tiles of so many pixels a side.
+        vae_devices: where frames are decoded, when not by the first device.
         preview: of a decoder in the VAE's place, whose own weights hardly count.
     """
 
@@ -166,6 +167,7 @@ class Making:
     mesh: MeshConfig | None = None
     offload: bool = False
     vae_tile: int | None = None
+    vae_devices: VaeDevices | None = None
     preview: TinyDecoderConfig | None = None
 
 
@@ -293,10 +295,15 @@ def networks_need(networks: Networks, shape: VideoShape, making: Making, *, on: 
     decoding = decoder_bytes(vae, height=height, width=width)
     if making.preview is not None:
         decoding = preview_bytes(making.preview, height=height, width=width)
+    beside, apart = networks.decoder, {}
+    if (own := making.vae_devices) is not None and (on or platform()) != "cpu":
+        decoding //= own if isinstance(own, int) else mesh.count if mesh else 1
+        if isinstance(own, int):
+            apart, beside, decoding = {"the VAE": beside, "decoding": decoding}, 0, 0
     parts = {
         "the text encoder": 0 if making.offload else text,
         "the transformer": weights - on_host,
-        "the VAE": networks.decoder,
+        "the VAE": beside,
         "the past of the stream": cache,
     }
     # One after the other: the prompt is embedded, the video denoised, then decoded; a stream does the last two in turn,
@@ -308,7 +315,8 @@ def networks_need(networks: Networks, shape: VideoShape, making: Making, *, on: 
     largest = max(phases, key=lambda name: phases[name])
     pixels = shape.frames * shape.height * shape.width * 3
     host = _PROGRAM + (0 if streams else 2 * pixels) + on_host + text_on_host
-    return Need(device=parts | {largest: phases[largest]}, host=host)
+    device = parts | {largest: phases[largest]}
+    return Need(device=max(device, apart, key=lambda each: sum(each.values())), host=host)
 
 
 def size_unit(folder: Path) -> tuple[int, int]:

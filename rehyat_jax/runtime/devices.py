@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.runtime.mesh import ALONG
-from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig, VaeDevices, picture_grid
 from rehyat_jax.runtime.sharding import on_mesh, parameter_specs
 
 #: Larger arrays come to the host a layer at a time.
@@ -142,6 +142,10 @@ class Devices:
         """Replicated arrays of a mesh, on this process's default device; on one device, as they are."""
         return tree if self.mesh is None else jax.tree.map(lambda x: jax.device_put(np.asarray(x)), tree)
 
+    def one_of(self, x: jax.Array) -> jax.Array:
+        """A replicated array of a mesh as one of its devices has it, without waiting until it is made."""
+        return x if self.mesh is None or not x.is_fully_replicated else x.addressable_data(0)
+
     def placed(self, tree: PyTree, specs: PyTree) -> PyTree:
         """Arrays that every process has, sharded by these `PartitionSpec`; on one device, as they are."""
         return tree if self.mesh is None else self._put(tree, on_mesh(self.mesh, specs))
@@ -221,6 +225,56 @@ class Devices:
 
 #: Where there is no mesh.
 ONE_DEVICE = Devices(None)
+
+
+class PictureDevices:
+    """Devices of a video autoencoder, each with a part of every picture: rows, and columns where rows are too few.
+
+    Programs are told how their arrays lie, and XLA divides them: of a convolution the halo of neighbouring rows is
+    exchanged, of attention among a frame's pixels the keys and values are gathered.
+
+    Args:
+        apart: none of them is one that makes the latents.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], *, apart: bool) -> None:
+        self._devices, self.apart = tuple(devices), apart
+
+    @classmethod
+    def of(cls, vae: VaeDevices | None, *, beside: Devices) -> PictureDevices | None:
+        """As configured: those after the transformer's, or the same; None for the first device.
+
+        Raises:
+            ConfigError: there are several processes.
+        """
+        if vae is None:
+            return None
+        if jax.process_count() > 1:
+            raise ConfigError(f"vae_devices is for one process, and there are {jax.process_count()}")
+        if vae == "mesh":
+            return cls(jax.devices() if beside.mesh is None else list(beside.mesh.devices.flat), apart=False)
+        return cls(jax.devices()[beside.count : beside.count + vae], apart=True)
+
+    @property
+    def count(self) -> int:
+        return len(self._devices)
+
+    def sharding(self, *, height: int, width: int) -> Sharding:
+        """Of frames and latents [B, F, H, W, C], where these are the latents' height and width.
+
+        Raises:
+            ConfigError: the devices cannot have equal parts.
+        """
+        if self.count == 1:
+            return SingleDeviceSharding(self._devices[0])
+        grid = np.array(self._devices).reshape(picture_grid(self.count, height=height, width=width))
+        return NamedSharding(Mesh(grid, ("rows", "columns")), PartitionSpec(None, None, "rows", "columns"))
+
+    def replicated(self, tree: PyTree) -> PyTree:
+        """Arrays that each of the devices has."""
+        if self.count == 1:
+            return jax.device_put(tree, self._devices[0])
+        return jax.device_put(tree, NamedSharding(Mesh(np.array(self._devices), ("devices",)), PartitionSpec()))
 
 
 class Agreement:

@@ -15,12 +15,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from rehyat_jax.errors import ConfigError
 
 #: The names of a mesh's axes, slowest links first. All four are there, some of size 1.
 AXES = ("data", "fsdp", "context", "tensor")
+
+#: Where the video autoencoder runs: on so many devices of its own, or on all of the mesh.
+VaeDevices: TypeAlias = int | Literal["mesh"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,3 +118,46 @@ class MeshConfig:
         # Neighbours in the mesh are neighbours in the machine, also where an axis is a part of one of the machine's.
         grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def devices_left(vae: VaeDevices | None, mesh: MeshConfig | None, *, found: int) -> int:
+    """Devices that are left to the mesh.
+
+    Args:
+        mesh: None: one device.
+        found: all that there are.
+
+    Raises:
+        ConfigError: they are not enough for both, or there is no mesh for the autoencoder to be on.
+    """
+    if vae == "mesh" and (mesh is None or mesh.single):
+        raise ConfigError("vae_devices mesh needs a mesh of several devices, as --mesh.automatic gives")
+    own = vae if isinstance(vae, int) else 0
+    taken = 1 if mesh is None else mesh.count
+    if own and taken + own > found:
+        beside = "the transformer's one" if taken == 1 else f"a mesh of {taken}"
+        raise ConfigError(f"vae_devices {own} beside {beside} are {taken + own} devices, and there are {found}")
+    return found - own
+
+
+def picture_grid(devices: int, *, height: int, width: int) -> tuple[int, int]:
+    """Into how many parts a picture's rows and columns are divided: all equal, and as many of rows as can be.
+
+    Args:
+        height, width: in latent pixels, which are not divided.
+
+    Raises:
+        ConfigError: so many devices cannot have equal parts.
+    """
+
+    def grids(count: int) -> list[tuple[int, int]]:
+        each = [(rows, count // rows) for rows in range(count, 0, -1) if count % rows == 0]
+        return [(rows, columns) for rows, columns in each if height % rows == 0 and width % columns == 0]
+
+    if not (found := grids(devices)):
+        fitting = ", ".join(str(count) for count in range(1, devices) if grids(count))
+        raise ConfigError(
+            f"vae_devices: {devices} devices cannot have equal parts of a picture of {height} x {width} latent pixels; "
+            f"of fewer, {fitting} can"
+        )
+    return found[0]

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, UInt8
 
 from rehyat_jax.errors import CheckpointError, NotFiniteError
+from rehyat_jax.runtime.devices import PictureDevices
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling.noise import Shape
 from rehyat_jax.sampling.rows import stacked, unstacked, zeros
@@ -43,6 +45,12 @@ class Autoencoder(Decoder, Protocol):
     def encode(self, video: Array, *, frames_per_step: int | None) -> Array: ...
 
     def normalize(self, latents: Array) -> Array: ...
+
+
+def moved(network: Any, devices: PictureDevices) -> Any:
+    """The same network, its parameters on these devices."""
+    graph, weights = nnx.split(network)
+    return nnx.merge(graph, devices.replicated(weights))
 
 
 def check_decoder(vae: Autoencoder, decoder: Decoder) -> None:
@@ -85,18 +93,27 @@ class Codec:
         vae: split once, so that its weights at this moment are what all calls use.
         decoder: decodes in the autoencoder's place: a smaller one of the same latents.
         compute: the dtype whose `precision` its products have; the autoencoder's own by default.
+        devices: on which the weights lie already. Frames and the decoder's state stay there.
 
     Raises:
         CheckpointError: the decoder is for other latents.
     """
 
-    def __init__(self, vae: Any, *, decoder: Any = None, compute: DTypeLike | None = None) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        *,
+        decoder: Any = None,
+        compute: DTypeLike | None = None,
+        devices: PictureDevices | None = None,
+    ) -> None:
         if decoder is not None:
             check_decoder(vae, decoder)
         self.config = vae.config
         self.graph, self.weights = nnx.split(vae)
         self._decoder, self._decoder_weights = (self.graph, self.weights) if decoder is None else nnx.split(decoder)
         self._compute = vae.dtype if compute is None else compute
+        self._devices = devices
 
     def latent_shape(self, *, num_frames: int, height: int, width: int) -> Shape:
         """Of the latents of a video of this size in pixels."""
@@ -116,8 +133,14 @@ class Codec:
         Raises:
             RehyatError: the number of frames is not 4k + 1, or a side is not a multiple of 8 (Wan's factors).
         """
+        factor, given = self.config.spatial_factor, jnp.asarray(video)
+        place = self._place(height=given.shape[2] // factor, width=given.shape[3] // factor)
+        given = given if place is None else jax.device_put(given, place)
         with precision(self._compute):
-            return encode(self.weights, jnp.asarray(video), graph=self.graph, frames_per_step=frames_per_step)
+            latents = encode(
+                self.weights, given, graph=self.graph, frames_per_step=frames_per_step, sharded=_sharded(place)
+            )
+        return latents if place is None else jnp.asarray(np.asarray(latents))
 
     def decode(
         self, latents: Float[Array, "B T h w z"], state: Any = None, *, first_frame: int = 0, pixels: Pixels = to_uint8
@@ -131,13 +154,17 @@ class Codec:
         Raises:
             NotFiniteError: pixels are not finite; as 8 bits they would look like any others.
         """
+        place = self._place(height=latents.shape[2], width=latents.shape[3])
+        if place is not None:
+            latents, state = jax.device_put((latents, state), place)
+        how: dict[str, Any] = {"graph": self._decoder, "pixels": pixels, "sharded": _sharded(place)}
         for i in range(latents.shape[1]):
             latent = latents[:, i : i + 1]
             with precision(self._compute):
                 if first_frame + i:
-                    shown, state = decode_next(self._decoder_weights, latent, state, graph=self._decoder, pixels=pixels)
+                    shown, state = decode_next(self._decoder_weights, latent, state, **how)
                 else:
-                    shown, state = decode_first(self._decoder_weights, latent, graph=self._decoder, pixels=pixels)
+                    shown, state = decode_first(self._decoder_weights, latent, **how)
             if not bool(shown.finite):
                 raise NotFiniteError(f"decoding latent frame {first_frame + i} made pixels that are not finite")
             yield shown.frames, state
@@ -152,6 +179,8 @@ class Codec:
             states: of each row; donated.
         """
         shown = []
+        if (place := self._place(height=latents.shape[3], width=latents.shape[4])) is not None:
+            latents, states = jax.device_put((latents, states), place)
         for i in range(latents.shape[2]):
             with precision(self._compute):
                 frames, states = decode_rows(
@@ -159,6 +188,15 @@ class Codec:
                 )
             shown.append(frames)
         return shown, states
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `decode_rows` is for it: whole frames are decoded by one device."""
+        return self._devices is None or self._devices.count == 1
+
+    def _place(self, *, height: int, width: int) -> Sharding | None:
+        """Of the latents' height and width; None for where they are."""
+        return None if self._devices is None else self._devices.sharding(height=height, width=width)
 
     def init_state(self, batch: int, *, height: int, width: int) -> Any:
         """Zeros of the shapes that the decoder's state has; height and width are the latents'."""
@@ -175,33 +213,49 @@ class Codec:
         return all(a is b for a, b in zip(mine, others, strict=True))
 
 
-@partial(jax.jit, static_argnames=("graph", "frames_per_step"))
+def _sharded(place: Sharding | None) -> NamedSharding | None:
+    """Where several devices have parts of a picture."""
+    return place if isinstance(place, NamedSharding) else None
+
+
+def _constrained(tree: PyTree, sharded: NamedSharding | None) -> PyTree:
+    return tree if sharded is None else jax.lax.with_sharding_constraint(tree, sharded)
+
+
+@partial(jax.jit, static_argnames=("graph", "frames_per_step", "sharded"))
 def encode(
     weights: Any,
     video: UInt8[Array, "B F H W 3"] | Float[Array, "B F H W 3"],
     *,
     graph: Any,
     frames_per_step: int,
+    sharded: NamedSharding | None = None,
 ) -> Float[Array, "B T h w z"]:
     """The program of `Codec.encode`."""
     vae: Autoencoder = nnx.merge(graph, weights)
     latents = vae.encode(video.astype(jnp.float32) / 127.5 - 1, frames_per_step=frames_per_step)
-    return vae.normalize(latents.astype(jnp.float32))
+    return _constrained(vae.normalize(latents.astype(jnp.float32)), sharded)
 
 
-@partial(jax.jit, static_argnames=("graph", "pixels"))
-def decode_first(weights: Any, latents: Array, *, graph: Any, pixels: Pixels) -> tuple[Shown, Any]:
+@partial(jax.jit, static_argnames=("graph", "pixels", "sharded"))
+def decode_first(
+    weights: Any, latents: Array, *, graph: Any, pixels: Pixels, sharded: NamedSharding | None = None
+) -> tuple[Shown, Any]:
     """A video's first latent frame, and what the decoder needs of it."""
     decoder: Decoder = nnx.merge(graph, weights)
     video, state = decoder.decode_first(decoder.denormalize(latents), clip=False)
+    video, state = _constrained((video, state), sharded)
     return Shown(pixels(video), jnp.isfinite(video).all()), state
 
 
-@partial(jax.jit, static_argnames=("graph", "pixels"), donate_argnames="state")
-def decode_next(weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Pixels) -> tuple[Shown, Any]:
+@partial(jax.jit, static_argnames=("graph", "pixels", "sharded"), donate_argnames="state")
+def decode_next(
+    weights: Any, latents: Array, state: Any, *, graph: Any, pixels: Pixels, sharded: NamedSharding | None = None
+) -> tuple[Shown, Any]:
     """The next latent frame, and what the decoder needs of all so far."""
     decoder: Decoder = nnx.merge(graph, weights)
     video, state = decoder.decode_next(decoder.denormalize(latents), state, clip=False)
+    video, state = _constrained((video, state), sharded)
     return Shown(pixels(video), jnp.isfinite(video).all()), state
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime import arguments
-from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
+from rehyat_jax.runtime.devices import ONE_DEVICE, Devices, PictureDevices
 from rehyat_jax.runtime.mesh import mesh_in_force
 from rehyat_jax.runtime.platform import precision
 from rehyat_jax.sampling import programs, rollout
@@ -57,6 +57,7 @@ class Session:
             out (noise, texts, latents) is on this process's default device; a stream's states stay sharded.
         vae_tile: frames are decoded by tiles of so many pixels a side (`rehyat_jax.sampling.tiles`).
         decoder: a `rehyat_jax.sampling.codec.Decoder` in the place of the autoencoder's.
+        picture: the autoencoder's devices, on which its weights lie, and the decoder's.
     """
 
     def __init__(
@@ -68,12 +69,15 @@ class Session:
         devices: Devices = ONE_DEVICE,
         vae_tile: int | None = None,
         decoder: Any = None,
+        picture: PictureDevices | None = None,
     ) -> None:
         self.settings, compute = settings, transformer.dtype
-        self.codec = Codec(vae, decoder=decoder, compute=compute)
+        self.codec = Codec(vae, decoder=decoder, compute=compute, devices=picture)
         if vae_tile is not None:
             self.codec = TiledCodec(vae, tile=vae_tile, decoder=decoder, compute=compute)
         self.devices = devices
+        #: Whether frames are decoded on devices that have no part in the latents.
+        self.decodes_apart = picture is not None and picture.apart
         self._transformer = transformer
         self._experts = transformer if isinstance(transformer, Experts) else Experts.of_one(transformer)
         # Both of guidance's evaluations in one batch where a batch is sharded, else in the memory of one.
@@ -131,7 +135,7 @@ class Session:
     @property
     def takes_rows(self) -> bool:
         """Whether `denoise_chunks` is for it: one transformer takes all steps, and whole frames are decoded."""
-        return self._chunks.alone and not isinstance(self.codec, TiledCodec)
+        return self._chunks.alone and self.codec.takes_rows
 
     @cached_property
     def chunk_shape(self) -> Shape:
@@ -321,7 +325,8 @@ class Session:
                 given[2],
                 shape=self.chunk_shape,
             )
-        return self.devices.local(latents), states
+        # What is decoded elsewhere goes there from the device, so that nobody waits for it here.
+        return (self.devices.one_of(latents) if self.decodes_apart else self.devices.local(latents)), states
 
     def _of_chunk(self, condition: Condition | None, first_frame: Int[Array, ""]) -> Condition:
         return Condition() if condition is None else condition.chunk(first_frame, self.chunk_shape[0])

@@ -85,6 +85,10 @@ class TiledCodec(Codec):
                 raise NotFiniteError(f"decoding latent frame {first_frame + i} made pixels that are not finite")
             yield jax.jit(pixels)(frames), tuple(states)
 
+    @property
+    def takes_rows(self) -> bool:
+        return False
+
     def init_state(self, batch: int, *, height: int, width: int) -> Any:
         rows, columns = self._places(height, width)
         return tuple(

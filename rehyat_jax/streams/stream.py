@@ -83,6 +83,8 @@ class Stream(Iterator[np.ndarray]):
         #: What was handed out last, for `_repr_html_`.
         self._newest: np.ndarray | None = None
         self._text_kv: tuple[Array, Any] | None = None
+        #: Of the state that it goes on from, and of no other: the next chunk, begun already.
+        self._ahead: tuple[StreamState, Array, StreamState] | None = None
 
     @classmethod
     def start(
@@ -204,19 +206,40 @@ class Stream(Iterator[np.ndarray]):
             NotFiniteError: the chunk, or its frames, are not finite; the stream ends with the block before.
         """
         state, session, first = self._living(), self._session, self._check_goes_on()
-        latents, states = session.denoise_chunk(
-            state.states, state.keys, self._precomputed(state), state.first_frame, state.condition
-        )
+        latents, after = self._denoised(state)
+        # Beside the decoder, whose devices are others: the next chunk is begun before this one's frames are waited for.
+        # The first is not held up by what the second has to compile.
+        ahead = self._denoised(after, keep=True) if session.decodes_apart and first and self._may_go_on(after) else None
         check_finite(latents, self._chunk_name())
         session.show(latents, first_frame=first, to=self.on_latents)
         decoded = list(session.codec.decode(latents, state.decoder, first_frame=first))
-        after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)
-        # What is given is of the first chunk: those after it are one program, whatever the stream began with.
-        left = state.condition.lasting()
-        self.state = state._replace(states=states, decoder=decoded[-1][1], first_frame=after, condition=left)
+        self.state = after._replace(decoder=decoded[-1][1])
+        self._ahead = None if ahead is None else (self.state, *ahead)
         block = np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)
         self._newest = block[0] if isinstance(self.prompt, str) else block
         return self._newest
+
+    def _denoised(self, state: StreamState, *, keep: bool = False) -> tuple[Array, StreamState]:
+        """The next chunk's latents, and the stream after it but for its frames.
+
+        Args:
+            keep: the transformer's states, which are donated else.
+        """
+        begun, self._ahead = self._ahead, None
+        if begun is not None and begun[0] is state:
+            return begun[1:]
+        session, chunk = self._session, self._session.chunk_shape[0]
+        latents, states = session.denoise_chunk(
+            _copies(state.states) if keep else state.states,
+            state.keys,
+            self._precomputed(state),
+            state.first_frame,
+            state.condition,
+        )
+        # What is given is of the first chunk: those after it are one program, whatever the stream began with.
+        left = state.condition.lasting()
+        first = jnp.asarray(int(state.first_frame) + chunk, jnp.int32)
+        return latents, state._replace(states=states, first_frame=first, condition=left)
 
     def __repr__(self) -> str:
         size, several = self.settings, "" if isinstance(self.prompt, str) else f", {len(self.prompt)} side by side"
@@ -267,7 +290,7 @@ class Stream(Iterator[np.ndarray]):
             RehyatError: an impossible seed.
         """
         other, state = copy.copy(self), self._living()
-        other.on_latents = None
+        other.on_latents = other._ahead = None
         # The text and the condition are never donated; so both go on with what was precomputed of them.
         shared: dict[str, Any] = {"text": state.text, "condition": state.condition}
         other.state = _copied(state, **dict.fromkeys(shared))._replace(**shared)
@@ -305,10 +328,12 @@ class Stream(Iterator[np.ndarray]):
         Raises:
             RehyatError: positions in time end here.
         """
-        first = int(self._living().first_frame)
-        if first + self._session.chunk_shape[0] > MOST_FRAMES:
+        if not self._may_go_on(state := self._living()):
             raise RehyatError(f"a stream ends after {MOST_FRAMES} latent frames")
-        return first
+        return int(state.first_frame)
+
+    def _may_go_on(self, state: StreamState) -> bool:
+        return int(state.first_frame) + self._session.chunk_shape[0] <= MOST_FRAMES
 
     def _chunk_name(self) -> str:
         first = int(self.state.first_frame)
@@ -331,9 +356,10 @@ class Stream(Iterator[np.ndarray]):
 
 
 def _copied(state: StreamState, **left: Any) -> StreamState:
-    """By one program, where a copy for each array would be as many; but for what is given."""
-    copied: StreamState = _copies(state._replace(**left))
-    return copied
+    """But for what is given; by two programs, where a copy for each array would be as many. The decoder's part may lie
+    on other devices."""
+    copied: StreamState = _copies(state._replace(decoder=None, **left))
+    return copied._replace(decoder=_copies(state.decoder))
 
 
 @jax.jit

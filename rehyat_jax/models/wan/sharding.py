@@ -6,20 +6,21 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
-from rehyat_jax.errors import ConfigError
+from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.folder import read_defaults
 from rehyat_jax.models.memory import student_config
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import WanConfig
 from rehyat_jax.models.wan.mixing import Mixing
+from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.devices import ONE_DEVICE, Devices
 from rehyat_jax.runtime.mesh import ALONG
-from rehyat_jax.runtime.mesh_config import AXES, MeshConfig
+from rehyat_jax.runtime.mesh_config import AXES, MeshConfig, VaeDevices, devices_left, picture_grid
 
 
 def check_mesh(
@@ -66,12 +67,19 @@ def check_mesh(
         )
 
 
-def devices_for(mesh: MeshConfig | None, folder: Path, *, hybrid: Conversion | Literal["auto"] | None) -> Devices:
+def devices_for(
+    mesh: MeshConfig | None,
+    folder: Path,
+    *,
+    hybrid: Conversion | Literal["auto"] | None,
+    vae: VaeDevices | None = None,
+) -> Devices:
     """The devices that a folder's model is generated on, before any of it is read.
 
     Args:
         mesh: as a user gives it; None: one device.
         hybrid: how blocks are converted; "auto": as the folder has it.
+        vae: the autoencoder's, to which the last are left.
 
     Raises:
         ConfigError: the mesh does not divide the model, or the devices that there are.
@@ -90,9 +98,40 @@ def devices_for(mesh: MeshConfig | None, folder: Path, *, hybrid: Conversion | L
         frames=defaults.num_frames if mesh is not None and mesh.automatic else None,
         guided=defaults.guidance_scale > 1,
         streams=True,
-        devices=found,
+        devices=devices_left(vae, mesh, found=found),
     )
     return Devices.first(chosen)
+
+
+def checked_vae_devices(vae: Any, mesh: MeshConfig | None, *, vae_tile: int | None) -> VaeDevices | None:
+    """The autoencoder's devices as a user gives them.
+
+    Raises:
+        RehyatError: they are none, or not to be had here, or have another option beside them.
+    """
+    if vae is None:
+        return None
+    if isinstance(vae, str) and vae != "mesh":
+        raise arguments.wrong("vae_devices", vae, 'a whole number of 1 or more, or "mesh"')
+    wanted: VaeDevices = "mesh" if vae == "mesh" else arguments.whole_number("vae_devices", vae, least=1)
+    if vae_tile is not None:
+        raise RehyatError("vae_tile is for one device, and vae_devices divide the picture themselves: give one of them")
+    devices_left(wanted, mesh, found=jax.device_count())
+    return wanted
+
+
+def check_picture(vae: VaeDevices | None, mesh: MeshConfig | None, folder: Path, *, height: int, width: int) -> None:
+    """That a folder's autoencoder can be divided by pictures of this size in pixels, before any of it is read.
+
+    Raises:
+        CheckpointError: the folder has no such network.
+        ConfigError: it cannot.
+    """
+    if vae is None:
+        return
+    factor = open_component(folder, "vae").config.spatial_factor
+    count = vae if isinstance(vae, int) else 1 if mesh is None else mesh.count
+    picture_grid(count, height=height // factor, width=width // factor)
 
 
 def mesh_for_video(
