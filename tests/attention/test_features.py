@@ -73,6 +73,7 @@ def test_starts_level_and_learns_everywhere(positive, activation, level):
     assert all(jnp.all(jnp.any(g != 0, axis=tuple(range(1, g.ndim)))) for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.full
 def test_an_unconverted_model_is_hardly_disturbed():
     """What the bundled model's ten blocks attend to, in noise of 17 latent frames, beside full softmax, mean absolute
     over the mean: converted and untrained it is as far off as its window alone (0.29), within a hundredth of that, and

@@ -145,7 +145,7 @@ def everything(cut: Cut) -> Callable[..., dict[tuple[str, str, str], Any]]:
 
 @settings(max_examples=examples(200), deadline=None, derandomize=True, database=None)
 @given(
-    cut=st.sampled_from(tiers.chosen(CUTS, test=3)),
+    cut=st.sampled_from(tiers.chosen(CUTS, test=2)),
     decayed=st.booleans(),
     sharpness=st.sampled_from([0.3, 1.0, 4.0]),
     seed=st.integers(0, 2**32 - 1),

@@ -89,6 +89,7 @@ def test_a_transformer_in_eight_bits(tmp_path):
     assert weights["velocity_differs_by"] < fp8["velocity_differs_by"] < 0.1
 
 
+@pytest.mark.full
 def test_a_stream_of_the_transformer():
     cases = dict(stream.cases(of_dit.TINY, of_vae.TINY, (4, 4)))
     figures = cases["stream, 4 steps, transformer alone"]()

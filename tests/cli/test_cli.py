@@ -413,6 +413,7 @@ def test_arguments_help_lists_a_commands_own_configurations(rehyat, command, own
         tiers.full(["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"], id="in the background"),
     ],
 )
+@pytest.mark.full
 def test_sigterm_stops_as_ctrl_c_does_and_exits_with_143(checkpoint, tmp_path, shell):
     """Nothing is left of a per-step video, lock and partial files neither."""
     argv = program("generate", "a cat", "--model", checkpoint, "--size", "48x48", "--frames", "81", "--steps", "1000")

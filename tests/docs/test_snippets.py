@@ -8,7 +8,11 @@ from shared import tiers
 
 _DOCS = Path(__file__).parents[2] / "docs"
 #: With as many steps as the model's own, or many programs to compile: for the tier that has the time.
-_LONG = [_DOCS.parent / "README.md", _DOCS / "quickstart.md", _DOCS / "how-to" / "videos.md"]
+_LONG = [
+    _DOCS.parent / "README.md",
+    _DOCS / "quickstart.md",
+    *(_DOCS / "how-to" / name for name in ("videos.md", "devices.md")),
+]
 _PAGES = [page for page in sorted((_DOCS / "how-to").glob("*.md")) if page not in _LONG]
 
 

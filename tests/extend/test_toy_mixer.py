@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from shared.training import WAN, write_teacher
+from shared.wan import by_us, streamed
 
 from rehyat_jax.cli import main
 from rehyat_jax.errors import ConfigError
@@ -57,12 +58,10 @@ def test_a_whole_video_and_its_chunks_agree_in_a_model(toy):
     noise = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) * 0.1, p.dtype), nnx.state(model))
     nnx.update(model, noise)
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 5, 8, 16, 4), (1, 5, 16)))
-    times, read = jnp.full(1, 500.0), model.precompute_text_kv(text)
-    whole, state, parts = model(latents, times, text), model.init_state(1, 8, 16), []
-    for first in (0, 2, 4):
-        part, state = model.stream(latents[:, first : first + 2], times, read, state, first_frame=first)
-        parts.append(part)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-4 * float(jnp.abs(whole).max()))
+    times = np.full(1, 500.0, np.float32)
+    whole = by_us(model, latents, times, text)
+    parts, _ = streamed(model, latents, times, text, [2, 2, 1])
+    np.testing.assert_allclose(parts, whole, atol=1e-4 * np.abs(whole).max())
     fewer = forward_flops(WAN, None, shape=(5, 8, 16)) - forward_flops(WAN, conversion, shape=(5, 8, 16))
     assert fewer == 2 * (4 * 10**2 - 4 * 10) * WAN.dim
 

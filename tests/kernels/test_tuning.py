@@ -141,6 +141,7 @@ def test_command_adds_to_the_gpu_table(command, tmp_path):
     assert command("--seconds", "0")[0] == entries
 
 
+@pytest.mark.full
 def test_command_fills_the_tpu_table(command, tmp_path):
     _, lines = command("--platform", "tpu")
     assert not any("error" in line or "left_out" in line for line in lines)

@@ -163,7 +163,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", tiers.breadth(SETTINGS, test=2))
+@pytest.mark.parametrize("name", tiers.breadth(SETTINGS))
 def test_agrees_with_the_equation_between_diffusers_projections(name, tmp_path, monkeypatch):
     """diffusers' model, whose attention function is the equation wherever a block is converted: 1e-4 absolute on
     activations of order one, as for the teacher."""
@@ -208,7 +208,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("name", tiers.breadth(STREAMS, test=2))
+@pytest.mark.parametrize("name", tiers.breadth(STREAMS))
 def test_chunk_by_chunk_is_the_whole_call(name, tmp_path):
     """1e-5 relative in float32; pieces of one chunk, of several, and a last that is short."""
     model = student(STREAMS[name], folder=tmp_path)
@@ -357,17 +357,31 @@ def test_decay_starts_at_one_and_never_passes_it(tmp_path):
     np.testing.assert_array_equal(gamma(-0.3), np.ones(2))
 
 
-def test_the_pasts_weight_falls_by_a_power_of_its_length_that_starts_at_zero(tmp_path):
-    """At its start a model with it is the one without, bit for bit; there descent makes the past weigh less, never
-    more. Frames before a window of two and one: 0 0, 1 1, 3 3, 5 5, …; 2⁻¹ at one chunk's length of them."""
+@pytest.mark.full
+def test_a_model_with_a_weight_of_the_past_starts_as_the_one_without(tmp_path):
+    """Bit for bit, as users compile."""
     teacher = ported(reference(TINY, seed=0), tmp_path)
-    options = {"chunk_frames": 2, "overlap_frames": 1}
-    plain, normed = (
-        teacher.with_hybrid(HybridConfig(length_norm=norm, **options), rngs=nnx.Rngs(0)) for norm in (False, True)
+    with_it, without = (
+        by_us(
+            teacher.with_hybrid(HybridConfig(length_norm=norm, **BY_LENGTH), rngs=nnx.Rngs(0)),
+            *inputs(CASE),
+            program=compiled_for_speed,
+        )
+        for norm in (True, False)
     )
-    with_it, without = (by_us(model, *inputs(CASE), program=compiled_for_speed) for model in (normed, plain))
     np.testing.assert_array_equal(with_it, without)
+
+
+BY_LENGTH = {"chunk_frames": 2, "overlap_frames": 1}
+
+
+def test_the_pasts_weight_falls_by_a_power_of_its_length_that_starts_at_zero():
+    """At its start it is one, bit for bit; there descent makes the past weigh less, never more. Frames before a window
+    of two and one: 0 0, 1 1, 3 3, 5 5, …; 2⁻¹ at one chunk's length of them."""
+    hybrid = HybridConfig(length_norm=True, **BY_LENGTH)
+    normed = nnx.jit(lambda: WanTransformer(TINY, hybrid=hybrid, rngs=nnx.Rngs(0)))()
     graph, params = nnx.split(normed.hybrid_blocks)
+    assert not np.any(params["length_power"].get_value())
 
     def weight(power: jax.Array) -> jax.Array:
         block = nnx.merge(graph, jax.tree.map(lambda p: p[0], params))
@@ -376,6 +390,7 @@ def test_the_pasts_weight_falls_by_a_power_of_its_length_that_starts_at_zero(tmp
 
     expected = np.outer(1 + np.repeat([1, 3, 5, 7], 2 * FRAME) / 2, np.ones(2)) ** -np.array([1.0, 0.5])
     np.testing.assert_allclose(weight(jnp.array([1.0, 0.5])), expected, rtol=1e-6)
+    np.testing.assert_array_equal(weight(jnp.zeros(2)), np.ones_like(expected))
     for sign, slope in ((1.0, -np.log(4.5)), (-1.0, 0.0)):
         gradient = jax.grad(lambda p, sign=sign: sign * weight(p)[-1].sum())(jnp.zeros(2))
         np.testing.assert_allclose(gradient, slope, rtol=1e-6)

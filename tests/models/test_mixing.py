@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from shared.tiers import full
 from shared.training import random_module
 from shared.wan import STUDENT_CASE as CASE
 from shared.wan import TINY, by_us, inputs, relative, streamed
@@ -56,7 +57,7 @@ def _mixers(model: WanTransformer) -> list:
     return [own(block) for block in range(len(mixing.mixers))]
 
 
-@pytest.mark.parametrize("hybrid", [MIXED, STREAMING], ids=["mixed", "streaming"])
+@pytest.mark.parametrize("hybrid", [pytest.param(MIXED, id="mixed"), full(STREAMING, id="streaming")])
 def test_every_block_attends_by_its_own_mixer_with_its_own_parameters(hybrid):
     """Against a walk through the blocks one by one, each with the module of its number: float32, 1e-5 relative."""
     model = _model(hybrid)

@@ -278,8 +278,12 @@ def test_impossible_latents(small):
 
 @pytest.mark.parametrize(
     "cfg",
-    [VAEConfig.wan(), VAEConfig.wan22(), VAEConfig.mini_sprites(), *(c for c, _ in CASES.values())],
-    ids=["wan", "wan2.2", "mini-sprites", *CASES],
+    [
+        pytest.param(VAEConfig.wan(), id="wan"),
+        pytest.param(VAEConfig.wan22(), id="wan2.2"),
+        tiers.full(VAEConfig.mini_sprites(), id="mini-sprites"),
+        *(tiers.full(config, id=name) for name, (config, _) in CASES.items()),
+    ],
 )
 def test_names(cfg):
     """Ours and diffusers' names and shapes are in one-to-one correspondence, with no memory taken."""

@@ -191,6 +191,7 @@ def test_a_chunk_as_long_as_the_video_is_the_teacher():
     assert difference(teacher, per_step(longer, shape)) <= 1e-4
 
 
+@pytest.mark.full
 def test_positions_go_on_past_the_1024_of_wans_tables():
     """1,029 latent frames of one token each; the equation at such positions is tests/models/test_positions.py's."""
     config = dataclasses.replace(TINY, patch_size=(1, 1, 1))
@@ -201,6 +202,7 @@ def test_positions_go_on_past_the_1024_of_wans_tables():
     assert difference(per_step(model, shape, **options), per_chunk(model, shape, **options)[0]) <= 1e-4
 
 
+@pytest.mark.full
 def test_softmax_sees_differences_of_positions_alone_however_late():
     """A window's chunk after ten million frames is the one that began the video: one program, traced position."""
     model = random_model(HybridConfig(chunk_frames=3, overlap_frames=1, kind="window"))
@@ -254,7 +256,8 @@ def test_text_keys_and_values_are_computed_once_for_all_chunks_and_steps():
     assert products(program, of_features) == products(program, of_width) == 0
 
 
-@pytest.mark.parametrize("remember", tiers.breadth([0.0, "steps"]))
+@pytest.mark.full
+@pytest.mark.parametrize("remember", [0.0, "steps"])
 def test_memory_does_not_grow_with_the_length(remember):
     """By XLA's account, 9 latent frames and 999 need the same beside the weights and the latents they result in."""
     options = stream_memory.Options(model="tiny", width=48, height=32, lengths=(9, 999), remember=remember)

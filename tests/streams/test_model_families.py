@@ -83,6 +83,7 @@ def test_two_experts_from_an_image(tmp_path):
     check_is_a_call(opened(tmp_path / "in", tmp_path / "cache"), tmp_path, image=image_of(32, 48))
 
 
+@pytest.mark.full
 def test_finished_chunks_are_shown_to_both_experts(experts):
     """Against a plain loop over the modules: each step by its expert, then the finished chunk to both at time 0."""
     shape, steps = (2, 4, 6, 16), experts.settings(**SIZE, num_frames=5, remember=0.0).steps()

@@ -20,6 +20,31 @@ from rehyat_jax.sampling.text import Padded
 from rehyat_jax.streams.state import MOST_FRAMES
 
 
+def test_nothing_is_compiled_and_nothing_grows_after_the_first_chunk(pipe, caplog):
+    """The transformer once for any length, the decoder once for the first frame and once for all others."""
+    jax.clear_caches()
+    stream = pipe.open_stream("a cat", **SMALL)
+
+    def compiled(blocks: int) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), jax.log_compiles():
+            for _ in range(blocks):
+                next(stream)
+        return [record.message.split()[1] for record in caplog.records if record.message.startswith("Compiling ")]
+
+    programs = ["jit(denoise_chunk)", "jit(decode_first)", "jit(decode_next)"]
+    assert sorted(name for name in compiled(1) if name in programs) == sorted(programs)
+    held = [x.nbytes for x in jax.live_arrays()]
+    assert compiled(4) == []
+    assert sum(x.nbytes for x in jax.live_arrays()) == sum(held)
+    # Past the 1,024 frames of Wan's tables too.
+    stream.state = stream.state._replace(first_frame=jnp.int32(1022))
+    assert compiled(3) == []
+    assert stream.frames_done == 1 + 4 * 1027
+    stream.change_prompt("a dog")
+    assert [name for name in compiled(1) if name in programs] == []
+
+
 def test_a_stream_has_the_frames_of_a_call(pipe):
     stream = pipe.open_stream("a cat", seed=3, **SMALL)
     assert stream.frames_done == 0
@@ -38,6 +63,7 @@ def test_a_stream_has_the_frames_of_a_call(pipe):
 
 
 @pytest.mark.parametrize("remember", [0.0, tiers.full("steps")])
+@pytest.mark.full
 def test_a_stream_goes_on_from_a_beginning(pipe, tmp_path, remember):
     """Its first frames are those of the whole video's latents, decoded at once: the given and what was made after."""
     video = np.random.default_rng(0).integers(0, 256, (13, 32, 48, 3), np.uint8)
@@ -125,31 +151,6 @@ def test_streams_differ_by_seed_alone(pipe, saved):
     first = next(a)
     np.testing.assert_array_equal(first, next(b))
     assert (first != next(c)).mean() > 0.5
-
-
-def test_nothing_is_compiled_and_nothing_grows_after_the_first_chunk(pipe, caplog):
-    """The transformer once for any length, the decoder once for the first frame and once for all others."""
-    jax.clear_caches()
-    stream = pipe.open_stream("a cat", **SMALL)
-
-    def compiled(blocks: int) -> list[str]:
-        caplog.clear()
-        with caplog.at_level(logging.WARNING), jax.log_compiles():
-            for _ in range(blocks):
-                next(stream)
-        return [record.message.split()[1] for record in caplog.records if record.message.startswith("Compiling ")]
-
-    programs = ["jit(denoise_chunk)", "jit(decode_first)", "jit(decode_next)"]
-    assert sorted(name for name in compiled(1) if name in programs) == sorted(programs)
-    held = [x.nbytes for x in jax.live_arrays()]
-    assert compiled(4) == []
-    assert sum(x.nbytes for x in jax.live_arrays()) == sum(held)
-    # Past the 1,024 frames of Wan's tables too.
-    stream.state = stream.state._replace(first_frame=jnp.int32(1022))
-    assert compiled(3) == []
-    assert stream.frames_done == 1 + 4 * 1027
-    stream.change_prompt("a dog")
-    assert [name for name in compiled(1) if name in programs] == []
 
 
 def test_a_fork_goes_its_own_way(pipe, saved):

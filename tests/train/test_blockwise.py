@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from shared.tiers import breadth
 from shared.training import random_module
 
 from rehyat_jax.attention.api import hybrid_attention
@@ -56,15 +57,18 @@ def _seen(frames: int, frame: int, rows: int = 2, seed: int = 0) -> Seen:
 
 @pytest.mark.parametrize(
     "hybrid",
-    [
-        HybridConfig(chunk_frames=2, overlap_frames=1),
-        HybridConfig(chunk_frames=1, overlap_frames=2, stabilizer="lse", decay=True),
-        HybridConfig(chunk_frames=2, overlap_frames=0, stabilizer="none", length_norm=True),
-        HybridConfig(chunk_frames=2, overlap_frames=1, causal=False),
-        HybridConfig(chunk_frames=2, kind="linear", decay=True),
-        HybridConfig(chunk_frames=2, kind="linear", causal=False),
-        HybridConfig(chunk_frames=1, kind="window", sink_frames=1),
-    ],
+    breadth(
+        [
+            HybridConfig(chunk_frames=1, overlap_frames=2, stabilizer="lse", decay=True),
+            HybridConfig(chunk_frames=2, kind="linear", decay=True),
+            HybridConfig(chunk_frames=1, kind="window", sink_frames=1),
+            HybridConfig(chunk_frames=2, overlap_frames=1),
+            HybridConfig(chunk_frames=2, overlap_frames=0, stabilizer="none", length_norm=True),
+            HybridConfig(chunk_frames=2, overlap_frames=1, causal=False),
+            HybridConfig(chunk_frames=2, kind="linear", causal=False),
+        ],
+        test=3,
+    ),
     ids=lambda h: f"{h.kind}-{h.chunk_frames}-{h.overlap_frames}-{h.stabilizer}-{'causal' if h.causal else 'all'}",
 )
 def test_weights_are_those_of_the_operator(hybrid):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared.tiers import tier
 from shared.training import finetuning, log_of, write_teacher
 
 from rehyat_jax import TextToVideo
@@ -53,6 +54,7 @@ def forced(teacher, tmp_path_factory) -> ForcedTraining:
     return run
 
 
+@pytest.mark.full
 def test_teacher_forcing_learns_and_its_student_commits_finished_chunks(forced) -> None:
     log = log_of(forced)
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
@@ -61,9 +63,11 @@ def test_teacher_forcing_learns_and_its_student_commits_finished_chunks(forced) 
     assert next(pipe.stream("a lemon moving down slowly on a blue background")).shape == (3, 32, 32, 3)
 
 
-def test_consistency_learns_and_its_student_needs_no_option(forced, tmp_path) -> None:
+@pytest.mark.wider
+def test_consistency_learns_and_its_student_needs_no_option(request, teacher, tmp_path) -> None:
+    """From a student that has learned by teacher forcing; in `make test` from a teacher, converted."""
     run = training(
-        forced.out,
+        request.getfixturevalue("forced").out if tier in ("rest", "all") else teacher,
         tmp_path / "student",
         aim="consistency",
         guidance_scale=2.0,
@@ -85,7 +89,8 @@ def test_consistency_learns_and_its_student_needs_no_option(forced, tmp_path) ->
 def test_every_chunk_has_a_level_and_is_given_the_clip(teacher, tmp_path) -> None:
     config = training(teacher, tmp_path / "none", aim="consistency", past=Past(share=0.5, noise=0.1), grid_levels=8)
     latents = jax.random.normal(jax.random.key(0), (16, 5, 2, 2, 4))
-    batch = config.batch(Pool(latents, jnp.zeros((16, 3, 7))), jnp.ones((1, 3, 7)), jax.random.key(1))
+    pool, text = Pool(latents, jnp.zeros((16, 3, 7))), jnp.ones((1, 3, 7))
+    batch = jax.jit(lambda key: config.batch(pool, text, key))(jax.random.key(1))
     for levels in (batch.sigma, batch.past_sigma):
         np.testing.assert_array_equal(levels[:, 0], levels[:, 1])
         np.testing.assert_array_equal(levels[:, 2], levels[:, 3])

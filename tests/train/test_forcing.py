@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from shared.tiers import tier
 from shared.training import forcing, models_of, write_teacher
 
 from rehyat_jax.errors import ConfigError
@@ -48,9 +49,17 @@ def modules_of(stage: ForcingStage) -> dict[str, nnx.Module]:
     return modules
 
 
+#: As users compile, in `make test-rest`: bit for bit. Without optimisations, in `make test`, a chunk by itself is fused
+#: otherwise than one among others (1.2e-6 seen): float32's rounding of numbers of order one, through ten evaluations.
+AS_USERS_COMPILE = tier in ("rest", "all")
+ROUNDING = 0.0 if AS_USERS_COMPILE else 1e-5
+
+
 @pytest.fixture(scope="module")
-def drawn(teacher, compiled_for_speed):
+def drawn(teacher, request):
     """Two windows of three chunks, the first chunk given."""
+    if AS_USERS_COMPILE:
+        request.getfixturevalue("compiled_for_speed")
     rollouts = Rollouts(clips=Bucket(kind="plain", frames=11, batch=4), given=1, windows=2)
     stage = ForcingStage(forcing(teacher, Path("unused"), buckets=(rollouts,), guidance_scale=1.0))
     data, modules = stage.data()[0], modules_of(stage)
@@ -68,8 +77,9 @@ def drawn(teacher, compiled_for_speed):
     return data.roller, modules, key, pool, (first, second), stage
 
 
+@pytest.mark.wider
 def test_rollouts_are_the_samplers_own_video_bit_for_bit(drawn) -> None:
-    """As users compile: without optimisations a chunk by itself is fused otherwise than one among others (1.2e-6)."""
+    """To the bit as users compile (``ROUNDING``)."""
     roller, modules, key, pool, (first, second), _ = drawn
     graph, weights = nnx.split(modules["student"])
     keys = jax.random.wrap_key_data(jax.random.bits(jax.random.split(key, 5)[0], (4, 2), jnp.uint32), impl=RANDOM)
@@ -84,10 +94,12 @@ def test_rollouts_are_the_samplers_own_video_bit_for_bit(drawn) -> None:
     for number in range(1, 6):
         chunk, states = programs.denoise_chunk(weights, states, keys, kv, jnp.int32(2 * number), steps, **how)
         chunks.append(chunk)
-    np.testing.assert_array_equal(jnp.concatenate([first.past, second.past], axis=1), jnp.concatenate(chunks, axis=1))
+    made, expected = jnp.concatenate([first.past, second.past], axis=1), jnp.concatenate(chunks, axis=1)
+    np.testing.assert_allclose(made, expected, rtol=0, atol=ROUNDING)
     np.testing.assert_array_equal(first.weights, [[0, 0, 1, 1, 1, 1]] * 4)
 
 
+@pytest.mark.wider
 def test_a_later_window_begins_for_the_scores_with_a_first_frame_of_its_own(drawn) -> None:
     _, modules, _, _, (first, second), _ = drawn
     vae = modules["vae"]
@@ -99,6 +111,7 @@ def test_a_later_window_begins_for_the_scores_with_a_first_frame_of_its_own(draw
     np.testing.assert_allclose(second.video[:, :1], expected, atol=1e-5)
 
 
+@pytest.mark.wider
 def test_the_replay_predicts_what_the_rollout_did_at_its_exit(drawn) -> None:
     """Rows that leave at the last step end, to float32's rounding, where the rollout ended."""
     _, modules, _, pool, (batch, _), _ = drawn

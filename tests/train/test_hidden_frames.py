@@ -17,7 +17,8 @@ def test_hidden_frames_are_those_in_which_a_picture_does_not_change_without_the_
     """Against pixels: the scene with another object differs wherever some of the object shows, and nowhere else."""
     scenes = BUCKET.sample(jax.random.key(3), 6)
     other = scenes._replace(objects=(scenes.objects + 7) % len(world.NAMES))
-    clips = [np.asarray(world.render(x, num_frames=101)) for x in (scenes, other)]
+    render = jax.jit(world.render, static_argnames="num_frames")
+    clips = [np.asarray(render(x, num_frames=101)) for x in (scenes, other)]
     differs = np.any(clips[0] != clips[1], axis=(2, 3, 4))
     np.testing.assert_array_equal(np.asarray(world.hidden(scenes, num_frames=101)), ~differs)
     assert 0 < differs.mean() < 1

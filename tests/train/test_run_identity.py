@@ -210,6 +210,7 @@ def test_an_export_during_a_run_takes_the_newest_whole_checkpoint(tmp_path):
             reading.read(jax.eval_shape(lambda: state))
 
 
+@pytest.mark.full
 def test_exports_while_checkpoints_are_written_and_removed_all_succeed(tmp_path):
     state = {"params": {"w": jnp.arange(1000.0)}}
     ended = threading.Event()

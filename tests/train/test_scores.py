@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared.programs import FOR_SPEED
 
 from train.stages.aims import aim_mean, noised
 from train.stages.scores import score_difference, scores_aim
@@ -58,7 +59,7 @@ def test_known_scores_find_a_mixtures_mean_and_variance() -> None:
         return x - rate * matched(real, fake, x, x + jnp.ones_like(x), jnp.ones((4, 1)))
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 1, 8, 8, 1)), jnp.float32)
-    x = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, step, x))(x)
+    x = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, step, x), compiler_options=FOR_SPEED)(x)
     assert float(x.mean()) == pytest.approx(mean, abs=0.15)
     assert float(x.var()) == pytest.approx(variance, rel=0.15)
     # Both of its parts, each about as often as it is there.

@@ -12,7 +12,6 @@ import time
 import numpy as np
 import pytest
 from shared.numbered_frames import frames, numbers
-from shared.tiers import breadth
 
 from rehyat_jax.errors import RehyatError
 from rehyat_jax.video.growing import GrowingVideo, finish_video, reopen_video, spaced_frames, whole_frames
@@ -142,7 +141,8 @@ with GrowingVideo({path!r}) as video:
 """
 
 
-@pytest.mark.parametrize("kills", breadth([8, 50]))
+@pytest.mark.full
+@pytest.mark.parametrize("kills", [8, 50])
 def test_killed_at_random_moments_and_gone_on_with(tmp_path, kills):
     """SIGKILL, so many times, from 0 to 0.3 s into the writing: all frames are there, once and in order."""
     path, chance = tmp_path / "a.mp4", random.Random(1)

@@ -129,6 +129,7 @@ def test_the_real_client_opens_what_is_saved(component, shard, models, tmp_path)
             assert config[name] == (tuple(value) if isinstance(config[name], tuple) else value), name
 
 
+@pytest.mark.full
 def test_loaded_networks_compute_what_the_real_ones_do(models, tmp_path):
     """1e-4 absolute on activations of order one, float32: the tensors are not only there but in their places."""
     folder = write_release(tmp_path / "in", models)
