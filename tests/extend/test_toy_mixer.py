@@ -58,7 +58,7 @@ def test_a_whole_video_and_its_chunks_agree_in_a_model(toy):
     noise = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) * 0.1, p.dtype), nnx.state(model))
     nnx.update(model, noise)
     latents, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 5, 8, 16, 4), (1, 5, 16)))
-    times = np.full(1, 500.0, np.float32)
+    times = jnp.full(1, 500.0)
     whole = by_us(model, latents, times, text)
     parts, _ = streamed(model, latents, times, text, [2, 2, 1])
     np.testing.assert_allclose(parts, whole, atol=1e-4 * np.abs(whole).max())
