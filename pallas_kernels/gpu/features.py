@@ -104,9 +104,7 @@ def _map_backward(_: FeatureKernels, degree: int, positive: Positive, kept: Any,
     z = (product("bhni,hio->bhno", hidden, layers.kernel_2) + layers.bias_2[None, :, None]).astype(jnp.float32)
     u, slope = (jax.nn.softplus(z), jax.nn.sigmoid(z)) if positive == "softplus" else (jnp.exp(z), jnp.exp(z))
     part = (jnp.arange(z.shape[3]) // x.shape[3])[None, None, None]
-    lower = jnp.ones_like(u)
-    for power in range(1, degree):
-        lower = jnp.where(part >= power, lower * u, lower)
+    lower = _lower(u, part, degree)
     d_weight = None
     if weight is not None:
         d_weight = (d_out * lower * u).sum(axis=(0, 3)).T.astype(weight.dtype)
@@ -160,7 +158,8 @@ def _forward(x_ref, kernel_1, bias_1, kernel_2, bias_2, weight_ref, out_ref, *, 
     def step(j, _):
         z = _second(hidden, kernel_2, bias_2, head, j, sizes)
         u = _positive(z, sizes.positive)
-        y = u * _lower(u, j, x.shape[1], sizes) * weight
+        part, _ = _divided(j, x.shape[1] // sizes.columns)
+        y = u * _lower(u, part, sizes.degree) * weight
         out = out_ref.at[here[0], head, here[1], pl.ds(j * sizes.columns, sizes.columns)]
         triton.store(out, y.astype(out_ref.dtype), mask=valid)
 
@@ -198,12 +197,11 @@ def _weight(ref: Any, here: Any, head: Any, valid: Array, sizes: _Sizes) -> Any:
     return triton.load(ref.at[head, here[1]], mask=valid[:, 0], other=0.0)[:, None] if sizes.weighted else 1.0
 
 
-def _lower(u: Array, j: Any, width: int, sizes: _Sizes) -> Array:
-    """u to the power less one that is of block j."""
-    part, _ = _divided(j, width // sizes.columns)
+def _lower(u: Array, part: Any, degree: int) -> Array:
+    """u to the power less one of the parts, counted from 0, that its columns are of."""
     lower = jnp.ones_like(u)
-    for power in range(1, sizes.degree):
-        lower = jnp.where(jnp.full(u.shape, part >= power), lower * u, lower)
+    for power in range(1, degree):
+        lower = jnp.where(jnp.broadcast_to(part >= power, u.shape), lower * u, lower)
     return lower
 
 

@@ -20,8 +20,8 @@ from rehyat_jax.attention.features import Activation
 from rehyat_jax.attention.sharded import STATE, hybrid_over_devices, hybrid_step_over_devices
 from rehyat_jax.attention.state import HybridState
 from rehyat_jax.errors import ConfigError
-from rehyat_jax.mixers.base import MOST_FRAMES, Mixer, MixerConfig, Weights, register, unwritten, whole
-from rehyat_jax.mixers.parts import decay_of, feature_maps, linear_flops, not_below_zero
+from rehyat_jax.mixers.base import MOST_FRAMES, MixerConfig, Weights, register, unwritten, whole
+from rehyat_jax.mixers.parts import FeatureMixer, linear_flops, not_below_zero
 from rehyat_jax.mixers.window import window_pairs
 from rehyat_jax.runtime.mesh import Dimension
 from rehyat_jax.runtime.variables import GateParam
@@ -68,32 +68,18 @@ class Hybrid(MixerConfig):
         return {"channels": head_dim, "features": self.degree * head_dim}
 
 
-class HybridMixer(Mixer):
-    """φ_q and φ_k, and a number a head for decay and for the past's weight where the configuration has them."""
+class HybridMixer(FeatureMixer):
+    """Softmax over a window and the state beside it; a number a head for the past's weight where the configuration has
+    it."""
+
+    config: Hybrid
 
     def __init__(
-        self,
-        config: Hybrid,
-        *,
-        heads: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, config: Hybrid, *, heads: int, head_dim: int, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        self.config, self.heads, self.head_dim = config, heads, head_dim
-        self.phi_q, self.phi_k = feature_maps(
-            config, heads=heads, head_dim=head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        if config.decay:
-            self.decay_rate = GateParam(jnp.zeros(heads, jnp.float32))
+        super().__init__(config, heads=heads, head_dim=head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         if config.length_norm:
             self.length_power = GateParam(jnp.zeros(heads, jnp.float32))
-
-    @property
-    def decay(self) -> Float[Array, " H"] | None:
-        """γ of each head, see `decay_of`. None: 1."""
-        return decay_of(self.decay_rate[...]) if self.config.decay else None
 
     def past_weight(self, tokens: int, *, frame: int, first: int | Int[Array, ""]) -> Float[Array, "{tokens} H"]:
         """The factor of φ_q·φ_k for queries of the frames from ``first`` on: (1 + n / T_c)^−p, n the frames before the
@@ -167,10 +153,7 @@ class HybridMixer(Mixer):
         inside = jnp.where(softmax_set[None, None], scores, -jnp.inf)
         m = inside.max(axis=-1, keepdims=True)
         c = stabilizer_of(config.stabilizer, m, lambda: jax.nn.logsumexp(inside, axis=-1, keepdims=True))
-        linear = jnp.einsum("bihf,bjhf->bhij", features_q, features_k)
-        if self.decay is not None:
-            age = jnp.maximum(t - 1 - leaves, 0).astype(jnp.float32)
-            linear = linear * (self.decay[:, None, None] ** age[None])[None]
+        linear = self.linear_weights(features_q, features_k, age=t - 1 - leaves)
         return Weights(jnp.exp(scores - stop_gradient(c)), linear, softmax_set, linear_set)
 
     def _features(

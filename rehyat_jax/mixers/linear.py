@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, overload
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -20,11 +19,10 @@ from rehyat_jax.attention.features import Activation
 from rehyat_jax.attention.linear import LinearState
 from rehyat_jax.attention.scan import over_chunks, ratio
 from rehyat_jax.errors import ConfigError, RehyatError
-from rehyat_jax.mixers.base import MOST_FRAMES, Mixer, MixerConfig, Weights, register, unwritten, whole
+from rehyat_jax.mixers.base import MOST_FRAMES, MixerConfig, Weights, register, unwritten, whole
 from rehyat_jax.mixers.checks import check_alike, check_state
-from rehyat_jax.mixers.parts import decay_of, feature_maps, linear_flops
+from rehyat_jax.mixers.parts import FeatureMixer, linear_flops
 from rehyat_jax.runtime.mesh import Dimension, devices_along
-from rehyat_jax.runtime.variables import GateParam
 
 
 @register
@@ -61,30 +59,10 @@ class Linear(MixerConfig):
         return {"channels": head_dim, "features": self.degree * head_dim}
 
 
-class LinearMixer(Mixer):
-    """φ_q and φ_k, and a number a head for decay where the configuration has it."""
+class LinearMixer(FeatureMixer):
+    """Every token by the state, none by softmax."""
 
-    def __init__(
-        self,
-        config: Linear,
-        *,
-        heads: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.config, self.heads, self.head_dim = config, heads, head_dim
-        self.phi_q, self.phi_k = feature_maps(
-            config, heads=heads, head_dim=head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        if config.decay:
-            self.decay_rate = GateParam(jnp.zeros(heads, jnp.float32))
-
-    @property
-    def decay(self) -> Float[Array, " H"] | None:
-        """γ of each head, see `decay_of`. None: 1."""
-        return decay_of(self.decay_rate[...]) if self.config.decay else None
+    config: Linear
 
     def __call__(
         self,
@@ -136,10 +114,7 @@ class LinearMixer(Mixer):
         chunk = self.config.chunk_frames * frame
         t, j = (queries // chunk)[:, None], jnp.arange(k.shape[1], dtype=queries.dtype)[None]
         nothing = jnp.zeros(jnp.broadcast_shapes(t.shape, j.shape), bool)
-        linear = jnp.einsum("bihf,bjhf->bhij", features_q, features_k)
-        if self.decay is not None:
-            age = jnp.maximum(t - j // chunk, 0).astype(jnp.float32)
-            linear = linear * (self.decay[:, None, None] ** age[None])[None]
+        linear = self.linear_weights(features_q, features_k, age=t - j // chunk)
         linear_set = j // chunk <= t if self.config.causal else ~nothing
         return Weights(jnp.zeros_like(linear), linear, nothing, linear_set)
 

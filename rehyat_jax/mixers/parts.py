@@ -1,17 +1,19 @@
-"""Parts that mixers share: pairs of feature maps, and a head's decay."""
+"""What mixers with a linear part share: pairs of feature maps, and a head's decay."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.options import Positive
 from rehyat_jax.attention.features import Activation, FeatureMap
+from rehyat_jax.mixers.base import Mixer
+from rehyat_jax.runtime.variables import GateParam
 
 
 @runtime_checkable
@@ -47,6 +49,44 @@ def feature_maps(
         )
 
     return make(), make()
+
+
+@runtime_checkable
+class WithDecay(MapOptions, Protocol):
+    """Those of a mixer whose state may fade."""
+
+    @property
+    def decay(self) -> bool: ...
+
+
+class FeatureMixer(Mixer):
+    """A mixer with φ_q and φ_k, and a number a head for decay where the configuration has it."""
+
+    config: Any
+
+    def __init__(
+        self, config: WithDecay, *, heads: int, head_dim: int, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.config, self.heads, self.head_dim = config, heads, head_dim
+        self.phi_q, self.phi_k = feature_maps(
+            config, heads=heads, head_dim=head_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        if config.decay:
+            self.decay_rate = GateParam(jnp.zeros(heads, jnp.float32))
+
+    @property
+    def decay(self) -> Float[Array, " H"] | None:
+        """γ of each head, see `decay_of`. None: 1."""
+        return decay_of(self.decay_rate[...]) if self.config.decay else None
+
+    def linear_weights(
+        self, features_q: Float[Array, "B Q H F"], features_k: Float[Array, "B N H F"], *, age: Int[Array, "Q N"]
+    ) -> Float[Array, "B H Q N"]:
+        """φ_q·φ_k, of keys that were added so many chunks before the query's."""
+        linear = jnp.einsum("bihf,bjhf->bhij", features_q, features_k)
+        if self.decay is None:
+            return linear
+        return linear * (self.decay[:, None, None] ** jnp.maximum(age, 0).astype(jnp.float32)[None])[None]
 
 
 def linear_flops(options: MapOptions, *, tokens: int, heads: int, head_dim: int) -> int:

@@ -32,16 +32,14 @@ from rehyat_jax.runtime.mesh import constrain_sharding
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.text.tokenizer import Tokenizer
 from train.data.clips import AnyBucket, Bucket, check_rounds, choose, round_key
-from train.data.pools import ENCODE_CLIPS, Captions, Feed, Pool, SpriteFeed, padded_captions
-from train.data.prepared import Prepared, PreparedClips, PreparedFeed
+from train.data.pools import ENCODE_CLIPS, Captions, Feed, Pool
+from train.data.prepared import Prepared, PreparedClips
 from train.engine.folder import RunFolder
 from train.engine.gradients import Mean, means_of
 from train.engine.optimizer import OptimizerConfig
 from train.engine.run import RunConfig
 from train.engine.stage import Data, Measure, Models, Stage, Update
-
-#: Added to a run's seed for the clips that it is validated on.
-HELD_OUT = 1 << 20
+from train.stages.feeds import feed_of
 
 
 class Batch(NamedTuple):
@@ -330,26 +328,12 @@ class FlowStage(Stage):
 
     def feed(self, number: int, *, held_out: int = 0) -> Feed:
         """What a bucket trains on or, with a count, so many clips that are held out."""
-        training, bucket = self.training, self.training.buckets[number]
-        count = held_out or training.pool(bucket)
-        if isinstance(bucket, PreparedClips):
-            return PreparedFeed(
-                self.prepared[bucket.folder],
-                count=count,
-                seed=training.seed,
-                dtype=jnp.dtype(training.dtype),
-                place=functools.partial(bisect.bisect_left, self._rounds[number]),
-                held_out=bool(held_out),
-                rows=self.devices.rows(),
-            )
-        return SpriteFeed(
-            bucket,
-            count=count,
-            seed=training.seed + (HELD_OUT if held_out else 0),
-            vae=self.vae,
-            tokens=functools.partial(padded_captions, self.tokenizer, length=training.caption_tokens),
-            read=self.read,
+        bucket = self.training.buckets[number]
+        count, place = (
+            held_out or self.training.pool(bucket),
+            functools.partial(bisect.bisect_left, self._rounds[number]),
         )
+        return feed_of(self, bucket, count=count, place=place, held_out=bool(held_out))
 
     @functools.cached_property
     def _rounds(self) -> list[list[int]]:

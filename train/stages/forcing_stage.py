@@ -32,13 +32,14 @@ from rehyat_jax.sprites import world
 from rehyat_jax.weights.files import read_json
 from rehyat_jax.weights.writing import write_json
 from train.data.clips import Bucket, choose
-from train.data.pools import Captions, Feed, SpriteFeed, padded_captions
-from train.data.prepared import Prepared, PreparedClips, PreparedFeed, open_prepared
+from train.data.pools import Captions, Feed
+from train.data.prepared import Prepared, PreparedClips, open_prepared
 from train.data.rollouts import Rollouts
 from train.engine.arithmetic import forward_flops
 from train.engine.folder import RunFolder
 from train.engine.stage import Measure, Models, Network, Stage, Update
-from train.stages.flow import HELD_OUT, embed
+from train.stages.feeds import feed_of
+from train.stages.flow import embed
 from train.stages.forcing import ForcingTraining
 from train.stages.from_image import takes_image
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
@@ -144,26 +145,9 @@ class ForcingStage(FromSource, Stage):
 
     def feed(self, number: int, *, held_out: int = 0) -> Feed:
         """Captions and true beginnings of a bucket or, with a count, so many that are held out."""
-        training, clips = self.training, self.training.buckets[number].clips
-        count = held_out or clips.batch
-        if isinstance(clips, PreparedClips):
-            return PreparedFeed(
-                self.prepared[clips.folder],
-                count=count,
-                seed=training.seed,
-                dtype=self.dtype,
-                place=self._place(number),
-                held_out=bool(held_out),
-                rows=self.devices.rows(),
-            )
-        return SpriteFeed(
-            clips,
-            count=count,
-            seed=training.seed + (HELD_OUT if held_out else 0),
-            vae=self.vae,
-            tokens=functools.partial(padded_captions, self.tokenizer, length=training.caption_tokens),
-            read=self.read,
-        )
+        clips = self.training.buckets[number].clips
+        how: Any = {"count": held_out or clips.batch, "place": self._place(number), "held_out": bool(held_out)}
+        return feed_of(self, clips, **how)
 
     def data(self) -> list[Windows]:
         buckets = self.training.buckets
