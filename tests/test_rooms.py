@@ -156,9 +156,6 @@ LONG = {
     "sampling": {"denoise_chunk", "recorded_chunk", "advance_chunk", "commit_chunk"},
     "models/wan/forced.py": {"forced", "attend_forced"},
     "train/stages/blockwise.py": {"learn"},
-    # To be mended: each has objects in it that want a name.
-    "sprites/clips.py": {"generated"},
-    "weights/convert.py": {"convert_weights"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -25,6 +26,19 @@ Sweep = Literal["per-step", "per-chunk"]
 Progress = Callable[[int, int], None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Past:
+    """What each of some streamed clips goes on from, part of the clip."""
+
+    frames: UInt8[np.ndarray, "B G H W 3"]
+    #: A control: after it the stream has lost all but its softmax window.
+    emptied: bool = False
+
+    def of(self, rows: slice) -> Past:
+        """That of some of the clips."""
+        return dataclasses.replace(self, frames=self.frames[rows])
+
+
 def generated(
     pipe: TextToVideo,
     texts: Sequence[str],
@@ -34,19 +48,14 @@ def generated(
     seed: int,
     batch: int,
     progress: Progress,
-    beginnings: UInt8[np.ndarray, "B G H W 3"] | None = None,
-    emptied: bool = False,
+    past: Past | None = None,
 ) -> UInt8[np.ndarray, "B F H W 3"]:
     """A clip for each text, the i-th with the noise of ``seed + i``; ``batch`` of them side by side.
-
-    Args:
-        beginnings: what each goes on from, part of the clip; of streams alone.
-        emptied: a control: after its beginning a stream has lost all but its softmax window.
 
     Raises:
         RehyatError: the model cannot do this sweep, or the sweep cannot go on from a beginning.
     """
-    if beginnings is not None and sweep != "per-chunk":
+    if past is not None and sweep != "per-chunk":
         raise RehyatError("only a per-chunk sweep goes on from a beginning")
     parts, groups = [], range(0, len(texts), batch)
     for number, begin in enumerate(groups):
@@ -60,12 +69,8 @@ def generated(
                 pipe.run(some, settings, seed=seed + begin, on_step=functools.partial(_denoise_only, advanced))
             )
         else:
-            beginning = None if beginnings is None else beginnings[begin : begin + batch]
-            parts.append(
-                _streamed(
-                    pipe, some, settings, seed=seed + begin, progress=advanced, beginning=beginning, emptied=emptied
-                )
-            )
+            before = None if past is None else past.of(slice(begin, begin + batch))
+            parts.append(_streamed(pipe, some, settings, seed=seed + begin, progress=advanced, past=before))
     return np.concatenate(parts)
 
 
@@ -81,12 +86,11 @@ def _streamed(
     *,
     seed: int,
     progress: Progress,
-    beginning: UInt8[np.ndarray, "B G H W 3"] | None,
-    emptied: bool,
+    past: Past | None,
 ) -> UInt8[np.ndarray, "B F H W 3"]:
     """Several streams side by side; frames beyond ``settings.num_frames`` are cut off."""
-    stream = pipe.start_stream(texts, settings, seed=seed, beginning=beginning)
-    if emptied:
+    stream = pipe.start_stream(texts, settings, seed=seed, beginning=None if past is None else past.frames)
+    if past is not None and past.emptied:
         stream.state = stream.state._replace(states=_emptied(stream.state.states))
     blocks: list[np.ndarray] = [] if stream.beginning is None else [stream.beginning]
     chunk = pipe.transformer.chunk_frames() * pipe.vae.config.temporal_factor

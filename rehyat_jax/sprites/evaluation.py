@@ -20,7 +20,7 @@ import numpy as np
 
 from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.sprites.captions import captions
-from rehyat_jax.sprites.clips import Sweep, generated, quantized, through_vae
+from rehyat_jax.sprites.clips import Past, Sweep, generated, quantized, through_vae
 from rehyat_jax.sprites.occlusion import OcclusionReport, judged, report_occlusions, swapped_occlusions
 from rehyat_jax.sprites.prompts import occlusion_scenes, unseen_scenes
 from rehyat_jax.sprites.report import Report, frozen, report, swapped
@@ -198,8 +198,7 @@ class _Run:
                 frames=frames,
                 width=OCCLUSION_WIDTH,
                 seed=seed + wait,
-                beginnings=beginning,
-                emptied=emptied,
+                past=Past(frames=beginning, emptied=emptied),
             )
             seen[name] = detect(jnp.asarray(clips), pillar=True)
         part = f"{subject}, true clips"
@@ -223,7 +222,7 @@ class _Run:
         frames: int,
         width: int,
         seed: int,
-        **more: Any,
+        past: Past | None = None,
     ) -> np.ndarray:
         settings = source.pipe.settings(num_frames=frames, height=HEIGHT, width=width, **self.sampling)
         part = f"{subject}, {source.name}"
@@ -237,7 +236,7 @@ class _Run:
             seed=seed,
             batch=self.sample.batch,
             progress=lambda done, total: self.on_step(part, done, total),
-            **more,
+            past=past,
         )
 
     def _drawn(self, draw: Callable[..., Any], scenes: Any, frames: int) -> np.ndarray:

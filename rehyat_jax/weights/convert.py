@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,17 +24,33 @@ Progress = Callable[[int, int], None]
 WriteRest = Callable[[Path, Path], None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a checkpoint's weights become on their way.
+
+    Attributes:
+        dtype: None keeps each tensor's; otherwise float32, bfloat16 or float16.
+        around: a checkpoint whose weights stand in the place of those of the network that has a part of its own; its
+            weights go into that part.
+        plans: by network, what is made of the plan of its weights: of its part's, where that has weights of its own.
+        parts: by network, a part of its own that it gets, from the plan of its weights.
+        kept: in which eight bits a network's matrix of blocks, by its path, is written, with its scales; or None.
+    """
+
+    dtype: Any = None
+    around: Path | None = None
+    plans: Mapping[str, Callable[[LoadPlan], LoadPlan]] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, Callable[[LoadPlan], Attached]] = dataclasses.field(default_factory=dict)
+    kept: Callable[[str, str], np.dtype | None] = lambda network, path: None
+
+
 def convert_weights(
     src: Path,
     dst: Path,
     *,
     write_rest: WriteRest,
-    dtype: Any = None,
-    around: Path | None = None,
-    changed: Mapping[str, Callable[[LoadPlan], LoadPlan]] = MappingProxyType({}),
-    parts: Mapping[str, Callable[[LoadPlan], Attached]] = MappingProxyType({}),
-    kept: Callable[[str, str], np.dtype | None] = lambda network, path: None,
     write_beside: Callable[[Path], None] | None = None,
+    changes: Changes = Changes(),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -44,31 +59,26 @@ def convert_weights(
     Args:
         dst: new or empty; it appears whole or not at all.
         write_rest: of a whole checkpoint.
-        dtype: None keeps each tensor's; otherwise float32, bfloat16 or float16.
-        around: a checkpoint whose weights stand in the place of those of the network that has a part of its own; its
-            weights go into that part.
-        changed: by network, what is made of the plan of its weights: of its part's, where that has weights of its own.
-        parts: by network, a part of its own that it gets, from the plan of its weights.
         write_beside: of a network alone: what lies beside its weights.
-        kept: in which eight bits a network's matrix of blocks, by its path, is written, with its scales; or None.
 
     Raises:
         CheckpointError: the source is missing, damaged, incomplete or foreign; the destination is not empty or cannot
             be written; with ``around``, there is no such part or it is of other sizes.
         ConfigError: a configuration is impossible or another architecture's.
     """
+    dtype, around = changes.dtype, changes.around
     names = components_of(src)
     whole = (src / INDEX).is_file() or len(names) > 1
     plans = {name: make_plan(src, name) for name in names}
     if whole and (missing := [name for name, each in REGISTRY.items() if name not in plans and not each.optional]):
         raise CheckpointError(f"{src} has no {' and no '.join(missing)}: name one network to convert it alone")
     attached = {name: part for name, plan in plans.items() if (part := attached_to(name, plan, dtype=dtype))}
-    for name in parts:
+    for name in changes.parts:
         if name in attached or name not in plans:
             what = "is converted already" if name in attached else f"has no {component(name).title}"
             raise CheckpointError(f"{src} {what}: a conversion is for a base")
-        attached[name] = parts[name](plans[name])
-    for name, change in changed.items():
+        attached[name] = changes.parts[name](plans[name])
+    for name, change in changes.plans.items():
         if name not in plans:
             raise CheckpointError(f"{src} has no {component(name).title}, whose weights are to be changed")
         part = attached.get(name)
@@ -92,7 +102,11 @@ def convert_weights(
         def later(
             name: str, plan: LoadPlan, folder: Path, *, dialect: str = WRITTEN, most: int | None = max_shard_bytes
         ) -> None:
-            how: dict[str, Any] = {"dtype": dtype, "passing": counter.passing, "kept": functools.partial(kept, name)}
+            how: dict[str, Any] = {
+                "dtype": dtype,
+                "passing": counter.passing,
+                "kept": functools.partial(changes.kept, name),
+            }
             tensors = of_plan(plan, dialect=dialect, **how)
             counter.total += sum(tensor.nbytes for tensor in tensors)
             writes.append(lambda: write_network(folder, plan.config, tensors, stem=plan.stem, max_shard_bytes=most))

@@ -22,7 +22,7 @@ from rehyat_jax.pipeline import TextToVideo
 from rehyat_jax.runtime.variables import MixerParam
 from rehyat_jax.sprites import world
 from rehyat_jax.sprites.captions import captions
-from rehyat_jax.sprites.clips import _emptied, generated, quantized, through_vae
+from rehyat_jax.sprites.clips import Past, _emptied, generated, quantized, through_vae
 from rehyat_jax.sprites.evaluation import Measurement, to_dict
 from rehyat_jax.sprites.headline import headline
 from rehyat_jax.sprites.occlusion import report_occlusions, swapped_occlusions
@@ -205,8 +205,9 @@ def test_clips_go_on_from_true_ones_with_or_without_what_they_remember(student):
     nnx.update(pipe.transformer, jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape, np.float32), state))
     settings = pipe.settings(num_frames=21, height=16, width=32, num_inference_steps=2, guidance_scale=2.0)
     true = rng.integers(0, 256, (2, 13, 16, 32, 3), np.uint8)
-    how = {"sweep": "per-chunk", "seed": 5, "batch": 2, "progress": lambda *done: None, "beginnings": true}
-    clips, emptied = (generated(pipe, ["a", "b"], settings, emptied=e, **how) for e in (False, True))
+    how = {"sweep": "per-chunk", "seed": 5, "batch": 2, "progress": lambda *done: None}
+    pasts = (Past(frames=true, emptied=emptied) for emptied in (False, True))
+    clips, emptied = (generated(pipe, ["a", "b"], settings, past=past, **how) for past in pasts)
     through = through_vae(pipe.vae, true, batch=2)
     assert np.abs(clips[:, :13].astype(int) - through).max() <= 1
     one = pipe.open_stream(
@@ -217,7 +218,7 @@ def test_clips_go_on_from_true_ones_with_or_without_what_they_remember(student):
     assert (emptied[:, 13:] != clips[:, 13:]).any()
 
     with pytest.raises(RehyatError, match="per-chunk"):
-        generated(pipe, ["a", "b"], settings, **how | {"sweep": "per-step"})
+        generated(pipe, ["a", "b"], settings, past=Past(frames=true), **how | {"sweep": "per-step"})
 
     state = one.state.states
     left = _emptied(state)

@@ -37,7 +37,7 @@ from rehyat_jax.runtime.arguments import user_path
 from rehyat_jax.runtime.eight_bits import eight_bits_of
 from rehyat_jax.sampling.schedule import FlowSchedule
 from rehyat_jax.sampling.scheduler_config import scheduler_to_config
-from rehyat_jax.weights.convert import Progress, attached_to, convert_weights
+from rehyat_jax.weights.convert import Changes, Progress, attached_to, convert_weights
 from rehyat_jax.weights.files import EIGHT_BITS, read_json
 from rehyat_jax.weights.plan import LoadPlan, check_same
 from rehyat_jax.weights.registry import Attached
@@ -101,10 +101,10 @@ def convert(
         return with_loras(plan, of_expert(chosen, expert))
 
     two = "transformer_2" in components_in(user_path("src", src))
-    changes: dict[str, Callable[[LoadPlan], LoadPlan]] = {}
+    plans: dict[str, Callable[[LoadPlan], LoadPlan]] = {}
     if chosen or file is not None:
         for name, expert in EXPERTS.items() if two else [("transformer", None)]:
-            changes[name] = functools.partial(changed, expert=expert)
+            plans[name] = functools.partial(changed, expert=expert)
 
     def part(plan: LoadPlan) -> Attached:
         assert file is not None
@@ -138,12 +138,14 @@ def convert(
         user_path("src", src),
         user_path("dst", dst),
         write_rest=functools.partial(_copy_the_rest, teacher=None if teacher is None else Path(teacher)),
-        dtype=dtype,
-        around=None if teacher is None else user_path("teacher", teacher),
-        changed=changes,
-        kept=kept,
-        parts={"transformer": windows} if causal else parts,
         write_beside=say_how if published else None,
+        changes=Changes(
+            dtype=dtype,
+            around=None if teacher is None else user_path("teacher", teacher),
+            plans=plans,
+            parts={"transformer": windows} if causal else parts,
+            kept=kept,
+        ),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
