@@ -17,7 +17,7 @@ from rehyat_jax.adapters.names import OTHERS, Kind, dialect_of, parse
 from rehyat_jax.errors import CheckpointError, RehyatError
 from rehyat_jax.runtime import arguments
 from rehyat_jax.weights.copying import blocks
-from rehyat_jax.weights.files import TensorSource, listed, parse_object, read_json
+from rehyat_jax.weights.files import KINDS, TensorSource, listed, parse_object, read_json
 from rehyat_jax.weights.opening import open_tensors, weights_in
 
 #: PEFT's, beside its weights.
@@ -252,12 +252,13 @@ def _config(file: Path, tensors: TensorSource, config_file: Path | None) -> Mapp
 
 
 def _patterns(config: Mapping[str, Any], name: str, where: str) -> Iterator[str]:
-    """PEFT's are regular expressions for the end of a module's name; plain ones are all that is needed."""
+    """PEFT's are regular expressions for the end of a module's name, or with ``^`` for the whole of it, as diffusers
+    writes them again; plain ones are all that is needed."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{where}: {name} must be an object, not {json.dumps(patterns)[:40]}")
     for pattern in patterns:
-        if not pattern.replace(".", "").replace("_", "").isalnum():
+        if not pattern.removeprefix("^").removesuffix("$").replace(".", "").replace("_", "").isalnum():
             raise CheckpointError(f"{where}: {name} {pattern[:80]!r} is no plain name, which is not supported")
         yield pattern
 
@@ -265,8 +266,12 @@ def _patterns(config: Mapping[str, Any], name: str, where: str) -> Iterator[str]
 def _patterned(config: Mapping[str, Any], name: str, module: str, otherwise: Any) -> Any:
     """The value of the first pattern that a module's name ends with."""
     patterns: Mapping[str, Any] = config.get(name) or {}
-    found = (value for key, value in patterns.items() if module == key or module.endswith(f".{key}"))
-    return next(found, otherwise)
+    for key, value in patterns.items():
+        name = key.removeprefix("^").removesuffix("$")
+        own = module.removeprefix("base_model.model.").removeprefix("transformer.")
+        if own == name or (not key.startswith("^") and module.endswith(f".{name}")):
+            return value
+    return otherwise
 
 
 def _check_part(file: Path, tensors: TensorSource, module: str, names: Mapping[Kind, str]) -> None:
@@ -277,8 +282,10 @@ def _check_part(file: Path, tensors: TensorSource, module: str, names: Mapping[K
     for one, other in (("down", "up"), ("up", "down"), ("alpha", "down")):
         if one in names and other not in names:
             raise CheckpointError(f"{file} is no whole LoRA: {names[one]!r} has nothing that it goes with")  # type: ignore[index]
-    for name in names.values():
-        if not tensors.infos[name].readable:
+    for kind, name in names.items():
+        info = tensors.infos[name]
+        # sd-scripts keeps an alpha that follows from the rank as a whole number.
+        if not (info.readable or (kind == "alpha" and info.kind in KINDS)):
             raise CheckpointError(f"{file}: tensor {name!r} is of type {tensors.infos[name].kind}, which is not read")
     if "down" in names:
         down, up = (tensors.infos[names[kind]].shape for kind in ("down", "up"))

@@ -41,6 +41,7 @@ TARGETS: Mapping[Kind, tuple[str, ...]] = {
 _PREFIXES = (
     "lora_unet_",
     "lora_transformer_",
+    "lycoris_",
     "generator_lora_",
     "generator_ema_",
     "generator_",
@@ -50,6 +51,8 @@ _PREFIXES = (
     "module_",
     "model_",
     "unet_",
+    "pipe_",
+    "dit_",
     "net_",
 )
 #: Adapters that are no LoRA, by their tensors' names.

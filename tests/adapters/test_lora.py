@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
-from shared.lora import BY_DIFFUSERS, OTHERS, comfy, everywhere, merged, random_lora, written
+from shared.lora import BY_DIFFUSERS, OTHERS, ab, comfy, everywhere, merged, random_lora, written
 from shared.tiers import breadth
 from shared.wan import TINY, Case, by_diffusers, by_us, inputs, reference, relative
 
@@ -202,12 +202,35 @@ def test_a_configuration_that_is_not_understood_is_refused(config, message, fold
         load_transformer(folder, loras=[path])
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.float64, torch.bfloat16])
+def test_an_alpha_is_any_number(kind, folder, weights, tmp_path):
+    """sd-scripts keeps one that follows from the rank as a whole number."""
+    lora = {name: pair for name, pair in a_lora(weights).items() if name.startswith("blocks.0.self")}
+    path, scale = written("kohya", lora, tmp_path / "lora")
+    tensors = load_file(path)
+    save_file({name: x.to(kind) if name.endswith(".alpha") else x for name, x in tensors.items()}, path)
+    wanted = merged(weights, lora, STRENGTH * scale)
+    assert_merged(load_transformer(folder, loras=[(path, STRENGTH)]), wanted, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "pipe.dit."])
+def test_other_trainers_prefixes(prefix, folder, weights, tmp_path):
+    """LyCORIS' of a LoRA, DiffSynth-Studio's."""
+    lora = {name: pair for name, pair in a_lora(weights).items() if name.startswith("blocks.1.cross")}
+    name = (lambda m: prefix + m.replace(".", "_")) if prefix.endswith("_") else (lambda m: prefix + m)
+    save_file(ab(lora, name), tmp_path / "x.safetensors")
+    assert_merged(load_transformer(folder, loras=[tmp_path / "x.safetensors"]), merged(weights, lora, 1.0), tmp_path)
+
+
 def test_patterns_of_alpha_are_of_the_modules_that_they_name(folder, weights, tmp_path):
     lora = a_lora(weights)
     path, _ = written("PEFT folder", lora, tmp_path / "lora")
-    (path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "alpha_pattern": {"attn1.to_q": 6}}))
+    # As PEFT has them for the end of a name, and as diffusers writes them for the whole of it.
+    patterns = {"attn1.to_q": 6, "^blocks.1.attn2.to_v": 6, "^attn1.to_k": 6}
+    (path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "alpha_pattern": patterns}))
     module = load_transformer(folder, loras=[path])
-    twice = {name: pair for name, pair in lora.items() if name.endswith("self_attn.q")}
+    named = ("self_attn.q", "blocks.1.cross_attn.v")
+    twice = {name: pair for name, pair in lora.items() if name.endswith(named)}
     wanted = merged(weights, lora, 1.0)
     more = merged({name: torch.zeros(x.shape) for name, x in weights.items()}, twice, 1.0)
     assert_merged(module, {name: value + more[name] for name, value in wanted.items()}, tmp_path)

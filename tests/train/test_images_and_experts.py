@@ -22,15 +22,20 @@ from rehyat_jax.models.clip.encoder import ImageEncoder
 from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
+from rehyat_jax.models.wan.forced import forced
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.runtime.mesh_config import MeshConfig
 from rehyat_jax.sampling.codec import Codec
+from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.clips import Bucket
 from train.data.pools import Pool
+from train.data.rollouts import Rollouts, rows_back
 from train.data.sources import Source
 from train.engine.stage import Models
-from train.stages.from_image import FromImage, prepared_frames, takes_image
+from train.stages.aims import guess
+from train.stages.forced import ForcedTraining
+from train.stages.from_image import FromImage, prepared_frames, shown, takes_image
 
 HYBRID = HybridConfig(chunk_frames=1, overlap_frames=1)
 SHORT = {
@@ -42,6 +47,8 @@ SHORT = {
     "teacher_frames": 5,
     "shift": 5.0,
 }
+#: Two chunks of two latent frames.
+FORCED = Bucket(kind="plain", frames=13, batch=2)
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 1.0, "seed": 3}
 
 
@@ -113,19 +120,22 @@ def test_what_is_not_trained_is_said(experts, from_image, tmp_path):
     with pytest.raises(ConfigError, match="an expert has noise levels of its own"):
         _ = finetuning(experts, out, expert="low", levels_of=(0.5, 1.0)).stage()
     with pytest.raises(ConfigError, match="the clips of 'plain' captions are 64x64, and the source says 32x32"):
-        distillation(from_image, out).stage().measures()
+        _ = distillation(from_image, out).stage().devices
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     alone = {"sources": (Source(prompts=str(tmp_path / "prompts.txt"), frames=5, batch=4),)}
     with pytest.raises(ConfigError, match="has prompts and no clips, of which this teacher needs their first frames"):
-        distillation(from_image, out, **alone).stage().inputs()
+        _ = distillation(from_image, out, **alone).stage().devices
     with pytest.raises(ConfigError, match="needs what the lower expert begins with: give a prepared folder"):
-        distillation(experts, out, expert="low", **alone).stage().inputs()
+        _ = distillation(experts, out, expert="low", **alone).stage().devices
     with pytest.raises(ConfigError, match="begin at one noise level: give one of the shifts"):
-        distillation(experts, out, expert="low", shifts=(3.0, 5.0)).stage().inputs()
+        _ = distillation(experts, out, expert="low", shifts=(3.0, 5.0)).stage().devices
     with pytest.raises(ConfigError, match="of 1 steps none is at noise levels from 0 to"):
         _ = distillation(experts, out, expert="low", num_inference_steps=1).stage().devices
-    with pytest.raises(ConfigError, match="makes videos from an image: it is finetuned on clips, not on its own"):
-        _ = forcing(from_image, out, hybrid=HYBRID).stage().student
+    switching = (Rollouts(clips=FORCED, windows=2, switches=0.5),)
+    with pytest.raises(ConfigError, match="makes videos from an image, which a row keeps: leave switches out"):
+        _ = forcing(from_image, out, buckets=switching).stage().images
+    with pytest.raises(ConfigError, match="latents, text or images are of other widths"):
+        _ = forcing(from_image, out, teacher=experts, buckets=(Rollouts(clips=FORCED),)).stage()._teacher()
 
 
 def _on_a_mesh():
@@ -244,3 +254,112 @@ def test_two_experts_are_distilled_one_after_the_other_and_stream(experts, tmp_p
     next(stream)
     stream.save(tmp_path / "kept")
     np.testing.assert_array_equal(next(pipe.resume_stream(tmp_path / "kept")), next(stream))
+
+
+@pytest.mark.full
+def test_own_videos_from_an_image_are_replayed_as_they_were_made(from_image, tmp_path):
+    """Of one step a chunk, the guess at the exit is what was made, in a second window too; whoever is shown another
+    image makes another. The scores are shown the true clip's first frame, then the window's own."""
+    rollouts = Rollouts(clips=FORCED, windows=2)
+    training = forcing(from_image, tmp_path / "out", buckets=(rollouts,), num_inference_steps=1)
+    stage = training.stage()
+    data, modules = stage.data()[0], {role: network.make() for role, network in stage.networks.items()}
+    graphs, states = ({role: nnx.split(module)[i] for role, module in modules.items()} for i in (0, 1))
+
+    @jax.jit
+    def draw(states, carried, host, frozen):
+        models = Models(graphs, frozen=states)
+        pool = data.feed.pool(host[0], frozen, models)
+        carried, batch = data.draw(models, carried, host, frozen)
+        batch = batch(jnp.int32(0))
+        student, (rows, _, height, width, _) = models["student"], batch.video.shape
+        like = jax.eval_shape(lambda: student.init_state(rows, height, width))
+        seen, image = shown(batch.condition, batch.noisy)
+        velocity = forced(
+            student,
+            seen,
+            batch.times,
+            student.precompute_text_kv(batch.text, TEXT_LENGTH, **image),
+            rows_back(batch.state, like, axis=1),
+            past=shown(batch.condition, batch.past)[0],
+            past_times=batch.past_times,
+            first_frame=batch.first_frame[0],
+            text_tokens=TEXT_LENGTH,
+        ).velocity
+        true = stage.images.condition(models, pool.latents)
+        own = stage.images.condition(models, batch.video)
+        return (
+            carried,
+            batch,
+            guess(batch.noisy, velocity, batch.sigma),
+            true,
+            own,
+            training.scores(models, batch, batch.video),
+        )
+
+    carried, (turn, key, _) = data.begin(Devices(None)), data.host(0)
+    for window in (0, 1):
+        host = turn, key, np.asarray([0, window], np.int32)
+        carried, batch, found, true, own, scores = draw(states, carried, host, data.frozen)
+        np.testing.assert_allclose(found[:, window:], batch.video[:, window:], atol=1e-4)
+        np.testing.assert_allclose(batch.scored.image, (own if window else true).image, atol=1e-5)
+        np.testing.assert_allclose(batch.condition.image, true.image, atol=1e-5)
+        begins = np.arange(4) < 1 - window
+        assert (batch.condition.channels[..., :4].any((2, 3, 4)) == begins).all()
+        assert all(np.isfinite(each).all() for each in scores)
+
+
+@pytest.mark.full
+def test_an_image_to_video_student_learns_from_its_own_videos(from_image, tmp_path):
+    training = forcing(from_image, tmp_path / "student", buckets=(Rollouts(clips=FORCED, windows=2, given=1),))
+    training.run()
+    log = log_of(training)
+    assert {"critic/loss", "student/loss", "student/gap"} <= log[-1].keys()
+    assert np.isfinite([value for entry in log for value in entry.values()]).all()
+    pipe = TextToVideo.from_pretrained(training.out, cache_dir=tmp_path / "cache")
+    stream = pipe.open_stream(PROMPT, image=image_of(64, 64), height=64, width=64, seed=3)
+    assert [len(next(stream)) for _ in range(2)] == [5, 8]
+
+
+@pytest.mark.full
+def test_an_image_to_video_student_learns_through_its_state(from_image, tmp_path):
+    training = ForcedTraining(
+        out=tmp_path / "student",
+        source=from_image,
+        **SHORT | {"teacher_frames": 129},
+        grid_levels=4,
+        guidance_scale=2.0,
+        num_inference_steps=2,
+        first_chunk_steps=None,
+        dtype="float32",
+        checkpoint_seconds=0.0,
+    )
+    training.run()
+    assert all(np.isfinite(entry["loss"]) for entry in log_of(training))
+    pipe = TextToVideo.from_pretrained(training.out, cache_dir=tmp_path / "cache")
+    assert pipe.settings().num_inference_steps == 2
+    assert len(next(pipe.open_stream(PROMPT, image=image_of(64, 64), height=64, width=64, seed=3))) == 1
+
+
+@pytest.mark.full
+def test_a_model_between_two_images_is_distilled_and_has_no_streams(tmp_path):
+    """It is shown a clip's first and last frame, as a call's condition of these is."""
+    folder = tmp_path / "flf2v"
+    tiny_i2v(folder, **CLIP, pos_embed_seq_len=10)
+    training = distillation(folder, tmp_path / "student", **DISTILLING | {"steps": 4, "measure_rounds": 0})
+    stage = training.stage()
+    latents = np.random.default_rng(0).standard_normal((1, 3, 8, 8, 16), np.float32)
+    seen = stage.shown.condition(stage.shown.arrays, jnp.asarray(latents))
+    vae = stage.vae_module
+    frames = np.asarray(vae.decode(vae.denormalize(jnp.asarray(latents))), np.float32)
+    clip = np.full((1, 9, 64, 64, 3), 127.5, np.float32)
+    clip[:, 0], clip[:, -1] = ((frames[:, place] + 1) * 127.5 for place in (0, -1))
+    np.testing.assert_allclose(seen.channels[..., 4:], Codec(vae).encode(clip, frames_per_step=1), atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(seen.channels[0, :, 0, 0, :4], [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    assert seen.image.shape == (1, 10, 20)
+    training.run()
+    pipe = TextToVideo.from_pretrained(training.out, cache_dir=tmp_path / "cache")
+    images = {"image": image_of(64, 64), "last_image": image_of(64, 64, seed=2)}
+    assert pipe(PROMPT, **images, num_frames=9, **SIZE).shape == (9, 64, 64, 3)
+    with pytest.raises(ConfigError, match="makes videos between two images: it has no streams to learn from"):
+        _ = forcing(folder, tmp_path / "out", buckets=(Rollouts(clips=FORCED),)).stage().images

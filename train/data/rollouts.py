@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.sampling import SamplingSteps
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import ChunkNoise
 from rehyat_jax.sampling.rollout import Recorded, Sampler, commit_chunk, recorded_chunk
 from rehyat_jax.sampling.text import Padded
@@ -129,6 +130,7 @@ class Roller:
         exits: Float[Array, " B"],
         window: Int[Array, ""],
         truth: Float[Array, "B T h w z"] | None,
+        condition: Condition | None = None,
     ) -> Rolled:
         """The next window of every row; inside jit.
 
@@ -138,8 +140,12 @@ class Roller:
             exits: 0 to below 1: which of its steps each row is to leave at.
             window: of the rows, counted from 0.
             truth: a clip of a window's length whose first chunks are given.
+            condition: of the rows' whole videos, as far as it changes.
         """
         frames = self.shape[0]
+
+        def under(first_frame: Array) -> Condition | None:
+            return None if condition is None else condition.chunk(first_frame, frames)
 
         def made(states: PyTree, first_frame: Array, steps: SamplingSteps) -> tuple[PyTree, tuple[Array, ...]]:
             noise, count = ChunkNoise(keys, first_frame), len(steps.timestep)
@@ -152,6 +158,7 @@ class Roller:
                 first_frame=first_frame,
                 steps=steps,
                 sampler=self.sampler,
+                condition=under(first_frame),
             )
             place = jnp.clip(jnp.floor(exits * count).astype(jnp.int32), 0, count - 1)
             noisy = jnp.take_along_axis(chunk.inputs, place[None, :, None, None, None, None], axis=0)[0]
@@ -171,6 +178,7 @@ class Roller:
                 first_frame=first_frame,
                 steps=self.steps,
                 context_noise=self.sampler.context_noise,
+                condition=under(first_frame),
             )
             none = jnp.zeros(latents.shape[0], jnp.float32)
             return states, (latents, latents, none, none)

@@ -137,17 +137,19 @@ class Source:
         return jax.tree.map(lambda x: x[:count], self._scenes(0, "unseen", 0))
 
     def render(self, scenes: Any) -> Float[Array, "R F H W 3"]:
-        """The scenes' clips.
+        """The scenes' clips; see `check_renders`."""
+        return world.render(scenes, num_frames=self.frames)
 
+    def check_renders(self) -> None:
+        """
         Raises:
-            ConfigError: they are of another size than the source.
+            ConfigError: of sprites, whose clips are of another size than the source.
         """
         if (self.height, self.width) != (size := (world.HEIGHT, _KINDS[self.prompts])):
             raise ConfigError(
                 f"the clips of {self.prompts!r} captions are {size[1]}x{size[0]}, and the source says "
                 f"{self.width}x{self.height}"
             )
-        return world.render(scenes, num_frames=self.frames)
 
     def _captions(self, seed: int, split: Any, block: int) -> list[str]:
         return captions(self._scenes(seed, split, block))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from rehyat_jax.errors import ConfigError
 from rehyat_jax.models.wan.vae import WanVAE
+from rehyat_jax.sampling.condition import Condition
 from train.data.prepared import Prepared
 from train.data.sources import Shown, Source, encoded
 from train.data.trajectories import Clips, Given
@@ -24,8 +25,8 @@ from train.data.trajectories import Clips, Given
 class ClipsGiven:
     """Of one teacher's trajectories."""
 
-    #: How it is shown the clips' images; None: it takes none.
-    shown: Shown | None
+    #: How it is shown the clips' images, from when it is asked for; None: it takes none.
+    shown: Callable[[], Shown] | None
     #: Whether trajectories begin with the clips under noise.
     begins: bool
     #: Encodes clips of the world.
@@ -34,7 +35,7 @@ class ClipsGiven:
     def check(self, source: Source) -> None:
         """
         Raises:
-            ConfigError: a source of prompts alone.
+            ConfigError: a source of prompts alone, or of another size than its clips.
         """
         if source.samples and not source.of_sprites:
             needs = "their first frames" if self.shown is not None else "what the lower expert begins with"
@@ -42,10 +43,11 @@ class ClipsGiven:
                 f"{source.prompts} has prompts and no clips, of which this teacher needs {needs}: "
                 "give a prepared folder"
             )
+        if source.of_sprites:
+            source.check_renders()
 
     def of(self, source: Source, *, seed: int) -> Clips:
         """Of the captions of a source of sprites, by their numbers."""
-        self.check(source)
         scenes, made = source.scenes(seed=seed), self._of_scenes(source)
         return lambda numbers: made(scenes(numbers))
 
@@ -56,7 +58,6 @@ class ClipsGiven:
             prepared: the source's folder, where it has one.
         """
         if prepared is None:
-            self.check(source)
             return self._of_scenes(source)(source.held_out_scenes(count))
         clips = prepared.clips(held_out=True)
         latents = np.stack([np.asarray(clips[place]["latents"], np.float32) for place in range(count)])
@@ -72,13 +73,14 @@ class ClipsGiven:
         return lambda scenes: self._of_latents(latents(weights, scenes))
 
     def _of_latents(self, latents: Float[Array, "R T h w z"]) -> Given:
-        condition = None if self.shown is None else self._condition(self.shown.arrays, latents)
-        return Given(condition, latents if self.begins else None)
+        return Given(self._condition(latents), latents if self.begins else None)
 
     @functools.cached_property
-    def _condition(self) -> Callable[..., Any]:
-        assert self.shown is not None
-        return jax.jit(self.shown.condition)
+    def _condition(self) -> Callable[[Float[Array, "R T h w z"]], Condition | None]:
+        if self.shown is None:
+            return lambda latents: None
+        shown = self.shown()
+        return functools.partial(jax.jit(shown.condition), shown.arrays)
 
 
 def planned_clips(shown: Shown | None, shape: tuple[int, ...], *, begins: bool) -> Clips:

@@ -163,9 +163,15 @@ class DistillStage(Stage):
     @functools.cached_property
     def clips_given(self) -> ClipsGiven | None:
         """What its trajectories have of clips; None: prompts are enough."""
-        if self.begins_with_clips or takes_image(self.model, self.vae):
-            return ClipsGiven(shown=self.shown, begins=self.begins_with_clips, vae=lambda: self.vae_module)
-        return None
+        images = takes_image(self.model, self.vae)
+        if not images and not self.begins_with_clips:
+            return None
+
+        def shown() -> Shown:
+            assert self.shown is not None
+            return self.shown
+
+        return ClipsGiven(shown=shown if images else None, begins=self.begins_with_clips, vae=lambda: self.vae_module)
 
     @functools.cached_property
     def numbers(self) -> list[int]:
@@ -184,6 +190,11 @@ class DistillStage(Stage):
     @functools.cached_property
     def devices(self) -> Devices:
         _ = self.numbers, self.sampling  # what else a user may have got wrong
+        if self.begins_with_clips and len(self.training.shifts) > 1:
+            raise ConfigError("the lower expert's trajectories begin at one noise level: give one of the shifts")
+        if self.clips_given is not None:
+            for source in self.training.sources:
+                self.clips_given.check(source)
         return self.training.devices(self.model, self.shapes)
 
     @property
@@ -248,8 +259,6 @@ class DistillStage(Stage):
         training = self.training
         _ = self.prepared
         # All that a user may have got wrong is known before the text encoder is read.
-        if self.begins_with_clips and len(training.shifts) > 1:
-            raise ConfigError("the lower expert's trajectories begin at one noise level: give one of the shifts")
         seed, reserved = training.seed, training.held_out
         texts = [source.texts(seed=seed, reserved=reserved) if source.samples else None for source in training.sources]
         _ = self.held_out

@@ -239,26 +239,16 @@ class FinetuneStage(FromSource, FlowStage):
     """A converted model learns whole, with or without a teacher beside it."""
 
     training: FinetuneTraining
-    #: Whether models that take images are trained so.
-    takes_images = True
 
     def __init__(self, training: FinetuneTraining) -> None:
         super().__init__(training.at_its_levels())
 
     @functools.cached_property
     def images(self) -> FromImage | None:
-        """Of a model that is shown a clip's first frame.
-
-        Raises:
-            ConfigError: it is not trained so.
-        """
+        """Of a model that is shown a clip's first frame."""
         model = self.student.config
         if not takes_image(model, self.vae_config):
             return None
-        if not self.takes_images:
-            raise ConfigError(
-                f"{self.source} makes videos from an image: it is finetuned on clips, not through its state"
-            )
         return FromImage.of(model, self.vae_config, self.features)
 
     @functools.cached_property

@@ -11,6 +11,7 @@ The file defines ``config``, a `train.stages.forced.ForcedTraining`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ from rehyat_jax.models.checkpoints import load_transformer
 from rehyat_jax.models.wan.forced import forced
 from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.devices import Devices, loading
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from train.data.pools import Pool
 from train.engine.arithmetic import forward_flops
@@ -31,6 +33,7 @@ from train.engine.gradients import Mean
 from train.engine.stage import Models, Network
 from train.stages.aims import Aim, aim_mean, consistency_aim, consistency_grid, noised, spread, spread_levels, wide
 from train.stages.finetune import FinetuneStage, FinetuneTraining, PlannedFinetune
+from train.stages.from_image import FromImage, shown
 from train.stages.sizes import whole_model
 from train.stages.students import computing
 
@@ -165,35 +168,45 @@ class ForcedTraining(FinetuneTraining):
         )
 
     def velocity(
-        self, model: WanTransformer, batch: ForcedBatch, noisy: Array, sigma: Array, text: Array, *, stop: int = 0
+        self,
+        model: WanTransformer,
+        batch: ForcedBatch,
+        noisy: Array,
+        sigma: Array,
+        text: Array,
+        *,
+        condition: Condition | None,
+        stop: int = 0,
     ) -> Float[Array, "B T h w z"]:
         """A model's, given the batch's past."""
         rows, _, height, width, _ = noisy.shape
+        past, image = shown(condition, batch.past)
         return forced(
             model,
-            noisy,
+            shown(condition, noisy)[0],
             1000 * sigma,
-            model.precompute_text_kv(text, TEXT_LENGTH),
+            model.precompute_text_kv(text, TEXT_LENGTH, **image),
             model.init_state(rows, height, width),
-            past=batch.past,
+            past=past,
             past_times=1000 * batch.past_sigma,
             text_tokens=TEXT_LENGTH,
             stop=stop,
             remat=self.rematerialised,
         ).velocity
 
-    def aim_of(self, models: Models, batch: ForcedBatch) -> Aim:
-        """What the student's velocity is drawn to."""
+    def aim_of(self, models: Models, batch: ForcedBatch, *, condition: Condition | None = None) -> Aim:
+        """What the student's velocity is drawn to; ``condition`` is of models that take images."""
         counts = jnp.ones_like(batch.sigma) if batch.learned is None else batch.learned
         if batch.lower is None:
             return Aim(batch.velocity, counts)
         guide, averaged = models["guide"], models.average("student")
-        teacher = self.velocity(guide, batch, batch.noisy, batch.sigma, batch.text).astype(jnp.float32)
+        how: Any = {"condition": condition}
+        teacher = self.velocity(guide, batch, batch.noisy, batch.sigma, batch.text, **how).astype(jnp.float32)
         if batch.empty is not None:
-            without = self.velocity(guide, batch, batch.noisy, batch.sigma, batch.empty).astype(jnp.float32)
+            without = self.velocity(guide, batch, batch.noisy, batch.sigma, batch.empty, **how).astype(jnp.float32)
             teacher = without + self.guidance_scale * (teacher - without)
         below = batch.noisy - wide(batch.sigma - batch.lower) * teacher
-        following = self.velocity(averaged, batch, below, batch.lower, batch.text)
+        following = self.velocity(averaged, batch, below, batch.lower, batch.text, **how)
         aim = consistency_aim(teacher, following, batch.sigma, batch.lower)
         return aim._replace(weights=aim.weights * counts)
 
@@ -202,7 +215,17 @@ class ForcedStage(FinetuneStage):
     """A student learns to go on from the true past, with a guide beside it where the aim asks for one."""
 
     training: ForcedTraining
-    takes_images = False
+
+    @functools.cached_property
+    def images(self) -> FromImage | None:
+        """
+        Raises:
+            ConfigError: the model makes videos between two images.
+        """
+        images = super().images
+        if images is not None and images.between:
+            raise ConfigError(f"{self.source} makes videos between two images: it has no streams to learn for")
+        return images
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -223,10 +246,12 @@ class ForcedStage(FinetuneStage):
         return computing(guide, self.dtype)
 
     def loss(self, models: Models, batch: ForcedBatch) -> dict[str, Mean]:  # type: ignore[override]
-        training = self.training
-        aim = jax.tree.map(jax.lax.stop_gradient, training.aim_of(models, batch))
-        student = models["student"]
-        velocity = training.velocity(student, batch, batch.noisy, batch.sigma, batch.text, stop=training.stop)
+        training, condition = self.training, None
+        if self.images is not None:
+            condition = self.images.condition(models, batch.noisy - wide(batch.sigma) * batch.velocity)
+        aim = jax.tree.map(jax.lax.stop_gradient, training.aim_of(models, batch, condition=condition))
+        student, how = models["student"], dict[str, Any](condition=condition, stop=training.stop)
+        velocity = training.velocity(student, batch, batch.noisy, batch.sigma, batch.text, **how)
         return {"loss": aim_mean(velocity, aim)}
 
     def flops(self, data: int) -> float:

@@ -50,6 +50,7 @@ from train.engine.stage import Models, Stage
 from train.stages.aims import Aim, aim_mean, guess, noised
 from train.stages.flow import Validation
 from train.stages.forced import few_step_defaults, whole_streams
+from train.stages.from_image import shown
 from train.stages.planned import latent_shape
 from train.stages.rewards import Reward
 from train.stages.scores import score_difference, scores_aim
@@ -222,8 +223,9 @@ class ForcingTraining(RunConfig):
         """The critic's flow on finished videos, whatever of them was given."""
         noise, level = _noise(batch, 0), batch.levels[:, :1]
         noisy = noised(batch.video, noise, jnp.broadcast_to(level, batch.weights.shape))
+        seen, image = shown(batch.scored, noisy)
         velocity = models["critic"](
-            noisy, 1000 * level[:, 0], batch.text, text_tokens=TEXT_LENGTH, remat=self.rematerialised
+            seen, 1000 * level[:, 0], batch.text, text_tokens=TEXT_LENGTH, remat=self.rematerialised, **image
         )
         return {"loss": aim_mean(velocity, Aim(noise - batch.video, jnp.ones_like(batch.weights)))}
 
@@ -232,13 +234,14 @@ class ForcingTraining(RunConfig):
         from the teacher's, which says more than the loss."""
         student, (rows, _, height, width, _) = models["student"], batch.video.shape
         like = jax.eval_shape(lambda: student.init_state(rows, height, width))
+        noisy, image = shown(batch.condition, batch.noisy)
         velocity = forced(
             student,
-            batch.noisy,
+            noisy,
             batch.times,
-            student.precompute_text_kv(batch.text, TEXT_LENGTH),
+            student.precompute_text_kv(batch.text, TEXT_LENGTH, **image),
             rows_back(batch.state, like, axis=1),
-            past=batch.past,
+            past=shown(batch.condition, batch.past)[0],
             past_times=batch.past_times,
             first_frame=batch.first_frame[0],
             text_tokens=TEXT_LENGTH,
@@ -266,9 +269,14 @@ class ForcingTraining(RunConfig):
         texts = jnp.stack([batch.text, batch.empty] if guidance.needs_negative else [batch.text])
         teacher, critic = models["teacher"], models["critic"]
         real = guided_velocity(
-            functools.partial(teacher, text_tokens=TEXT_LENGTH), texts, guidance=guidance, dtype=teacher.dtype
+            functools.partial(teacher, text_tokens=TEXT_LENGTH),
+            texts,
+            guidance=guidance,
+            dtype=teacher.dtype,
+            condition=batch.scored,
         )(noisy, time)
-        fake = critic(noisy, time, batch.text, text_tokens=TEXT_LENGTH).astype(jnp.float32)
+        seen, image = shown(batch.scored, noisy)
+        fake = critic(seen, time, batch.text, text_tokens=TEXT_LENGTH, **image).astype(jnp.float32)
         return jax.lax.stop_gradient((noisy - wide * real, noisy - wide * fake))
 
     def memory_need(self) -> Need:
@@ -296,6 +304,8 @@ class ForcingTraining(RunConfig):
             "the teacher": weights_bytes(teacher, "transformer", dtype=self.dtype) // devices,
             "the VAE": weights_bytes(source, "vae", dtype=self.dtype),
         }
+        if model.image_dim is not None:
+            parts["the image encoder"] = weights_bytes(source, "image_encoder", dtype=jnp.float32)
         passes = []
         for clips in self.clips:
             if isinstance(clips, PreparedClips):

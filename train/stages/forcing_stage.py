@@ -20,6 +20,7 @@ from rehyat_jax.adapters.training import LoraConfig, with_adapters
 from rehyat_jax.errors import CheckpointError, ConfigError
 from rehyat_jax.mixers.config import Conversion
 from rehyat_jax.models.checkpoints import load_text_encoder, load_transformer
+from rehyat_jax.models.clip.features import ImageFeatures
 from rehyat_jax.models.folder import find_model, read_scheduler
 from rehyat_jax.models.networks import open_component
 from rehyat_jax.models.wan.config import VAEConfig, WanConfig
@@ -41,7 +42,7 @@ from train.engine.stage import Measure, Models, Network, Stage, Update
 from train.stages.feeds import feed_of
 from train.stages.flow import embed
 from train.stages.forcing import ForcingTraining
-from train.stages.from_image import takes_image
+from train.stages.from_image import FromImage, takes_image
 from train.stages.planned import PlannedFeed, check_planned, latent_shape, planned_model
 from train.stages.sizes import check_sizes
 from train.stages.sourced import FromSource
@@ -76,11 +77,30 @@ class ForcingStage(FromSource, Stage):
         with loading(self.training.mesh):
             student = student_of(load_transformer(self.source), self.training.hybrid, where=self.source)
         check_sizes(self.training.model, student.config, where=self.source)
-        if takes_image(student.config, self.vae_config):
-            raise ConfigError(
-                f"{self.source} makes videos from an image: it is finetuned on clips, not on its own videos"
-            )
         return computing(student, self.dtype)
+
+    @functools.cached_property
+    def features(self) -> ImageFeatures | None:
+        """The source's image encoder, where it has one."""
+        return None if self.student.config.image_dim is None else ImageFeatures(self.source)
+
+    @functools.cached_property
+    def images(self) -> FromImage | None:
+        """Of a student that is shown the first frame of the true clip.
+
+        Raises:
+            ConfigError: it cannot be trained so.
+        """
+        if not takes_image(self.student.config, self.vae_config):
+            return None
+        images = FromImage.of(self.student.config, self.vae_config, self.features)
+        if images.between:
+            raise ConfigError(f"{self.source} makes videos between two images: it has no streams to learn from")
+        if any(rollouts.switches for rollouts in self.training.buckets):
+            raise ConfigError(f"{self.source} makes videos from an image, which a row keeps: leave switches out")
+        if self.training.validation.prompts:
+            raise ConfigError("videos of a validation are made from text: leave its prompts out")
+        return images
 
     @functools.cached_property
     def schedule(self) -> FlowSchedule:
@@ -93,6 +113,7 @@ class ForcingStage(FromSource, Stage):
     @functools.cached_property
     def devices(self) -> Devices:
         _ = self.prepared  # before weights are read
+        _ = self.images
         shapes = [self.latent_shape(number) for number in range(len(self.training.buckets))]
         return self.training.devices(self.student, [shape[0] for shape in shapes])
 
@@ -116,6 +137,8 @@ class ForcingStage(FromSource, Stage):
             found["text"] = Network(make=lambda: load_text_encoder(self.source, dtype=self.dtype))
         if training.decodes:
             found["vae"] = Network(make=lambda: self.vae)
+        if self.images is not None:
+            found |= self.images.networks(lambda: self.vae, self.features)
         return found
 
     def _teacher(self) -> WanTransformer:
@@ -136,8 +159,10 @@ class ForcingStage(FromSource, Stage):
             model = load_transformer(folder, hybrid=None, dtype=dtype)
         check_sizes(said, model.config, where=folder)
         ours, theirs = self.student.config, model.config
-        if (ours.in_channels, ours.text_dim) != (theirs.in_channels, theirs.text_dim):
-            raise ConfigError(f"{folder} has no score of {self.source}'s videos: latents or text are of other widths")
+        if any(getattr(ours, name) != getattr(theirs, name) for name in ("in_channels", "text_dim", "image_dim")):
+            raise ConfigError(
+                f"{folder} has no score of {self.source}'s videos: latents, text or images are of other widths"
+            )
         return model
 
     def read(self, models: Models, tokens: Captions) -> Array:
@@ -154,9 +179,17 @@ class ForcingStage(FromSource, Stage):
         return [self._windows(number, rollouts, self.feed(number)) for number, rollouts in enumerate(buckets)]
 
     def _windows(self, number: int, rollouts: Rollouts, feed: Feed) -> Windows:
-        shape, chunk = (*self.latent_shape(number), self.student.config.in_channels), self.student.chunk_frames()
+        shape, chunk = (*self.latent_shape(number), self.student.config.out_channels), self.student.chunk_frames()
         roller = self.training.roller(rollouts, self.schedule, shape=shape, chunk=chunk)
-        return Windows(self.training, rollouts, feed, roller=roller, student=self.student, place=self._place(number))
+        return Windows(
+            self.training,
+            rollouts,
+            feed,
+            roller=roller,
+            student=self.student,
+            place=self._place(number),
+            images=self.images,
+        )
 
     def which(self, index: int) -> int:
         training = self.training
@@ -261,7 +294,7 @@ class PlannedForcing(ForcingStage):
     def __init__(self, training: ForcingTraining, among: Sequence[Any], *, size: tuple[int, int]) -> None:
         super().__init__(training)
         self._among, self._size = among, size
-        self.prepared, self.source = {}, training.source
+        self.prepared, self.source, self.features = {}, training.source, None
         self.schedule = FlowSchedule(shift=training.shift)
 
     @functools.cached_property

@@ -82,22 +82,27 @@ class FromImage:
     def condition(self, models: Models, latents: Float[Array, "B T h w z"]) -> Condition:
         """Of clips, by normalised latents: as `rehyat_jax.models.wan.conditions.ImageChannels` makes it of the frame
         that the autoencoder makes of the first of them."""
+        frames = latents.shape[1]
+        return self.of_stream(models, latents, frames=frames).chunk(0, frames)
+
+    def of_stream(self, models: Models, latents: Float[Array, "B T h w z"], *, frames: int) -> Condition:
+        """As far as it changes within so many latent frames, for `Condition.chunk`."""
         roles = [role for role in ("vae", "image") if role in models]
         graphs, weights = zip(*(nnx.split(models[role]) for role in roles), strict=True)
-        shown, pieces = functools.partial(self._shown, graphs), devices_along("batch")
+        shown, pieces = functools.partial(self._shown, graphs, frames), devices_along("batch")
         if pieces > 1 and len(latents) % pieces == 0:
             # A loop over frames whose clips are cut over devices would gather them at each.
             batch = spec("batch")
             shown = jax.shard_map(shown, in_specs=(PartitionSpec(), batch), out_specs=batch, check_vma=False)
         channels, image = shown(weights, latents)
-        return Condition(channels=channels, image=image).chunk(0, latents.shape[1])
+        return Condition(channels=channels, image=image)
 
     def _shown(
-        self, graphs: tuple[Any, ...], weights: tuple[Any, ...], latents: Float[Array, "B T h w z"]
+        self, graphs: tuple[Any, ...], frames: int, weights: tuple[Any, ...], latents: Float[Array, "B T h w z"]
     ) -> tuple[Array, Array | None]:
         """Channels, as far as they change, and CLIP's features."""
         vae, *clip_encoder = (nnx.merge(*each) for each in zip(graphs, weights, strict=True))
-        time, frames = self.vae.temporal_factor, latents.shape[1]
+        time = self.vae.temporal_factor
         given, known = jnp.zeros(frames * time, jnp.float32).at[:time].set(1), frames
         images: tuple[Array, ...]
         if self.between:
@@ -129,3 +134,11 @@ def prepared_frames(frames: Float[Array, "B H W 3"], prepare: Preparation) -> Fl
     middle = jnp.clip(resized[:, top : top + prepare.height, left : left + prepare.width], 0.0, 1.0)
     mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (prepare.mean, prepare.std))
     return (middle - mean) / std
+
+
+def shown(condition: Condition | None, latents: Float[Array, "B T h w z"]) -> tuple[Array, dict[str, Array]]:
+    """What a model that takes images is shown of noisy latents, and its call's ``image``."""
+    if condition is None:
+        return latents, {}
+    seen, _ = condition.seen(latents, jnp.zeros(len(latents)))
+    return seen, {} if condition.image is None else {"image": condition.image}

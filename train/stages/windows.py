@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt32
 from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.runtime.mesh import constrain_sharding
 from rehyat_jax.sampling import rollout
+from rehyat_jax.sampling.condition import Condition
 from rehyat_jax.sampling.noise import RANDOM, ChunkNoise
 from rehyat_jax.sampling.text import Padded
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
@@ -21,6 +22,7 @@ from train.data.pools import Feed
 from train.data.rollouts import Roller, Rollouts, first_forks, rows_back, rows_first, turn
 from train.engine.stage import Data, Models
 from train.stages.aims import noised, spread
+from train.stages.from_image import FromImage
 from train.stages.rewards import Reward
 
 
@@ -48,6 +50,9 @@ class OwnBatch(NamedTuple):
     #: Noise levels of the critic and of the scores, and keys of their noise.
     levels: Float[Array, "B 2"]
     keys: Key[Array, "B 2"]
+    #: Of models that take images: what the student was shown beside the window, and what the scores are.
+    condition: Condition | None = None
+    scored: Condition | None = None
 
 
 class Carried(NamedTuple):
@@ -81,19 +86,29 @@ class Windows(Data):
 
     The scores know videos from their beginning alone. A later window begins with its own first frame for them: the last
     of its first latent frame's, decoded and encoded anew as a video's first is, which stands in that one's place and
-    is not learned.
+    is not learned. A model that takes an image has the true clip's first frame for it, and the scores of a later window
+    that window's own.
     """
 
     def __init__(
-        self, setting: Setting, rollouts: Rollouts, feed: Feed, *, roller: Roller, student: Any, place: Callable
+        self,
+        setting: Setting,
+        rollouts: Rollouts,
+        feed: Feed,
+        *,
+        roller: Roller,
+        student: Any,
+        place: Callable,
+        images: FromImage | None = None,
     ) -> None:
         """
         Args:
+            images: of a student that takes them.
             student: a module of shapes, for the states'.
             place: of a round of the run among those that draw from here.
         """
         self.setting, self.rollouts, self.feed, self.frozen = setting, rollouts, feed, feed.frozen
-        self.roller, self._place = roller, place
+        self.roller, self._place, self._images = roller, place, images
         _, height, width, _ = roller.shape
         rows = rollouts.clips.batch
         #: Of the model itself, by shapes.
@@ -150,16 +165,22 @@ class Windows(Data):
         forks = self.rollouts.forks
         clips = jax.tree.map(_by_batch, first_forks(clips, forks=forks))
         pool, empty = self.feed.pool(clips, frozen, models), self.feed.null_embedding(frozen, models)
-        student = models["student"]
+        student, frames, condition = models["student"], self.roller.shape[0] * self.roller.chunks, None
+        if self._images is not None:
+            length = frames * self.rollouts.windows
+            condition = self._images.of_stream(models, pool.latents, frames=length)
         noise_keys = jax.random.wrap_key_data(keys, impl=RANDOM)
         made = self.roller.roll(
             student,
             before,
             noise_keys,
-            rollout.precompute_text_kv(student, Padded(pool.text[None], TEXT_LENGTH)),
+            rollout.precompute_text_kv(
+                student, Padded(pool.text[None], TEXT_LENGTH), None if condition is None else condition.image
+            ),
             exits=spread(exit_key, rows, 1)[:, 0],
             window=window,
             truth=pool.latents if self.rollouts.given else None,
+            condition=condition,
         )
         if carried is not None:
             chunk = self.roller.shape[0]
@@ -168,13 +189,15 @@ class Windows(Data):
             carried = jax.tree.map(
                 lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, group, 1), carried, new
             )
-        frames = made.latents.shape[1]
         first_frame = window * frames
         frame = first_frame + jnp.arange(frames, dtype=jnp.int32)
         learned = jnp.where(begins, frame >= self.rollouts.given * self.roller.shape[0], frame > first_frame)
         video = made.latents
         if carried is not None:
             video = jax.lax.cond(begins, lambda: video, lambda: self._as_begun(models["vae"], last, video))
+        condition = scored = None if condition is None else condition.chunk(first_frame, frames)
+        if carried is not None and (images := self._images) is not None:
+            scored = jax.lax.cond(begins, lambda: condition, lambda: images.condition(models, video))
         weights, rewards = jnp.broadcast_to(learned.astype(jnp.float32)[None], video.shape[:2]), None
         if self.setting.reward is not None:
             rewards = self._rewards(self.setting.reward, models, video, self.feed.prompts(clips))
@@ -205,6 +228,8 @@ class Windows(Data):
                     rewards=rewards,
                     levels=jnp.clip(levels, 0.02, 0.98),
                     keys=jax.random.split(jax.random.fold_in(noise_key, number), (rows, 2)),
+                    condition=condition,
+                    scored=scored,
                 ),
             )
 
