@@ -104,8 +104,11 @@ def find_slice(topology: str) -> Slice:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
         raise ConfigError(f"a topology is named as v5e:16x16 or v5p:8x8x8, not {topology[:80]!r}")
+    sides = tuple(int(n) for n in topology.split(":")[1].split("x"))
+    # The compiler takes a host to have four chips.
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(sides) == 1 else {}
     try:
-        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices)
     except Exception as error:  # of many kinds
         why = str(error).strip().split("\n")[0][:160]
         raise ConfigError(
@@ -114,7 +117,6 @@ def find_slice(topology: str) -> Slice:
     kind = str(getattr(devices[0], "device_kind", "device"))
     if kind not in CHIPS:
         raise ConfigError(f"the speed of a {kind} is not known here; known are {', '.join(sorted(CHIPS))}")
-    sides = tuple(int(n) for n in topology.split(":")[1].split("x"))
     return Slice(devices, CHIPS[kind], PEAK_TFLOPS[kind] * 1e12, sides)
 
 
