@@ -24,7 +24,9 @@ def host_memory() -> SingleDeviceSharding | None:
 
 
 def keep_on_host(module: Any) -> None:
-    """Make of a module of shapes alone one whose parameters are put into the host's memory when it is filled.
+    """Make of a module of shapes alone, of layers stacked, one whose matrices are put into the host's memory when it is
+    filled. Vectors stay on the device: together they are small, each would be a transfer of its own, and a TPU cannot
+    cut one in bfloat16 out of many in the host's memory.
 
     Raises:
         ConfigError: the device cannot read the host's memory.
@@ -34,7 +36,11 @@ def keep_on_host(module: Any) -> None:
         raise ConfigError(f"a {device.platform} device cannot fetch layers from the host's memory: leave offload out")
     place = SingleDeviceSharding(device, memory_kind=_HOST)
     state = nnx.state(module)
-    nnx.update(module, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state))
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place if len(x.shape) > 2 else None)
+
+    nnx.update(module, jax.tree.map(placed, state))
 
 
 def fetched(layer: Any) -> Any:
