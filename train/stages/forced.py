@@ -175,7 +175,7 @@ class ForcedTraining(FinetuneTraining):
         sigma: Array,
         text: Array,
         *,
-        condition: Condition | None,
+        condition: Condition | None = None,
         stop: int = 0,
     ) -> Float[Array, "B T h w z"]:
         """A model's, given the batch's past."""
