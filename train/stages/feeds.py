@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -22,6 +22,7 @@ from train.engine.stage import Models
 HELD_OUT = 1 << 20
 
 
+@runtime_checkable
 class HasClips(Protocol):
     """A stage that learns from buckets of clips."""
 
