@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -123,7 +124,11 @@ def _apart() -> dict[str, object]:
         return denoise(self, states, keys, text_kv, first_frame, condition)
 
     def decoded(self, latents, state=None, **how):
-        order.append(f"decode {how['first_frame']}")
+        """Waits for the next chunk, which would never come if it were begun later."""
+        end = time.monotonic() + 60
+        while (first := how["first_frame"]) and f"denoise {first + 1}" not in order and time.monotonic() < end:
+            time.sleep(0.01)
+        order.append(f"decode {first}")
         return decode(self, latents, state, **how)
 
     session = type(beside.session(beside.settings()))
@@ -133,7 +138,7 @@ def _apart() -> dict[str, object]:
         next(stream)
     session.denoise_chunk, Codec.decode = denoise, decode
     assert stream._ahead is not None
-    ahead, decoder = stream._ahead[1], jax.tree.leaves(stream.state.decoder)[0]
+    ahead, decoder = stream._ahead[1].result()[0], jax.tree.leaves(stream.state.decoder)[0]
     expected = steered(alone)
     pairs = zip(steered(beside), expected, strict=True)
     return {

@@ -57,6 +57,7 @@ def blocks_of(
     display("text", 0, 1)
     with phases.measure("text"):
         stream = begun(pipe, request)
+    stream.ahead, stream.until = stream.gains_ahead, request.frames
     display("text", 1, 1)
     done = stream.frames_done
     if stream.beginning is not None:

@@ -157,6 +157,7 @@ def stream_video(
         display("text", 0, 1)
         with phases.measure("text"):
             stream = _resumed(pipe, request, outputs) if resume else begun(pipe, request)
+        stream.ahead, stream.until = stream.gains_ahead, request.frames
         display("text", 1, 1)
         wait_for_all("read")  # before the state can change or go
         after = stream.frames_done
@@ -201,6 +202,7 @@ def follow_video(pipe: TextToVideo, request: Request, outputs: Outputs) -> None:
 
     resume = bool(agreed(0))
     stream = _resumed(pipe, request, outputs) if resume else begun(pipe, request)
+    stream.until = request.frames
     wait_for_all("read")
     frames = stream.frames_done
     if not resume and stream.beginning is not None:

@@ -69,7 +69,7 @@ class Models:
             width=wish.width,
             height=wish.height,
         )
-        stream.label = name
+        stream.label, stream.ahead = name, stream.gains_ahead
         return stream
 
     def resumed(self, folder: Path) -> Stream:
@@ -84,7 +84,7 @@ class Models:
             except CheckpointError as error:
                 why = error
             else:
-                stream.label = name
+                stream.label, stream.ahead = name, stream.gains_ahead
                 return stream
         raise why
 

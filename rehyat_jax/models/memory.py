@@ -295,6 +295,8 @@ def networks_need(networks: Networks, shape: VideoShape, making: Making, *, on: 
     decoding = decoder_bytes(vae, height=height, width=width)
     if making.preview is not None:
         decoding = preview_bytes(making.preview, height=height, width=width)
+    if streams and (making.vae_devices is not None or (making.mesh is None and (on or platform()) == "cpu")):
+        cache *= 2  # of a chunk that is begun before the last one's frames are decoded
     beside, apart = networks.decoder, {}
     if (own := making.vae_devices) is not None and (on or platform()) != "cpu":
         decoding //= own if isinstance(own, int) else mesh.count if mesh else 1

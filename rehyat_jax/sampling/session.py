@@ -17,7 +17,7 @@ from rehyat_jax.errors import RehyatError
 from rehyat_jax.runtime import arguments
 from rehyat_jax.runtime.devices import ONE_DEVICE, Devices, PictureDevices
 from rehyat_jax.runtime.mesh import mesh_in_force
-from rehyat_jax.runtime.platform import precision
+from rehyat_jax.runtime.platform import platform, precision
 from rehyat_jax.sampling import programs, rollout
 from rehyat_jax.sampling.chunks import Chunks
 from rehyat_jax.sampling.codec import Codec
@@ -131,6 +131,12 @@ class Session:
     def _chunks(self) -> Chunks:
         steps = self.settings.steps(), self.settings.steps(of_first_chunk=True)  # on the host: `init_state` is traced
         return Chunks(self._experts, self.samplers, steps=steps[0], first_steps=steps[1])
+
+    @property
+    def decodes_beside(self) -> bool:
+        """Whether frames and the next chunk's latents are sooner made at once than one after the other: by devices of
+        their own, or by a CPU, whose cores neither fills alone."""
+        return self.decodes_apart or (self.devices.mesh is None and platform() == "cpu")
 
     @property
     def takes_rows(self) -> bool:

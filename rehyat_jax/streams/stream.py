@@ -6,6 +6,7 @@ import copy
 import html
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +36,9 @@ from rehyat_jax.streams.state import (
 from rehyat_jax.text.prompt_encoder import TEXT_LENGTH
 from rehyat_jax.video.display import player
 
+#: Begins chunks ahead. On a CPU XLA runs what one thread asks for in turn, and what two ask for at once.
+_AHEAD = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+
 #: One text, or one for each of several videos side by side.
 Prompts = str | Sequence[str]
 
@@ -56,6 +60,9 @@ class Stream(Iterator[np.ndarray]):
             keep them, or `fork` or `save` the stream.
         prompt, negative_prompt: what the next chunks show (a text, or a list of texts), and do not.
         beginning: of a stream that was started with one, its frames as the autoencoder has them.
+        ahead: whether the next chunk is begun before this one's frames are decoded, in the memory of a second state of
+            the transformer; what was begun is thrown away where another prompt is asked for. The blocks are the same.
+        until: frames of the video of which nobody takes more: no chunk is begun ahead after them.
         on_latents: shown each chunk's latents before they are decoded (`rehyat_jax.sampling.shown.LatentsSeen`);
             returns None. May be set at any time; a fork begins without one.
     """
@@ -76,6 +83,8 @@ class Stream(Iterator[np.ndarray]):
         self._session, self._text, self._model = session, text, model
         self.beginning: np.ndarray | None = None
         self.on_latents: OnLatents | None = None
+        self.ahead = session.decodes_apart
+        self.until: int | None = None
         #: Frames a second that it is shown at.
         self.fps = 16
         #: What whoever opened it calls the model; forks have it too.
@@ -84,7 +93,7 @@ class Stream(Iterator[np.ndarray]):
         self._newest: np.ndarray | None = None
         self._text_kv: tuple[Array, Any] | None = None
         #: Of the state that it goes on from, and of no other: the next chunk, begun already.
-        self._ahead: tuple[StreamState, Array, StreamState] | None = None
+        self._ahead: tuple[StreamState, Future[tuple[Array, StreamState]]] | None = None
 
     @classmethod
     def start(
@@ -186,6 +195,11 @@ class Stream(Iterator[np.ndarray]):
         return {"model": self.label} | {name: getattr(self.settings, name) for name in names}
 
     @property
+    def gains_ahead(self) -> bool:
+        """Whether blocks come faster with ``ahead``, here."""
+        return self._session.decodes_beside
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Of each video's noise."""
         return seeds(self.state.keys)
@@ -206,39 +220,33 @@ class Stream(Iterator[np.ndarray]):
             NotFiniteError: the chunk, or its frames, are not finite; the stream ends with the block before.
         """
         state, session, first = self._living(), self._session, self._check_goes_on()
-        latents, after = self._denoised(state)
-        # Beside the decoder, whose devices are others: the next chunk is begun before this one's frames are waited for.
-        # The first is not held up by what the second has to compile.
-        ahead = self._denoised(after, keep=True) if session.decodes_apart and first and self._may_go_on(after) else None
+        begun, self._ahead = self._ahead, None
+        if begun is not None and begun[0] is state:
+            latents, after = begun[1].result()
+        else:
+            if begun is not None:  # programs over several devices are asked for in one order
+                wait([begun[1]])
+            latents, after = self._denoised(state, self._precomputed(state))
+        ahead = None
+        if self.ahead and first and self._is_wanted(after):  # the first is not held up by what the second compiles
+            kept = after._replace(states=_copies(after.states))
+            ahead = _AHEAD.submit(self._denoised, kept, self._precomputed(after))
         check_finite(latents, self._chunk_name())
         session.show(latents, first_frame=first, to=self.on_latents)
         decoded = list(session.codec.decode(latents, state.decoder, first_frame=first))
         self.state = after._replace(decoder=decoded[-1][1])
-        self._ahead = None if ahead is None else (self.state, *ahead)
+        self._ahead = None if ahead is None else (self.state, ahead)
         block = np.concatenate([np.asarray(frames) for frames, _ in decoded], axis=1)
         self._newest = block[0] if isinstance(self.prompt, str) else block
         return self._newest
 
-    def _denoised(self, state: StreamState, *, keep: bool = False) -> tuple[Array, StreamState]:
-        """The next chunk's latents, and the stream after it but for its frames.
-
-        Args:
-            keep: the transformer's states, which are donated else.
-        """
-        begun, self._ahead = self._ahead, None
-        if begun is not None and begun[0] is state:
-            return begun[1:]
-        session, chunk = self._session, self._session.chunk_shape[0]
-        latents, states = session.denoise_chunk(
-            _copies(state.states) if keep else state.states,
-            state.keys,
-            self._precomputed(state),
-            state.first_frame,
-            state.condition,
-        )
+    def _denoised(self, state: StreamState, text_kv: Any) -> tuple[Array, StreamState]:
+        """The next chunk's latents, and the stream after it but for its frames. The mixers' states are donated."""
+        session = self._session
+        latents, states = session.denoise_chunk(state.states, state.keys, text_kv, state.first_frame, state.condition)
         # What is given is of the first chunk: those after it are one program, whatever the stream began with.
         left = state.condition.lasting()
-        first = jnp.asarray(int(state.first_frame) + chunk, jnp.int32)
+        first = jnp.asarray(int(state.first_frame) + session.chunk_shape[0], jnp.int32)
         return latents, state._replace(states=states, first_frame=first, condition=left)
 
     def __repr__(self) -> str:
@@ -331,6 +339,11 @@ class Stream(Iterator[np.ndarray]):
         if not self._may_go_on(state := self._living()):
             raise RehyatError(f"a stream ends after {MOST_FRAMES} latent frames")
         return int(state.first_frame)
+
+    def _is_wanted(self, state: StreamState) -> bool:
+        """Whether somebody may take a chunk after this state."""
+        more = self.until is None or self._session.codec.num_frames(int(state.first_frame)) < self.until
+        return more and self._may_go_on(state)
 
     def _may_go_on(self, state: StreamState) -> bool:
         return int(state.first_frame) + self._session.chunk_shape[0] <= MOST_FRAMES

@@ -51,6 +51,7 @@ def advance_together(streams: Sequence[Stream]) -> list[UInt8[np.ndarray, "F H W
             stream._newest = frames[i, 0]
             blocks.append(stream._newest)
         after = jnp.asarray(first + session.chunk_shape[0], jnp.int32)
+        stream._ahead = None
         stream.state = before[i]._replace(states=states[i], decoder=decoders[i], first_frame=after)
     return blocks
 
