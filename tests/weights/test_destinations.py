@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -121,16 +122,29 @@ for number in itertools.count():
 
 @pytest.mark.full
 def test_killed_at_random_moments_a_conversion_is_whole_or_not_there(source, tmp_path):
-    """SIGKILL, many times, up to a second into commands that write one folder after the other; the next process begins
-    with the one that was cut, and takes away what was left of it."""
+    """SIGKILL, many times, into commands that write one folder after the other, up to twice the seconds that the first
+    takes; the next process begins with the one that was cut, and takes away what was left of it."""
     out, chance = tmp_path / "out", random.Random(3)
     out.mkdir()
-    for _ in range(KILLS):
+
+    def killed_after(wait: Callable[[], None]) -> None:
         command = [sys.executable, "-c", KILLED, str(source), str(out)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout.readline() == b"ready\n"
-            time.sleep(chance.uniform(0, 1))
+            wait()
+            assert process.poll() is None
             process.send_signal(signal.SIGKILL)
+
+    def first() -> None:
+        begun = time.monotonic()
+        while not (out / "0.json").exists():
+            time.sleep(0.01)
+        seconds.append(time.monotonic() - begun)
+
+    seconds: list[float] = []
+    killed_after(first)
+    for _ in range(KILLS):
+        killed_after(lambda: time.sleep(chance.uniform(0, 2 * seconds[0])))
     last = len([*out.glob("[0-9]*/")])
     # Killed between a result and its record, the same command is refused, and takes away what is left of the record.
     assert cli.main(["convert", str(source), str(out / str(last - 1))]) == 2
