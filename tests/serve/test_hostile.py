@@ -163,15 +163,18 @@ def test_a_thousand_hostile_requests_leave_no_trace(server, stack, caplog):
         request(rng, port, name)
     time.sleep(1.0)
     files, threads = resources()
-    memory = megabytes()
-    for _ in range(REQUESTS):
-        request(rng, port, name)
-    before = len(live.chunks)
-    found = quiet(port, files=files + 2, threads=threads + 2)
-    assert found[0] <= files + 2, "sockets or files stay open"
-    assert found[1] <= threads + 2, "threads stay"
-    # Less than 8 KiB a request, of which the largest sends a mebibyte.
-    assert megabytes() - memory < 8, "memory stays"
+    before, grown = len(live.chunks), []
+    while len(grown) < 3 and min(grown, default=8) >= 8:
+        memory = megabytes()
+        for _ in range(REQUESTS):
+            request(rng, port, name)
+        found = quiet(port, files=files + 2, threads=threads + 2)
+        assert found[0] <= files + 2, "sockets or files stay open"
+        assert found[1] <= threads + 2, "threads stay"
+        grown.append(megabytes() - memory)
+    # Less than 8 KiB a request, of which the largest sends a mebibyte. What each leaves is there after every thousand;
+    # the room that a busy machine's many threads took at once, and this process's own of before, is taken once.
+    assert min(grown) < 8, f"memory stays: {grown}"
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR and "client" not in record.name]
     assert live.viewers == 1
     assert len(live.chunks) >= before
