@@ -151,6 +151,8 @@ def test_what_does_not_fit_is_refused_and_its_largest_arrays_named(config):
         (["--sweep", "per-chunk", "--hybrid", "none"], "the softmax teacher cannot stream"),
         (["--steps", "0"], "--steps must be 1 to 1000"),
         (["--vae-tile", "20"], "--vae-tile must be a multiple of 32 pixels"),
+        (["--vae-tile", "32", "--vae-devices", "2"], "give one of them"),
+        (["--vae-devices", "4"], "vae_devices 4 beside the transformer's one are 5 devices, and there are 4"),
     ],
 )
 def test_impossible_plans_of_generation_are_sentences(asked, said):

@@ -22,7 +22,7 @@ from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.devices import Devices
 from rehyat_jax.runtime.mesh import spec_of
-from rehyat_jax.runtime.mesh_config import MeshConfig
+from rehyat_jax.runtime.mesh_config import MeshConfig, VaeDevices, devices_left, picture_grid
 from rehyat_jax.runtime.sharding import on_mesh
 from rehyat_jax.sampling import codec, programs, rollout
 from rehyat_jax.sampling.codec import Codec, to_uint8
@@ -53,6 +53,7 @@ class Asked:
     streams: bool
     mesh: MeshConfig
     vae_tile: int | None = None
+    vae_devices: VaeDevices | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,8 +65,10 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Of a latent frame, on one chip."""
+    """Of a latent frame, on one chip, or on each of several."""
 
+    #: Whether those are others than the transformer's.
+    apart: bool
     seconds: float
     weights_bytes: int
     #: What it keeps of the frames before, and holds at once.
@@ -85,9 +88,12 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of the first chip, at its fullest: all weights stay, and one program runs at a time."""
-        weights = self.denoising.argument_bytes + self.decoding.weights_bytes + self.text_bytes
-        return weights + max(self.denoising.temporary_bytes, self.decoding.work_bytes)
+        """Of the fullest chip, which is the first, or the VAE's: all weights stay, and one program runs at a time."""
+        weights = self.denoising.argument_bytes + self.text_bytes
+        if self.decoding.apart:
+            decoding = self.decoding.weights_bytes + self.decoding.work_bytes
+            return max(weights + self.denoising.temporary_bytes, decoding)
+        return weights + self.decoding.weights_bytes + max(self.denoising.temporary_bytes, self.decoding.work_bytes)
 
 
 def planned(asked: Asked, on: Slice) -> Plan:
@@ -101,7 +107,7 @@ def planned(asked: Asked, on: Slice) -> Plan:
         asked.mesh,
         asked.model,
         hybrid=asked.hybrid,
-        devices=len(on.devices),
+        devices=devices_left(asked.vae_devices, asked.mesh, found=len(on.devices)),
         rows=asked.settings.guidance.evaluations,
         latent_frames=None if asked.streams else asked.shape[0],
     )
@@ -114,15 +120,19 @@ def planned(asked: Asked, on: Slice) -> Plan:
     plan = Plan(
         mesh=chosen,
         denoising=estimate(program, on._replace(devices=on.devices[: chosen.count])),
-        decoding=_decoding(asked, session.codec, on),
+        decoding=_decoding(asked, session.codec, on, devices=chosen.count),
         text_bytes=_text_bytes(asked.text, devices),
     )
     if plan.bytes / GIB > on.chip.memory:
         held = plan.decoding.work_bytes
         raise TooLargeError(
-            f"it does not fit: {plan.bytes / GIB:.1f} GiB of {on.chip.memory:.1f} are needed on the first chip "
+            f"it does not fit: {plan.bytes / GIB:.1f} GiB of {on.chip.memory:.1f} are needed on the fullest chip "
             f"({plan.text_bytes / GIB:.1f} for its part of the text encoder, {held / GIB:.1f} while it decodes"
-            + (", which --vae-tile 256 makes less)" if asked.vae_tile is None else ")")
+            + (
+                ", which --vae-devices mesh or --vae-tile 256 makes less)"
+                if asked.vae_tile is None and asked.vae_devices is None
+                else ")"
+            )
         )
     return plan
 
@@ -198,8 +208,19 @@ def _chunk(asked: Asked, session: Session) -> Program:
     return Program(lowered, _evaluations_flops(asked, evaluations), 1, session.devices.shape)
 
 
-def _decoding(asked: Asked, of: Codec, on: Slice) -> Decoding:
-    """Counted, not compiled: XLA takes many minutes for the decoder's program on a TPU."""
+def _decoding(asked: Asked, of: Codec, on: Slice, *, devices: int) -> Decoding:
+    """Counted, not compiled: XLA takes many minutes for the decoder's program on a TPU. Of several devices each is
+    reckoned an equal part.
+
+    Args:
+        devices: the transformer's.
+
+    Raises:
+        ConfigError: the devices cannot have equal parts of the picture.
+    """
+    own = asked.vae_devices
+    parts = own if isinstance(own, int) else devices if own == "mesh" else 1
+    picture_grid(parts, height=asked.shape[1], width=asked.shape[2])
     latent = jax.ShapeDtypeStruct((1, 1, *asked.shape[1:], asked.vae.z_dim), jnp.float32)
     first = partial(codec.decode_first, graph=of.graph, pixels=to_uint8)
     _, state = jax.eval_shape(first, of.weights, latent)
@@ -213,9 +234,10 @@ def _decoding(asked: Asked, of: Codec, on: Slice) -> Decoding:
         )
         height, width = min(tile, height), min(tile, width)
     return Decoding(
-        seconds=again * counted["flops"] / on.peak / DECODER_SHARE,
+        apart=isinstance(asked.vae_devices, int),
+        seconds=again * counted["flops"] / on.peak / DECODER_SHARE / parts,
         weights_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(of.weights)),
-        work_bytes=decoder_bytes(asked.vae, height=height, width=width),
+        work_bytes=decoder_bytes(asked.vae, height=height, width=width) // parts,
     )
 
 

@@ -49,6 +49,9 @@ CHIPS = {
     "TPU v5 lite": Chip(gigahertz=1.5, memory=15.75, link=9e10, kernel_share=0.85),
     "TPU v5": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.83),
     "TPU v5p": Chip(gigahertz=1.75, memory=95.74, link=1.8e11, kernel_share=0.83),
+    # One of a chip's two, which share its links; between the two it is faster, and that is not counted. The clock
+    # follows from the peak and the matrix units; the share is older than the others.
+    "TPU7x": Chip(gigahertz=2.2, memory=94.75, link=9e10, kernel_share=0.33),
     "TPU v6 lite": Chip(gigahertz=1.75, memory=31.25, link=1.8e11, kernel_share=0.36),
 }
 

@@ -5,9 +5,9 @@ chunk, compiled ahead of time for it.
     rehyat plan generate --model wan_14b --topology v6e:2x4 --sweep per-chunk
 
 Memory a chip, seconds a step and a video, or a stream's first frame and its pace. All blocks are converted unless
---hybrid says otherwise; bfloat16, the autoencoder in float32 on the first chip, one video. What does not fit is
-refused, and the smallest slice of the kind that does is named. Needs the compiler, `pip install 'jax[tpu]'`; no weights
-are read.
+--hybrid says otherwise; bfloat16, one video, the autoencoder in float32 on the first chip unless --vae-devices says
+otherwise. What does not fit is refused, and the smallest slice of the kind that does is named. What is called a chip is
+one of JAX's devices: of tpu7x half a chip. Needs the compiler, `pip install 'jax[tpu]'`; no weights are read.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from rehyat_jax.cli.generate_options import parse_vae_devices
 from rehyat_jax.errors import ConfigError, RehyatError
 from rehyat_jax.mixers.config import HybridConfig
 from rehyat_jax.models.umt5.config import TextEncoderConfig
@@ -42,6 +43,7 @@ _SLICES = {
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8"),
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+    "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
 }
 #: Video frames a second that Wan is shown at.
 _FPS = 16
@@ -56,7 +58,7 @@ def report(asked: Asked, plan: Plan, on: Slice, *, name: str, seconds: float) ->
         f"{name}: {plan.mesh.count} chips, {mesh or 'one'}; compiled in {seconds:.0f} s",
         f"  memory a chip   {plan.bytes / GIB:.2f} of {on.chip.memory:.2f} GiB: the transformer's part and what it "
         f"keeps {found.argument_bytes / GIB:.2f}, at work {found.temporary_bytes / GIB:.2f}; the text encoder's "
-        f"{plan.text_bytes / GIB:.2f}; on the first chip the VAE {plan.decoding.weights_bytes / GIB:.2f}, at work "
+        f"{plan.text_bytes / GIB:.2f}; on {_where(asked)} the VAE {plan.decoding.weights_bytes / GIB:.2f}, at work "
         f"{plan.decoding.work_bytes / GIB:.2f}",
         f"  received a chip {', '.join(f'{kind} {size:.2f} GiB' for kind, size in sorted(gib.items())) or 'nothing'}",
     ]
@@ -67,11 +69,13 @@ def report(asked: Asked, plan: Plan, on: Slice, *, name: str, seconds: float) ->
     )
     factor, latents = asked.vae.temporal_factor, asked.shape[0]
     if asked.streams:
-        whole = found.seconds + latents * decode
+        apart = isinstance(asked.vae_devices, int)
+        whole = max(found.seconds, latents * decode) if apart else found.seconds + latents * decode
         pace = latents * factor / whole
         lines.append(
             f"  a stream        first frame after {found.seconds + decode:.2f} s; {pace:.1f} frames a second, "
-            f"{_FPS} are shown; of a chunk's {whole:.2f} s decoding, after it, is reckoned {latents * decode:.2f}"
+            f"{_FPS} are shown; of a chunk's {whole:.2f} s decoding, {'beside' if apart else 'after'} it, is reckoned "
+            f"{latents * decode:.2f}"
         )
     else:
         denoised = asked.settings.num_inference_steps * found.seconds
@@ -80,6 +84,16 @@ def report(asked: Asked, plan: Plan, on: Slice, *, name: str, seconds: float) ->
             f"{denoised:.0f}, then decoding {latents * decode:.1f} (reckoned)"
         )
     return "\n".join(lines)
+
+
+def _where(asked: Asked) -> str:
+    match asked.vae_devices:
+        case None:
+            return "the first chip"
+        case "mesh":
+            return "each chip"
+        case count:
+            return f"{count} chips of its own"
 
 
 def main(argv: list[str]) -> int:
@@ -105,6 +119,9 @@ def main(argv: list[str]) -> int:
         type=int,
         help="frames are decoded by tiles of so many pixels a side; what waits in the host's memory meanwhile, and its "
         "way there and back, are not counted",
+    )
+    parser.add_argument(
+        "--vae-devices", help="N chips of the VAE's own, or mesh: decoding is reckoned to divide evenly"
     )
     parser.add_argument("--remember", help="per-chunk: steps, or a noise level; 0, one state of finished chunks")
     for axis in AXES:
@@ -167,6 +184,11 @@ def _asked(given: argparse.Namespace) -> Asked:
     least = 4 * vae.spatial_factor
     if given.vae_tile is not None and (given.vae_tile < 1 or given.vae_tile % least):
         raise ConfigError(f"--vae-tile must be a multiple of {least} pixels, not {given.vae_tile}")
+    vae_devices = parse_vae_devices(given.vae_devices)
+    if given.vae_tile is not None and vae_devices is not None:
+        raise ConfigError(
+            "--vae-tile is for one chip, and --vae-devices divide the picture themselves: give one of them"
+        )
     steps, guidance = given.steps, given.guidance
     steps = (4 if streams else 50) if steps is None else steps
     if not 1 <= steps <= 1000:
@@ -196,4 +218,5 @@ def _asked(given: argparse.Namespace) -> Asked:
         streams=streams,
         mesh=mesh,
         vae_tile=given.vae_tile,
+        vae_devices=vae_devices,
     )

@@ -31,7 +31,7 @@ PEAK_TFLOPS: dict[str, float] = {
     "TPU v5p": 459.0,
     "TPU v6 lite": 918.0,
     "TPU v6e": 918.0,
-    "TPU7x": 2307.0,
+    "TPU7x": 2307.0 / 2,  # a chip is two devices
 }
 
 
