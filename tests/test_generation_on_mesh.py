@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from shared.devices import on_devices
-from shared.tiers import chosen
+from shared.tiers import chosen, tier
 from shared.training import write_teacher
 
 from rehyat_jax import HybridConfig, MeshConfig, TextToVideo
@@ -72,7 +72,8 @@ def _whole_videos() -> dict[str, float]:
 
 def _measured() -> dict[str, dict]:
     """In one process of eight devices, whose programs are compiled once for all of it."""
-    return {"videos": _whole_videos(), "streamed": _streamed(), "exchanged": _exchanged()}
+    found = {"videos": _whole_videos(), "streamed": _streamed()}
+    return found | ({"exchanged": _exchanged()} if tier in ("rest", "all") else {})
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def whole_videos(measured):
     return measured["videos"]
 
 
+@pytest.mark.wider
 def test_a_mesh_makes_the_video_of_one_device(whole_videos):
     """Two steps of UniPC with guidance; float32 sums in another order, of 36 numbers at most: some 1e-6."""
     assert max(whole_videos.values()) < 1e-5, whole_videos
@@ -145,6 +147,7 @@ def streamed(measured):
     return measured["streamed"]
 
 
+@pytest.mark.wider
 def test_a_stream_goes_on_upon_other_devices(streamed):
     """One level of 255 is a rounding of the latents (some 1e-6) at the edge of a pixel's; on the same mesh there is
     none."""
@@ -153,6 +156,7 @@ def test_a_stream_goes_on_upon_other_devices(streamed):
         assert again == 0, sizes
 
 
+@pytest.mark.wider
 def test_weights_are_read_a_tensor_at_a_time(streamed):
     assert all(by_layer == [True, False] for *_, by_layer, _ in streamed.values())
 
@@ -245,11 +249,13 @@ def exchanged(measured):
     return measured["exchanged"]
 
 
+@pytest.mark.full
 def test_in_a_stream_cut_by_heads_no_weight_is_gathered(exchanged):
     """Products are summed where heads and hidden units meet; nothing else moves."""
     assert exchanged["chunk"] == [["all-reduce"], []]
 
 
+@pytest.mark.full
 def test_converted_blocks_gather_weights_and_no_activations(exchanged):
     """What crosses time are the overlap and the states, by permutes; a layer's matrices are gathered, of 24 x 24, 24 x
     32 and 12 x 24 or 24 x 24 of two heads. Tokens and their keys would be 2 x 32 x 24 numbers."""

@@ -29,6 +29,7 @@ def _one_video(folder, **how):
     return pipe
 
 
+@pytest.mark.full
 def test_prompt_to_pixels_all_frames_at_each_step(folder):
     pipe = _one_video(folder, hybrid=None)
     with walked() as trips:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from shared.tiers import breadth
 
 from rehyat_jax import hybrid_attention
 from rehyat_jax.attention.features import FeatureMap
@@ -52,8 +53,8 @@ def test_is_an_mlp_per_head_with_powers(layers, degree):
             )
 
 
-@pytest.mark.parametrize("positive", ["softplus", "exp", "none"])
-@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize("positive", breadth(["softplus", "exp", "none"]))
+@pytest.mark.parametrize("activation", breadth(["gelu", "silu", "relu"]))
 @pytest.mark.parametrize("level", [1e-4, 1.0])
 def test_starts_level_and_learns_everywhere(positive, activation, level):
     """φ_q·φ_k of every pair is the level asked for, within what the output kernel's spread of 0.1 makes of it (powers

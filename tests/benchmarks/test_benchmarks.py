@@ -66,6 +66,7 @@ def test_operator_beside_its_peer(tmp_path):
     assert lines_of(tmp_path / "late.json")[0]["left_out"]
 
 
+@pytest.mark.full
 def test_transformer_forward():
     cases = dict(of_dit.cases(of_dit.TINY, [4], (4, 4)))
     figures = cases["hybrid, forward, 4 frames"]()

@@ -96,6 +96,7 @@ def test_other_files_have_the_same_frames_and_a_record(rehyat, timeline, frames,
             assert image.size == (16, 16)
 
 
+@pytest.mark.full
 def test_a_clip_and_a_picture_are_gone_on_from(rehyat, frames, tmp_path):
     write_video(tmp_path / "clip.mp4", frames[:5], codec="rgb")
     code, output, error = rehyat("a dog", "--from", tmp_path / "clip.mp4", "--out", "-")

@@ -183,6 +183,7 @@ def test_the_sweep_is_the_one_the_model_can_do(rehyat, checkpoint, tmp_path):
     assert np.abs(videos["whole"] - videos["student"]).mean() < 4
 
 
+@pytest.mark.full
 def test_what_a_stream_remembers_is_its_own(rehyat, stopped, checkpoint, tmp_path):
     """The stream of Python with the same ``remember``; a run that was begun otherwise is not gone on with."""
     out = tmp_path / "clean.mp4"
@@ -233,6 +234,7 @@ def test_a_run_that_ended_anywhere_is_gone_on_with(rehyat, stopped, short, chunk
     assert sorted(os.listdir(out.parent)) == FILES
 
 
+@pytest.mark.full
 def test_a_run_killed_when_the_video_is_whole_already(rehyat, short, tmp_path, monkeypatch):
     """Between the renaming of the files and the removal of the state."""
     out, forget = tmp_path / "a.mp4", Outputs.forget
@@ -334,6 +336,7 @@ def test_another_process_holds_the_file(rehyat, tmp_path):
         assert (tmp_path / "a.mp4").read_bytes() == before
 
 
+@pytest.mark.full
 def test_the_rest_may_show_another_prompt(rehyat, stopped, short):
     out = stopped(3)
     code, _, error = rehyat(out, "--resume", "--frames", SHORT, prompt="a dog")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 import safetensors.numpy
 from shared.checkpoint import save_tiny_checkpoint
+from shared.tiers import full
 
 from rehyat_jax import cli
 from rehyat_jax.sampling.session import Session
@@ -58,7 +59,7 @@ def overflowing(checkpoint: Path, folder: Path, part: str, tensor: str) -> Path:
         ("text_encoder", "encoder.final_layer_norm.weight", "embedding of a prompt is not finite"),
     ],
 )
-@pytest.mark.parametrize("how", [SMALL, STREAM], ids=["per step", "per chunk"])
+@pytest.mark.parametrize("how", [full(SMALL, id="per step"), pytest.param(STREAM, id="per chunk")])
 def test_not_finite_is_a_sentence_and_no_file(rehyat, checkpoint, tmp_path, part, tensor, words, how):
     model = overflowing(checkpoint, tmp_path / "model", part, tensor)
     code, last = rehyat("--model", model, *how)

@@ -127,6 +127,7 @@ def command(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.full
 def test_command_adds_to_the_gpu_table(command, tmp_path):
     other = {**ENTRIES[0], "blocks": {"keys": 64}}
     table_of(tmp_path / "tuning.json", [other])

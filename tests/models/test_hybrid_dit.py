@@ -436,6 +436,7 @@ def test_the_computation_in_bf16(tmp_path):
     assert relative(parts, by_us(exact, *inputs(case))) < 2 * teachers
 
 
+@pytest.mark.full
 def test_the_teachers_parameters_do_not_move(tmp_path):
     """Converted with a seed, and made with one: the softmax part is the teacher's, name by name and bit by bit."""
     teacher = nnx.jit(lambda: WanTransformer(TINY, rngs=nnx.Rngs(0)))()

@@ -47,7 +47,7 @@ def _bytes(tree) -> int:
 @pytest.mark.parametrize(
     ("model", "shape", "batch", "hybrid"),
     [
-        (SMALL, (3, 24, 24), 2, None),
+        full(SMALL, (3, 24, 24), 2, None),
         (SMALL, (9, 32, 32), 1, None),
         (SMALL, (9, 24, 24), 2, HybridConfig(chunk_frames=3, overlap_frames=1)),
         full(WAN, (5, 30, 52), 2, None),

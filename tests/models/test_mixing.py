@@ -135,6 +135,7 @@ def test_a_form_of_one_mixer_has_the_places_of_a_flat_configuration():
         assert one == other
 
 
+@pytest.mark.full
 def test_other_settings_with_the_same_parameters():
     model = _model(MIXED)
     wider = dataclasses.replace(MIXED.blocks[0], overlap_frames=2)

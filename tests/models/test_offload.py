@@ -55,6 +55,7 @@ def test_the_text_encoders_blocks_too(folder):
     np.testing.assert_array_equal(embed_tokens(encoder, tokens), embed_tokens(plain, tokens))
 
 
+@pytest.mark.full
 def test_a_video_and_a_stream_are_the_same(folder, tmp_path):
     hybrid = HybridConfig(chunk_frames=2)
     small, plain = (

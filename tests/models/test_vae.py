@@ -122,7 +122,7 @@ def small():
     return ours_from(reference(SMALL, seed=7), SMALL)
 
 
-@pytest.mark.parametrize("case", tiers.breadth(CASES, test=2))
+@pytest.mark.parametrize("case", tiers.breadth(CASES))
 def test_as_diffusers(case):
     cfg, shape = CASES[case]
     model = reference(cfg, seed=len(case))
@@ -168,6 +168,7 @@ def test_the_start_may_have_any_length(small):
     np.testing.assert_allclose(jnp.concatenate([start, end], axis=1), decode(small, latents), atol=1e-5, rtol=0)
 
 
+@pytest.mark.full
 def test_a_stream_compiles_once(small):
     latents = latents_of(SMALL, (49, 12, 20), batch=1)
     traces = 0
@@ -191,7 +192,7 @@ def test_a_stream_compiles_once(small):
     np.testing.assert_allclose(jnp.concatenate(video[:4], axis=1), whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "close"), tiers.breadth([(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)]))
 def test_upsampling_is_the_convolution_of_repeated_pixels(dtype, close):
     """Against the plain form in float64, at odd sizes, of its largest number: 63 additions in float32, and the sums of
     weights and the result once each in the type."""

@@ -182,6 +182,7 @@ def test_what_cannot_be_remembered(remember):
         check_context_noise(remember)
 
 
+@pytest.mark.full
 def test_a_chunk_as_long_as_the_video_is_the_teacher():
     """To float32 rounding, whatever the feature maps are; as long as it, and longer."""
     shape = (4, 4, 6, 4)

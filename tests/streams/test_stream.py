@@ -109,6 +109,7 @@ def test_a_beginning_that_does_not_fit_is_a_sentence(pipe, shape, words):
             pipe.open_stream("a cat", beginning=odd, **SMALL)
 
 
+@pytest.mark.full
 def test_several_videos_side_by_side_are_each_a_stream_of_its_own(pipe, tmp_path):
     """Row i is prompt i with the noise of seed + i; another batch size may round otherwise: one level of 255. Saved,
     forked and told another story together."""

@@ -39,6 +39,7 @@ def chosen(teacher, tmp_path_factory):
     return training
 
 
+@pytest.mark.full
 def test_the_choice_is_the_least_error_within_the_budget_of_what_was_measured(chosen):
     """Against every one of the 16 choices; each candidate learned in every block, but the window, which has nothing
     to learn."""
@@ -59,6 +60,7 @@ def test_the_choice_is_the_least_error_within_the_budget_of_what_was_measured(ch
     assert log[-1]["step"] == 8
 
 
+@pytest.mark.full
 def test_the_chosen_model_is_distilled_loaded_and_generated_with(chosen):
     mixers = Chosen.read(chosen.choice_file).mixers
     student = load_transformer(chosen.out)
@@ -78,6 +80,7 @@ def test_the_chosen_model_is_finetuned(chosen, tmp_path):
     assert load_transformer(tmp_path / "tuned").hybrid == mixers
 
 
+@pytest.mark.full
 def test_a_choice_that_was_made_is_kept(chosen):
     """What was measured on one day is not chosen from again on another: the times would be others."""
     assert chosen.chosen().hybrid == Chosen.read(chosen.choice_file).mixers

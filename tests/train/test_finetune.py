@@ -352,6 +352,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_batch(teacher):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(gradients)} == {"float32"}
 
 
+@pytest.mark.full
 def test_validation_measures_and_shows_the_average(teacher, tmp_path):
     training = finetuning(
         teacher,

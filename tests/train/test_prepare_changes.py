@@ -245,6 +245,7 @@ def test_a_record_that_was_not_made_for_the_folder_is_not_replaced(prepare, tmp_
     prepare()
 
 
+@pytest.mark.full
 def test_what_a_kill_left_is_removed_and_named(prepare, tmp_path, capsys):
     prepare()
     shard = next(iter(sorted((tmp_path / "data").glob("clips-*.array_record"))))
@@ -315,6 +316,7 @@ def test_copies_and_other_lengths_of_a_held_out_video_are_held_out_too(tmp_path)
         hold_out({tmp_path / "b": alone}, 40)
 
 
+@pytest.mark.full
 def test_more_shards_than_a_process_may_open_are_read(tmp_path):
     count = 300
     for number in range(count):
@@ -332,6 +334,7 @@ assert [read(n, 0)["number"] for n in (5, 299, 0)] == [5, 299, 0]
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 def test_a_process_without_open_files_left_is_told_so_and_not_of_damage(tmp_path):
     write_shard(tmp_path, "clips-0.array_record", iter([("x", pack({"number": 0}))]))
     script = f"""

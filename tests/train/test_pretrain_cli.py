@@ -235,6 +235,7 @@ def _newest(folder: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.full
 def test_the_last_checkpoint_exports_the_model_of_the_run(trained, tiny, tmp_path, rehyat):
     out = tmp_path / "exported"
     assert rehyat("export", tiny, out, "--", "--out", trained)[0] == 0

@@ -364,7 +364,7 @@ print(json.dumps(counts))
 """
 
 
-@pytest.mark.wider
+@pytest.mark.full
 def test_any_configuration_ends_in_a_model_or_a_sentence(folder, text_encoder, tmp_path):
     """Of each network, in one process."""
     AutoencoderKLWan(base_dim=2, num_res_blocks=1).save_pretrained(tmp_path / "vae")
