@@ -5,10 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from shared.checkpoint import save_tiny_checkpoint
 from shared.videos import PROMPT
 
+from benchmarks.tpu_compiled import device
 from rehyat_jax import HybridConfig, TextToVideo, load_text_encoder, load_transformer
+from rehyat_jax.models.umt5.config import TextEncoderConfig
+from rehyat_jax.models.umt5.encoder import UMT5Encoder
+from rehyat_jax.models.wan.config import WanConfig
+from rehyat_jax.models.wan.transformer import WanTransformer
 from rehyat_jax.runtime.offload import bytes_on_device
 from rehyat_jax.text.tokenizer import Tokenizer, embed_tokens
 
@@ -69,3 +75,44 @@ def test_a_video_and_a_stream_are_the_same(folder, tmp_path):
     # The text encoder has left; a cached prompt does not bring it back.
     assert "encoder" not in vars(small.text)
     assert "encoder" in vars(plain.text)
+
+
+def _compiled(module, *inputs):
+    """For a TPU of 16 GiB that need not be there, the parameters where an offloaded module has them."""
+    chip = device("v5e:2x2x1")
+    module.keep_blocks_on_host()
+    graph, state = nnx.split(module)
+
+    def placed(x):
+        kind = getattr(getattr(x, "sharding", None), "memory_kind", None)
+        kind = "pinned_host" if kind == "pinned_host" else "device"
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(chip, memory_kind=kind))
+
+    program = jax.jit(lambda weights, *args: nnx.merge(graph, weights)(*args))
+    traced = program.trace(*jax.tree.map(placed, (state, *inputs)))
+    return traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+
+
+KINDS = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+
+
+@pytest.mark.full
+def test_of_the_text_encoder_a_tpu_holds_the_table_and_two_blocks():
+    """UMT5-XXL's 11.4 GB in bfloat16: 2.1 of the embeddings, and of blocks of 0.39 the one that is computed and the
+    next, as far as they are matrices."""
+    encoder = nnx.eval_shape(lambda: UMT5Encoder(TextEncoderConfig(), **KINDS, rngs=nnx.Rngs(0)))
+    ids = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    memory = _compiled(encoder, ids, ids)
+    assert memory.argument_size_in_bytes < 2.2e9
+    assert memory.host_argument_size_in_bytes > 9e9
+    assert memory.temp_size_in_bytes < 2 * 0.39e9
+
+
+@pytest.mark.full
+def test_of_a_transformer_a_tpu_holds_two_blocks():
+    """Of 1.3B's, 0.09 GB each; one latent frame of 832x480, 1,560 tokens, takes less."""
+    model = nnx.eval_shape(lambda: WanTransformer(WanConfig.t2v_1_3b(), **KINDS, rngs=nnx.Rngs(0)))
+    shapes = (((1, 1, 60, 104, 16), jnp.bfloat16), ((1,), jnp.float32), ((1, 64, 4096), jnp.bfloat16))
+    memory = _compiled(model, *(jax.ShapeDtypeStruct(*each) for each in shapes))
+    assert memory.argument_size_in_bytes < 0.2e9
+    assert memory.temp_size_in_bytes < 0.4e9
