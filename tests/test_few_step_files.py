@@ -8,6 +8,7 @@ import pytest
 import torch
 from shared.checkpoint import save_tiny_checkpoint
 from shared.videos import PROMPT, latents_by_us
+from shared.weights import write_few_step_file
 
 from rehyat_jax import TextToVideo
 from rehyat_jax.errors import ConfigError
@@ -22,14 +23,6 @@ from rehyat_jax.weights.rows import renamed
 #: sees no more the second block.
 BLOCKS = 6
 LATENTS = (3 * BLOCKS, 2, 4, 16)
-
-
-def published(model, path):
-    """As these trainings write: a generator and its average under FSDP's names, beside a critic."""
-    named = {renamed(name, TRANSFORMER, "diffusers", "original")[0]: x for name, x in model.state_dict().items()}
-    average = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in named.items()}
-    other = {name: tensor + 1 for name, tensor in average.items()}
-    torch.save({"generator": other, "generator_ema": average, "critic": other, "step": 600}, path)
 
 
 def causal(model, x, t, text, past, first):
@@ -98,7 +91,7 @@ def test_a_published_file_runs_as_its_authors_loop(tmp_path):
     theirs = save_tiny_checkpoint(tmp_path / "base", seed=11)
     file = tmp_path / "published" / "longlive_base.pt"
     theirs.transformer.save_config(file.parent)  # its heads are not of 128
-    published(theirs.transformer, file)
+    write_few_step_file(theirs.transformer, file)
     said = str(describe(file))
     assert "few steps   LongLive: " in said
     assert "blocks of 3 in a window of 12 and 3 sinks" in said

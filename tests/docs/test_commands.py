@@ -2,39 +2,24 @@
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tyro
+from shared.pages import PAGES, ROOT, argv_of, console
 
 from rehyat_jax import cli
-
-_ROOT = Path(__file__).parents[2]
-_PAGES = [_ROOT / "README.md", _ROOT / "docs" / "quickstart.md", *sorted((_ROOT / "docs" / "how-to").glob("*.md"))]
 
 
 class Parsed(BaseException):
     """The command line was understood; nothing is to be done."""
 
 
-def console(page: Path) -> list[str]:
-    """The lines of a page's console blocks, without their comments."""
-    blocks = re.findall(r"^```console\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def argv_of(line: str) -> list[str]:
-    """What ``rehyat`` is given of a line."""
-    return shlex.split(line.split(" | ")[0].split(" > ")[0])[1:]
-
-
-@pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_understood(page, monkeypatch, capsys):
     parse = tyro.cli
 
@@ -50,8 +35,8 @@ def test_commands_are_understood(page, monkeypatch, capsys):
 
 
 def test_targets_of_make_are_there():
-    targets = set(re.findall(r"^([\w-]+):", (_ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    for page in _PAGES:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
         for line in console(page):
             assert not line.startswith("make ") or line.split()[1] in targets, (page, line)
 
@@ -59,7 +44,7 @@ def test_targets_of_make_are_there():
 def test_the_pages_followed_in_one_folder_do_not_stand_in_each_others_way():
     """Two commands never make the same file, nor the record of another's: the program refuses to replace it."""
     made: dict[str, str] = {}
-    for page in _PAGES:
+    for page in PAGES:
         for line in console(page):
             words = argv_of(line)
             if words[:1] == ["generate"] and not {"--resume", "--overwrite", "…"} & set(words):
@@ -70,9 +55,9 @@ def test_the_pages_followed_in_one_folder_do_not_stand_in_each_others_way():
 
 def test_messages_of_the_troubleshooting_page_are_the_programs_own():
     """The parts of every quoted sentence stand in the source."""
-    files = [file for room in ("rehyat_jax", "train") for file in (_ROOT / room).rglob("*.py")]
+    files = [file for room in ("rehyat_jax", "train") for file in (ROOT / room).rglob("*.py")]
     source = re.sub(r'"\s*\n\s*f?"', "", "".join(file.read_text(encoding="utf-8") for file in files))
-    page = (_ROOT / "docs" / "how-to" / "troubleshooting.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = [
         text
         for line in page.splitlines()
@@ -90,14 +75,14 @@ def test_messages_of_the_troubleshooting_page_are_the_programs_own():
 def test_commands_of_the_bundled_model_run_as_they_stand(name, tmp_path):
     """In a shell, one after the other, as a reader types them. One that goes on for hours is stopped once its state is
     saved, as the page says it can be."""
-    page = next(page for page in _PAGES if page.stem == name)
+    page = next(page for page in PAGES if page.stem == name)
     for number, block in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)):
         (tmp_path / ("story.toml" if not number else f"{number}.toml")).write_text(re.sub(r"(?m)^ +", "", block))
     program = tmp_path / "bin" / "rehyat"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m rehyat_jax "$@"\n')
     program.chmod(0o755)
-    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(_ROOT)}
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     ran = 0
     for line in console(page):
         if not line.startswith(("rehyat generate", "echo ")) or ("ffmpeg" in line and not shutil.which("ffmpeg")):

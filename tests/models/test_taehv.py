@@ -1,7 +1,5 @@
 """TAEHV's decoders against a plain torch loop of the published architecture, and streams that are decoded by one."""
 
-import itertools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from shared.checkpoint import save_tiny_checkpoint
+from shared.taehv import TIMES, taehv_tensors
 from shared.tiers import full
 from shared.videos import PROMPT
 
@@ -21,35 +20,6 @@ from rehyat_jax.models.wan.config import VAEConfig
 from rehyat_jax.models.wan.vae import WanVAE
 from rehyat_jax.runtime.variables import abstract_module
 from rehyat_jax.sampling.codec import Codec, to_float
-
-#: Frames of a frame, a level; the published widths are 256, 128, 64, 64.
-TIMES, WIDTHS = (1, 2, 2), (16, 12, 8, 8)
-
-
-def published(*, z_dim, patch, widths=WIDTHS, times=TIMES):
-    """Random tensors by the names of ``taew2_1.pth``, an encoder's among them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def weight(out, width, side=3):
-        return torch.randn(out, width, side, side, generator=generator) / (width * side**2) ** 0.5
-
-    def bias(out):
-        return 0.1 * torch.randn(out, generator=generator)
-
-    tensors = {"decoder.1.weight": weight(widths[0], z_dim), "decoder.1.bias": bias(widths[0])}
-    for level, (width, out) in enumerate(itertools.pairwise(widths)):
-        first = 3 + 6 * level
-        for block in range(first, first + 3):
-            for number, fan in zip((0, 2, 4), (2 * width, width, width), strict=True):
-                tensors[f"decoder.{block}.conv.{number}.weight"] = weight(width, fan) * (0.5 if number == 4 else 1)
-                tensors[f"decoder.{block}.conv.{number}.bias"] = bias(width)
-        tensors[f"decoder.{first + 4}.conv.weight"] = weight(times[level] * width, width, side=1)
-        tensors[f"decoder.{first + 5}.weight"] = weight(out, width)
-    # Grey on the whole, so that few pixels are clipped.
-    tensors["decoder.22.weight"] = 2 * weight(3 * patch**2, widths[-1])
-    tensors["decoder.22.bias"] = 0.4 + bias(3 * patch**2)
-    tensors["encoder.0.weight"], tensors["encoder.2.conv.weight"] = weight(8, 3), weight(8, 16, side=1)
-    return tensors
 
 
 @torch.no_grad()
@@ -85,7 +55,7 @@ def by_torch(tensors, latents, *, patch, times=TIMES):
 def test_frames_are_those_of_the_published_network(z_dim, patch, ending, tmp_path):
     """Three latent frames, one after the other with the memory handed on: float32, fourteen convolutions of order one:
     1e-5."""
-    tensors, file = published(z_dim=z_dim, patch=patch), tmp_path / f"taew.{ending}"
+    tensors, file = taehv_tensors(z_dim=z_dim, patch=patch), tmp_path / f"taew.{ending}"
     torch.save(tensors, file) if ending == "pth" else save_file(tensors, file)
     latents = np.random.default_rng(0).standard_normal((1, 3, 4, 6, z_dim), np.float32)
     expected = by_torch(tensors, torch.from_numpy(latents[0]).permute(0, 3, 1, 2), patch=patch).permute(0, 2, 3, 1)
@@ -106,7 +76,7 @@ def test_frames_are_those_of_the_published_network(z_dim, patch, ending, tmp_pat
 
 
 def test_info_tells_it_and_a_copy_is_read(tmp_path):
-    save_file(published(z_dim=16, patch=1), tmp_path / "taew2_1.safetensors")
+    save_file(taehv_tensors(z_dim=16, patch=1), tmp_path / "taew2_1.safetensors")
     said = str(describe(tmp_path / "taew2_1.safetensors"))
     for words in ("TAEHV", "z_dim 16", "patch_size 1", "beside it   2 tensors ('encoder.0.weight'"):
         assert words in said
@@ -117,13 +87,13 @@ def test_info_tells_it_and_a_copy_is_read(tmp_path):
 
 
 def test_what_it_is_not_for_is_said(tmp_path):
-    save_file(published(z_dim=48, patch=2), tmp_path / "taew2_2.safetensors")
+    save_file(taehv_tensors(z_dim=48, patch=2), tmp_path / "taew2_2.safetensors")
     save_tiny_checkpoint(tmp_path / "model")
     with pytest.raises(CheckpointError, match="for 48 channels of latents, and this model's autoencoder has 16"):
         TextToVideo.from_pretrained(tmp_path / "model", decoder=tmp_path / "taew2_2.safetensors")
     with pytest.raises(CheckpointError, match=r"holds a Wan VAE, not a tiny decoder for previews \(TAEHV\)"):
         TextToVideo.from_pretrained(tmp_path / "model", decoder=tmp_path / "model" / "vae")
-    tensors = published(z_dim=16, patch=1, times=(2, 2, 2))
+    tensors = taehv_tensors(z_dim=16, patch=1, times=(2, 2, 2))
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="for 8 frames of a latent frame, and this model's autoencoder has 4"):
         TextToVideo.from_pretrained(tmp_path / "model", decoder=tmp_path / "other.safetensors")
@@ -136,7 +106,7 @@ def test_what_it_is_not_for_is_said(tmp_path):
 def test_a_stream_is_decoded_by_it(tmp_path):
     """The transformer's latents by the plain loop; kept and resumed bit for bit, and not with the autoencoder's own."""
     save_tiny_checkpoint(tmp_path / "model")
-    tensors = published(z_dim=16, patch=1)
+    tensors = taehv_tensors(z_dim=16, patch=1)
     save_file(tensors, tmp_path / "taew2_1.safetensors")
     how = {"hybrid": HybridConfig(chunk_frames=2), "cache_dir": tmp_path / "cache"}
     pipe = TextToVideo.from_pretrained(tmp_path / "model", decoder=tmp_path / "taew2_1.safetensors", **how)

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from shared.checkpoint import tiny_tokenizer
-from transformers import UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from rehyat_jax.models.checkpoints import (
     load_text_encoder,
@@ -40,6 +40,25 @@ ORIGINAL = {
 }
 
 
+def release_networks():
+    """Random networks with Wan's heads of 128 and Wan's VAE stages, so that the original release can hold them."""
+    torch.manual_seed(0)
+    made = {
+        "transformer": WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=128, text_dim=32, freq_dim=32, ffn_dim=48, num_layers=2
+        ),
+        "vae": AutoencoderKLWan(base_dim=4, num_res_blocks=1),
+        "text_encoder": UMT5EncoderModel(
+            UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        ),
+    }
+    for module in made.values():
+        module.eval().requires_grad_(False)
+        for tensor in module.parameters():
+            tensor.copy_(torch.randn_like(tensor) * 0.2)
+    return made
+
+
 def tensors_of(model):
     return {name: tensor for name, tensor in model.state_dict().items() if name != "encoder.embed_tokens.weight"}
 
@@ -64,6 +83,14 @@ def write_release(folder, models, dtype="float32"):
     torch.save(parts["text_encoder"], folder / "models_t5_umt5-xxl-enc-bf16.pth")
     tiny_tokenizer().save_pretrained(folder / "google" / "umt5-xxl")
     return folder
+
+
+def write_few_step_file(model, path):
+    """As these trainings write: a generator and its average under FSDP's names, beside a critic."""
+    named = original("transformer", model.state_dict())
+    average = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in named.items()}
+    other = {name: tensor + 1 for name, tensor in average.items()}
+    torch.save({"generator": other, "generator_ema": average, "critic": other, "step": 600}, path)
 
 
 def as_stored(tensors):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from rehyat_jax.runtime.mesh import mesh_in_force
@@ -71,7 +72,7 @@ def gradients_of(
         gradients, values = gradient(params, part, whole)
         return _as_parameters(jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients)), values
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, np.promote_types(p.dtype, jnp.float32)), params)
     total, values = jax.lax.scan(add, zeros, pieces)
     # A part's values are its share of the whole batch's.
     return total, {name: jnp.sum(value) for name, value in values.items()}

@@ -388,6 +388,6 @@ def flow_loss(
     weight: float = 1.0,
 ) -> Mean:
     """Mean squared error, in float32 (or wider), over the frames that count; ``weight``: of the mean in a loss."""
-    wide = jnp.promote_types(velocity.dtype, jnp.float32)
+    wide = np.promote_types(velocity.dtype, jnp.float32)
     squared = jnp.square(velocity.astype(wide) - target.astype(wide))
     return Mean.of(jnp.mean(squared, axis=(2, 3, 4)), weights, weight=weight)
