@@ -166,6 +166,7 @@ def test_rcm_runs_as_its_authors_loop(tmp_path):
         ("rCM_Wan2.1_T2V_1.3B_480p.pt", ["net.head.head.weight"], "rCM"),
         ("wan2.1_t2v_14b_lightx2v_4step.safetensors", [], "lightx2v"),
         ("diffusion_pytorch_model.safetensors", ["head.head.weight"], None),
+        ("a_marcmodel.safetensors", ["head.head.weight"], None),
     ],
 )
 def test_files_are_told_apart(tmp_path, file, names, family):

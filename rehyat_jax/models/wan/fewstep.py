@@ -67,7 +67,7 @@ FAMILIES = (
         {"num_inference_steps": 3, "guidance_scale": 1.0, "grid": "causvid", "shift": 8.0} | _FRESH,
         _WINDOW,
     ),
-    _family("rCM", r"rcm", {"num_inference_steps": 4, "guidance_scale": 1.0, "grid": "rcm"} | _FRESH, None),
+    _family("rCM", r"(?<![a-z])rcm", {"num_inference_steps": 4, "guidance_scale": 1.0, "grid": "rcm"} | _FRESH, None),
     _family("lightx2v", r"lightx2v|lightning|step.?distill", _FOUR | {"solver": "Euler"}, None),
     _family("Self-Forcing", r"self.?forcing", _FOUR | _FRESH, _WINDOW),
 )
