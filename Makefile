@@ -44,11 +44,15 @@ platforms: .venv/bin/python  ## that every dependency has a wheel for each platf
 
 versions: versions-lowest versions-newest  ## check's tests and parity, with the lowest and the newest admitted versions
 
-# Environments of their own; PYTHON says of which Python.
+# Environments of their own: the lowest of PYTHON, the newest of a Python 3.12 that runs here, for which JAX is newer.
+NEWEST_PYTHON ?= $(shell for each in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3 $(PYTHON); do \
+	$$each -c "" 2>/dev/null && echo $$each && break; done)
+versions-lowest: OF_PYTHON = $(PYTHON)
+versions-newest: OF_PYTHON = $(NEWEST_PYTHON)
 versions-lowest: CONSTRAINED = -c tests/versions/lowest.txt
 versions-newest: CONSTRAINED = --upgrade --upgrade-strategy eager
 versions-lowest versions-newest:
-	$(PYTHON) -m venv --clear .venv-$@
+	$(OF_PYTHON) -m venv --clear .venv-$@
 	.venv-$@/bin/python -m pip install --quiet torch==2.13.0
 	.venv-$@/bin/python -m pip install --quiet $(CONSTRAINED) -e '.[test]'
 	$(MAKE) BIN=.venv-$@/bin tests-of-versions

@@ -137,13 +137,16 @@ def _source(*folders: str) -> dict[str, ast.Module]:
     return {str(file.relative_to(ROOT.parent)): ast.parse(file.read_text(encoding="utf-8")) for file in files}
 
 
-#: More than eight parameters: what outside programs call, by names that are theirs; the operator and those who have
-#: its arguments; and the bodies of kernels, whose parameters are Pallas's references.
+#: More than eight parameters: the operator and those who have its arguments; the bodies of kernels, whose parameters
+#: are Pallas's references; and what follows.
 LONG = {
+    # What outside programs call, keyword by keyword, after diffusers: a stable contract (docs/stability.md).
     "pipeline.py": {"__init__", "__call__", "from_pretrained", "run"},
     "streams/opening.py": {"open_stream"},
+    # `rehyat_jax.convert`; `load_transformer`'s keywords and the expert's name; a call's, of which settings are made.
     "models/checkpoints": {"convert", "open_transformer"},
     "models/own_settings.py": {"settings"},
+    # Fixed as well.
     "attention": {"hybrid_attention", "reference", "scan", "pallas", "hybrid_over_devices"},
     "pallas_kernels": {
         *("hybrid", "attend", "call", "_forward", "_forward_kernel", "_backward_queries", "_backward_keys"),
