@@ -59,7 +59,8 @@ def rounded_to_int8(model: WanTransformer) -> WanTransformer:
 def _rounded(kernel: nnx.Param) -> tuple[nnx.Param, ScaleParam]:
     @jax.jit
     def rounded(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scale = jnp.abs(wide.astype(jnp.float32)).max(axis=-2) / 127
+        wide = wide.astype(jnp.float32)
+        scale = jnp.abs(wide).max(axis=-2) / 127
         return jnp.round(wide / scale[..., None, :]).astype(jnp.int8), scale
 
     even, scale = rounded(kernel.get_value())
