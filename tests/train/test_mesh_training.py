@@ -175,7 +175,7 @@ def _streaming():
 
     one, eight = on(Devices(None)), on(Devices(_mesh((2, 2, 1, 2)).make()))
     apart = largest_difference(*map(jax.device_get, (one, eight)))
-    return apart, [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in eight[0]]
+    return apart, [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in jax.tree.leaves(eight[0])]
 
 
 def measure():

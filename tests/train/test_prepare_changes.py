@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared.kills import KILLS
 from shared.training import write_teacher
 
 from rehyat_jax import cli
@@ -402,15 +403,14 @@ def test_training_reads_the_same_clips_whatever_the_shards(prepare, source, tmp_
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kills", [50])
-def test_killed_at_random_moments_a_piece_in_progress_is_all_that_is_lost(prepare, source, model, tmp_path, kills):
+def test_killed_at_random_moments_a_piece_in_progress_is_all_that_is_lost(prepare, source, model, tmp_path):
     for number in range(4, 12):
         _video(source / f"{number}.mp4", f"a lemon {number}", seed=number)
     prepare(out=tmp_path / "whole")
     argv = ["prepare", source, tmp_path / "cut", "--model", model, "--dtype", "float32", "--videos-per-shard", 1]
     command = [sys.executable, "-m", "rehyat_jax", *map(str, argv)]
     moments, longest, shards = random.Random(0), 20.0, set[str]()
-    for _ in range(kills):
+    for _ in range(KILLS):
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:

@@ -100,7 +100,8 @@ def runs(tmp_path_factory):
 @pytest.mark.full
 def test_killed_and_restarted_is_uninterrupted_bit_for_bit(runs):
     whole, killed, _ = runs
-    assert [entry["from_step"] for entry in log_of(killed)] == [0] * 4 + [4] * 3
+    # A round is logged while the checkpoint after it is written, in which the kill comes: the fourth may not be.
+    assert [entry["from_step"] for entry in log_of(killed)] in ([0] * 4 + [4] * 3, [0] * 3 + [4] * 3)
     losses = {entry["step"]: (entry["loss"], entry["teacher"]) for entry in log_of(whole)}
     assert len(losses) == 7
     for entry in log_of(killed):

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from shared.kills import KILLS
 from shared.numbered_frames import frames, numbers
 from shared.tiers import chosen
 
@@ -144,13 +145,12 @@ with GrowingVideo({path!r}) as video:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kills", [8, 50])
-def test_killed_at_random_moments_and_gone_on_with(tmp_path, kills):
+def test_killed_at_random_moments_and_gone_on_with(tmp_path):
     """SIGKILL, so many times, from 0 to 0.3 s into the writing: all frames are there, once and in order."""
     path, chance = tmp_path / "a.mp4", random.Random(1)
     code = textwrap.dedent(KILLED).format(tests=os.path.dirname(os.path.dirname(__file__)), path=str(path))
     before = 0
-    for _ in range(kills):
+    for _ in range(KILLS):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"ready\n"
             time.sleep(chance.uniform(0, 0.3))
